@@ -1,0 +1,29 @@
+"""How a script starts: settings from its dataclass, one clear sentence when something is wrong (layer 0)."""
+
+import sys
+from collections.abc import Callable
+from typing import TypeVar
+
+import tyro
+
+T = TypeVar("T")
+
+
+class UserError(Exception):
+    """Something that the person at the keyboard can put right. The message says what was wrong and what to do."""
+
+
+def run_script(main: Callable[[T], object], settings_class: type[T]) -> None:
+    """Read `settings_class` from the command line and call `main` with it.
+
+    A `UserError` ends the script with its sentence on stderr and exit code 1; any other exception is a defect of
+    ours and keeps its traceback. Ctrl-C ends with exit code 130, as shells expect.
+    """
+    settings = tyro.cli(settings_class, description=sys.modules[main.__module__].__doc__)
+    try:
+        main(settings)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

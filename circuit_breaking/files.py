@@ -1,0 +1,171 @@
+"""Run folders, atomic writes, and the record that every result carries (layer 0).
+
+Tensors go into safetensors, tables into JSON, JSON Lines or CSV. No pickle is read or written anywhere.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from circuit_breaking.cli import UserError
+
+ROOT = Path(__file__).resolve().parent.parent  # default paths hang on it, so scripts run from any folder
+DATA = ROOT / "data"
+
+PACKAGES = ("torch", "transformers", "numpy", "safetensors", "tokenizers")
+
+
+@contextmanager
+def atomic_path(path: Path | str) -> Iterator[Path]:
+    """A temporary path beside `path`, renamed to it when the block ends well and removed when it does not."""
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        os.close(descriptor)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}. Choose another folder in the settings.") from error
+    temporary = Path(name)
+    try:
+        yield temporary
+        # mkstemp makes files that only their owner can read; results are shared
+        temporary.chmod(0o666 & ~_umask())
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}. Nothing was left half-written.") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@lru_cache
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_text(path: Path | str, text: str) -> None:
+    """Write UTF-8 text atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path | str, value: Any) -> None:
+    """Write `value` as indented JSON atomically; dataclasses and paths are allowed, NaN is not."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False, default=_plain) + "\n")
+
+
+def write_jsonl(path: Path | str, rows: Iterable[Any]) -> int:
+    """Write one JSON value a line atomically, streaming; returns how many."""
+    count = 0
+    with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False, default=_plain) + "\n")
+            count += 1
+    return count
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    if isinstance(value, Path):
+        return str(value)
+    if hasattr(value, "item"):  # a number of torch or numpy
+        return value.item()
+    raise TypeError(f"{type(value).__name__} does not go into JSON")
+
+
+def require_file(path: Path | str, hint: str = "Check the path in the settings.") -> Path:
+    """`path` as a Path if a file is there, else a `UserError` that ends with `hint` (what to do)."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"there is no file {path}. {hint}")
+    return path
+
+
+def read_json(path: Path | str, hint: str = "Check the path in the settings.") -> Any:
+    """Read a JSON file; a missing or damaged one is a `UserError`."""
+    path = require_file(path, hint)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON ({error}). {hint}") from error
+
+
+def read_jsonl(path: Path | str, hint: str = "Check the path in the settings.") -> list[Any]:
+    """Read JSON Lines; a missing file or a damaged line is a `UserError` that names the line."""
+    path = require_file(path, hint)
+    rows = []
+    try:
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    rows.append(json.loads(line))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}, line {number if rows else 1}: not JSON ({error}). {hint}") from error
+    return rows
+
+
+def write_tensors(path: Path | str, tensors: dict[str, Tensor], about: dict[str, Any] | None = None) -> None:
+    """Write tensors and a JSON-able `about` (kept in the header's metadata) to a safetensors file atomically."""
+    header = {"about": json.dumps(about or {}, default=_plain), "format": "pt"}
+    with atomic_path(path) as temporary:
+        save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, temporary, header)
+
+
+def read_tensors(
+    path: Path | str, hint: str = "Check the path in the settings."
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors (on CPU) and the `about` of a safetensors file; a missing or damaged file is a `UserError`."""
+    path = require_file(path, hint)
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = json.loads((file.metadata() or {}).get("about", "{}"))
+            return {name: file.get_tensor(name) for name in file.keys()}, about  # noqa: SIM118 (not a dict)
+    except (SafetensorError, ValueError, OSError, RecursionError) as error:
+        raise UserError(f"{path} is not a readable safetensors file ({error}). {hint}") from error
+
+
+def sha256(path: Path | str) -> str:
+    """SHA-256 of a file, read in pieces."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def provenance(settings: Any = None, inputs: Iterable[Path | str] = (), **more: Any) -> dict[str, Any]:
+    """What every result carries: settings, hashes of the files read, package versions, git commit."""
+    return {
+        "settings": dataclasses.asdict(settings) if dataclasses.is_dataclass(settings) else settings,
+        "inputs": {str(path): sha256(path) for path in inputs},
+        "packages": {name: metadata.version(name) for name in PACKAGES},
+        "python": platform.python_version(),
+        "git_commit": git_commit(),
+        **more,
+    }
+
+
+@lru_cache
+def git_commit() -> str | None:
+    """The commit of this checkout, with `+` where the tree differs from it; None outside a checkout."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", "-C", ROOT, *words], capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
