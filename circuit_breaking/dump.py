@@ -18,7 +18,7 @@ from circuit_breaking.cli import UserError
 MAX_LINE = 16 * 2**20  # bytes; a thread of the 4chan dump has about 14 KB, the longest a few MB
 GIVE_UP = 2**30  # bytes; a line this long is no line, and skipping it could take for ever
 _PIECE = 64 * 2**10  # bytes read at once
-_ZSTD_PIECE = 512  # bytes fed to zstd at once: a block of 4 bytes can expand to 128 KiB, so 16 MiB at most come back
+_ZSTD_PIECE = 128  # bytes fed to zstd at once: a block of 4 bytes can expand to 128 KiB, so 4 MiB at most come back
 _ZSTD_WINDOW = 2**27  # bytes; what zstd accepts without --long
 _ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 _SUFFIXES = (".ndjson", ".jsonl", ".json")
@@ -96,6 +96,7 @@ class _Stream(io.RawIOBase):
 
     def readinto(self, buffer) -> int:
         while not self.rest:
+            self.rest = memoryview(b"")  # lets go of the last piece before the next is made
             piece = next(self.pieces, None)
             if piece is None:
                 return 0

@@ -64,7 +64,7 @@ class Detoxify:
         self.device = torch.device(_best_device() if device == "auto" else device)
         self.batch_size = batch_size
         self.tokenizer, model = _pretrained(checkpoint)
-        labels = {label.lower(): index for label, index in model.config.label2id.items()}
+        labels = {label.lower(): index for index, label in (model.config.id2label or {}).items()}
         index = labels.get("toxic", labels.get("toxicity"))
         if index is None:
             raise UserError(
@@ -138,12 +138,17 @@ def _pretrained(checkpoint: str):
 
     def load(**options):
         tokenizer = AutoTokenizer.from_pretrained(checkpoint, **options)
-        return tokenizer, AutoModelForSequenceClassification.from_pretrained(
-            checkpoint, use_safetensors=True, dtype=torch.float32, **options
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            checkpoint, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **options
         )
+        if missing := sorted(info["missing_keys"]):  # transformers would score with random weights
+            raise UserError(f"{checkpoint} lacks weights ({missing[0]} and {len(missing) - 1} more).")
+        return tokenizer, model
 
     try:
         return load(local_files_only=True)
+    except UserError:
+        raise
     except Exception as error:  # transformers raises many kinds for a file that is missing or damaged
         if Path(checkpoint).is_dir():
             raise UserError(f"{checkpoint} holds no classifier that loads ({_first_line(error)}).") from error
@@ -151,6 +156,8 @@ def _pretrained(checkpoint: str):
         raise UserError(f"{checkpoint} is not in the cache and the Hugging Face hub is out of reach.")
     try:
         return load()
+    except UserError:
+        raise
     except Exception as error:
         raise UserError(f"{checkpoint} does not load from the Hugging Face hub ({_first_line(error)}).") from error
 
