@@ -21,8 +21,9 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from circuit_breaking.cli import UserError, run_script
+from circuit_breaking.devices import pick_device, pick_dtype
 from circuit_breaking.losses import cross_entropy_of_hidden
-from circuit_breaking.models import load_model, pick_device, pick_dtype
+from circuit_breaking.models import load_model
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from oracle import NaiveEdgeMasked

@@ -13,6 +13,11 @@ class UserError(Exception):
     """Something that the person at the keyboard can put right. The message says what was wrong and what to do."""
 
 
+def first_line(error: Exception) -> str:
+    """The first line of an exception's message, its type where it has none: for a sentence of our own."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def run_script(main: Callable[[T], object], settings_class: type[T]) -> None:
     """Read `settings_class` from the command line and call `main` with it.
 

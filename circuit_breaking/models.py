@@ -7,39 +7,13 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from circuit_breaking.cli import UserError
+from circuit_breaking.cli import UserError, first_line
+from circuit_breaking.devices import pick_device, pick_dtype
 from circuit_breaking.files import DATA
 from circuit_breaking.transformer import EdgeMaskedTransformer
 
 TINY = DATA / "tiny_gpt2"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 END_OF_TEXT = "<|endoftext|>"
-
-
-def pick_device(device: str) -> torch.device:
-    """`"auto"` is CUDA where there is one, else Apple's MPS, else the CPU; any other value is torch's own name."""
-    if device == "auto":
-        mps = torch.backends.mps.is_available()
-        return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
-    try:
-        chosen = torch.device(device)
-        torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"device {device!r} cannot be used here ({_first_line(error)}). Set device to auto.") from error
-    return chosen
-
-
-def pick_dtype(dtype: str | torch.dtype) -> torch.dtype:
-    """A torch type by its name."""
-    if isinstance(dtype, torch.dtype):
-        return dtype
-    if dtype not in DTYPES:
-        raise UserError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}.")
-    return DTYPES[dtype]
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _locate(name: str | Path) -> tuple[str, dict[str, Any]]:
@@ -67,13 +41,13 @@ def _from_pretrained(loader: Any, name: str | Path, what: str, **keywords: Any) 
     try:
         return loader.from_pretrained(place, **more, **keywords)
     except ImportError as error:
-        raise UserError(f"{what} {name}: {_first_line(error)} For GGUF: pip install '.[gguf]'.") from error
+        raise UserError(f"{what} {name}: {first_line(error)} For GGUF: pip install '.[gguf]'.") from error
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         if Path(place).exists():
-            raise UserError(f"{what} in {place} cannot be read ({_first_line(error)}).") from error
+            raise UserError(f"{what} in {place} cannot be read ({first_line(error)}).") from error
         raise UserError(
             f"{what} {place!r} is neither a folder here nor to be had from the Hugging Face hub "
-            f"({_first_line(error)}). Check the name and the network, or give a folder."
+            f"({first_line(error)}). Check the name and the network, or give a folder."
         ) from error
 
 

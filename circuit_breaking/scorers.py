@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from circuit_breaking.cli import UserError
+from circuit_breaking.devices import pick_device
 
 DETOXIFY = "unitary/toxic-bert"
 PROBE_SECONDS = 5.0  # how long the hub may take to answer before it counts as out of reach
@@ -61,7 +62,7 @@ class Detoxify:
     name = "detoxify"
 
     def __init__(self, device: str = "auto", checkpoint: str = DETOXIFY, batch_size: int = 64):
-        self.device = torch.device(_best_device() if device == "auto" else device)
+        self.device = pick_device(device)
         self.batch_size = batch_size
         self.tokenizer, model = _pretrained(checkpoint)
         labels = {label.lower(): index for index, label in (model.config.id2label or {}).items()}
@@ -124,12 +125,6 @@ def _score_filled(texts: Sequence[str], score: Callable[[list[str]], np.ndarray]
         # tokenizers accept no lone surrogate
         scores[filled] = score([texts[i].encode("utf-8", "replace").decode() for i in filled])
     return scores
-
-
-def _best_device() -> str:
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def _pretrained(checkpoint: str):

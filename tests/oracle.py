@@ -19,7 +19,7 @@ class NaiveEdgeMasked(nn.Module):
         self.layers = hf.transformer.h if self.gpt2 else hf.model.layers
 
     def forward(self, tokens: Tensor, mask: Tensor, means: Tensor | None = None) -> Tensor:
-        batch, length = tokens.shape
+        length = tokens.shape[1]
         self.positions = torch.arange(length)[None]
         if self.gpt2:
             embedding = self.hf.transformer.wte(tokens) + self.hf.transformer.wpe(self.positions)
@@ -37,7 +37,9 @@ class NaiveEdgeMasked(nn.Module):
             used += len(stack) * count
             out = torch.einsum("rs,sbtd->rbtd", weights, stack)
             if means is not None:
-                out = out + torch.einsum("rs,std->rtd", 1 - weights, means[: len(stack)].expand(-1, length, -1))[:, None]
+                out = (
+                    out + torch.einsum("rs,std->rtd", 1 - weights, means[: len(stack)].expand(-1, length, -1))[:, None]
+                )
             return out
 
         for layer in self.layers:

@@ -14,7 +14,10 @@ TOKENS = torch.randint(0, 50, (3, 9), generator=torch.Generator().manual_seed(0)
 
 def make_means(model, kind):
     torch.manual_seed(3)
-    shape = {"mean": model.node_outputs(TOKENS)[:, 0, 0].shape, "position": (12, len(model.graph.sources), width(model))}
+    shape = {
+        "mean": model.node_outputs(TOKENS)[:, 0, 0].shape,
+        "position": (12, len(model.graph.sources), width(model)),
+    }
     return None if kind == "zero" else torch.randn(shape[kind], dtype=model.dtype)
 
 

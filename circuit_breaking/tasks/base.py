@@ -24,7 +24,9 @@ class Task(ABC):
     name: str
 
     @abstractmethod
-    def get_train_loss(self, model: Any, batch_size: int, mask: Tensor | None = None, cap: float | None = None) -> Tensor:
+    def get_train_loss(
+        self, model: Any, batch_size: int, mask: Tensor | None = None, cap: float | None = None
+    ) -> Tensor:
         """Loss on the next training batch, differentiable in the mask.
 
         Args:
@@ -62,7 +64,9 @@ class TextTask(Task):
         rows, self._order = self._order[:size], self._order[size:]
         return self.train[rows]
 
-    def get_train_loss(self, model: Any, batch_size: int, mask: Tensor | None = None, cap: float | None = None) -> Tensor:
+    def get_train_loss(
+        self, model: Any, batch_size: int, mask: Tensor | None = None, cap: float | None = None
+    ) -> Tensor:
         """Mean loss of the next `batch_size` training texts; see `Task`."""
         losses = prediction_losses(model, self.next_batch(batch_size), mask)
         return (losses if cap is None else losses.clamp(max=cap)).mean()
@@ -102,6 +106,4 @@ def prediction_losses(model: Any, batch: TokenBatch, mask: Tensor | None = None)
     batch = batch.to(model.device)
     where = batch.predicted
     hidden = model.hidden(batch.tokens, mask=mask)[where]
-    return cross_entropy_of_hidden(
-        hidden, model.unembedding, model.unembedding_bias, batch.tokens.roll(-1, 1)[where]
-    )
+    return cross_entropy_of_hidden(hidden, model.unembedding, model.unembedding_bias, batch.tokens.roll(-1, 1)[where])

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from circuit_breaking.cli import UserError
+from circuit_breaking.cli import UserError, first_line
 from circuit_breaking.models import TINY, prefix_token
 from circuit_breaking.tasks.base import TextTask
 from circuit_breaking.text import encode, read_lines
@@ -46,9 +46,8 @@ def _from_hub(name: str, count: int) -> list[str]:
         rows = load_dataset(name, split="train", streaming=True)
         texts = [text for row, _ in zip(rows, range(count), strict=False) if (text := row["text"].strip())]
     except Exception as error:  # the library raises many kinds, from requests' to its own
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"the data set {name!r} is not to be had from the Hugging Face hub ({reason}). Check the name and the "
+            f"the data set {name!r} is not to be had from the Hugging Face hub ({first_line(error)}). Check the name and the "
             "network, or set the path of a text file with one text a line."
         ) from error
     if not texts:
