@@ -5,7 +5,7 @@ are tried in the order of their predicted gain, each edge's prediction discounte
 the first whose measured gain no later prediction exceeds is taken (lazy greedy, as in CELF; Leskovec et al. 2007).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -43,36 +43,32 @@ class MeasuredSearch:
     trust: dict[int, float] = field(default_factory=dict)
     gradient: Tensor | None = None
 
-    def round(self, mask: Tensor, objective: Objective) -> tuple[Tensor, float, int]:
-        """Try to improve `mask` [E] on one batch.
+    def round(self, mask: Tensor, objective: Objective) -> tuple[Tensor, float]:
+        """Try to improve a binary `mask` [E] on one batch.
 
         Returns:
-            the mask, changed or not; the gain that was measured (0 when nothing was taken); masks measured.
+            the mask, changed or not; the objective of the mask that was given.
         """
         weights = mask.clone().requires_grad_()
-        start = objective(weights)
-        (gradient,) = torch.autograd.grad(start, weights)
-        before = float(start.detach())
-        # a cut edge's gain is F(1) - F(0), for which the gradient at either end is the first-order estimate
+        value = objective(weights)
+        (gradient,) = torch.autograd.grad(value, weights)
+        before = float(value.detach())
+        # a cut gains F(1) - F(0), for which the gradient at either end is the first-order estimate
         old = self.gradient
         self.gradient = gradient if old is None else self.memory * old + (1 - self.memory) * gradient
-        best: tuple[Tensor, float, Move] | None = None
-        measured = 0
-        for move in self._moves(mask):
-            if measured == self.tries or (best is not None and best[1] >= move.predicted):
+        best, best_gain = mask, 0.0
+        for move in self._moves(mask)[: self.tries]:
+            if best_gain >= move.predicted:
                 break
             candidate = mask.clone()
             at = list(move.edges)
             candidate[at] = 1 - candidate[at]
             with torch.no_grad():
                 gain = before - float(objective(candidate)) - self.price * int((mask - candidate).sum())
-            measured += 1
             self._learn(move, gain)
-            if gain > 0 and (best is None or gain > best[1]):
-                best = (candidate, gain, move)
-        if best is None:
-            return mask, 0.0, measured
-        return best[0], best[1], measured
+            if gain > best_gain:
+                best, best_gain = candidate, gain
+        return best, before
 
     def _discount(self, edge: int, gain: float) -> float:
         return gain * self.trust.get(edge, 1.0) if gain > 0 else gain
@@ -83,7 +79,7 @@ class MeasuredSearch:
         for edge in move.edges:
             self.trust[edge] = max(self.trust.get(edge, 1.0) * max(ratio, 0.1), 1e-3)
 
-    def _moves(self, mask: Tensor) -> Iterator[Move]:
+    def _moves(self, mask: Tensor) -> list[Move]:
         """Single cuts, single restorations and exchanges, the most promising first."""
         gains = self.gradient * (2 * mask - 1)  # of flipping each edge
         gains = gains - self.price * (2 * mask - 1)
@@ -99,4 +95,4 @@ class MeasuredSearch:
             moves += [Move((e,), g) for g, e in add]
         else:
             moves += [Move((e, out), g + h) for g, e in add[: self.tries] for h, out in restore[:3] if g + h > 0]
-        return iter(sorted(moves, key=lambda move: -move.predicted))
+        return sorted(moves, key=lambda move: -move.predicted)

@@ -26,6 +26,9 @@ from circuit_breaking.graph import Edge
 from circuit_breaking.masks import lowest_cut
 from circuit_breaking.search import MeasuredSearch
 
+MOMENTUM = 0.9  # of the gradient's running mean in the anneal phase
+MOST_SPEED = 3.0  # most steps of size lr that an edge moves at once
+
 
 @dataclass
 class MaskSettings:
@@ -163,16 +166,26 @@ class _Trainer:
             yield self._row("relax", float(objective.detach()), self.model.mask.n_cut())
 
     def _anneal(self) -> Iterator[dict[str, Any]]:
-        settings, optimizer = self.settings, self._optimizer()
-        start = min(settings.candidates * settings.max_edges, len(self.weights))
+        settings, weights = self.settings, self.weights
+        start = min(settings.candidates * settings.max_edges, len(weights))
+        momentum = torch.zeros_like(weights)
         for step in range(settings.anneal_steps):
             # the budget is reached for the last quarter, so that the masks that can be saved are learned longest
             progress = min(1.0, step / max(1.0, 0.75 * settings.anneal_steps))
             count = round(start * (settings.max_edges / start) ** progress)
-            binary = self._lowest(count)
-            objective = self._objective(binary + (self.weights - self.weights.detach()), settings.batch_size)
-            self._step(optimizer, objective)
-            yield self._row("anneal", float(objective.detach()), int((binary == 0).sum()))
+            binary = self._lowest(count).requires_grad_()
+            objective = self._objective(binary, settings.batch_size)
+            (gradient,) = torch.autograd.grad(objective, binary)
+            # At either end of an edge the gradient estimates F(1) - F(0), what its cut gains. Unlike AdamW, which
+            # moves every edge at one speed, this moves them by the size of that estimate: the budget is for few edges.
+            momentum.lerp_(gradient, 1 - MOMENTUM)
+            if self.allowed is not None:
+                momentum[~self.allowed] = 0.0
+            scale = momentum.abs().topk(min(count, len(weights))).values[-1].clamp(min=1e-12)
+            with torch.no_grad():
+                weights.sub_(settings.lr * (momentum / scale).clamp(-MOST_SPEED, MOST_SPEED))
+            self.model.mask.clamp_()
+            yield self._row("anneal", float(objective.detach()), count)
 
     @torch.no_grad()
     def _lowest(self, count: int) -> Tensor:
@@ -184,21 +197,24 @@ class _Trainer:
         search = MeasuredSearch(settings.max_edges, self.allowed, settings.refine_price, settings.tries)
         mask = self.weights.detach().clone()
         for _ in range(settings.refine_rounds):
-            objective = self._fixed_objective(settings.refine_batch_size)
-            mask, _gain, _measured = search.round(mask, objective)
+            n_cut = int((mask == 0).sum())
+            seen: list[tuple[float, float]] = []
+            mask, loss = search.round(mask, self._fixed_objective(settings.refine_batch_size, seen))
             with torch.no_grad():
                 self.weights.copy_(mask)
-                loss = float(objective(mask))
-            yield self._row("refine", loss, self.model.mask.n_cut())
+            self.losses = seen[0]  # of the mask that the round began with
+            yield self._row("refine", loss, n_cut)
 
-    def _fixed_objective(self, batch_size: int) -> Callable[[Tensor], Tensor]:
-        """The objective on one pair of batches, to be measured again and again."""
+    def _fixed_objective(self, batch_size: int, seen: list[tuple[float, float]]) -> Callable[[Tensor], Tensor]:
+        """The objective on one pair of batches, to be measured again and again; each pair of losses goes to `seen`."""
         keep, broken = self.keep_task.draw(batch_size), self.break_task.draw(batch_size)
 
         def objective(mask: Tensor) -> Tensor:
-            return self._weigh(
+            loss = self._weigh(
                 self.keep_task.loss(self.model, keep, mask), self.break_task.loss(self.model, broken, mask, self.cap)
             )
+            seen.append(self.losses)
+            return loss
 
         return objective
 
