@@ -47,8 +47,8 @@ def _from_hub(name: str, count: int) -> list[str]:
         texts = [text for row, _ in zip(rows, range(count), strict=False) if (text := row["text"].strip())]
     except Exception as error:  # the library raises many kinds, from requests' to its own
         raise UserError(
-            f"the data set {name!r} is not to be had from the Hugging Face hub ({first_line(error)}). Check the name and the "
-            "network, or set the path of a text file with one text a line."
+            f"the data set {name!r} is not to be had from the Hugging Face hub ({first_line(error)}). "
+            "Check the name and the network, or set the path of a text file with one text a line."
         ) from error
     if not texts:
         raise UserError(f"the data set {name!r} holds no text.")
