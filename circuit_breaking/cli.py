@@ -1,5 +1,6 @@
 """How a script starts: settings from its dataclass, one clear sentence when something is wrong (layer 0)."""
 
+import re
 import sys
 from collections.abc import Callable
 from typing import TypeVar
@@ -24,7 +25,10 @@ def run_script(main: Callable[[T], object], settings_class: type[T]) -> None:
     A `UserError` ends the script with its sentence on stderr and exit code 1; any other exception is a defect of
     ours and keeps its traceback. Ctrl-C ends with exit code 130, as shells expect.
     """
-    settings = tyro.cli(settings_class, description=sys.modules[main.__module__].__doc__)
+    about = sys.modules[main.__module__].__doc__ or ""
+    # the help text reflows lines: keep those that say what is read, written and how long it takes apart
+    about = re.sub(r"\n(?=(Reads|Writes|Time) )", "\n\n", about)
+    settings = tyro.cli(settings_class, description=about)
     try:
         main(settings)
     except UserError as error:

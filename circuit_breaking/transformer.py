@@ -7,7 +7,8 @@ Shapes: B batch, T position, N tokens = B * T, P sources, R readers of a layer, 
 
 How it is fast:
 - Node outputs live in one preallocated stack, stored as x_i - μ_i, so that means cost one addition a reader:
-  r_j = Σ_i m_ij (x_i - μ_i) + Σ_i μ_i. A layer's readers are one product [R, P'] · [P', N * D] over the P' earlier nodes.
+  r_j = Σ_i m_ij (x_i - μ_i) + Σ_i μ_i. A layer's readers are one product [R, P'] · [P', N * D] over the P' nodes
+  of earlier layers.
 - The backward is written by hand. Walking the layers in reverse, the gradient at a layer's nodes is gathered from
   all later readers with one product, and the gradient of all its edges is one more. Once a layer is done, nothing
   reads its node outputs again, so the gradients of its readers take their place: one stack serves both passes.

@@ -24,17 +24,25 @@ class Task(ABC):
     name: str
 
     @abstractmethod
-    def get_train_loss(
-        self, model: Any, batch_size: int, mask: Tensor | None = None, cap: float | None = None
-    ) -> Tensor:
-        """Loss on the next training batch, differentiable in the mask.
+    def draw(self, size: int) -> Any:
+        """The next `size` training examples, on which `loss` can be measured more than once."""
+
+    @abstractmethod
+    def loss(self, model: Any, batch: Any, mask: Tensor | None = None, cap: float | None = None) -> Tensor:
+        """Loss on a batch that `draw` gave, differentiable in the mask.
 
         Args:
             model: the model.
-            batch_size: texts in the batch.
+            batch: training examples.
             mask: weights [E] to use instead of the model's own.
             cap: highest loss that one prediction counts with, so that none can dominate the mean.
         """
+
+    def get_train_loss(
+        self, model: Any, batch_size: int, mask: Tensor | None = None, cap: float | None = None
+    ) -> Tensor:
+        """Loss on the next `batch_size` training examples; see `loss`."""
+        return self.loss(model, self.draw(batch_size), mask, cap)
 
     @abstractmethod
     def get_test_loss(self, model: Any, num_data: int | None = None) -> float:
@@ -57,18 +65,16 @@ class TextTask(Task):
         self._generator = torch.Generator().manual_seed(seed)
         self._order = torch.empty(0, dtype=torch.long)
 
-    def next_batch(self, size: int) -> TokenBatch:
+    def draw(self, size: int) -> TokenBatch:
         """The next training texts: every text once in a random order, then again in another."""
         while len(self._order) < size:
             self._order = torch.cat([self._order, torch.randperm(len(self.train), generator=self._generator)])
         rows, self._order = self._order[:size], self._order[size:]
         return self.train[rows]
 
-    def get_train_loss(
-        self, model: Any, batch_size: int, mask: Tensor | None = None, cap: float | None = None
-    ) -> Tensor:
-        """Mean loss of the next `batch_size` training texts; see `Task`."""
-        losses = prediction_losses(model, self.next_batch(batch_size), mask)
+    def loss(self, model: Any, batch: TokenBatch, mask: Tensor | None = None, cap: float | None = None) -> Tensor:
+        """Mean loss over the predictions of a batch; see `Task`."""
+        losses = prediction_losses(model, batch, mask)
         return (losses if cap is None else losses.clamp(max=cap)).mean()
 
     @torch.no_grad()
