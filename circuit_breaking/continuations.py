@@ -1,13 +1,15 @@
 """What a model writes after prompts: sampled continuations of a stock Hugging Face model (layer 2).
 
-Shapes: n prompts, S samples a prompt, B batch, T position.
+Shapes: n prompts, S samples a prompt, B batch, T position, V vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from circuit_breaking.cli import UserError
 from circuit_breaking.text import TokenBatch
@@ -30,10 +32,14 @@ def continuations(
 ) -> list[list[int]]:
     """Continuations sampled at temperature 1 from the whole distribution: n * S rows of tokens, prompt by prompt.
 
-    A row that ended has `sampling.end` as its last token. Every model sees the same random numbers.
+    A row that ended has `sampling.end` as its last token. Every model sees the same random numbers, and the caller's
+    random state is left as it was (on CPU and CUDA).
 
-    The loop is written out because `generate` takes what it is not told from each model's own generation settings
-    (temperature, penalties, top-k), which would make models incomparable.
+    Args:
+        model: a Hugging Face causal language model.
+        prompts: prompts behind the prefix token, padded on the right as everywhere.
+        sampling: how many, how long, and the seed.
+        tick: called after each batch.
 
     Raises:
         UserError: prompt and continuation are longer than the model allows.
@@ -42,14 +48,34 @@ def continuations(
     longest, limit = prompts.tokens.shape[1] + sampling.new_tokens, model.config.max_position_embeddings
     if longest > limit:
         raise UserError(f"prompts with continuations have up to {longest} tokens and the model {limit} positions.")
+    end, size = sampling.end, sampling.batch_size
+    # Names what a model's own settings might set too. Without top_k=0, `generate` takes the likeliest 50 only.
+    config = GenerationConfig(
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=sampling.new_tokens,
+        bos_token_id=end,
+        eos_token_id=end,
+        pad_token_id=end,
+    )
     order = torch.arange(len(prompts)).repeat_interleave(sampling.samples)
+    cuda = [model.device] if model.device.type == "cuda" else []
     rows: list[list[int]] = []
-    for start in range(0, len(order), sampling.batch_size):
-        batch = prompts[order[start : start + sampling.batch_size]].to(model.device)
-        generator = torch.Generator(model.device).manual_seed(sampling.seed + start)
-        sampled = _sample(model, *pad_left(batch), sampling.end, sampling.new_tokens, generator)
-        rows += [row[: row.index(sampling.end) + 1] if sampling.end in row else row for row in sampled.tolist()]
-        tick()
+    with torch.random.fork_rng(cuda), own_settings_aside(model):
+        for start in range(0, len(order), size):
+            tokens, attention = pad_left(prompts[order[start : start + size]].to(model.device))
+            torch.manual_seed(sampling.seed + start)
+            sampled = model.generate(
+                tokens,
+                attention_mask=attention,
+                generation_config=config,
+                logits_processor=LogitsProcessorList([_Finite()]),
+            )
+            for row in sampled[:, tokens.shape[1] :].tolist():
+                rows.append(row[: row.index(end) + 1] if end in row else row)
+            tick()
     return rows
 
 
@@ -60,32 +86,22 @@ def pad_left(batch: TokenBatch) -> tuple[Tensor, Tensor]:
     return batch.tokens.gather(1, place.clamp(min=0)), (place >= 0).long()
 
 
-def _sample(
-    model: nn.Module, tokens: Tensor, attention: Tensor, end: int, new_tokens: int, generator: torch.Generator
-) -> Tensor:
-    """Sampled tokens [B, at most new_tokens]; rows that have ended go on with `end`."""
-    cache, sampled = None, []
-    positions = (attention.cumsum(1) - 1).clamp(min=0)
-    ended = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
-    for _ in range(new_tokens):
-        output = model(
-            input_ids=tokens,
-            attention_mask=attention,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        cache = output.past_key_values
-        probabilities = output.logits[:, -1].float().softmax(-1)
-        if not probabilities.isfinite().all():
+@contextmanager
+def own_settings_aside(model: nn.Module) -> Iterator[None]:
+    """Without the model's own generation settings, from which `generate` takes all that it is not told: penalties,
+    banned tokens and the like, with which models could not be compared."""
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+class _Finite(LogitsProcessor):
+    """Stops where sampling would abort, on CUDA with the whole process's context."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if not scores.isfinite().all():
             raise FloatingPointError("the model yields no probabilities")
-        tokens = torch.multinomial(probabilities, 1, generator=generator)
-        tokens[ended] = end
-        sampled.append(tokens)
-        ended = ended | (tokens[:, 0] == end)
-        if ended.all():
-            break
-        attention = torch.cat([attention, attention.new_ones(len(attention), 1)], 1)
-        positions = positions[:, -1:] + 1
-    return torch.cat(sampled, 1)
+        return scores

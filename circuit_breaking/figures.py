@@ -63,7 +63,7 @@ def draw_report(folder: Path | str) -> Path:
     if not models:
         raise UserError(f"{folder / 'report.json'} holds no models. Make it with toxicity/evaluation.py.")
     path = folder / "report.png"
-    with figure(path, 7.2, 2.5) as drawn:
+    with figure(path, 7.2, 2.6) as drawn:
         axes = drawn.subplots(1, 3)
         after = {
             measure: {
@@ -72,17 +72,17 @@ def draw_report(folder: Path | str) -> Path:
             }
             for measure in ("toxic_share", "perplexity")
         }
-        _points(axes[0], {name: one["losses"] for name, one in models.items()}, "{} text")
+        _points(axes[0], {name: one["losses"] for name, one in models.items()}, "{}\ntext")
         axes[0].set(title="next-token loss", ylabel="nats per token")
-        _points(axes[1], after["toxic_share"], "{} prompts")
+        _points(axes[1], after["toxic_share"], "{}\nprompts")
         axes[1].set(title="toxic continuations", ylim=(-0.03, 1.03))
         axes[1].yaxis.set_major_formatter(PercentFormatter(1, 0))
-        _points(axes[2], after["perplexity"], "{} prompts")
+        _points(axes[2], after["perplexity"], "{}\nprompts")
         axes[2].set(title="incoherence of continuations", ylabel=f"perplexity under {report['reference']}")
         axes[2].set_ylim(bottom=0)
-        handles, labels = axes[0].get_legend_handles_labels()
-        labels = [_label(name, models[name].get("edges_cut")) for name in labels]
-        drawn.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 4))
+        handles, names = axes[0].get_legend_handles_labels()
+        labels = [_label(name, models[name].get("edges_cut")) for name in names]
+        drawn.legend([points for points, *_ in handles], labels, loc="outside lower center", ncols=min(len(labels), 4))
     return path
 
 
@@ -152,7 +152,7 @@ def draw_training(folder: Path | str, smooth: int = 9) -> Path:
                 line = _running_mean(columns[name][start:end], smooth)
                 losses.plot(steps[start:end], line, color=colour, label=None if start else label)
         losses.set(ylabel="loss of a batch, nats")
-        losses.legend(loc="upper left", bbox_to_anchor=(0, 1.02), ncols=2)
+        drawn.legend(loc="outside upper center", ncols=2)
         cut.step(steps, columns["n_cut"], where="mid", color=COLOURS[6], linewidth=1.2)
         cut.set(xlabel="step", ylabel="edges cut")
         cut.set_ylim(bottom=0)

@@ -85,7 +85,7 @@ def main(settings: Settings) -> None:
     tokenizer = load_tokenizer(settings.model)
     ordinary = OWTTask(tokenizer, settings.ordinary, settings.length)
     toxic = ToxicTask(tokenizer, settings.toxic_train, settings.toxic_test, settings.length, examples=None)
-    texts = {"ordinary": ordinary.test[: settings.num_texts], "toxic": toxic.test[: settings.num_texts]}
+    texts = {"toxic": toxic.test[: settings.num_texts], "ordinary": ordinary.test[: settings.num_texts]}
     sources = {
         "toxic": settings.toxic_prompts or settings.toxic_test,
         "ordinary": settings.ordinary_prompts or load_texts(settings.ordinary, 4 * settings.num_prompts)[1],
