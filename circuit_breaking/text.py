@@ -70,8 +70,13 @@ def encode(tokenizer: Any, texts: Sequence[str], prefix: int, length: int, end: 
     rows = [[prefix, *row, *([prefix] if end else [])][:length] for row in rows if row]
     if not rows:
         raise UserError(f"{len(texts)} texts were given and none has a token in it. Check the data set.")
+    return pad_right(rows, prefix)
+
+
+def pad_right(rows: Sequence[Sequence[int]], fill: int) -> TokenBatch:
+    """Rows of tokens, at least one and none empty, as one batch with `fill` behind those that are shorter."""
     lengths = torch.tensor([len(row) for row in rows])
-    tokens = torch.full((len(rows), int(lengths.max())), prefix)
+    tokens = torch.full((len(rows), int(lengths.max())), fill)
     for row, values in zip(tokens, rows, strict=True):
         row[: len(values)] = torch.tensor(values)
     return TokenBatch(tokens, lengths)

@@ -3,12 +3,13 @@
 import os
 from pathlib import Path
 
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test waits for a hub; read when transformers is imported
+
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 torch.set_num_threads(1)  # small models: more threads only wait for each other
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test waits for a hub
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"  # real inputs, where a checkout has them beside it
 
 
