@@ -185,12 +185,12 @@ class _Trainer:
             with torch.no_grad():
                 weights.sub_(settings.lr * (momentum / scale).clamp(-MOST_SPEED, MOST_SPEED))
             self.model.mask.clamp_()
-            yield self._row("anneal", float(objective.detach()), count)
+            yield self._row("anneal", float(objective.detach()), int((binary == 0).sum()))
 
     @torch.no_grad()
     def _lowest(self, count: int) -> Tensor:
-        """Binary mask that cuts the `count` lowest of the weights that have left 1."""
-        return lowest_cut(self.weights, count, threshold=1.0)
+        """Binary mask that cuts the `count` lowest of the weights that rounding would cut."""
+        return lowest_cut(self.weights, count, threshold=0.5)
 
     def _refine(self) -> Iterator[dict[str, Any]]:
         settings = self.settings
