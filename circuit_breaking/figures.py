@@ -1,5 +1,6 @@
 """Figures, drawn from result files only, so that any is redrawn without a rerun (layer 3)."""
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -63,7 +64,7 @@ def draw_report(folder: Path | str) -> Path:
     if not models:
         raise UserError(f"{folder / 'report.json'} holds no models. Make it with toxicity/evaluation.py.")
     path = folder / "report.png"
-    with figure(path, 7.2, 2.6) as drawn:
+    with figure(path, 7.2, 2.4 + 0.2 * math.ceil(len(models) / 4)) as drawn:
         axes = drawn.subplots(1, 3)
         after = {
             measure: {

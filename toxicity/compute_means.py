@@ -2,7 +2,7 @@
 
 Reads   a model and the training part of ordinary text, or toxic training posts.
 Writes  data/toxicity/means/<model>_<kind>_<texts>.safetensors, for the setting `means` of train_mask.py.
-Time    seconds for the shipped model; about a minute for 1,000 texts of 50 tokens through GPT-2 small on two cores.
+Time    seconds for the shipped model; 0.2 s a text of 40 tokens for a model of 135M parameters on one core.
 """
 
 from dataclasses import dataclass

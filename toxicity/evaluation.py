@@ -4,7 +4,8 @@ Reads   data/toxicity/<run>/mask.safetensors and, for what is None below, the se
         held-out toxic and ordinary texts; prompts; the means, if the mask was trained with any.
 Writes  data/toxicity/<run>/: report.json, report.png, training.png where there is a metrics.jsonl, and, if asked for,
         generations.jsonl.
-Time    half a minute for the shipped model on two cores; GPT-2 small about ten minutes there, one on a GPU.
+Time    a minute for the shipped model on two cores. 64 texts and 32 continuations of each kind took a model of 135M
+        parameters 80 s of one core.
 
 Toxic data is hate speech, and what models write after it may be too: nothing of it is printed, and it is kept only
 with --save-generations.
@@ -125,6 +126,8 @@ def main(settings: Settings) -> None:
     }
     if settings.save_generations:
         write_jsonl(folder / "generations.jsonl", generations)
+    else:  # those of an earlier evaluation would not be what this report is about
+        (folder / "generations.jsonl").unlink(missing_ok=True)
     write_json(folder / "report.json", report)
     draw_report(folder)
     if (folder / "metrics.jsonl").is_file():
