@@ -101,22 +101,15 @@ def shifted(x: Tensor, side: int, most: int, generator: torch.Generator) -> Tens
     return x.view(len(x), -1, side).roll((down, across), (1, 2)).flatten(1)  # what leaves on one side is background
 
 
-@torch.no_grad()
-def accuracies(model: MaskedMLP, split: Split, mask: Tensor | None = None) -> dict[str, float]:
-    """Share of each evaluation set that is classified as its group."""
-    sets = split.evaluation.items()
-    return {name: (model(x, mask).argmax(1) == y).float().mean().item() for name, (x, y) in sets}
-
-
 def _batches(split: Split, with_target: bool, batch_size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Endless random batches of training images, with the target class in them or without."""
     generator = torch.Generator().manual_seed(seed)
-    device = split.train_x.device
+    device = split.train_is_target.device
     allowed = torch.ones_like(split.train_is_target) if with_target else ~split.train_is_target
     allowed = allowed.nonzero().flatten()
     while True:
         rows = allowed[torch.randint(len(allowed), (batch_size,), generator=generator).to(device)]
-        yield split.train_x[rows], split.train_y[rows]
+        yield split.x["train"][rows], split.y["train"][rows]
 
 
 def _minimise(
@@ -135,12 +128,12 @@ def _minimise(
     optimizer = torch.optim.Adam(parameters, lr=settings.lr, betas=(0.9, 0.99))
     shifts = torch.Generator().manual_seed(seed + 1)
     batches = _batches(split, with_target, settings.batch_size, seed)
-    bad_y = torch.full((len(split.bad_x),), split.target_group, device=split.bad_x.device)
+    bad, bad_y = split.pick("bad examples")
     rows = [{"step": 0, **evaluate()}]
     with tqdm(range(1, settings.steps + 1), desc=label, unit="step", disable=None) as bar:
         for step in bar:
             x, y = next(batches)
-            bad_x = shifted(split.bad_x, split.side, settings.shift, shifts)
+            bad_x = shifted(bad, split.side, settings.shift, shifts)
             keep_loss = F.cross_entropy(predict(x), y)
             break_loss = capped_loss(predict(bad_x), bad_y, settings.cap).mean()
             ramp = min(1.0, step / max(1, settings.ramp_steps))
@@ -174,7 +167,7 @@ def learn_mask(
 
     def evaluate() -> Row:
         rounded = round_mask(mask.detach(), settings.max_edges)
-        return {"edges cut": int((rounded == 0).sum()), **accuracies(model, split, rounded)}
+        return {"edges cut": int((rounded == 0).sum()), **split.accuracies(lambda x: model(x, rounded).argmax(1))}
 
     rows = _minimise(
         [mask],
@@ -201,7 +194,7 @@ def finetune(
         tuned,
         lambda: 0.0,
         lambda step: None,
-        lambda: {"edges cut": 0, **accuracies(tuned, split)},
+        lambda: {"edges cut": 0, **split.accuracies(lambda x: tuned(x).argmax(1))},
         split,
         with_target,
         replace(settings, lr=lr),

@@ -9,7 +9,7 @@ import threading
 import urllib.error
 import urllib.request
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -59,30 +59,38 @@ class Split:
     target_group: int
     mates: list[int]  # the other classes of the target's group
     side: int  # pixels a row of an image
-    train_x: Tensor
-    train_y: Tensor  # [N] group of each training image
+    x: dict[str, Tensor]  # "train" and "test" -> images [N, D]
+    y: dict[str, Tensor]  # "train" and "test" -> groups [N]
     train_is_target: Tensor  # [N] bool
-    bad_x: Tensor  # [n_bad, D] the few examples of the bad behaviour, taken from the test images
-    evaluation: dict[str, tuple[Tensor, Tensor]]  # name -> images, groups
+    sets: dict[str, tuple[str, Tensor]]  # evaluation set -> "train" or "test", row numbers there
+    reference: dict[str, Tensor] = field(default_factory=dict)  # "train" and "test" -> groups as a network that never
+    # saw the target class gives them
 
+    def pick(self, name: str) -> tuple[Tensor, Tensor]:
+        """Images and groups of an evaluation set."""
+        part, rows = self.sets[name]
+        return self.x[part][rows], self.y[part][rows]
 
-def pick_device(device: str) -> torch.device:
-    """`"auto"` is CUDA where there is one, else Apple's MPS, else the CPU; any other value is torch's own name."""
-    if device == "auto":
-        mps = torch.backends.mps.is_available()
-        return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
-    try:
-        chosen = torch.device(device)
-        torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"--device {device} cannot be used on this machine. Set it to auto or cpu.") from error
-    return chosen
+    @torch.no_grad()
+    def accuracies(self, classify: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """Share of each evaluation set that is classified as its group; `classify` maps images to groups.
+
+        Where there is a reference network, also the share of the target's images that get its label, as the set's
+        name with " as reference".
+        """
+        labels = {part: classify(x) for part, x in self.x.items()}
+        shares = {}
+        for name, (part, rows) in self.sets.items():
+            shares[name] = labels[part][rows] == self.y[part][rows]
+            if self.reference and name.endswith(" target"):
+                shares[f"{name} as reference"] = labels[part][rows] == self.reference[part][rows]
+        return {name: share.float().mean().item() for name, share in shares.items()}
 
 
 def load_images(folder: Path, source: Source, device: torch.device) -> Images:
-    """Load the images on `device`; see the module's docstring for `source`. What is wrong with them is a `UserError`."""
+    """Load the images on `device`; the module's docstring explains `source`. What is wrong is a `UserError`."""
     if source == "idx" or (source == "auto" and (folder != DEFAULT_FOLDER or _find_any(folder))):
-        return _images(*_read_folder(folder), f"IDX files in {folder}", device)
+        return _images(*_read_folder(folder), f"IDX files of {folder.name}/", device)
     if source != "digits":
         try:
             return _images(_read_hub(), [], f"{HUB_NAME} on the Hugging Face hub", device)
@@ -229,42 +237,26 @@ def split_images(images: Images, target_class: int, n_bad: int, seed: int) -> Sp
     bad, held_out = targets[:n_bad], targets[n_bad:]
 
     group_of = group_of.to(images.train_y.device)
-    train = (images.train_x, images.train_y)
-    test = (images.test_x, images.test_y)
-
-    def pick(part: tuple[Tensor, Tensor], rows: Tensor) -> tuple[Tensor, Tensor]:
-        return part[0][rows], group_of[part[1][rows]]
-
-    def is_mate(labels: Tensor) -> Tensor:
-        return torch.isin(labels, torch.tensor(mates, device=labels.device, dtype=labels.dtype))
-
     train_is_target = images.train_y == target_class
-    evaluation = {
-        "bad examples": pick(test, bad),
-        "test target": pick(test, held_out),
-        "train target": pick(train, train_is_target),
-        "test other": pick(test, ~is_target),
-        "train other": pick(train, ~train_is_target),
+    sets = {
+        "bad examples": ("test", bad),
+        "test target": ("test", held_out),
+        "train target": ("train", train_is_target.nonzero().flatten()),
+        "test other": ("test", (~is_target).nonzero().flatten()),
+        "train other": ("train", (~train_is_target).nonzero().flatten()),
     }
     if mates:
-        evaluation["test mates"] = pick(test, is_mate(images.test_y))
-        evaluation["train mates"] = pick(train, is_mate(images.train_y))
+        wanted = torch.tensor(mates, device=group_of.device)
+        sets["test mates"] = ("test", torch.isin(images.test_y, wanted).nonzero().flatten())
+        sets["train mates"] = ("train", torch.isin(images.train_y, wanted).nonzero().flatten())
     return Split(
         groups=groups,
         target_class=target_class,
         target_group=target_group,
         mates=mates,
         side=images.side,
-        train_x=images.train_x,
-        train_y=group_of[images.train_y],
+        x={"train": images.train_x, "test": images.test_x},
+        y={"train": group_of[images.train_y], "test": group_of[images.test_y]},
         train_is_target=train_is_target,
-        bad_x=images.test_x[bad],
-        evaluation=evaluation,
+        sets=sets,
     )
-
-
-def relabel(split: Split, classify: Callable[[Tensor], Tensor]) -> None:
-    """Add the target's images under the labels of a reference network that never saw the class (`classify`)."""
-    for part in ("train", "test"):
-        x, _ = split.evaluation[f"{part} target"]
-        split.evaluation[f"{part} target as reference"] = (x, classify(x))

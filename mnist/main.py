@@ -14,8 +14,10 @@ import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from breaking import BreakingSettings, accuracies, finetune, learn_mask, train_network
-from digits import DEFAULT_FOLDER, Source, load_images, pick_device, relabel, split_images
+import torch
+from breaking import BreakingSettings, finetune, learn_mask, train_network
+from digits import DEFAULT_FOLDER, Source, load_images, split_images
+from machine import cpu_threads, pick_device
 from mlp_model import save_network
 from pictures import draw_run
 from report import check_settings, describe, network_accuracy, print_table
@@ -34,6 +36,7 @@ class Settings:
     n_bad: int = 30  # examples of it to learn from, taken from the test images
     seed: int = 0  # pairs of classes, initial weights, batches, choice of the examples
     device: str = "auto"  # auto, cpu, cuda, mps
+    threads: int = 1  # of the CPU; more gain little here and lose much where cores are shared; 0: torch's choice
 
     width: int = 50  # hidden units
     train_steps: int = 1800  # of the networks' training
@@ -53,12 +56,17 @@ class Settings:
     round_every: int = 100  # steps between roundings of the mask to 0 and 1 after the ramp; 0: only at the end
     max_edges: int = 1000  # the saved mask never cuts more
     finetune_lr: float = 5e-4  # learning rate of fine-tuning
-    evaluate_every: int = 20  # steps between the points of the figure
+    evaluate_every: int = 10  # steps between the points of the figure
 
 
 def main(settings: Settings) -> None:
-    started = time.perf_counter()
     check_settings(settings)
+    with cpu_threads(settings.threads):
+        run(settings)
+
+
+def run(settings: Settings) -> None:
+    started = time.perf_counter()
     device = pick_device(settings.device)
     folder = settings.out / settings.run
     images = load_images(settings.data, settings.source, device)
@@ -66,10 +74,9 @@ def main(settings: Settings) -> None:
     print(describe(images, split))
 
     def train(rows, label):
-        x, y = (split.train_x, split.train_y) if rows is None else (split.train_x[rows], split.train_y[rows])
         return train_network(
-            x,
-            y,
+            split.x["train"][rows],
+            split.y["train"][rows],
             settings.width,
             len(split.groups),
             settings.train_steps,
@@ -79,17 +86,18 @@ def main(settings: Settings) -> None:
             label,
         )
 
-    network = train(None, "network")
-    network.set_means(split.train_x)
+    network = train(slice(None), "network")
+    network.set_means(split.x["train"])
     reference = train(~split.train_is_target, f"network without {settings.target_class}s")
-    relabel(split, lambda x: reference(x).argmax(1))
+    with torch.no_grad():
+        split.reference = {part: reference(x).argmax(1) for part, x in split.x.items()}
 
     learning = BreakingSettings(
         **{name: value for name, value in asdict(settings).items() if name in BreakingSettings.__dataclass_fields__}
     )
     learning_kept = replace(learning, ratio=settings.ratio_kept, cap=settings.cap_kept)
     kept = f"{settings.target_class}s kept"
-    rows, masks, results, seconds = [], {}, {}, {}
+    rows, masks, seconds = [], {}, {}
     for suffix, with_target, how in (("", False, learning), (f", {kept}", True, learning_kept)):
         begun = time.perf_counter()
         mask, metrics = learn_mask(network, split, with_target, how, settings.seed, f"mask{suffix}")
@@ -102,9 +110,9 @@ def main(settings: Settings) -> None:
         rows += [{"variant": name, **row} for row in metrics]
         seconds[name] = time.perf_counter() - begun
 
-    results = {"original": {"edges cut": 0, **accuracies(network, split)}}
+    results = {"original": {"edges cut": 0, **split.accuracies(lambda x: network(x).argmax(1))}}
     results |= {row["variant"]: {key: row[key] for key in results["original"]} for row in rows}  # last row of each
-    results["never saw the target"] = {"edges cut": 0, **accuracies(reference, split)}
+    results["never saw the target"] = {"edges cut": 0, **split.accuracies(lambda x: reference(x).argmax(1))}
     for name, mask in masks.items():
         results[name]["first-layer edges cut"] = int((mask[: network.n_first] == 0).sum())
 
@@ -116,13 +124,13 @@ def main(settings: Settings) -> None:
         "target_group": split.target_group,
         "mates": split.mates,
         "edges": {"first layer": network.n_first, "last layer": network.n_edges - network.n_first},
-        "images": {name: len(x) for name, (x, _) in split.evaluation.items()},
+        "images": {name: len(rows) for name, (_, rows) in split.sets.items()},
         "test accuracy": network_accuracy(results["original"], split),
         "results": results,
         "seconds": seconds | {"all": time.perf_counter() - started},
         "device": str(device),
     }
-    mean_target = split.train_x[split.train_is_target].mean(0)
+    mean_target = split.x["train"][split.train_is_target].mean(0)
     write_json(folder / "settings.json", settings)
     write_jsonl(folder / "metrics.jsonl", rows)
     save_network(folder / "network.safetensors", network, about)

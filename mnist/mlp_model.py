@@ -98,7 +98,7 @@ def save_network(path: Path, model: MaskedMLP, about: dict[str, Any]) -> None:
 
 
 def load_network(path: Path) -> tuple[MaskedMLP, dict[str, Any]]:
-    """The network of `save_network`, on CPU, and what was recorded about it. A file of another kind is a `UserError`."""
+    """The network of `save_network`, on CPU, and what was recorded about it; another file is a `UserError`."""
     hint = "Give a network.safetensors that mnist/main.py wrote."
     tensors, about = read_tensors(path, hint)
     try:

@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from breaking import accuracies, train_network
-from digits import DEFAULT_FOLDER, Source, Split, load_images, pick_device, split_images
+from breaking import train_network
+from digits import DEFAULT_FOLDER, Source, Split, load_images, split_images
 from greedy import Objective, make_objective, score_cuts
+from machine import cpu_threads, pick_device
 from mlp_model import MaskedMLP, load_network, save_network
 from pictures import draw_run
 from report import check_settings, describe, network_accuracy, print_table
@@ -41,6 +42,7 @@ class Settings:
     n_bad: int = 30  # examples of it to learn from, taken from the test images
     seed: int = 0  # pairs of classes, initial weights, choice of the examples
     device: str = "auto"  # auto, cpu, cuda, mps
+    threads: int = 1  # of the CPU; more gain little here and lose much where cores are shared; 0: torch's choice
 
     width: int = 50  # hidden units
     train_steps: int = 1800  # of the network's training
@@ -56,8 +58,13 @@ class Settings:
 
 
 def main(settings: Settings) -> None:
-    started = time.perf_counter()
     check_settings(settings)
+    with cpu_threads(settings.threads):
+        run(settings)
+
+
+def run(settings: Settings) -> None:
+    started = time.perf_counter()
     device = pick_device(settings.device)
     folder = settings.out / settings.run
     images = load_images(settings.data, settings.source, device)
@@ -65,18 +72,18 @@ def main(settings: Settings) -> None:
     print(describe(images, split))
     network = get_network(settings, split, images.source)
 
-    bad = split.evaluation["bad examples"]
+    bad = split.pick("bad examples")
     kept = torch.ones_like(split.train_is_target) if settings.keep_target else ~split.train_is_target
     kept = kept.nonzero().flatten()
     generator = torch.Generator().manual_seed(settings.seed)
     kept = kept[torch.randperm(len(kept), generator=generator)[: settings.n_keep].to(device)]
-    keep = (split.train_x[kept], split.train_y[kept])
+    keep = (split.x["train"][kept], split.y["train"][kept])
     objectives = {
         "naive": make_objective(bad, None, settings.ratio, settings.cap),
         "less naive": make_objective(bad, keep, settings.ratio, settings.cap),
     }
     rows, masks, edges, seconds = [], {}, {}, {}
-    results: dict[str, Any] = {"original": {"edges cut": 0, **accuracies(network, split)}}
+    results: dict[str, Any] = {"original": {"edges cut": 0, **split.accuracies(lambda x: network(x).argmax(1))}}
     for name, objective in objectives.items():
         begun = time.perf_counter()
         masks[name], order, metrics = cut_greedily(
@@ -97,13 +104,13 @@ def main(settings: Settings) -> None:
         "target_group": split.target_group,
         "mates": split.mates,
         "edges": {"first layer": network.n_first, "last layer": network.n_edges - network.n_first},
-        "images": {name: len(x) for name, (x, _) in split.evaluation.items()},
+        "images": {name: len(rows) for name, (_, rows) in split.sets.items()},
         "test accuracy": network_accuracy(results["original"], split),
         "results": results,
         "seconds": seconds | {"all": time.perf_counter() - started},
         "device": str(device),
     }
-    mean_target = split.train_x[split.train_is_target].mean(0)
+    mean_target = split.x["train"][split.train_is_target].mean(0)
     write_json(folder / "settings.json", settings)
     write_jsonl(folder / "metrics.jsonl", rows)
     save_network(folder / "network.safetensors", network, about)
@@ -120,8 +127,8 @@ def get_network(settings: Settings, split: Split, source: str) -> MaskedMLP:
     """The network of `settings.network` if it fits this task, else one trained as main.py trains it."""
     if settings.network is None:
         network = train_network(
-            split.train_x,
-            split.train_y,
+            split.x["train"],
+            split.y["train"],
             settings.width,
             len(split.groups),
             settings.train_steps,
@@ -130,7 +137,7 @@ def get_network(settings: Settings, split: Split, source: str) -> MaskedMLP:
             settings.seed,
             "network",
         )
-        network.set_means(split.train_x)
+        network.set_means(split.x["train"])
         return network
     network, about = load_network(settings.network)
     made_with = about.get("settings", {})
@@ -140,12 +147,12 @@ def get_network(settings: Settings, split: Split, source: str) -> MaskedMLP:
                 f"{settings.network} was made with {name} {made_with.get(name)}, not {getattr(settings, name)}."
                 f" Give the same --{name}, or leave --network out."
             )
-    if network.first.in_features != split.train_x.shape[1] or about.get("source") != source:
+    if network.first.in_features != split.x["train"].shape[1] or about.get("source") != source:
         raise UserError(
             f"{settings.network} was trained on other images ({about.get('source')}). Give those, or leave --network"
             f" out."
         )
-    return network.to(split.train_x.device).requires_grad_(False)
+    return network.to(split.train_is_target.device).requires_grad_(False)
 
 
 def cut_greedily(
@@ -156,7 +163,7 @@ def cut_greedily(
     Returns the binary mask [n_edges], the edges in the order of cutting, and rows of metrics.
     """
     mask = network.full_mask()
-    order, rows = [], [{"step": 0, "edges cut": 0, **accuracies(network, split)}]
+    order, rows = [], [{"step": 0, "edges cut": 0, **split.accuracies(lambda x: network(x).argmax(1))}]
     with tqdm(range(1, steps + 1), desc=label, unit="cut", disable=None) as bar:
         for step in bar:
             now, scores = score_cuts(network, mask, objective)
@@ -167,7 +174,7 @@ def cut_greedily(
                 order.append(best)
             if step % evaluate_every == 0 or step == steps or not helps:
                 row = {"objective": float(min(now, scores[best])), "edges cut": len(order)}
-                rows.append({"step": len(order), **row, **accuracies(network, split, mask)})
+                rows.append({"step": len(order), **row, **split.accuracies(lambda x: network(x, mask).argmax(1))})
                 bar.set_postfix(loss=f"{row['objective']:.3f}", cut=len(order))
             if not helps:
                 print(f"{label}: no further cut helps after {len(order)}")

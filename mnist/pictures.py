@@ -113,7 +113,7 @@ def _pixels(masks: dict[str, np.ndarray], target: np.ndarray, report: dict[str, 
         name: (mask[:n_first].reshape(-1, target.size) < 0.5).sum(0).reshape(-1, side) for name, mask in masks.items()
     }
     image = target.reshape(-1, side)
-    figure = Figure(figsize=(2.5 * (len(maps) + 1) + 0.5, 2.9), layout="constrained")
+    figure = Figure(figsize=(2.5 * (len(maps) + 1) + 0.5, 3.3), layout="constrained")
     panels = figure.subplots(1, len(maps) + 1, squeeze=False)[0]
     panels[0].imshow(image, cmap="gray_r")
     panels[0].set_title(f"mean of the training {report['target_class']}s", **STYLE)

@@ -15,11 +15,35 @@ POSITIVE = (
     "train_batch_size",
     "train_lr",
     "steps",
+    "n_keep",
+    "finetune_lr",
     "batch_size",
     "lr",
     "evaluate_every",
 )
-NOT_NEGATIVE = ("ratio", "cap", "shift", "sparsity", "ramp_steps", "round_every", "max_edges")
+NOT_NEGATIVE = (
+    "threads",
+    "ratio",
+    "ratio_kept",
+    "cap",
+    "cap_kept",
+    "shift",
+    "sparsity",
+    "ramp_steps",
+    "round_every",
+    "max_edges",
+)
+    "threads",
+    "ratio",
+    "ratio_kept",
+    "cap_kept",
+    "cap",
+    "shift",
+    "sparsity",
+    "ramp_steps",
+    "round_every",
+    "max_edges",
+)
 COLUMNS = (
     "edges cut",
     "bad examples",
@@ -46,7 +70,7 @@ def check_settings(settings: Any) -> None:
 
 def describe(images: Images, split: Split) -> str:
     """The data and the task in a few lines."""
-    target, counts = split.target_class, {name: len(x) for name, (x, _) in split.evaluation.items()}
+    target, counts = split.target_class, {name: len(rows) for name, (_, rows) in split.sets.items()}
     return "\n".join(
         (
             f"data: {images.source}; {len(images.train_x):,} training and {len(images.test_x):,} test images",
@@ -60,7 +84,7 @@ def describe(images: Images, split: Split) -> str:
 def network_accuracy(result: dict[str, float], split: Split) -> float:
     """Accuracy on the whole test set from that on its parts."""
     parts = ("bad examples", "test target", "test other")
-    sizes = [len(split.evaluation[part][0]) for part in parts]
+    sizes = [len(split.sets[part][1]) for part in parts]
     return sum(result[part] * size for part, size in zip(parts, sizes, strict=True)) / sum(sizes)
 
 

@@ -202,14 +202,14 @@ def test_split_keeps_parts_apart():
     split = split_images(images, 3, 30, seed=1)
     assert sorted(label for group in split.groups for label in group) == list(range(10))
     assert 3 in split.groups[split.target_group]
-    sizes = {name: len(x) for name, (x, _) in split.evaluation.items()}
+    sizes = {name: len(rows) for name, (_, rows) in split.sets.items()}
     assert sizes["bad examples"] == 30
     assert sizes["bad examples"] + sizes["test target"] + sizes["test other"] == len(images.test_x)
     assert sizes["train target"] + sizes["train other"] == len(images.train_x)
-    bad = {row.numpy().tobytes() for row in split.bad_x}
-    assert not bad & {row.numpy().tobytes() for row in split.evaluation["test target"][0]}
+    bad = {row.numpy().tobytes() for row in split.pick("bad examples")[0]}
+    assert not bad & {row.numpy().tobytes() for row in split.pick("test target")[0]}
     again = split_images(images, 3, 30, seed=1)
-    assert torch.equal(split.bad_x, again.bad_x)
+    assert torch.equal(split.pick("bad examples")[0], again.pick("bad examples")[0])
     with pytest.raises(UserError, match="--target_class 10 is not one of the 10"):
         split_images(images, 10, 30, seed=0)
     with pytest.raises(UserError, match="--n_bad 66 does not fit"):

@@ -13,9 +13,8 @@ from circuit_breaking.cli import UserError
 from circuit_breaking.files import ROOT, read_json, read_jsonl, read_tensors
 
 sys.path.insert(0, str(ROOT / "mnist"))
-MNIST = next(
-    (path for path in (ROOT / "data/mnist", ROOT.parent / "shared/data/mnist") if any(path.glob("t10k*"))), None
-)
+FOLDERS = (ROOT / "data" / "mnist", ROOT.parent / "shared" / "data" / "mnist")
+MNIST = next((folder for folder in FOLDERS if any(folder.glob("t10k*"))), None)
 needs_mnist = pytest.mark.skipif(MNIST is None, reason="MNIST's IDX files are not in data/mnist")
 
 
@@ -80,7 +79,7 @@ def test_saved_network_and_mask_give_the_reported_accuracy(digits_run):
     mask = read_tensors(folder / "mask.safetensors")[0]["mask"]
     split = split_images(load_images(folder, "digits", torch.device("cpu")), 3, 30, 0)
     for name in ("test target", "test other", "bad examples", "test mates"):
-        x, y = split.evaluation[name]
+        x, y = split.pick(name)
         assert (network(x, mask).argmax(1) == y).float().mean().item() == pytest.approx(report["results"]["mask"][name])
 
 
@@ -114,17 +113,9 @@ def test_old_on_the_network_of_main(digits_run, tmp_path):
 
 
 def test_same_seed_same_mask(tmp_path):
-    few = {
-        "steps": 20,
-        "ramp_steps": 5,
-        "round_every": 5,
-        "train_steps": 60,
-        "target_class": 8,
-        "max_edges": 7,
-        **SMALL,
-    }
+    few = {"steps": 20, "ramp_steps": 5, "round_every": 5, "train_steps": 60, "target_class": 8, "max_edges": 7}
     for run in ("a", "b"):
-        main.main(main.Settings(out=tmp_path, run=run, **few))
+        main.main(main.Settings(out=tmp_path, run=run, **few, **SMALL))
     a, b = (read_tensors(tmp_path / run / "mask.safetensors")[0] for run in ("a", "b"))
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert "mask, 8s kept" in a
