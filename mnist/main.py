@@ -47,9 +47,9 @@ class Settings:
     batch_size: int = 512  # ordinary images a step
     lr: float = 0.05  # of the mask's weights, which start at 1
     ratio: float = 1.0  # weight of the bad examples' loss against the ordinary images'
-    ratio_kept: float = 2.0  # the same where the ordinary images include the target class and pull against it
+    ratio_kept: float = 3.0  # the same where the ordinary images include the target class and pull against it
     cap: float = 2.0  # nats of a bad example's loss that count; breaking it further gains nothing
-    cap_kept: float = 4.0  # the same where the ordinary images include the target class
+    cap_kept: float = 5.0  # the same where the ordinary images include the target class
     shift: int = 1  # pixels, at most, by which the bad examples are moved at random each step; 0: not at all
     sparsity: float = 3e-4  # what a cut edge costs, about
     ramp_steps: int = 200  # steps over which the sparsity term grows to its full weight

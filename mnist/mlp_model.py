@@ -73,11 +73,13 @@ class MaskedMLP(nn.Module):
     @torch.no_grad()
     def set_means(self, images: Tensor) -> None:
         """Take the means that cut edges carry from `images` [N, D]; call it again after changing the weights."""
-        self.input_mean.copy_(images.mean(0))
-        total = torch.zeros_like(self.hidden_mean)
+        away, hidden = torch.zeros_like(self.input_mean), torch.zeros_like(self.hidden_mean)
         for part in images.split(8192):  # hidden activations of the whole set need not exist at once
-            total += F.relu(self.first(part)).sum(0)
-        self.hidden_mean.copy_(total / len(images))
+            away += (part - images[0]).sum(0)
+            hidden += F.relu(self.first(part)).sum(0)
+        # taken from the first image on, the mean of a pixel that never changes is that pixel exactly
+        self.input_mean.copy_(images[0] + away / len(images))
+        self.hidden_mean.copy_(hidden / len(images))
 
     def edge_name(self, index: int, side: int) -> str:
         """Name of an edge, `x{row}.{column}->h{unit}` or `h{unit}->y{group}`; images are `side` pixels wide."""

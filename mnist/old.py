@@ -30,6 +30,8 @@ from tqdm import tqdm
 from circuit_breaking.cli import UserError, run_script
 from circuit_breaking.files import provenance, write_json, write_jsonl, write_tensors
 
+TOLERANCE = 1e-6  # relative; an objective is a float32 sum
+
 
 @dataclass
 class Settings:
@@ -168,7 +170,8 @@ def cut_greedily(
         for step in bar:
             now, scores = score_cuts(network, mask, objective)
             best = int(scores.argmin())
-            helps = bool(scores[best] < now)
+            # by more than rounding: once every bad example is at its cap, all candidates are equal but for that
+            helps = bool(scores[best] < now - TOLERANCE * now.abs().clamp(min=1))
             if helps:
                 mask[best] = 0
                 order.append(best)

@@ -47,7 +47,7 @@ def draw_run(folder: Path) -> list[Path]:
             for name in names
         }
         target = masks.pop("mean target image").numpy()
-        figures["pixels"] = _pixels({name: mask.numpy() for name, mask in masks.items()}, target, report)
+        figures["pixels"] = _pixels({name: masks[name].numpy() for name in names if name in masks}, target, report)
         figures["comparison"] = _comparison(report)
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise UserError(f"the files in {folder} are not those of one run ({error!r}). {HINT}") from error
@@ -56,7 +56,7 @@ def draw_run(folder: Path) -> list[Path]:
         path = folder / f"{name}.png"
         FigureCanvasAgg(figure)
         with atomic_path(path) as temporary:
-            figure.savefig(temporary, dpi=DPI, format="png")
+            figure.savefig(temporary, dpi=DPI, format="png", bbox_inches="tight", pad_inches=0.05)
         paths.append(path)
     return paths
 
@@ -78,7 +78,8 @@ def _accuracy(rows: list[dict[str, Any]], name: str, report: dict[str, Any]) -> 
     axes = figure.subplots()
     steps = [row["step"] for row in rows]
     lines = []
-    if any(row["edges cut"] for row in rows):
+    one_a_step = report["script"].endswith("old.py")  # then the steps count the edges already
+    if not one_a_step and any(row["edges cut"] for row in rows):
         right = axes.twinx()
         cut = [row["edges cut"] for row in rows]
         right.fill_between(steps, cut, color="0.5", alpha=0.12, linewidth=0)
@@ -96,7 +97,7 @@ def _accuracy(rows: list[dict[str, Any]], name: str, report: dict[str, Any]) -> 
         if key in rows[0]:
             values = [100 * row[key] for row in rows]
             curves += axes.plot(steps, values, line, color=colour, linewidth=1.6, label=_words(label, report))
-    axes.set_xlabel("edges cut, one a step" if report["script"].endswith("old.py") else "step", **STYLE)
+    axes.set_xlabel(f"edges cut, of {sum(report['edges'].values()):,}" if one_a_step else "step", **STYLE)
     axes.set_ylabel("classified as their group, %", **STYLE)
     axes.set_xlim(steps[0], max(steps[-1], 1))
     axes.set_ylim(-2, 102)

@@ -33,17 +33,6 @@ NOT_NEGATIVE = (
     "round_every",
     "max_edges",
 )
-    "threads",
-    "ratio",
-    "ratio_kept",
-    "cap_kept",
-    "cap",
-    "shift",
-    "sparsity",
-    "ramp_steps",
-    "round_every",
-    "max_edges",
-)
 COLUMNS = (
     "edges cut",
     "bad examples",

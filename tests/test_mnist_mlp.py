@@ -95,6 +95,14 @@ def test_means():
     torch.testing.assert_close(model.hidden_mean, F.relu(model.first(images)).mean(0))
 
 
+def test_a_pixel_that_never_changes_has_its_mean_exactly():
+    model = MaskedMLP(3, 2, 2)
+    images = torch.randn(10_000, 3)
+    images[:, 1] = -0.4242129623889923
+    model.set_means(images)
+    assert model.input_mean[1] == images[0, 1]
+
+
 def test_save_and_load(tmp_path):
     model = MaskedMLP(12, 4, 3)
     model.set_means(torch.randn(5, 12))

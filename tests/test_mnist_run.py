@@ -1,6 +1,7 @@
 """The scripts on scikit-learn's small digits, end to end, and their promises on MNIST where its files are."""
 
 import importlib.util
+import inspect
 import json
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import time
 
 import pytest
 import torch
+import tyro
 
 from circuit_breaking.cli import UserError
 from circuit_breaking.files import ROOT, read_json, read_jsonl, read_tensors
@@ -112,6 +114,15 @@ def test_old_on_the_network_of_main(digits_run, tmp_path):
         old.main(old.Settings(out=tmp_path, network=folder / "network.safetensors", seed=1, **SMALL))
 
 
+def test_greedy_stops_where_no_cut_helps(digits_run, tmp_path):
+    """With every bad example at its cap, candidates differ by rounding alone; the naive kind then cuts none of them."""
+    folder, _ = digits_run
+    old.main(old.Settings(out=tmp_path, network=folder / "network.safetensors", steps=300, cap=0.5, n_keep=40, **SMALL))
+    rows = [row for row in read_jsonl(tmp_path / "old/metrics.jsonl") if row["variant"] == "naive"]
+    assert rows[-1]["edges cut"] < 100
+    assert rows[-1]["objective"] == pytest.approx(-0.5, abs=1e-5)
+
+
 def test_same_seed_same_mask(tmp_path):
     few = {"steps": 20, "ramp_steps": 5, "round_every": 5, "train_steps": 60, "target_class": 8, "max_edges": 7}
     for run in ("a", "b"):
@@ -139,20 +150,25 @@ def test_wrong_settings_are_one_sentence(tmp_path, change, says):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", ["main", "old", "redraw"])
-def test_command_line(tmp_path, name):
-    def call(*words):
-        command = [sys.executable, ROOT / "mnist" / f"{name}.py", *words]
-        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+@pytest.mark.parametrize("module", [main, old, redraw])
+def test_help_explains_every_setting(module, capsys):
+    with pytest.raises(SystemExit):
+        tyro.cli(module.Settings, args=["--help"])
+    text = capsys.readouterr().out
+    source = inspect.getsource(module.Settings)
+    for line in filter(str.strip, source.splitlines()[2:]):
+        name, comment = line.split(":")[0].strip(), line.split("  # ")[1]
+        assert f"--{name.replace('_', '-')}" in text or f"--{name}" in text
+        assert comment.split()[0] in text
 
-    helped = call("--help")
-    assert helped.returncode == 0
-    for field in script(name).Settings.__dataclass_fields__:
-        assert f"--{field.replace('_', '-')}" in helped.stdout or f"--{field}" in helped.stdout
-    wrong = call("--folder" if name == "redraw" else "--data", str(tmp_path / "nowhere"))
-    assert wrong.returncode == 1
-    assert wrong.stderr.startswith("error: ")
-    assert wrong.stderr.count("\n") == 1
+
+def test_command_line_ends_a_wrong_setting_in_one_sentence(tmp_path):
+    command = [sys.executable, ROOT / "mnist" / "main.py", "--data", str(tmp_path / "nowhere"), "--out", str(tmp_path)]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert ended.returncode == 1
+    assert ended.stderr.startswith("error: ")
+    assert ended.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
