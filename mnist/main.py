@@ -18,7 +18,7 @@ import torch
 from breaking import BreakingSettings, finetune, learn_mask, train_network
 from digits import DEFAULT_FOLDER, Source, load_images, split_images
 from machine import cpu_threads, pick_device
-from mlp_model import save_network
+from mlp_model import MaskedMLP, save_network
 from pictures import draw_run
 from report import check_settings, describe, network_accuracy, print_table
 
@@ -73,7 +73,7 @@ def run(settings: Settings) -> None:
     split = split_images(images, settings.target_class, settings.n_bad, settings.seed)
     print(describe(images, split))
 
-    def train(rows, label):
+    def train(rows: slice | torch.Tensor, label: str) -> MaskedMLP:
         return train_network(
             split.x["train"][rows],
             split.y["train"][rows],
