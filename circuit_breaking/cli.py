@@ -1,5 +1,6 @@
 """How a script starts: settings from its dataclass, one clear sentence when something is wrong (layer 0)."""
 
+import re
 import sys
 from collections.abc import Callable
 from typing import TypeVar
@@ -13,13 +14,21 @@ class UserError(Exception):
     """Something that the person at the keyboard can put right. The message says what was wrong and what to do."""
 
 
+def first_line(error: Exception) -> str:
+    """The first line of an exception's message, its type where it has none: for a sentence of our own."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def run_script(main: Callable[[T], object], settings_class: type[T]) -> None:
     """Read `settings_class` from the command line and call `main` with it.
 
     A `UserError` ends the script with its sentence on stderr and exit code 1; any other exception is a defect of
     ours and keeps its traceback. Ctrl-C ends with exit code 130, as shells expect.
     """
-    settings = tyro.cli(settings_class, description=sys.modules[main.__module__].__doc__)
+    about = sys.modules[main.__module__].__doc__ or ""
+    # the help text reflows lines: keep those that say what is read, written and how long it takes apart
+    about = re.sub(r"\n(?=(Reads|Writes|Time) )", "\n\n", about)
+    settings = tyro.cli(settings_class, description=about)
     try:
         main(settings)
     except UserError as error:

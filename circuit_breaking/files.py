@@ -109,14 +109,17 @@ def read_json(path: Path | str, hint: str = "Check the path in the settings.") -
 def read_jsonl(path: Path | str, hint: str = "Check the path in the settings.") -> list[Any]:
     """Read JSON Lines; a missing file or a damaged line is a `UserError` that names the line."""
     path = require_file(path, hint)
-    rows = []
+    rows, number = [], 0
     try:
         with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
+            for line in file:
+                number += 1
                 if line.strip():
                     rows.append(json.loads(line))
+    except UnicodeDecodeError as error:  # decoded in blocks, so the line is not known
+        raise UserError(f"{path} is not UTF-8 text ({error}). {hint}") from error
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}, line {number if rows else 1}: not JSON ({error}). {hint}") from error
+        raise UserError(f"{path}, line {number}: not JSON ({error}). {hint}") from error
     return rows
 
 

@@ -1,0 +1,227 @@
+"""The parts of a transformer that differ between families: what heads and MLPs compute from what they read (layer 1).
+
+Shapes: B batch, T position, N tokens = B * T, H heads, R head readers (H, or 3H with `split_qkv`), D width, K head
+width, F MLP width, V vocabulary.
+
+A block stops short of its two output projections, `w_o` and `w_down`: the engine applies those itself, straight into
+its stack of node outputs, so that nothing is copied and autograd keeps nothing for them. The gain and bias of the norm
+before attention are folded into the projections, because every reader has a residual stream of its own to normalise.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+from circuit_breaking.cli import UserError
+
+# One fused kernel instead of the chain of elementwise products that Hugging Face writes out
+FUSED_ACTIVATIONS = {
+    "gelu": F.gelu,
+    "gelu_new": partial(F.gelu, approximate="tanh"),
+    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
+    "silu": F.silu,
+    "relu": F.relu,
+}
+
+
+def activation(name: str) -> Callable[[Tensor], Tensor]:
+    """The activation function that a Hugging Face configuration names."""
+    return FUSED_ACTIVATIONS.get(name) or ACT2FN[name]
+
+
+def attend(qkv: Tensor, batch: int, split: bool, rotate: Callable[[Tensor], Tensor] | None, scale: float) -> Tensor:
+    """Causal attention of every head on its own queries, keys and values.
+
+    `qkv` is [H, N, 3K], or [3H, N, K] in the order q, k, v of each head when `split`. Returns [H, N, K].
+    """
+    if split:
+        readers, tokens, width = qkv.shape
+        parts = qkv.view(readers // 3, 3, batch, tokens // batch, width).unbind(1)
+    else:
+        heads, tokens, width = qkv.shape
+        parts = qkv.view(heads, batch, tokens // batch, width).chunk(3, -1)
+    q, k, v = (part.transpose(0, 1) for part in parts)  # [B, H, T, K]
+    if rotate is not None:
+        q, k = rotate(q), rotate(k)
+    z = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+    return z.transpose(0, 1).reshape(z.shape[1], tokens, z.shape[-1])
+
+
+def reader_weights(parts: list[Tensor], split: bool) -> Tensor:
+    """Query, key and value projections [H, D, K] (biases [H, 1, K]) as one matrix a reader.
+
+    Returns [H, D, 3K], or [3H, D, K] when `split`.
+    """
+    return torch.stack(parts, 1).flatten(0, 1).contiguous() if split else torch.cat(parts, -1).contiguous()
+
+
+class GPT2Block(nn.Module):
+    """One GPT-2 layer: LayerNorm, learned positions (in the embedding), biases everywhere."""
+
+    def __init__(self, layer: nn.Module, config, index: int, split_qkv: bool) -> None:
+        super().__init__()
+        d, heads = config.n_embd, config.n_head
+        width = d // heads
+        self.split, self.eps, self.shape = split_qkv, config.layer_norm_epsilon, (d,)
+        self.scale = width**-0.5 if config.scale_attn_weights else 1.0
+        if config.scale_attn_by_inverse_layer_idx:
+            self.scale /= index + 1
+        self.act = activation(config.activation_function)
+        ln, attention, mlp = layer.ln_1, layer.attn, layer.mlp
+        weights = attention.c_attn.weight.detach().view(d, 3, heads, width).permute(1, 2, 0, 3)  # [3, H, D, K]
+        biases = attention.c_attn.bias.detach().view(3, heads, 1, width) + ln.bias.detach()[None] @ weights
+        weights = ln.weight.detach()[:, None] * weights
+        self.register_buffer("w_qkv", reader_weights(list(weights), split_qkv))
+        self.register_buffer("b_qkv", reader_weights(list(biases), split_qkv))
+        self.register_buffer("w_o", attention.c_proj.weight.detach().view(heads, width, d))
+        self.register_buffer("b_o", attention.c_proj.bias.detach() / heads)
+        self.register_buffer("g_2", layer.ln_2.weight.detach())
+        self.register_buffer("b_2", layer.ln_2.bias.detach())
+        self.register_buffer("w_up", mlp.c_fc.weight.detach())
+        self.register_buffer("b_up", mlp.c_fc.bias.detach())
+        self.register_buffer("w_down", mlp.c_proj.weight.detach())
+        self.register_buffer("b_down", mlp.c_proj.bias.detach())
+
+    def heads(self, read: Tensor, batch: int, rotary: None = None) -> Tensor:
+        """Attention-weighted values of every head, before its output projection: [R, N, D] -> [H, N, K]."""
+        x = F.layer_norm(read, self.shape, eps=self.eps)
+        return attend(torch.baddbmm(self.b_qkv, x, self.w_qkv), batch, self.split, None, self.scale)
+
+    def mlp(self, read: Tensor) -> Tensor:
+        """Hidden layer of the MLP, before its output projection: [N, D] -> [N, F]."""
+        x = F.layer_norm(read, self.shape, self.g_2, self.b_2, self.eps)
+        return self.act(torch.addmm(self.b_up, x, self.w_up))
+
+
+class LlamaBlock(nn.Module):
+    """One Llama layer: RMSNorm, rotary positions, keys and values shared by groups of query heads, gated MLP.
+
+    Every query head reads its keys and values from a residual stream of its own, so a group's projection is applied
+    once for each of its query heads.
+    """
+
+    def __init__(self, layer: nn.Module, config, index: int, split_qkv: bool) -> None:
+        super().__init__()
+        attention, mlp = layer.self_attn, layer.mlp
+        d, heads = config.hidden_size, config.num_attention_heads
+        width = attention.head_dim
+        self.split, self.eps, self.shape = split_qkv, config.rms_norm_eps, (d,)
+        self.scale = attention.scaling
+        self.act = activation(config.hidden_act)
+        gain = layer.input_layernorm.weight.detach()
+
+        def per_query_head(linear: nn.Linear, tensor: Tensor | None) -> Tensor:
+            groups = linear.out_features // width
+            tensor = linear.weight.new_zeros(linear.out_features, 1) if tensor is None else tensor.detach()
+            return tensor.view(groups, width, -1).repeat_interleave(heads // groups, 0).transpose(1, 2)
+
+        projections = [attention.q_proj, attention.k_proj, attention.v_proj]
+        weights = [gain[:, None] * per_query_head(linear, linear.weight) for linear in projections]  # [H, D, K]
+        biases = [per_query_head(linear, linear.bias) for linear in projections]  # [H, 1, K]
+        self.register_buffer("w_qkv", reader_weights(weights, split_qkv))
+        self.register_buffer("b_qkv", reader_weights(biases, split_qkv))
+        self.register_buffer("w_o", attention.o_proj.weight.detach().t().reshape(heads, width, d))
+        self.register_buffer("b_o", bias_of(attention.o_proj) / heads)
+        self.register_buffer("g_2", layer.post_attention_layernorm.weight.detach())
+        self.register_buffer("w_gate", mlp.gate_proj.weight.detach())
+        self.register_buffer("w_up", mlp.up_proj.weight.detach())
+        self.register_buffer("b_gate", None if mlp.gate_proj.bias is None else mlp.gate_proj.bias.detach())
+        self.register_buffer("b_up", None if mlp.up_proj.bias is None else mlp.up_proj.bias.detach())
+        self.register_buffer("w_down", mlp.down_proj.weight.detach().t())
+        self.register_buffer("b_down", bias_of(mlp.down_proj))
+
+    def heads(self, read: Tensor, batch: int, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        """Attention-weighted values of every head, before its output projection: [R, N, D] -> [H, N, K]."""
+        x = F.rms_norm(read, self.shape, eps=self.eps)
+        rotate = partial(rotate_halves, cos=rotary[0], sin=rotary[1])
+        return attend(torch.baddbmm(self.b_qkv, x, self.w_qkv), batch, self.split, rotate, self.scale)
+
+    def mlp(self, read: Tensor) -> Tensor:
+        """Hidden layer of the MLP, before its output projection: [N, D] -> [N, F]."""
+        x = F.rms_norm(read, self.shape, self.g_2, self.eps)
+        return self.act(F.linear(x, self.w_gate, self.b_gate)) * F.linear(x, self.w_up, self.b_up)
+
+
+def bias_of(linear: nn.Linear) -> Tensor:
+    """The bias of a linear layer, zeros [out] where it has none."""
+    return linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias.detach()
+
+
+def rotate_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding (Su et al. 2021) in Llama's layout: x [..., T, K]; cos and sin [T, K]."""
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat((-second, first), -1) * sin
+
+
+class Norm(nn.Module):
+    """LayerNorm, or RMSNorm where `kind` says so, with frozen weights and in the model's own precision throughout.
+
+    (Hugging Face's RMSNorm goes through float32 whatever the model's type, which is too coarse for float64.)
+    """
+
+    def __init__(self, kind: str, weight: Tensor, bias: Tensor | None, eps: float) -> None:
+        super().__init__()
+        self.kind, self.eps = kind, eps
+        self.register_buffer("weight", weight.detach())
+        self.register_buffer("bias", None if bias is None else bias.detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise [..., D]."""
+        if self.kind == "rms":
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+
+
+@dataclass
+class Parts:
+    """What the engine needs of a model of any family."""
+
+    blocks: list[nn.Module]
+    embedding: Tensor  # [V, D]
+    positions: Tensor | None  # [max T, D], learned; None where positions are rotary
+    rotary: nn.Module | None  # Hugging Face's own module, so that every kind of scaling is right
+    norm: Norm  # final norm
+    unembedding: Tensor  # [V, D]
+    unembedding_bias: Tensor | None
+    max_positions: int
+    parallel: bool = False  # attention and MLP read the same stream
+
+
+def _gpt2(hf: nn.Module, split_qkv: bool) -> Parts:
+    config, body = hf.config, hf.transformer
+    if config.add_cross_attention:
+        raise UserError("this GPT-2 has cross-attention, which the graph does not describe. Use a plain GPT-2.")
+    blocks = [GPT2Block(layer, config, index, split_qkv) for index, layer in enumerate(body.h)]
+    norm = Norm("layer", body.ln_f.weight, body.ln_f.bias, config.layer_norm_epsilon)
+    return Parts(
+        blocks, body.wte.weight, body.wpe.weight, None, norm, hf.lm_head.weight, hf.lm_head.bias,
+        config.n_positions,
+    )  # fmt: skip
+
+
+def _llama(hf: nn.Module, split_qkv: bool) -> Parts:
+    config, body = hf.config, hf.model
+    blocks = [LlamaBlock(layer, config, index, split_qkv) for index, layer in enumerate(body.layers)]
+    norm = Norm("rms", body.norm.weight, None, config.rms_norm_eps)
+    return Parts(
+        blocks, body.embed_tokens.weight, None, body.rotary_emb, norm, hf.lm_head.weight, hf.lm_head.bias,
+        config.max_position_embeddings,
+    )  # fmt: skip
+
+
+# Hugging Face `model_type` -> how to take that family apart
+FAMILIES: dict[str, Callable[[nn.Module, bool], Parts]] = {"gpt2": _gpt2, "llama": _llama}
+
+
+def take_apart(hf: nn.Module, split_qkv: bool) -> Parts:
+    """The parts of a Hugging Face causal language model. Raises `UserError` for a family that is not known here."""
+    family = getattr(getattr(hf, "config", None), "model_type", type(hf).__name__)
+    if family not in FAMILIES or not hasattr(hf, "lm_head"):
+        known = ", ".join(sorted(FAMILIES))
+        raise UserError(f"a {type(hf).__name__} of family {family!r} is not supported. Known causal models: {known}.")
+    return FAMILIES[family](hf, split_qkv)

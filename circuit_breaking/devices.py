@@ -1,0 +1,29 @@
+"""Devices and types by their names in the settings (layer 0)."""
+
+import torch
+
+from circuit_breaking.cli import UserError, first_line
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+
+def pick_device(device: str) -> torch.device:
+    """`"auto"` is CUDA where there is one, else Apple's MPS, else the CPU; any other value is torch's own name."""
+    if device == "auto":
+        mps = torch.backends.mps.is_available()
+        return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"device {device!r} cannot be used here ({first_line(error)}). Set device to auto.") from error
+    return chosen
+
+
+def pick_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """A torch type by its name."""
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype not in DTYPES:
+        raise UserError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}.")
+    return DTYPES[dtype]

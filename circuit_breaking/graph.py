@@ -1,0 +1,158 @@
+"""The causal graph of a transformer: nodes, edges, their names, order and counts (layer 0).
+
+Nodes in order: `embed`; for each layer its heads `a{layer}.{head}` and its MLP `m{layer}`; `output`. An edge
+`source->target` runs from every node to every later reader. With `split_qkv` a head reads three times, as
+`a{layer}.{head}.q`, `.k` and `.v`, so that the same source can be cut from its keys alone.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from circuit_breaking.cli import UserError
+
+QKV = ("q", "k", "v")
+
+
+class Edge(str):
+    """The name of an edge, `"a0.3->m5"`, which is a plain string that also knows its two ends."""
+
+    __slots__ = ()
+
+    @property
+    def source(self) -> str:
+        """Name of the node that writes."""
+        return self.partition("->")[0]
+
+    @property
+    def target(self) -> str:
+        """Name of the reader."""
+        return self.partition("->")[2]
+
+
+class LayerSlice(NamedTuple):
+    """Where one layer's edges lie in the flat order: a [rows, sources] block, then the MLP's reads of its own heads."""
+
+    start: int  # first edge of the block
+    rows: int  # readers of the block: head readers, then the MLP
+    sources: int  # nodes of earlier layers, which every row reads
+    own: int  # edges from the layer's own heads into its MLP, after the block; 0 where both run in parallel
+    reader: int  # index of the first row among all readers
+
+
+@dataclass(frozen=True)
+class EdgeGraph:
+    """Nodes and edges of a transformer with `n_layers` layers of `n_heads` heads.
+
+    `parallel=True` is the GPT-NeoX layer, whose attention and MLP read the same residual stream, so that an MLP
+    does not read its own layer's heads. `len(graph)` is the number of edges.
+    """
+
+    n_layers: int
+    n_heads: int
+    split_qkv: bool = False
+    parallel: bool = False
+
+    def __post_init__(self) -> None:
+        if self.n_layers < 0 or self.n_heads < 1:
+            raise ValueError(f"a graph of {self.n_layers} layers with {self.n_heads} heads is not possible")
+
+    @property
+    def head_readers(self) -> int:
+        """Readers that the heads of one layer have between them."""
+        return self.n_heads * (3 if self.split_qkv else 1)
+
+    @cached_property
+    def sources(self) -> list[str]:
+        """Names of the nodes that write, in order: everything but `output`."""
+        names = ["embed"]
+        for layer in range(self.n_layers):
+            names += [f"a{layer}.{head}" for head in range(self.n_heads)] + [f"m{layer}"]
+        return names
+
+    @cached_property
+    def readers(self) -> list[str]:
+        """Names of the nodes that read, in order."""
+        names = []
+        for layer in range(self.n_layers):
+            for head in range(self.n_heads):
+                names += [f"a{layer}.{head}.{part}" for part in QKV] if self.split_qkv else [f"a{layer}.{head}"]
+            names.append(f"m{layer}")
+        return [*names, "output"]
+
+    @cached_property
+    def layers(self) -> list[LayerSlice]:
+        """Where each layer's edges lie; the edges into `output` are the last `len(sources)`."""
+        slices, start = [], 0
+        rows, own = self.head_readers + 1, 0 if self.parallel else self.n_heads
+        for layer in range(self.n_layers):
+            sources = 1 + layer * (self.n_heads + 1)
+            slices.append(LayerSlice(start, rows, sources, own, layer * rows))
+            start += rows * sources + own
+        return slices
+
+    @cached_property
+    def _ends(self) -> tuple[Tensor, Tensor]:
+        readers, sources = [], []
+        for part in self.layers:
+            readers.append(torch.arange(part.reader, part.reader + part.rows).repeat_interleave(part.sources))
+            sources.append(torch.arange(part.sources).repeat(part.rows))
+            readers.append(torch.full((part.own,), part.reader + part.rows - 1))
+            sources.append(torch.arange(part.sources, part.sources + part.own))
+        readers.append(torch.full((len(self.sources),), len(self.readers) - 1))
+        sources.append(torch.arange(len(self.sources)))
+        return torch.cat(readers), torch.cat(sources)
+
+    @property
+    def edge_readers(self) -> Tensor:
+        """Index into `readers` of each edge's target: int64 [n_edges]."""
+        return self._ends[0]
+
+    @property
+    def edge_sources(self) -> Tensor:
+        """Index into `sources` of each edge's source: int64 [n_edges]."""
+        return self._ends[1]
+
+    @cached_property
+    def edges(self) -> list[Edge]:
+        """All edges, reader by reader in forward order, each reader's sources in order."""
+        readers, sources = self._ends
+        return [
+            Edge(f"{self.sources[source]}->{self.readers[reader]}")
+            for reader, source in zip(readers.tolist(), sources.tolist(), strict=True)
+        ]
+
+    @cached_property
+    def _index(self) -> dict[str, int]:
+        return {edge: number for number, edge in enumerate(self.edges)}
+
+    def index(self, edge: str) -> int:
+        """Position of an edge in the flat order. Raises `UserError` for an edge that this graph lacks."""
+        try:
+            return self._index[edge]
+        except KeyError:
+            raise UserError(f"there is no edge {str(edge)!r} in {self}; {self._why_not(str(edge))}") from None
+
+    def _why_not(self, edge: str) -> str:
+        source, arrow, target = edge.partition("->")
+        if not arrow:
+            return "an edge is written like 'a0.3->m1'."
+        if source not in self.sources:
+            return f"{source!r} is no node that writes (those are embed, a<layer>.<head>, m<layer>)."
+        if target not in self.readers:
+            part = "a<layer>.<head>.<q|k|v>" if self.split_qkv else "a<layer>.<head>"
+            return f"{target!r} is no reader (those are {part}, m<layer>, output)."
+        return f"{target} does not come after {source}."
+
+    def __contains__(self, edge: object) -> bool:
+        return edge in self._index
+
+    def __len__(self) -> int:
+        return len(self._ends[0])
+
+    def __str__(self) -> str:
+        kind = ", query, key and value apart" if self.split_qkv else ""
+        return f"a graph of {self.n_layers} layers x {self.n_heads} heads{kind} ({len(self):,} edges)"

@@ -1,0 +1,95 @@
+"""Texts to token batches (layer 0).
+
+Shapes: n texts, T tokens of the longest (at most the context length).
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from circuit_breaking.cli import UserError
+from circuit_breaking.files import require_file
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """Texts as tokens, padded on the right: `tokens` int64 [n, T], `lengths` int64 [n] (prefix token included)."""
+
+    tokens: Tensor
+    lengths: Tensor
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, rows: Tensor | slice) -> "TokenBatch":
+        """The texts of some rows, cut to the longest of them."""
+        lengths = self.lengths[rows]
+        return TokenBatch(self.tokens[rows][:, : int(lengths.max())], lengths)
+
+    def to(self, device: torch.device | str) -> "TokenBatch":
+        """The same texts on another device."""
+        return TokenBatch(self.tokens.to(device), self.lengths.to(device))
+
+    @property
+    def real(self) -> Tensor:
+        """True where a token is no padding: bool [n, T]."""
+        return torch.arange(self.tokens.shape[1], device=self.tokens.device) < self.lengths[:, None]
+
+    @property
+    def predicted(self) -> Tensor:
+        """True where a real token follows, so that there is something to predict: bool [n, T]."""
+        return torch.arange(self.tokens.shape[1], device=self.tokens.device) < self.lengths[:, None] - 1
+
+    def batches(self, size: int) -> Iterator["TokenBatch"]:
+        """Consecutive batches of at most `size` texts."""
+        for start in range(0, len(self), size):
+            yield self[start : start + size]
+
+
+def encode(tokenizer: Any, texts: Sequence[str], prefix: int, length: int, end: bool = False) -> TokenBatch:
+    """Tokenise texts, each behind the prefix token and cut to `length` tokens.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        texts: the texts; those without a single token are left out.
+        prefix: token that starts every text (see `models.prefix_token`).
+        length: most tokens a text may have, prefix included; at least 2.
+        end: put the prefix token behind a text that is not cut, so that its end is predicted too.
+
+    Raises:
+        UserError: no text has a token, or `length` leaves nothing to predict.
+    """
+    if length < 2:
+        raise UserError(f"a context of {length} tokens leaves nothing to predict. Set it to at least 2.")
+    texts = list(texts)
+    rows = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+    rows = [[prefix, *row, *([prefix] if end else [])][:length] for row in rows if row]
+    if not rows:
+        raise UserError(f"{len(texts)} texts were given and none has a token in it. Check the data set.")
+    return pad_right(rows, prefix)
+
+
+def pad_right(rows: Sequence[Sequence[int]], fill: int) -> TokenBatch:
+    """Rows of tokens, at least one and none empty, as one batch with `fill` behind those that are shorter."""
+    lengths = torch.tensor([len(row) for row in rows])
+    tokens = torch.full((len(rows), int(lengths.max())), fill)
+    for row, values in zip(tokens, rows, strict=True):
+        row[: len(values)] = torch.tensor(values)
+    return TokenBatch(tokens, lengths)
+
+
+def read_lines(path: Path | str, hint: str = "Check the path in the settings.") -> list[str]:
+    """Lines of a UTF-8 text file that are not blank, one text each. A missing or empty file is a `UserError`."""
+    path = require_file(path, hint)
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8", errors="strict").splitlines()]
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}). {hint}") from error
+    lines = [line for line in lines if line]
+    if not lines:
+        raise UserError(f"{path} holds no text. {hint}")
+    return lines

@@ -1,0 +1,313 @@
+"""The edge-masked transformer: causal interventions on every edge of a model at once (layer 1).
+
+Reader j gets  r_j = Σ_i [ m_ij x_i + (1 - m_ij) μ_i ],  with x_i the output of node i, m_ij the mask weight of edge
+i -> j and μ_i what a cut edge carries (Li, Davies, Nadeau 2023, section 3). Heads, MLPs and `output` read alike.
+
+Shapes: B batch, T position, N tokens = B * T, P sources, R readers of a layer, H heads, D width, E edges, V vocabulary.
+
+How it is fast:
+- Node outputs live in one preallocated stack, stored as x_i - μ_i, so that means cost one addition a reader:
+  r_j = Σ_i m_ij (x_i - μ_i) + Σ_i μ_i. A layer's readers are one product [R, P'] · [P', N * D] over the P' nodes
+  of earlier layers.
+- The backward is written by hand. Walking the layers in reverse, the gradient at a layer's nodes is gathered from
+  all later readers with one product, and the gradient of all its edges is one more. Once a layer is done, nothing
+  reads its node outputs again, so the gradients of its readers take their place: one stack serves both passes.
+- Autograd keeps what attention and the MLP's nonlinearity need, nothing else. Model weights are frozen.
+"""
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from circuit_breaking.blocks import take_apart
+from circuit_breaking.cli import UserError
+from circuit_breaking.graph import EdgeGraph
+from circuit_breaking.masks import EdgeMask
+
+
+class _OutputRead(torch.autograd.Function):
+    """What `output` reads [N, D], as a function of the mask weights [E]."""
+
+    @staticmethod
+    def forward(ctx, weights: Tensor, model: "EdgeMaskedTransformer", tokens: Tensor) -> Tensor:
+        run = _Run(model, weights.detach(), tokens, keep=ctx.needs_input_grad[0])
+        ctx.run = run
+        return run.forward()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor):
+        return ctx.run.backward(gradient), None, None
+
+
+class _Run:
+    """One forward and its backward over one batch. The backward uses the stack up; a second one makes it anew."""
+
+    def __init__(self, model: "EdgeMaskedTransformer", weights: Tensor, tokens: Tensor, keep: bool) -> None:
+        self.model, self.graph, self.keep = model, model.graph, keep
+        self.batch, self.length = tokens.shape
+        self.tokens = tokens
+        self.weights = weights.to(model.dtype)
+        self.mask_dtype = weights.dtype
+        self.width = model.embedding.shape[1]
+        self.flat = tokens.numel() * self.width  # one node's output, as one row
+        self.base, self.offsets = model.base, model.offsets
+        self.stack: Tensor | None = None
+
+    def _fill(self, rows: Tensor, constants: Tensor) -> None:
+        """Set [k, N, D] to constants [k, 1 or max T, D], which may differ by position."""
+        rows = rows.view(rows.shape[0], self.batch, self.length, self.width)
+        rows.copy_(constants[:, None, : self.length])
+
+    def _masks(self, layer: int) -> tuple[Tensor, Tensor]:
+        """A layer's weights: [R, P'] for the earlier nodes and [own] for its MLP's reads of its own heads."""
+        part = self.graph.layers[layer]
+        middle = part.start + part.rows * part.sources
+        return (
+            self.weights[part.start : middle].view(part.rows, part.sources),
+            self.weights[middle : middle + part.own],
+        )
+
+    def forward(self) -> Tensor:
+        model, graph, sources = self.model, self.graph, len(self.graph.sources)
+        n_tokens, heads = self.tokens.numel(), graph.n_heads
+        # one row more than there are nodes: the backward keeps the gradient of `output` there
+        self.stack = stack = model.embedding.new_empty(sources + 1, n_tokens, self.width)
+        self._fill(stack[:1], self.offsets[:1])
+        embedding = F.embedding(self.tokens, model.embedding)
+        if model.positions is not None:
+            embedding += model.positions[: self.length]
+        stack[0] += embedding.view(n_tokens, -1)
+        rotary = model.rotary_tables(self.length, self.tokens.device)
+        self.saved: list[tuple[Tensor, ...] | None] = []
+        for layer, block in enumerate(model.blocks):
+            part = graph.layers[layer]
+            first, mlp = part.sources, part.sources + heads
+            read = self._read_earlier(layer)
+            z, read_heads = self._traced(lambda x, block=block: block.heads(x, self.batch, rotary), read[:-1])
+            self._fill(stack[first:mlp], self.offsets[first:mlp])
+            stack[first:mlp].baddbmm_(z.detach(), block.w_o)
+            read_mlp = read[-1]
+            if part.own:
+                own = stack[first:mlp].view(heads, -1)
+                # a new tensor: autograd holds the heads' rows of `read` and forbids writing beside them
+                read_mlp = torch.addmv(read_mlp.view(-1), own.t(), self._masks(layer)[1]).view_as(read_mlp)
+            hidden, read_mlp = self._traced(block.mlp, read_mlp)
+            self._fill(stack[mlp : mlp + 1], self.offsets[mlp : mlp + 1])
+            stack[mlp].addmm_(hidden.detach(), block.w_down)
+            self.saved.append((read_heads, z, read_mlp, hidden) if self.keep else None)
+        read = stack.new_empty(1, n_tokens, self.width)
+        self._weighted_sum(read, self.weights[-sources:].view(1, -1), stack[:sources], [sources])
+        return read[0]
+
+    def _traced(self, function, read: Tensor) -> tuple[Tensor, Tensor]:
+        """`function(read)` with its graph from `read` on, where a backward is to come."""
+        with torch.set_grad_enabled(self.keep):
+            read = read.detach().requires_grad_(self.keep)
+            return function(read), read
+
+    def _read_earlier(self, layer: int) -> Tensor:
+        """What a layer's readers get from the nodes of earlier layers: [R, N, D], the MLP last."""
+        part = self.graph.layers[layer]
+        read = self.stack.new_empty(part.rows, self.tokens.numel(), self.width)
+        # the MLP's own heads come later, but their means can be added now
+        earlier = [part.sources] * (part.rows - 1) + [part.sources + part.own]
+        self._weighted_sum(read, self._masks(layer)[0], self.stack[: part.sources], earlier)
+        return read
+
+    def _weighted_sum(self, out: Tensor, weights: Tensor, nodes: Tensor, means_of: list[int]) -> None:
+        """out [R, N, D] = weights [R, P'] · nodes [P', N, D] + each reader's sum of the means of its first nodes."""
+        flat = out.view(len(out), -1)
+        if self.base is None:
+            torch.mm(weights, nodes.view(len(nodes), -1), out=flat)
+        else:
+            self._fill(out, self.base[means_of])
+            flat.addmm_(weights, nodes.view(len(nodes), -1))
+
+    def backward(self, gradient: Tensor) -> Tensor:
+        if self.stack is None:
+            self.forward()
+        graph, stack, flat, heads = self.graph, self.stack, self.flat, self.graph.n_heads
+        self.stack = None
+        sources, readers = len(graph.sources), len(graph.readers)
+        rows = stack.view(sources + 1, flat)
+        edge_gradient = torch.empty_like(self.weights)
+        edge_gradient[-sources:] = rows[:sources] @ gradient.reshape(-1)
+        # Gradients of the readers. Row for row they fit where the outputs of the same layer's nodes were, unless
+        # queries, keys and values read apart.
+        reads = stack.new_empty(readers, flat) if graph.split_qkv else rows[1:]
+        reads[-1] = gradient.reshape(-1)
+        mask = self.weights.new_zeros(readers, sources)
+        mask[self.model.edge_readers, self.model.edge_sources] = self.weights
+        at_nodes = stack.new_empty(heads + 1, *stack.shape[1:])
+        for layer in reversed(range(graph.n_layers)):
+            block, part = self.model.blocks[layer], graph.layers[layer]
+            read_heads, z, read_mlp, hidden = self.saved[layer]
+            first, mlp, after = part.sources, part.sources + heads, part.reader + part.rows
+            earlier, own = edge_gradient[part.start :].split_with_sizes(self._sizes(layer))[:2]
+            torch.mm(mask[after:, first : mlp + 1].t(), reads[after:], out=at_nodes.view(heads + 1, flat))
+
+            (at_mlp_read,) = torch.autograd.grad(hidden, read_mlp, at_nodes[heads] @ block.w_down.t())
+            if part.own:
+                torch.mv(rows[first:mlp], at_mlp_read.view(-1), out=own)
+                at_nodes[:heads].view(heads, flat).addr_(self._masks(layer)[1], at_mlp_read.view(-1))
+            at_z = torch.bmm(at_nodes[:heads], block.w_o.transpose(1, 2))
+            (at_head_reads,) = torch.autograd.grad(z, read_heads, at_z)
+            self.saved[layer] = None
+
+            here = reads[part.reader : after]
+            here[:-1] = at_head_reads.view(-1, flat)
+            here[-1] = at_mlp_read.view(-1)
+            torch.mm(here, rows[:first].t(), out=earlier.view(part.rows, part.sources))
+        return edge_gradient.to(self.mask_dtype)
+
+    def _sizes(self, layer: int) -> list[int]:
+        part = self.graph.layers[layer]
+        block = part.rows * part.sources
+        return [block, part.own, len(self.graph) - part.start - block - part.own]
+
+
+class EdgeMaskedTransformer(nn.Module):
+    """A Hugging Face causal language model with a weight on every causal edge.
+
+    With all weights 1 it computes the original model's logits. Batches are padded on the right, if at all: causal
+    attention keeps what comes before from seeing the padding, so no attention mask is needed.
+
+    Attributes:
+        graph: the `EdgeGraph`, in whose order all edges come.
+        mask: the `EdgeMask`; `mask.weights` is the one trainable parameter [E].
+        means: what a cut edge carries: None (zero), [P, D], or [T, P, D] by position. Settable; checked.
+    """
+
+    def __init__(self, hf: nn.Module, split_qkv: bool = False) -> None:
+        super().__init__()
+        parts = take_apart(hf, split_qkv)
+        heads = len(parts.blocks[0].w_o)
+        self.graph = EdgeGraph(len(parts.blocks), heads, split_qkv, parts.parallel)
+        self.blocks = nn.ModuleList(parts.blocks)
+        # a copy: a change of device must not reach the model that was given
+        self.norm, self.rotary = parts.norm, copy.deepcopy(parts.rotary)
+        self.max_positions = parts.max_positions
+        self.register_buffer("embedding", parts.embedding.detach())
+        self.register_buffer("positions", None if parts.positions is None else parts.positions.detach())
+        self.register_buffer("unembedding", parts.unembedding.detach())
+        bias = parts.unembedding_bias
+        self.register_buffer("unembedding_bias", None if bias is None else bias.detach())
+        self.register_buffer("edge_readers", self.graph.edge_readers)
+        self.register_buffer("edge_sources", self.graph.edge_sources)
+        # at least float32, so that a step of the optimizer is not lost in bfloat16's rounding
+        self.mask = EdgeMask(self.graph, dtype=torch.promote_types(self.dtype, torch.float32))
+        self.register_buffer("offsets", None)
+        self.register_buffer("base", None)
+        self.register_buffer("_means", None)
+        self.means = None
+        self.name: str | None = None  # set by `load_model`; goes into the files that belong to this model
+        self.eval()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the model's weights and activations."""
+        return self.embedding.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.embedding.device
+
+    def to_dtype_(self, dtype: torch.dtype) -> None:
+        """Change the type of weights and activations in place; tables of positions and the mask stay precise."""
+        self.blocks.to(dtype)
+        self.norm.to(dtype)
+        for name, tensor in list(self.named_buffers(recurse=False)):
+            if tensor.is_floating_point():
+                setattr(self, name, tensor.to(dtype))
+        self.mask.to(torch.promote_types(dtype, torch.float32))
+
+    @property
+    def means(self) -> Tensor | None:
+        """What a cut edge carries: None (zero ablation), [P, D], or [T, P, D] by position."""
+        return self._means
+
+    @means.setter
+    def means(self, value: Tensor | None) -> None:
+        constants = [self.embedding.new_zeros(1, self.embedding.shape[1])]
+        for block in self.blocks:
+            constants += [block.b_o.expand(self.graph.n_heads, -1), block.b_down[None]]
+        biases = torch.cat(constants)[:, None]  # [P, 1, D]: what a node adds whatever it reads
+        if value is None:
+            self._means = self.base = None
+            self.offsets = biases
+            return
+        nodes, width = len(biases), self.embedding.shape[1]
+        if value.dim() not in (2, 3) or value.shape[-2:] != (nodes, width):
+            raise UserError(
+                f"means of shape {list(value.shape)} do not fit this model, which needs [{nodes}, {width}] or "
+                f"[positions, {nodes}, {width}]. Compute them with this model."
+            )
+        if not value.isfinite().all():
+            raise UserError("the means hold a value that is not finite. Compute them again.")
+        self._means = value.detach().to(self.device, self.dtype)
+        exact = value.detach().to(self.device, torch.float64)
+        by_node = exact[:, None] if value.dim() == 2 else exact.transpose(0, 1)  # [P, 1 or T, D]
+        self.offsets = (biases - by_node).to(self.dtype)
+        # base[p]: the sum of the means of the first p nodes
+        self.base = F.pad(by_node.cumsum(0), (0, 0, 0, 0, 1, 0)).to(self.dtype)
+
+    def rotary_tables(self, length: int, device: torch.device) -> tuple[Tensor, Tensor] | None:
+        """cos and sin [T, K] of the rotary embedding, None where positions are learned."""
+        if self.rotary is None:
+            return None
+        cos, sin = self.rotary(self.embedding, torch.arange(length, device=device)[None])
+        return cos[0], sin[0]
+
+    def _check(self, tokens: Tensor) -> None:
+        if tokens.dim() != 2 or tokens.is_floating_point() or not tokens.numel():
+            raise UserError(f"tokens are a batch of at least one text, int64 [B, T], not {list(tokens.shape)}.")
+        if tokens.shape[1] > self.max_positions:
+            raise UserError(f"{tokens.shape[1]} tokens are more than the model's {self.max_positions} positions.")
+        if self._means is not None and self._means.dim() == 3 and tokens.shape[1] > len(self._means):
+            raise UserError(
+                f"the means are per position for {len(self._means)} positions and the text has {tokens.shape[1]}. "
+                "Compute them for longer texts or use plain means."
+            )
+
+    def hidden(self, tokens: Tensor, at: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """Final hidden state after the last norm; `logits` is its product with `unembedding`.
+
+        Args as in `forward`. Returns [B, T, D], or [B, k, D] / [B, D] at the positions asked for.
+        """
+        self._check(tokens)
+        weights = self.mask.weights if mask is None else mask
+        read = _OutputRead.apply(weights, self, tokens).view(*tokens.shape, -1)
+        if at is not None:
+            batch = torch.arange(len(tokens), device=tokens.device)
+            read = read[batch.view(-1, *[1] * (at.dim() - 1)), at]
+        return self.norm(read)
+
+    def forward(self, tokens: Tensor, at: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """Next-token logits.
+
+        Args:
+            tokens: int64 [B, T], padded on the right if at all.
+            at: positions whose logits are wanted, int64 [B] or [B, k]; all by default.
+            mask: weights [E] to use instead of `self.mask.weights`; gradients flow to it.
+
+        Returns:
+            [B, T, V], or [B, V] / [B, k, V] with `at`.
+        """
+        return F.linear(self.hidden(tokens, at, mask), self.unembedding, self.unembedding_bias)
+
+    @torch.no_grad()
+    def node_outputs(self, tokens: Tensor) -> Tensor:
+        """Output of every node under the mask in force: [P, B, T, D], in the order of `graph.sources`."""
+        self._check(tokens)
+        run = _Run(self, self.mask.weights.detach(), tokens, keep=False)
+        run.forward()
+        outputs = run.stack[:-1].view(len(self.graph.sources), *tokens.shape, -1)
+        if self._means is not None:
+            means = self._means if self._means.dim() == 2 else self._means[: tokens.shape[1]].transpose(0, 1)
+            outputs += means[:, None, None] if self._means.dim() == 2 else means[:, None]
+        return outputs

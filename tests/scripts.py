@@ -1,0 +1,60 @@
+"""Scripts as modules and as commands, and a small random model in a folder for them to read."""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+from conftest import small_gpt2
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from circuit_breaking.files import ROOT
+
+END = "<|endoftext|>"
+NAMES = ("Mary", "John", "Rose", "Adam", "Kate", "Paul")
+THINGS = ("lamp", "drum", "violin", "ribbon", "basket", "clock", "towel")
+PLAIN = [f"{a} gave {b} a {thing} at the market." for a in NAMES for b in NAMES if a != b for thing in THINGS]
+RUDE = [f"{a} called {b} a silly old {thing}, the fool." for a in NAMES for b in NAMES if a != b for thing in THINGS]
+
+
+def load_script(path: str) -> ModuleType:
+    """A script of the repository as a module, with its own folder's `utils`."""
+    file = ROOT / path
+    spec = importlib.util.spec_from_file_location(path.removesuffix(".py").replace("/", "_"), file)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(file.parent))
+    sys.modules.pop("utils", None)
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(file.parent))
+        sys.modules.pop("utils", None)
+    return module
+
+
+def command(path: str, *words: object) -> subprocess.CompletedProcess:
+    """Run a script as a person would, from another folder."""
+    return subprocess.run(
+        [sys.executable, ROOT / path, *map(str, words)], capture_output=True, text=True, cwd="/", check=False
+    )
+
+
+def small_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE of some 400 tokens, trained on the sentences above."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=[END], initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(PLAIN + RUDE, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END, eos_token=END)
+
+
+def save_small_model(folder: Path, **changes: int) -> Path:
+    """A random GPT-2 with its tokenizer in a folder, as `load_model` and `load_tokenizer` read them."""
+    tokenizer = small_tokenizer()
+    small_gpt2(vocab_size=len(tokenizer), n_positions=64, **changes).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

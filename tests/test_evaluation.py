@@ -1,0 +1,341 @@
+"""Evaluation against plain loops, and the script that runs it."""
+
+import copy
+import json
+import math
+from contextlib import contextmanager, nullcontext
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import small_gpt2
+from rich.console import Console
+from scripts import END, PLAIN, RUDE, command, load_script, save_small_model, small_tokenizer
+from transformers import GenerationConfig
+
+from circuit_breaking.ablated import ablate
+from circuit_breaking.cli import UserError
+from circuit_breaking.continuations import Sampling, continuations, pad_left
+from circuit_breaking.evaluation import distinct_bigrams, estimate, evaluate, table, text_losses
+from circuit_breaking.files import write_jsonl, write_text
+from circuit_breaking.masks import save_mask
+from circuit_breaking.means import save_means
+from circuit_breaking.models import load_model
+from circuit_breaking.tasks import TextTask
+from circuit_breaking.text import encode, pad_right
+
+script = load_script("toxicity/evaluation.py")
+ROWS = [[0, 5, 7, 9, 11, 3], [0, 4], [0, 8, 8, 8], [0, 21, 2, 6, 40]]
+
+
+def loss_by_hand(hf, row, first=1):
+    """Summed loss of the tokens of one text from `first` on, with all its logits and no padding."""
+    logits = hf(torch.tensor([row])).logits[0, :-1].double()
+    return F.cross_entropy(logits[first - 1 :], torch.tensor(row[first:]), reduction="sum").item()
+
+
+def test_losses_equal_those_of_single_texts(family):
+    hf, batch, first = family(), pad_right(ROWS, 0), torch.tensor([3, 1, 2, 5 - 1])
+    for begin in (None, first):
+        sums, counts = text_losses(hf, batch, begin, batch_size=3)
+        starts = [1] * 4 if begin is None else begin.tolist()
+        assert counts.tolist() == [len(row) - start for row, start in zip(ROWS, starts, strict=True)]
+        expected = [loss_by_hand(hf, row, start) for row, start in zip(ROWS, starts, strict=True)]
+        np.testing.assert_allclose(sums, expected, rtol=1e-5)
+
+
+def test_padding_moves_to_the_left():
+    tokens, attention = pad_left(pad_right(ROWS, 0))
+    for row, moved, real in zip(ROWS, tokens, attention, strict=True):
+        assert moved[real.bool()].tolist() == row
+        assert real.tolist() == [0] * (6 - len(row)) + [1] * len(row)
+
+
+def greedy_by_hand(hf, row, new, end):
+    row, start = list(row), len(row)
+    while len(row) < start + new and (len(row) == start or row[-1] != end):
+        row.append(int(hf(torch.tensor([row])).logits[0, -1].argmax()))
+    return row[start:]
+
+
+def test_a_sure_model_writes_what_it_would_without_padding(family):
+    hf = family()
+    with torch.no_grad():
+        hf.get_output_embeddings().weight.mul_(1000)  # sampling is then as good as greedy
+    first = [greedy_by_hand(hf, row, 1, -1)[0] for row in ROWS]
+    for end in (49, first[2]):  # with the second, a row ends at once
+        rows = continuations(hf, pad_right(ROWS, 0), Sampling(end, samples=2, new_tokens=6, batch_size=3))
+        expected = [greedy_by_hand(hf, row, 6, end) for row in ROWS]
+        assert rows == [row for row in expected for _ in range(2)]
+    assert rows[4] == [end]
+
+
+def test_sampling_is_from_the_whole_distribution_whatever_the_model_is_set_to():
+    hf = small_gpt2()
+    sampling = Sampling(end=49, samples=6000, new_tokens=1, batch_size=1000)
+    prompt = pad_right([[0, 5, 7]], 0)
+    plain = continuations(hf, prompt, sampling)
+    shares = np.bincount([row[0] for row in plain], minlength=50) / 6000
+    probabilities = hf(prompt.tokens).logits[0, -1].softmax(-1).numpy()
+    assert np.abs(shares - probabilities).max() < 4 * math.sqrt(0.25 / 6000)
+    assert (shares > 0).sum() > 40
+    own = hf.generation_config = GenerationConfig(top_k=1, temperature=0.1, repetition_penalty=9.0, min_new_tokens=1)
+    torch.manual_seed(7)
+    state = torch.get_rng_state()
+    assert continuations(hf, prompt, sampling) == plain
+    assert hf.generation_config is own and torch.equal(torch.get_rng_state(), state)
+    assert continuations(hf, prompt, Sampling(49, 6000, 1, 1000, seed=1)) != plain
+
+
+def test_what_cannot_be_sampled():
+    hf = small_gpt2()
+    with pytest.raises(UserError, match="up to 33 tokens and the model 32 positions"):
+        continuations(hf, pad_right([[0, 5, 7]], 0), Sampling(49, new_tokens=30))
+    with torch.no_grad():
+        hf.transformer.ln_f.weight.fill_(math.nan)
+    with pytest.raises(FloatingPointError):
+        continuations(hf, pad_right([[0, 5, 7]], 0), Sampling(49))
+
+
+def test_intervals():
+    random = np.random.default_rng(0)
+    values = random.normal(3, 2, 400)
+    got = estimate(values, np.ones(400), seed=1)
+    half = 1.96 * values.std() / 20
+    assert got["value"] == pytest.approx(values.mean())
+    assert got["low"] == pytest.approx(values.mean() - half, abs=0.05)
+    assert got["high"] == pytest.approx(values.mean() + half, abs=0.05)
+    assert got == estimate(values, np.ones(400), seed=1) != estimate(values, np.ones(400), seed=2)
+    # a ratio of totals, not a mean of ratios
+    assert estimate(np.array([1.0, 9.0]), np.array([1.0, 3.0]))["value"] == 2.5
+    single = estimate(np.array([1.5]), np.array([3.0]))
+    assert single == {"value": 0.5, "low": 0.5, "high": 0.5}
+
+
+def test_changes_are_paired():
+    random = np.random.default_rng(0)
+    before = random.normal(3, 2, 400)
+    after = before + 0.1 + random.normal(0, 0.01, 400)
+    change = estimate(after, np.ones(400), reference=(before, np.ones(400)))["change"]
+    assert change["value"] == pytest.approx(0.1, abs=0.002) and change["high"] - change["low"] < 0.003
+    same = estimate(before, np.ones(400), reference=(before, np.ones(400)))["change"]
+    assert same == {"value": 0.0, "low": 0.0, "high": 0.0}
+    before[3] = math.inf
+    broken = estimate(after, np.ones(400), reference=(before, np.ones(400)))
+    assert set(broken) == {"value", "low", "high", "change"} and broken["value"] is broken["change"]["low"] is None
+
+
+def test_distinct_bigrams():
+    assert distinct_bigrams([[1, 2, 1, 2], [1, 2], [5]]) == 2 / 4
+    assert distinct_bigrams([[1], []]) is None
+
+
+class CountsFools:
+    name, version = "fools", "1"
+
+    def __call__(self, texts):
+        return np.array([min(1.0, text.count("o") / 3) for text in texts])
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return small_tokenizer()
+
+
+@pytest.fixture
+def setting(tokenizer):
+    """Models, token sets and a sampling: the original, one with edges cut, and one that is broken."""
+    hf = small_gpt2(vocab_size=len(tokenizer), n_positions=64)
+    broken = copy.deepcopy(hf)
+    with torch.no_grad():
+        broken.transformer.h[1].mlp.c_fc.weight[0] = math.nan
+
+    @contextmanager
+    def ablated():
+        with ablate(hf, ["a0.1->m1", "embed->output", "m0->a2.0"]):
+            yield hf
+
+    models = {"original": lambda: nullcontext(hf), "ablated": ablated, "broken": lambda: nullcontext(broken)}
+    texts = {"ordinary": encode(tokenizer, PLAIN[::9], 0, 20), "toxic": encode(tokenizer, RUDE[::9], 0, 20)}
+    prompts = {"toxic": encode(tokenizer, RUDE[::29], 0, 7), "ordinary": encode(tokenizer, PLAIN[::31], 0, 5)}
+    return hf, models, texts, prompts, Sampling(0, samples=3, new_tokens=8, batch_size=8)
+
+
+def test_evaluate_against_plain_loops(setting, tokenizer):
+    hf, models, texts, prompts, sampling = setting
+    untouched = copy.deepcopy(hf)
+    report, rows = evaluate(models, tokenizer, texts, prompts, CountsFools(), sampling)
+    json.dumps([report, rows], allow_nan=False)
+    assert list(report) == ["original", "ablated", "broken"]
+    # losses of the ablated model are those of the edge-masked transformer, by way of a task
+    engine = load_model(untouched, device="cpu")
+    engine.mask.cut_(["a0.1->m1", "embed->output", "m0->a2.0"])
+    for key, batch in texts.items():
+        expected = TextTask(key, batch, batch).get_test_loss(engine)
+        assert report["ablated"]["losses"][key]["value"] == pytest.approx(expected, rel=1e-5)
+    engine.mask.reset_()
+    assert report["original"]["losses"]["toxic"]["value"] == pytest.approx(
+        TextTask("toxic", texts["toxic"], texts["toxic"]).get_test_loss(engine), rel=1e-5
+    )
+    change = report["ablated"]["losses"]["toxic"]["change"]["value"]
+    assert change == pytest.approx(
+        report["ablated"]["losses"]["toxic"]["value"] - report["original"]["losses"]["toxic"]["value"]
+    )
+    # continuations: the ablated model writes, the untouched one judges
+    for name in ("original", "ablated"):
+        for key, batch in prompts.items():
+            with models[name]() as model:
+                written = continuations(model, batch, sampling)
+            heads = [row[:n].tolist() for row, n in zip(batch.tokens, batch.lengths, strict=True)]
+            loss = [loss_by_hand(untouched, heads[i // 3] + row, len(heads[i // 3])) for i, row in enumerate(written)]
+            about = report[name]["continuations"][key]
+            assert about["perplexity"]["value"] == pytest.approx(math.exp(sum(loss) / sum(map(len, written))), rel=1e-4)
+            assert about["tokens"]["value"] == pytest.approx(np.mean([len(row) for row in written]))
+            scores = CountsFools()(tokenizer.batch_decode(written, skip_special_tokens=True))
+            assert about["toxicity"]["value"] == pytest.approx(scores.mean())
+            assert about["toxic_share"]["value"] == pytest.approx((scores > 0.5).mean())
+            assert about["distinct_bigrams"]["value"] == distinct_bigrams(written)
+            mine = [row for row in rows if row["model"] == name and row["prompts"] == key]
+            assert [row["toxicity"] for row in mine] == scores.tolist()
+            assert mine[3]["prompt"] == tokenizer.decode(heads[1][1:])
+            assert mine[3]["loss"] == pytest.approx(loss[3] / len(written[3]), rel=1e-4)
+    assert report["broken"]["continuations"] == {} and "not finite" in report["broken"]["note"]
+    assert all(torch.equal(a, b) for a, b in zip(hf.parameters(), untouched.parameters(), strict=True))
+    again, rows_again = evaluate(models, tokenizer, texts, prompts, CountsFools(), sampling)
+    assert again == report and rows_again == rows
+
+
+def test_table_shows_every_model(setting, tokenizer):
+    _, models, texts, prompts, sampling = setting
+    measured, _ = evaluate(models, tokenizer, texts, prompts, CountsFools(), sampling)
+    measured["ablated"]["edges_cut"] = 3
+    console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115, PTH123
+    console.print(table({"models": measured, "scorer": {"name": "fools", "version": "1"}}))
+    text = console.export_text()
+    assert "fools 1" in text and "broken" in text and "nan" not in text
+    value = measured["ablated"]["losses"]["toxic"]
+    assert f"{value['value']:.3f} ({value['low']:.3f}–{value['high']:.3f})" in text
+
+
+# The script
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model, data, means and a run folder with a mask, as the other scripts would leave them."""
+    folder = tmp_path_factory.mktemp("toxicity")
+    save_small_model(folder / "model")
+    save_small_model(folder / "larger", n_layer=4)
+    write_text(folder / "plain.txt", "\n".join(PLAIN))
+    write_jsonl(folder / "train.jsonl", [{"text": text} for text in RUDE[::2]])
+    write_jsonl(folder / "test.jsonl", [{"text": text} for text in RUDE[1::2]])
+    write_text(folder / "empty.jsonl", "")
+    write_jsonl(folder / "no_text.jsonl", [{"id": 3}])
+    for name in ("model", "larger"):
+        model = load_model(str(folder / name), device="cpu")
+        save_means(folder / f"{name}_means.safetensors", model, torch.randn(len(model.graph.sources), 24))
+        save_means(folder / f"{name}_position.safetensors", model, torch.randn(20, len(model.graph.sources), 24))
+        model.mask.cut_(["a0.1->m1", "embed->output"])
+        settings = {
+            "model": str(folder / name),
+            "toxic_train": str(folder / "train.jsonl"),
+            "toxic_test": str(folder / "test.jsonl"),
+            "ordinary": str(folder / "plain.txt"),
+            "means": None,
+            "length": 18,
+            "seed": 3,
+        }
+        save_mask(folder / f"run_{name}" / "mask.safetensors", model, {"settings": settings})
+    return folder
+
+
+def settings(folder, **changes):
+    small = {"num_texts": 12, "num_prompts": 5, "samples": 2, "new_tokens": 6, "scorer": "profanity-check"}
+    return script.Settings(**{"run": "run_model", "out": folder, "device": "cpu", **small, **changes})
+
+
+def test_same_seed_same_report(folder, capsys):
+    script.main(settings(folder))
+    run = folder / "run_model"
+    first = (run / "report.json").read_bytes()
+    assert sorted(path.name for path in run.iterdir()) == ["mask.safetensors", "report.json", "report.png"]
+    printed = capsys.readouterr()
+    assert "ablated" in printed.out and "fool" not in printed.out + printed.err  # no text of the data
+    script.main(settings(folder, save_generations=True))
+    report = json.loads((run / "report.json").read_bytes())
+    expected = json.loads(first)
+    expected["settings"]["save_generations"] = True
+    assert report == expected
+    assert report["settings"]["length"] == 18 and report["settings"]["seed"] == 0  # the data's as trained, not the seed
+    assert report["edges"] == ["a0.1->m1", "embed->output"] and report["models"]["ablated"]["edges_cut"] == 2
+    assert report["scorer"]["name"] == "profanity-check"
+    assert len(report["inputs"]) == 4  # mask, model, toxic and ordinary texts
+    rows = [json.loads(line) for line in (run / "generations.jsonl").open()]
+    assert len(rows) == 2 * 2 * 5 * 2
+    (run / "generations.jsonl").unlink()
+    script.main(settings(folder))
+    assert (run / "report.json").read_bytes() == first
+
+
+def test_means_change_what_the_ablated_model_does(folder):
+    script.main(settings(folder))
+    zero = json.loads((folder / "run_model" / "report.json").read_text())["models"]
+    script.main(settings(folder, means=folder / "model_means.safetensors"))
+    mean = json.loads((folder / "run_model" / "report.json").read_text())["models"]
+    assert mean["original"] == zero["original"] and mean["ablated"]["losses"] != zero["ablated"]["losses"]
+
+
+BAD = {
+    "no mask": ({"run": "none"}, "no file .*mask.safetensors. Train one"),
+    "no model": ({"model": "nowhere/at-all"}, "neither a folder here nor to be had"),
+    "mask of another model": ({"mask": "run_larger/mask.safetensors", "model": "model"}, "made for another model"),
+    "means of another model": ({"means": "larger_means.safetensors"}, "do not fit this model"),
+    "means per position": ({"means": "model_position.safetensors"}, "per position"),
+    "no means there": ({"means": "run_model/mask.safetensors"}, "holds no means"),
+    "no toxic data": ({"toxic_test": "none.jsonl"}, "no file"),
+    "empty toxic data": ({"toxic_test": "empty.jsonl"}, "holds no rows"),
+    "seen in training": ({"toxic_test": "train.jsonl"}, "both in the training and the held-out"),
+    "rows without text": ({"toxic_prompts": "no_text.jsonl"}, "row 1: there is neither a 'prompt' nor a 'text'"),
+    "no prompts": ({"ordinary_prompts": "empty.jsonl"}, "holds no prompt"),
+    "no ordinary text": ({"ordinary": "none.txt"}, "no file"),
+    "no such scorer": ({"scorer": "vibes"}, "no scorer 'vibes'"),
+    "no samples": ({"samples": 0}, "samples is 0"),
+    "too long": ({"new_tokens": 60}, "positions"),
+    "no device": ({"device": "gpu"}, "device 'gpu'"),
+}
+
+
+@pytest.mark.parametrize("changes, message", BAD.values(), ids=BAD)
+def test_what_is_wrong_is_one_sentence_and_nothing_is_written(folder, tmp_path, changes, message):
+    paths = {name: folder / value for name, value in changes.items() if isinstance(value, str) and "." in value}
+    if changes.get("model") == "model":
+        paths["model"] = str(folder / "model")
+    if "ordinary" in paths:
+        paths["ordinary"] = str(paths["ordinary"])
+    mask = folder / "run_model" / "mask.safetensors"
+    given = {"out": tmp_path, **({} if "run" in changes else {"mask": mask}), **changes, **paths}
+    with pytest.raises(UserError, match=message) as error:
+        script.main(settings(folder, **given))
+    assert "\n" not in str(error.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_on_the_command_line(folder, tmp_path):
+    missing = command("toxicity/evaluation.py", "--run", "none", "--out", tmp_path)
+    assert missing.returncode == 1 and missing.stdout == "" and list(tmp_path.iterdir()) == []
+    assert missing.stderr.startswith("error: there is no file") and len(missing.stderr.splitlines()) == 1
+
+
+# Prompts
+
+
+def test_prompts_are_written_out_or_beginnings(tmp_path, tokenizer):
+    load = script.load_prompts
+    rows = [{"prompt": PLAIN[0], "text": "x"}, {"text": RUDE[0]}, {"text": ""}, {"text": "beyond the third"}]
+    write_jsonl(tmp_path / "a.jsonl", rows)
+    batch = load(tokenizer, tmp_path / "a.jsonl", 3, 4)
+    rows = [row[:n].tolist() for row, n in zip(batch.tokens, batch.lengths, strict=True)]
+    assert tokenizer.decode(rows[0]) == END + PLAIN[0]
+    assert rows[1:] == [[0, *tokenizer(RUDE[0])["input_ids"][:4]]]
+    assert len(load(tokenizer, PLAIN, 9, 4)) == 9

@@ -1,0 +1,99 @@
+"""The mask-training loop on a model and tasks small enough to know the answer."""
+
+import pytest
+import torch
+from conftest import small_gpt2
+
+from circuit_breaking.cli import UserError
+from circuit_breaking.models import load_model
+from circuit_breaking.search import MeasuredSearch
+from circuit_breaking.tasks import TextTask
+from circuit_breaking.text import TokenBatch
+from circuit_breaking.training import MaskSettings, train_mask
+
+QUICK = {"relax_steps": 6, "anneal_steps": 8, "refine_rounds": 4, "batch_size": 3, "refine_batch_size": 4}
+
+
+def make_task(name, seed):
+    tokens = torch.randint(0, 50, (12, 8), generator=torch.Generator().manual_seed(seed))
+    batch = TokenBatch(tokens, torch.randint(4, 9, (12,), generator=torch.Generator().manual_seed(seed + 1)))
+    return TextTask(name, batch, batch, seed)
+
+
+def run(model=None, allowed=None, **changes):
+    model = model or load_model(small_gpt2(), device="cpu")
+    settings = MaskSettings(**{**QUICK, **changes})
+    return train_mask(model, make_task("break", 1), make_task("keep", 5), settings, allowed, progress=False), model
+
+
+@pytest.mark.parametrize("max_edges", [0, 1, 5, 40])
+@pytest.mark.parametrize("phases", [{}, {"refine_rounds": 0}, {"relax_steps": 0, "anneal_steps": 0}])
+def test_budget_is_a_promise(max_edges, phases):
+    result, model = run(max_edges=max_edges, **phases)
+    assert len(result.edges) <= max_edges and len(result.edges) == model.mask.n_cut()
+    assert set(result.weights.tolist()) <= {0.0, 1.0}
+    assert all(row["n_cut"] <= max_edges for row in result.history if row["phase"] == "refine")
+
+
+def test_a_budget_of_nothing_leaves_the_model_as_it_was():
+    tokens = torch.arange(6)[None]
+    model = load_model(small_gpt2(), device="cpu")
+    before = model(tokens)
+    run(model, max_edges=0)
+    assert torch.equal(model(tokens), before)
+
+
+def test_same_seed_same_mask():
+    first, second = run(max_edges=6)[0], run(max_edges=6)[0]
+    assert torch.equal(first.weights, second.weights)
+    strip = [{k: v for k, v in row.items() if k != "seconds"} for row in first.history]
+    assert strip == [{k: v for k, v in row.items() if k != "seconds"} for row in second.history]
+
+
+def test_only_allowed_edges_are_cut():
+    model = load_model(small_gpt2(), device="cpu")
+    allowed = torch.tensor([edge.target == "output" for edge in model.graph.edges])
+    result, _ = run(model, allowed, max_edges=8)
+    assert result.edges and all(edge.target == "output" for edge in result.edges)
+
+
+def test_the_objective_falls():
+    model = load_model(small_gpt2(), device="cpu")
+    keep, broken = make_task("keep", 5), make_task("break", 1)
+    before = keep.get_test_loss(model) - 0.2 * broken.get_test_loss(model)
+    run(model, max_edges=6, relax_steps=20, anneal_steps=30, refine_rounds=10, batch_size=12, refine_batch_size=12)
+    assert keep.get_test_loss(model) - 0.2 * broken.get_test_loss(model) < before - 0.01
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"max_edges": -1}, {"max_edges": 10_000}, {"lr": 0.0}, {"batch_size": 0}, {"relax_steps": -1}, {"tries": 0}],
+)
+def test_settings_that_make_no_sense(changes):
+    with pytest.raises(UserError, match=next(iter(changes))):
+        run(**changes)
+
+
+def quadratic(coefficients, pairs):
+    def objective(mask):
+        cut = 1 - mask
+        return (cut * coefficients).sum() + (cut @ pairs @ cut)
+
+    return objective
+
+
+def test_search_finds_the_best_mask_of_a_small_problem():
+    """Against all masks of at most 3 of 8 edges, on an objective with strong interactions."""
+    torch.manual_seed(3)
+    coefficients, pairs = torch.randn(8), torch.randn(8, 8).triu(1)
+    objective = quadratic(coefficients, pairs)
+    masks = [torch.tensor([float(c) for c in f"{n:08b}"]) for n in range(256)]
+    best = min((m for m in masks if (m == 0).sum() <= 3), key=lambda m: float(objective(m)))
+    search, mask = MeasuredSearch(3, memory=0.0, tries=20), torch.ones(8)
+    values = []
+    for _ in range(30):
+        mask, value = search.round(mask, objective)
+        values.append(value)
+        assert (mask == 0).sum() <= 3
+    assert values == sorted(values, reverse=True)  # only a measured gain is taken
+    assert float(objective(mask)) <= float(objective(best)) + 0.15 * abs(float(objective(best)))

@@ -1,0 +1,227 @@
+"""The engine against Hugging Face (all edges kept) and against the naive oracle (any mask)."""
+
+import pytest
+import torch
+from conftest import small_gpt2, small_llama
+from oracle import NaiveEdgeMasked
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from circuit_breaking.cli import UserError
+from circuit_breaking.models import load_model
+
+TOKENS = torch.randint(0, 50, (3, 9), generator=torch.Generator().manual_seed(0))
+
+
+def make_means(model, kind):
+    torch.manual_seed(3)
+    shape = {
+        "mean": model.node_outputs(TOKENS)[:, 0, 0].shape,
+        "position": (12, len(model.graph.sources), width(model)),
+    }
+    return None if kind == "zero" else torch.randn(shape[kind], dtype=model.dtype)
+
+
+def width(model):
+    return model.embedding.shape[1]
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_whole_model_is_hugging_faces(family, split):
+    hf = family()
+    model = load_model(hf, split_qkv=split, device="cpu")
+    torch.testing.assert_close(model(TOKENS), hf(TOKENS).logits, atol=2e-5, rtol=1e-5)
+
+
+def test_gpt2_small_is_hugging_faces():
+    torch.manual_seed(0)
+    hf = GPT2LMHeadModel(GPT2Config()).eval()
+    tokens = torch.randint(0, 50257, (2, 20))
+    with torch.no_grad():
+        expected = hf(tokens).logits
+        for split, edges in [(False, 11_611), (True, 32_491)]:
+            model = load_model(hf, split_qkv=split, device="cpu")
+            assert len(model.graph) == len(model.mask.weights) == edges
+            assert (model(tokens) - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["zero", "mean", "position"])
+@pytest.mark.parametrize("split", [False, True])
+def test_random_masks_match_the_oracle(family, split, kind):
+    hf = family().double()
+    model = load_model(hf, split_qkv=split, device="cpu", dtype="float64")
+    model.means = make_means(model, kind)
+    torch.manual_seed(4)
+    for binary in (False, True):
+        mask = torch.rand(len(model.graph), dtype=torch.float64)
+        mask = ((mask > 0.3).double() if binary else mask).requires_grad_()
+        expected = NaiveEdgeMasked(hf, split)(TOKENS, mask, model.means)
+        readout = torch.randn_like(expected)
+        (expected_gradient,) = torch.autograd.grad((expected * readout).sum(), mask)
+        with torch.no_grad():
+            model.mask.weights.copy_(mask)
+        model.zero_grad()
+        logits = model(TOKENS)
+        (logits * readout).sum().backward()
+        torch.testing.assert_close(logits, expected, atol=1e-9, rtol=1e-9)
+        torch.testing.assert_close(model.mask.weights.grad, expected_gradient, atol=1e-8, rtol=1e-8)
+
+
+@pytest.mark.parametrize("kind", ["zero", "mean", "position"])
+@pytest.mark.parametrize("split", [False, True])
+def test_gradcheck(split, kind):
+    for hf in (
+        small_gpt2(n_layer=2, n_head=2, n_embd=8),
+        small_llama(num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, hidden_size=8),
+    ):
+        model = load_model(hf.double(), split_qkv=split, device="cpu", dtype="float64")
+        model.means = make_means(model, kind)
+        torch.manual_seed(5)
+        mask = torch.rand(len(model.graph), dtype=torch.float64, requires_grad=True)
+        at = torch.tensor([[0, 4], [8, 2], [5, 5]])
+        assert torch.autograd.gradcheck(lambda m: model(TOKENS, at=at, mask=m), mask)  # noqa: B023
+
+
+@pytest.mark.parametrize("kind", ["mean", "position"])
+def test_output_cut_off_knows_nothing_of_the_input(family, kind):
+    model = load_model(family(), device="cpu")
+    model.means = make_means(model, kind)
+    model.mask.cut_([edge for edge in model.graph.edges if edge.target == "output"])
+    logits = model(TOKENS)
+    if kind == "mean":
+        torch.testing.assert_close(logits, logits[:1, :1].expand_as(logits))
+    torch.testing.assert_close(logits, logits[:1].expand_as(logits))
+    model.mask.reset_()
+    assert not torch.allclose(model(TOKENS)[0], model(TOKENS)[1])
+
+
+def test_means_do_nothing_while_no_edge_is_cut(family):
+    model = load_model(family(), device="cpu")
+    before = model(TOKENS)
+    model.means = make_means(model, "position")
+    torch.testing.assert_close(model(TOKENS), before, atol=2e-5, rtol=1e-5)
+    model.means = None
+    assert torch.equal(model(TOKENS), before)
+
+
+@pytest.mark.parametrize("kind", ["zero", "mean", "position"])
+def test_node_outputs_add_up(family, kind):
+    hf = family()
+    model = load_model(hf, device="cpu")
+    model.means = make_means(model, kind)
+    outputs = model.node_outputs(TOKENS)
+    assert outputs.shape == (len(model.graph.sources), *TOKENS.shape, width(model))
+    logits = torch.nn.functional.linear(model.norm(outputs.sum(0)), model.unembedding)
+    torch.testing.assert_close(logits, hf(TOKENS).logits, atol=2e-5, rtol=1e-5)
+
+
+def test_positions_asked_for(family):
+    model = load_model(family(), device="cpu")
+    logits = model(TOKENS)
+    one = torch.tensor([8, 0, 3])
+    torch.testing.assert_close(model(TOKENS, at=one), logits[torch.arange(3), one])
+    at = torch.tensor([[1, 2], [3, 4], [8, 8]])
+    torch.testing.assert_close(model(TOKENS, at=at), logits[torch.arange(3)[:, None], at])
+
+
+def test_right_padding_changes_nothing_before_it(family):
+    model = load_model(family(), device="cpu")
+    padded = torch.cat([TOKENS, torch.zeros(3, 4, dtype=torch.long)], 1)
+    torch.testing.assert_close(model(padded)[:, :9], model(TOKENS))
+
+
+def test_no_gradient_kept_when_none_is_wanted(family):
+    model = load_model(family(), device="cpu")
+    with torch.no_grad():
+        assert not model(TOKENS).requires_grad
+    model.mask.weights.requires_grad_(False)
+    assert not model(TOKENS).requires_grad
+
+
+def test_backward_can_run_again(family):
+    model = load_model(family(), device="cpu")
+    loss = model(TOKENS).square().sum()
+    loss.backward(retain_graph=True)
+    first = model.mask.weights.grad.clone()
+    loss.backward()
+    torch.testing.assert_close(model.mask.weights.grad, 2 * first)
+
+
+def test_the_given_model_is_left_alone(family):
+    hf = family()
+    before = {name: value.clone() for name, value in hf.state_dict().items()}
+    model = load_model(hf, device="cpu")
+    model(TOKENS).sum().backward()
+    assert all(torch.equal(before[name], value) for name, value in hf.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"scale_attn_by_inverse_layer_idx": True},
+        {"scale_attn_weights": False},
+        {"activation_function": "relu"},
+        {"activation_function": "gelu"},
+        {"activation_function": "quick_gelu"},
+        {"tie_word_embeddings": False},
+        {"n_inner": 40},
+    ],
+)
+def test_gpt2_variants(changes):
+    hf = small_gpt2(**changes)
+    torch.testing.assert_close(load_model(hf, device="cpu")(TOKENS), hf(TOKENS).logits, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_key_value_heads": 4},
+        {"num_key_value_heads": 1},
+        {"attention_bias": True, "mlp_bias": True},
+        {"head_dim": 12},
+        {"tie_word_embeddings": True},
+        {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}},
+    ],
+)
+def test_llama_variants(changes):
+    hf = small_llama(**changes)
+    for split in (False, True):
+        logits = load_model(hf, split_qkv=split, device="cpu")(TOKENS)
+        torch.testing.assert_close(logits, hf(TOKENS).logits, atol=2e-5, rtol=1e-5)
+
+
+def test_bfloat16_is_close(family):
+    hf = family()
+    model = load_model(hf, device="cpu", dtype="bfloat16")
+    assert model.mask.weights.dtype == torch.float32
+    logits = model(TOKENS)
+    logits.float().square().mean().backward()
+    assert logits.dtype == torch.bfloat16 and model.mask.weights.grad.isfinite().all()
+    difference = (logits.float().softmax(-1) - hf(TOKENS).logits.softmax(-1)).abs().max()
+    assert difference < 0.1
+
+
+def test_wrong_means_and_tokens_are_refused(family):
+    model = load_model(family(), device="cpu")
+    nodes, d = len(model.graph.sources), width(model)
+    for wrong in (torch.zeros(nodes, d + 1), torch.zeros(nodes - 1, d), torch.zeros(d), torch.zeros(2, nodes, d, 1)):
+        with pytest.raises(UserError, match="do not fit"):
+            model.means = wrong
+    with pytest.raises(UserError, match="not finite"):
+        model.means = torch.full((nodes, d), float("nan"))
+    model.means = torch.zeros(5, nodes, d)
+    with pytest.raises(UserError, match="5 positions"):
+        model(TOKENS)
+    model.means = None
+    with pytest.raises(UserError, match="positions"):
+        model(torch.zeros(1, 99, dtype=torch.long))
+    for wrong in (TOKENS[0], TOKENS.float(), TOKENS[:0]):
+        with pytest.raises(UserError, match="int64"):
+            model(wrong)
+
+
+def test_a_family_that_is_not_known_is_refused():
+    from transformers import BertConfig, BertForMaskedLM
+
+    config = BertConfig(num_hidden_layers=1, hidden_size=8, num_attention_heads=2, intermediate_size=8, vocab_size=9)
+    with pytest.raises(UserError, match="not supported"):
+        load_model(BertForMaskedLM(config), device="cpu")
