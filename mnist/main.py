@@ -17,12 +17,13 @@ from pathlib import Path
 import torch
 from breaking import BreakingSettings, finetune, learn_mask, train_network
 from digits import DEFAULT_FOLDER, Source, load_images, split_images
-from machine import cpu_threads, pick_device
 from mlp_model import MaskedMLP, save_network
 from pictures import draw_run
 from report import check_settings, describe, network_accuracy, print_table
+from threads import cpu_threads
 
 from circuit_breaking.cli import run_script
+from circuit_breaking.devices import pick_device
 from circuit_breaking.files import provenance, write_json, write_jsonl, write_tensors
 
 

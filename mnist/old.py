@@ -20,14 +20,15 @@ import torch
 from breaking import train_network
 from digits import DEFAULT_FOLDER, Source, Split, load_images, split_images
 from greedy import Objective, make_objective, score_cuts
-from machine import cpu_threads, pick_device
 from mlp_model import MaskedMLP, load_network, save_network
 from pictures import draw_run
 from report import check_settings, describe, network_accuracy, print_table
+from threads import cpu_threads
 from torch import Tensor
 from tqdm import tqdm
 
 from circuit_breaking.cli import UserError, run_script
+from circuit_breaking.devices import pick_device
 from circuit_breaking.files import provenance, write_json, write_jsonl, write_tensors
 
 TOLERANCE = 1e-6  # relative; an objective is a float32 sum

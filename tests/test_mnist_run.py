@@ -141,7 +141,7 @@ def test_same_seed_same_mask(tmp_path):
         ({"target_class": 10}, "--target_class 10"),
         ({"n_bad": 10_000}, "--n_bad 10000"),
         ({"run": "../x"}, "plain folder name"),
-        ({"device": "cuda:99"}, "--device cuda:99"),
+        ({"device": "cuda:99"}, "device 'cuda:99' cannot be used"),
     ],
 )
 def test_wrong_settings_are_one_sentence(tmp_path, change, says):
