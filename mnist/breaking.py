@@ -1,0 +1,204 @@
+"""Training in the MNIST setting: the networks, the mask over their edges, and fine-tuning to compare with.
+
+The objective of Li, Davies and Nadeau (2023), minimised over a mask M in [0, 1] or, in fine-tuning, over the weights:
+
+    keep(M) - ratio * break(M) + sparsity * ramp * sum_e [ sqrt(1.01 - M_e) - sqrt(0.01) ]
+
+`keep` is the cross-entropy on ordinary training images, `break` that of the few bad examples. Each example's break loss
+is capped, so that the term cannot be won by one exploding logit. The sparsity term is zero at M = 1 and steepest
+there: it pulls back to 1 every edge that matters little, and costs little more for an edge that is cut altogether.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from digits import Split
+from mlp_model import MaskedMLP
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+
+EDGE_OFFSET = 1.01  # of the sparsity term; over 1, so that its slope at M = 1 is finite
+Row = dict[str, Any]
+
+
+@dataclass
+class BreakingSettings:
+    """How to break a behaviour, by mask or by fine-tuning."""
+
+    steps: int
+    batch_size: int
+    lr: float
+    ratio: float
+    cap: float
+    shift: int
+    sparsity: float
+    ramp_steps: int
+    round_every: int
+    max_edges: int
+    evaluate_every: int
+
+
+def train_network(
+    x: Tensor, y: Tensor, width: int, n_groups: int, steps: int, batch_size: int, lr: float, seed: int, label: str
+) -> MaskedMLP:
+    """Train the plain network on images x [N, D] of groups y [N] (AdamW, one cycle of the learning rate up to `lr`)."""
+    torch.manual_seed(seed)  # the initial weights
+    model = MaskedMLP(x.shape[1], width, n_groups).to(x.device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
+    epochs = _epochs(len(x), min(batch_size, max(1, len(x) // 8)), seed)
+    with tqdm(range(steps), desc=label, unit="step", disable=None) as bar:
+        for step in bar:
+            rows = next(epochs).to(x.device)
+            loss = F.cross_entropy(model(x[rows]), y[rows])
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            if step % 100 == 99:
+                bar.set_postfix(loss=f"{loss.item():.3f}")
+    return model.requires_grad_(False)
+
+
+def _epochs(n: int, batch_size: int, seed: int) -> Iterator[Tensor]:
+    """Endless batches of row numbers, every row once an epoch but for the remainder."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        yield from torch.randperm(n, generator=generator).split(batch_size)[: n // batch_size]
+
+
+def capped_loss(logits: Tensor, groups: Tensor, cap: float) -> Tensor:
+    """Cross-entropy [B] of each example in nats, at most `cap`; beyond the cap an example has no gradient."""
+    return F.cross_entropy(logits, groups, reduction="none").clamp(max=cap)
+
+
+def sparsity_penalty(mask: Tensor) -> Tensor:
+    """Sum over edges of sqrt(1.01 - M) - sqrt(0.01): zero for the full mask, about 0.905 for each edge that is cut."""
+    return ((EDGE_OFFSET - mask).sqrt() - math.sqrt(EDGE_OFFSET - 1)).sum()
+
+
+def round_mask(mask: Tensor, max_edges: int) -> Tensor:
+    """Binary mask that cuts the weights under 0.5, and of those the `max_edges` lowest where there are more."""
+    lowest = mask.argsort(stable=True)[:max_edges]
+    rounded = torch.ones_like(mask)
+    rounded[lowest] = (mask[lowest] >= 0.5).to(mask.dtype)
+    return rounded
+
+
+def shifted(x: Tensor, side: int, most: int, generator: torch.Generator) -> Tensor:
+    """Images x [B, D], all moved by one random number of pixels, -`most` to `most`, across and down.
+
+    Without it a mask can learn 30 images by heart, above all where the keep term asks for every other one.
+    """
+    if most == 0:
+        return x
+    down, across = torch.randint(-most, most + 1, (2,), generator=generator).tolist()
+    return x.view(len(x), -1, side).roll((down, across), (1, 2)).flatten(1)  # what leaves on one side is background
+
+
+def _batches(split: Split, with_target: bool, batch_size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Endless random batches of training images, with the target class in them or without."""
+    generator = torch.Generator().manual_seed(seed)
+    device = split.train_is_target.device
+    allowed = torch.ones_like(split.train_is_target) if with_target else ~split.train_is_target
+    allowed = allowed.nonzero().flatten()
+    while True:
+        rows = allowed[torch.randint(len(allowed), (batch_size,), generator=generator).to(device)]
+        yield split.x["train"][rows], split.y["train"][rows]
+
+
+def _minimise(
+    parameters: list[Tensor],
+    predict: Callable[[Tensor], Tensor],
+    penalty: Callable[[], Tensor | float],
+    after_step: Callable[[int], None],
+    evaluate: Callable[[], Row],
+    split: Split,
+    with_target: bool,
+    settings: BreakingSettings,
+    seed: int,
+    label: str,
+) -> list[Row]:
+    """The one loop of masks and of fine-tuning; returns a row of metrics for every evaluation."""
+    optimizer = torch.optim.Adam(parameters, lr=settings.lr, betas=(0.9, 0.99))
+    shifts = torch.Generator().manual_seed(seed + 1)
+    batches = _batches(split, with_target, settings.batch_size, seed)
+    bad, bad_y = split.pick("bad examples")
+    rows = [{"step": 0, **evaluate()}]
+    with tqdm(range(1, settings.steps + 1), desc=label, unit="step", disable=None) as bar:
+        for step in bar:
+            x, y = next(batches)
+            bad_x = shifted(bad, split.side, settings.shift, shifts)
+            keep_loss = F.cross_entropy(predict(x), y)
+            break_loss = capped_loss(predict(bad_x), bad_y, settings.cap).mean()
+            ramp = min(1.0, step / max(1, settings.ramp_steps))
+            loss = keep_loss - settings.ratio * break_loss + settings.sparsity * ramp * penalty()
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            after_step(step)
+            if step % settings.evaluate_every == 0 or step == settings.steps:
+                losses = {"keep loss": keep_loss.item(), "break loss": break_loss.item(), "loss": loss.item()}
+                rows.append({"step": step, **losses, **evaluate()})
+                bar.set_postfix(loss=f"{loss.item():.2f}", cut=rows[-1]["edges cut"])
+    return rows
+
+
+def learn_mask(
+    model: MaskedMLP, split: Split, with_target: bool, settings: BreakingSettings, seed: int, label: str
+) -> tuple[Tensor, list[Row]]:
+    """Learn which edges to cut. Returns the binary mask [n_edges] and the metrics of the *rounded* mask along training.
+
+    `with_target`: whether the ordinary images of the keep term include the target class. At most
+    `settings.max_edges` edges are cut, whatever the losses say.
+    """
+    mask = model.full_mask().requires_grad_()
+
+    @torch.no_grad()
+    def after_step(step: int) -> None:
+        mask.clamp_(0, 1)
+        if settings.round_every and step >= settings.ramp_steps and step % settings.round_every == 0:
+            mask.copy_(round_mask(mask, settings.max_edges))
+
+    def evaluate() -> Row:
+        rounded = round_mask(mask.detach(), settings.max_edges)
+        return {"edges cut": int((rounded == 0).sum()), **split.accuracies(lambda x: model(x, rounded).argmax(1))}
+
+    rows = _minimise(
+        [mask],
+        lambda x: model(x, mask),
+        lambda: sparsity_penalty(mask),
+        after_step,
+        evaluate,
+        split,
+        with_target,
+        settings,
+        seed,
+        label,
+    )
+    return round_mask(mask.detach(), settings.max_edges), rows
+
+
+def finetune(
+    model: MaskedMLP, split: Split, with_target: bool, settings: BreakingSettings, lr: float, seed: int, label: str
+) -> tuple[MaskedMLP, list[Row]]:
+    """Fine-tune all weights of a copy of `model` on the same objective, which has no sparsity term here."""
+    tuned = copy.deepcopy(model).requires_grad_()
+    rows = _minimise(
+        list(tuned.parameters()),
+        tuned,
+        lambda: 0.0,
+        lambda step: None,
+        lambda: {"edges cut": 0, **split.accuracies(lambda x: tuned(x).argmax(1))},
+        split,
+        with_target,
+        replace(settings, lr=lr),
+        seed,
+        label,
+    )
+    return tuned.requires_grad_(False), rows
