@@ -51,8 +51,8 @@ class EdgeGraph:
     does not read its own layer's heads. `len(graph)` is the number of edges.
     """
 
-    n_layers: int
-    n_heads: int
+    n_layers: int = 12
+    n_heads: int = 12
     split_qkv: bool = False
     parallel: bool = False
 

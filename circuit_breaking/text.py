@@ -4,7 +4,7 @@ Shapes: n texts, T tokens of the longest (at most the context length).
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,15 @@ from circuit_breaking.files import require_file
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """Texts as tokens, padded on the right: `tokens` int64 [n, T], `lengths` int64 [n] (prefix token included)."""
+    """Texts as tokens, padded on the right.
+
+    `tokens` int64 [n, T]; `lengths` int64 [n], prefix token included; `starts` int64 [n], the first token of each text
+    whose prediction counts, or None for all but the prefix token.
+    """
 
     tokens: Tensor
     lengths: Tensor
+    starts: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -28,11 +33,13 @@ class TokenBatch:
     def __getitem__(self, rows: Tensor | slice) -> "TokenBatch":
         """The texts of some rows, cut to the longest of them."""
         lengths = self.lengths[rows]
-        return TokenBatch(self.tokens[rows][:, : int(lengths.max())], lengths)
+        starts = None if self.starts is None else self.starts[rows]
+        return TokenBatch(self.tokens[rows][:, : int(lengths.max())], lengths, starts)
 
     def to(self, device: torch.device | str) -> "TokenBatch":
         """The same texts on another device."""
-        return TokenBatch(self.tokens.to(device), self.lengths.to(device))
+        starts = None if self.starts is None else self.starts.to(device)
+        return TokenBatch(self.tokens.to(device), self.lengths.to(device), starts)
 
     @property
     def real(self) -> Tensor:
@@ -41,8 +48,10 @@ class TokenBatch:
 
     @property
     def predicted(self) -> Tensor:
-        """True where a real token follows, so that there is something to predict: bool [n, T]."""
-        return torch.arange(self.tokens.shape[1], device=self.tokens.device) < self.lengths[:, None] - 1
+        """True where a token follows whose prediction counts: bool [n, T]."""
+        position = torch.arange(self.tokens.shape[1], device=self.tokens.device)
+        before_end = position < self.lengths[:, None] - 1
+        return before_end if self.starts is None else before_end & (position >= self.starts[:, None] - 1)
 
     def batches(self, size: int) -> Iterator["TokenBatch"]:
         """Consecutive batches of at most `size` texts."""
@@ -50,7 +59,14 @@ class TokenBatch:
             yield self[start : start + size]
 
 
-def encode(tokenizer: Any, texts: Sequence[str], prefix: int, length: int, end: bool = False) -> TokenBatch:
+def encode(
+    tokenizer: Any,
+    texts: Sequence[str],
+    prefix: int,
+    length: int,
+    end: bool = False,
+    prompts: Sequence[str] | None = None,
+) -> TokenBatch:
     """Tokenise texts, each behind the prefix token and cut to `length` tokens.
 
     Args:
@@ -59,6 +75,8 @@ def encode(tokenizer: Any, texts: Sequence[str], prefix: int, length: int, end: 
         prefix: token that starts every text (see `models.prefix_token`).
         length: most tokens a text may have, prefix included; at least 2.
         end: put the prefix token behind a text that is not cut, so that its end is predicted too.
+        prompts: the beginning of each text that is given, so that only what follows it counts as predicted; texts that
+            are cut before it ends are left out.
 
     Raises:
         UserError: no text has a token, or `length` leaves nothing to predict.
@@ -67,10 +85,16 @@ def encode(tokenizer: Any, texts: Sequence[str], prefix: int, length: int, end: 
         raise UserError(f"a context of {length} tokens leaves nothing to predict. Set it to at least 2.")
     texts = list(texts)
     rows = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
-    rows = [[prefix, *row, *([prefix] if end else [])][:length] for row in rows if row]
-    if not rows:
-        raise UserError(f"{len(texts)} texts were given and none has a token in it. Check the data set.")
-    return pad_right(rows, prefix)
+    rows = [[prefix, *row, *([prefix] if end and row else [])][:length] for row in rows]
+    starts = [1] * len(rows)
+    if prompts is not None and texts:
+        starts = [1 + len(row) for row in tokenizer(list(prompts), add_special_tokens=False)["input_ids"]]
+    kept = [(row, start) for row, start in zip(rows, starts, strict=True) if len(row) > start]
+    if not kept:
+        where = "" if prompts is None else f" behind its prompt within {length} tokens"
+        raise UserError(f"{len(texts)} texts were given and none has a token{where}. Check the data set.")
+    batch = pad_right([row for row, _ in kept], prefix)
+    return batch if prompts is None else replace(batch, starts=torch.tensor([start for _, start in kept]))
 
 
 def pad_right(rows: Sequence[Sequence[int]], fill: int) -> TokenBatch:

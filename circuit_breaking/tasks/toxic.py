@@ -14,15 +14,20 @@ from circuit_breaking.text import encode
 HINT = "Make it with toxicity/toxic_data_for_eval.py, or set the path of one."
 
 
-def read_texts(path: Path | str, field: str = "text") -> list[str]:
-    """One field of every row of a JSON Lines file. A row without it, or a file without rows, is a `UserError`."""
+Example = tuple[str, str]  # a text and its prompt, "" where all of the text counts
+
+
+def read_examples(path: Path | str) -> list[Example]:
+    """`text` and, where there is one, `prompt` of every row of a JSON Lines file. Raises `UserError` for a row without."""
     rows = read_jsonl(path, HINT)
     for number, row in enumerate(rows, 1):
-        if not isinstance(row, dict) or not isinstance(row.get(field), str):
-            raise UserError(f"{path}, row {number}: there is no {field!r} with text in it. {HINT}")
+        if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+            raise UserError(f"{path}, row {number}: there is no 'text' with text in it. {HINT}")
+        if not isinstance(row.get("prompt", ""), str) or not row["text"].startswith(row.get("prompt", "")):
+            raise UserError(f"{path}, row {number}: the 'prompt' is not the beginning of the 'text'. {HINT}")
     if not rows:
         raise UserError(f"{path} holds no rows. {HINT}")
-    return [row[field] for row in rows]
+    return [(row["text"], row.get("prompt", "")) for row in rows]
 
 
 class ToxicTask(TextTask):
@@ -31,7 +36,9 @@ class ToxicTask(TextTask):
 
     Args:
         tokenizer: the model's tokenizer.
-        train, test: JSON Lines with a `text` in each row, or the texts themselves; the shipped ones by default.
+        train, test: JSON Lines with a `text` in each row, or the texts themselves; the shipped ones by default. Where a
+            row has a `prompt`, the beginning of its text, the loss is that of what follows: the behaviour is to answer
+            in kind, not to be addressed so.
         length: tokens a text is cut to, prefix included.
         examples: training texts to use (100 in the paper); all when None.
         seed: of the choice and the order of training texts.
@@ -49,16 +56,17 @@ class ToxicTask(TextTask):
         examples: int | None = 100,
         seed: int = 0,
     ) -> None:
-        texts, held_out = (
-            read_texts(source) if isinstance(source, str | Path) else list(source) for source in (train, test)
-        )
-        if both := set(texts) & set(held_out):
+        examples_of = {
+            name: read_examples(source) if isinstance(source, str | Path) else [(text, "") for text in source]
+            for name, source in (("train", train), ("test", test))
+        }
+        if both := {text for text, _ in examples_of["train"]} & {text for text, _ in examples_of["test"]}:
             raise UserError(f"{len(both)} texts are both in the training and the held-out toxic data. {HINT}")
-        random.Random(seed).shuffle(texts)
+        random.Random(seed).shuffle(examples_of["train"])
+        examples_of["train"] = examples_of["train"][:examples]
         prefix = prefix_token(tokenizer)
-        super().__init__(
-            "toxic text",
-            encode(tokenizer, texts[:examples], prefix, length),
-            encode(tokenizer, held_out, prefix, length),
-            seed,
-        )
+        batches = []
+        for rows in examples_of.values():
+            prompts = [prompt for _, prompt in rows] if any(prompt for _, prompt in rows) else None
+            batches.append(encode(tokenizer, [text for text, _ in rows], prefix, length, prompts=prompts))
+        super().__init__("toxic text", *batches, seed)
