@@ -8,15 +8,15 @@ Everything that the model can do works on: sampling, beams, left-padded batches,
 
 from collections.abc import Iterable
 from contextlib import suppress
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import Self
 
 from circuit_breaking.cli import UserError
-from circuit_breaking.cuts import Cuts, find_places
+from circuit_breaking.cuts import Cuts
 from circuit_breaking.graph import QKV, Edge, EdgeGraph
+from circuit_breaking.places import find_places
 
 ATTRIBUTE = "edge_cuts"  # under which an ablated model holds its `Ablation`
 
