@@ -57,7 +57,8 @@ def test_a_saved_model_comes_back_the_same(tmp_path, means):
     assert suffixes <= {".json", ".safetensors", ".md"}
 
 
-def test_a_base_that_is_a_folder_travels_and_a_name_stays_a_name(tmp_path):
+def test_a_base_that_is_a_folder_travels_and_an_unknown_name_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # no waiting for a network
     small_llama().bfloat16().save_pretrained(tmp_path / "base")
     hf = load_hf_model(tmp_path / "base", "cpu", "bfloat16")
     word_tokenizer().save_pretrained(tmp_path / "base")
