@@ -206,7 +206,8 @@ def save_ablated(
         "format": FORMAT, "base": name, "shape": shape, "edges": edges, "cut_edges_carry": "mean" if means is not None
         else "zero", "about": about or {}, "results": results or {},
     }  # fmt: skip
-    card = model_card(folder.name, record, getattr(config, "name_or_path", "") or type(hf).__name__)
+    original = Path(getattr(config, "name_or_path", "")).name or config.model_type
+    card = model_card(folder.name, record, original)
     (folder / "edges.json").unlink(missing_ok=True)  # it comes last: without it the folder is no model
     if hf is not None:
         _store_base(folder, hf, tokenizer)

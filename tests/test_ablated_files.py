@@ -20,7 +20,8 @@ TOKENS = torch.arange(1, 10)[None]
 
 
 def word_tokenizer():
-    words = {word: number for number, word in enumerate(["<|endoftext|>", "<unk>", *"abcdefgh"])}
+    others = [f"w{number}" for number in range(40)]  # 50 words, as many as the small models know
+    words = {word: number for number, word in enumerate(["<|endoftext|>", "<unk>", *"abcdefgh", *others])}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", unk_token="<unk>")

@@ -11,6 +11,7 @@ A second or so a prompt for GPT-2 small on two cores.
 import copy
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,8 @@ def load_pair(settings: Settings) -> tuple[Any, dict[str, nn.Module]]:
         if settings.save is not None:
             save_ablated(settings.save, run.base, run.edges, run.means, run.about, run.results)
             print(f"written to {settings.save}")
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes of a folder without a tokenizer
+        raise UserError(f"the base model of {folder} comes without its tokenizer. Save it with tokenizer=...")
     return tokenizer, {"original": original, "ablated": ablated}
 
 
@@ -120,13 +123,15 @@ class Watcher:
         pass
 
 
+def encode(tokenizer: Any, text: str) -> list[int]:
+    """A text as tokens behind the prefix token, however long."""
+    # quietly: the tokenizer would warn of long texts, for which there are windows, or an error of ours
+    return [prefix_token(tokenizer), *tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
+
+
 @torch.no_grad()
-def write_on(hf: nn.Module, tokenizer: Any, prompt: str, settings: Settings, show: Callable[[str], None]) -> None:
+def write_on(hf: nn.Module, tokenizer: Any, tokens: list[int], settings: Settings, show: Callable[[str], None]) -> None:
     """Let one model go on from a prompt."""
-    tokens = [prefix_token(tokenizer), *tokenizer(prompt, add_special_tokens=False)["input_ids"]]
-    room = hf.config.max_position_embeddings - settings.new_tokens
-    if len(tokens) > room:
-        raise UserError(f"a prompt of {len(tokens)} tokens leaves no room for {settings.new_tokens} new ones.")
     inputs = torch.tensor([tokens], device=hf.device)
     chance = {"do_sample": True, "temperature": settings.temperature, "top_k": 0, "top_p": 1.0}
     torch.manual_seed(settings.seed)
@@ -138,7 +143,14 @@ def write_on(hf: nn.Module, tokenizer: Any, prompt: str, settings: Settings, sho
 
 
 def compare(models: dict[str, nn.Module], tokenizer: Any, prompt: str, settings: Settings, console: Console) -> None:
-    """Show both models' continuations in two columns that fill as they are written."""
+    """Show both models' continuations in two columns, which fill as they are written where there is a terminal."""
+    tokens = encode(tokenizer, prompt)
+    positions = models["original"].config.max_position_embeddings
+    if len(tokens) + settings.new_tokens > positions:
+        raise UserError(
+            f"a prompt of {len(tokens)} tokens leaves no room for {settings.new_tokens} new ones in the model's "
+            f"{positions} positions. Shorten it, or set new_tokens to fewer."
+        )
     texts = dict.fromkeys(models, "")
 
     def table() -> Table:
@@ -148,14 +160,17 @@ def compare(models: dict[str, nn.Module], tokenizer: Any, prompt: str, settings:
         shown.add_row(*(Text(text) for text in texts.values()))
         return shown
 
-    with Live(table(), console=console, auto_refresh=False) as live:
+    with Live(console=console, auto_refresh=False) if console.is_terminal else nullcontext() as live:
         for name, hf in models.items():
 
             def show(text: str, name: str = name) -> None:
                 texts[name] = text
-                live.update(table(), refresh=console.is_terminal)
+                if live is not None:
+                    live.update(table(), refresh=True)
 
-            write_on(hf, tokenizer, prompt, settings, show)
+            write_on(hf, tokenizer, tokens, settings, show)
+    if live is None:
+        console.print(table())
 
 
 def read_prompts(settings: Settings) -> Iterator[str]:
@@ -183,7 +198,7 @@ def show_perplexity(models: dict[str, nn.Module], tokenizer: Any, settings: Sett
         text = require_file(settings.perplexity).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{settings.perplexity} is not UTF-8 text ({error.reason} at byte {error.start}).") from error
-    tokens = torch.tensor([prefix_token(tokenizer), *tokenizer(text, add_special_tokens=False)["input_ids"]])
+    tokens = torch.tensor(encode(tokenizer, text))
     table = Table("", "loss, nats a token", "perplexity", "tokens", title=str(settings.perplexity))
     for name, hf in models.items():
         found = perplexity(hf, tokens, settings.window, settings.stride)
