@@ -18,114 +18,48 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import GPT2LMHeadModel, LlamaForCausalLM
 
-from circuit_breaking.cli import UserError
 from circuit_breaking.graph import QKV, EdgeGraph
+from circuit_breaking.places import Layer, Model
 
 Reads = dict[tuple[int, int], frozenset[int]]  # (0 query, 1 key, 2 value; head) -> rows of the stack it must not see
 
 
-def layer_norm(x: Tensor, norm: nn.Module) -> Tensor:
-    """GPT-2's norm, without the hooks on it."""
-    return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+class Place(NamedTuple):
+    """Where a unit comes from and goes to."""
+
+    projection: int
+    column: int  # in units of K, after keys and values were repeated if they are
+    weight: Tensor  # [D, K]
+    bias: Tensor  # [K]
 
 
-def rms_norm(x: Tensor, norm: nn.Module) -> Tensor:
-    """Llama's norm in one kernel, without the hooks on it."""
-    return F.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
+def _share_keys(reads: Reads, share: int) -> tuple[bool, Reads]:
+    """Whether query heads that share keys and values must get their own, and what is left to read if not.
+
+    They share as long as all of them are cut off from the same sources.
+    """
+    groups: dict[tuple[int, int], set[frozenset[int]]] = {}
+    members: dict[tuple[int, int], int] = {}
+    for (part, head), rows in reads.items():
+        if part:
+            groups.setdefault((part, head // share), set()).add(rows)
+            members[part, head // share] = members.get((part, head // share), 0) + 1
+    if any(len(groups[group]) > 1 or members[group] < share for group in groups):
+        return True, reads
+    return False, {(part, head): rows for (part, head), rows in reads.items() if not part or head % share == 0}
 
 
-class Projection(NamedTuple):
-    """A linear module that makes queries, keys or values, and its weights by unit."""
-
-    module: nn.Module
-    weight: Tensor  # [units, D, K]
-    bias: Tensor  # [units, K]
-
-
-class Layer(NamedTuple):
-    """Where hooks go in one layer."""
-
-    norm: nn.Module  # before attention
-    attention: nn.Module
-    projections: list[Projection]  # one for all of q, k, v, or one for each
-    out: nn.Module  # attention's output projection
-    w_o: Tensor  # [H, K, D]
-    b_o: Tensor | None  # [D]
-    mlp_norm: nn.Module
-    mlp: nn.Module
-
-
-class Model(NamedTuple):
-    """Where hooks go in a model."""
-
-    layers: list[Layer]
-    norm: nn.Module  # the last one
-    heads: int
-    width: int
-    normalise: Callable[[Tensor, nn.Module], Tensor]
-
-
-def _by_unit(module: nn.Module, weight: Tensor, head_width: int) -> Projection:
-    """`weight` is [D, out]; nothing is copied."""
-    weight = weight.detach().unflatten(1, (-1, head_width)).permute(1, 0, 2)
-    bias = weight.new_zeros(len(weight) * head_width) if module.bias is None else module.bias.detach()
-    return Projection(module, weight, bias.view(-1, head_width))
-
-
-def _gpt2(hf: GPT2LMHeadModel) -> Model:
-    heads, width = hf.config.n_head, hf.config.n_embd
-    layers = []
-    for block in hf.transformer.h:
-        attention = block.attn
-        projection = _by_unit(attention.c_attn, attention.c_attn.weight, width // heads)
-        w_o = attention.c_proj.weight.detach().view(heads, -1, width)
-        layers.append(
-            Layer(
-                block.ln_1, attention, [projection], attention.c_proj, w_o, attention.c_proj.bias, block.ln_2, block.mlp
-            )
-        )
-    return Model(layers, hf.transformer.ln_f, heads, width, layer_norm)
-
-
-def _llama(hf: LlamaForCausalLM) -> Model:
-    heads, width = hf.config.num_attention_heads, hf.config.hidden_size
-    layers = []
-    for block in hf.model.layers:
-        attention = block.self_attn
-        linears = (attention.q_proj, attention.k_proj, attention.v_proj)
-        projections = [_by_unit(linear, linear.weight.t(), attention.head_dim) for linear in linears]
-        w_o = attention.o_proj.weight.detach().t().view(heads, -1, width)
-        layers.append(
-            Layer(
-                block.input_layernorm, attention, projections, attention.o_proj, w_o, attention.o_proj.bias,
-                block.post_attention_layernorm, block.mlp,
-            )
-        )  # fmt: skip
-    return Model(layers, hf.model.norm, heads, width, rms_norm)
-
-
-FAMILIES = {GPT2LMHeadModel: _gpt2, LlamaForCausalLM: _llama}
-
-
-def find_places(hf: nn.Module) -> Model:
-    """Where hooks go in a Hugging Face model. Raises `UserError` for a model that they do not fit."""
-    for kind, describe in FAMILIES.items():
-        if isinstance(hf, kind):
-            if getattr(hf.config, "add_cross_attention", False):
-                raise UserError("this GPT-2 has cross-attention, which the graph does not describe. Use a plain GPT-2.")
-            for name, parameter in hf.named_parameters():
-                if parameter.is_meta or not parameter.is_floating_point():
-                    what = "offloaded" if parameter.is_meta else f"quantised ({parameter.dtype})"
-                    raise UserError(
-                        f"{name} is {what}. Load the model's weights onto its devices as floats to cut edges."
-                    )
-            return describe(hf)
-    known = " or ".join(kind.__name__ for kind in FAMILIES)
-    raise UserError(f"edges can be cut in a {known}, not in a {type(hf).__name__}. Load one of those.")
+def _place(unit: tuple[int, int], layer: Layer, heads: int, share: int, own_keys: bool) -> Place:
+    part, head = unit
+    if len(layer.projections) == 1:
+        number, column, source = 0, part * heads + head, part * heads + head
+    else:
+        number, source = part, head // share if part else head
+        column = head if own_keys else source
+    projection = layer.projections[number]
+    return Place(number, column, projection.weight[source], projection.bias[source])
 
 
 class Run:
@@ -147,7 +81,7 @@ class Start(nn.Module):
         stream = args[0]
         self.run.stack = stream.new_empty(self.rows, *stream.shape)
         if self.embed:
-            self.run.stack[0] = stream if self.mean is None else stream - self.mean
+            self.run.stack[0].copy_(stream if self.mean is None else stream - self.mean)
 
 
 class HeadSources(nn.Module):
@@ -182,7 +116,7 @@ class MLPSource(nn.Module):
         self.register_buffer("mean", mean, persistent=False)
 
     def hook(self, module: nn.Module, args: tuple, output: Tensor) -> None:
-        self.run.stack[self.row] = output if self.mean is None else output - self.mean
+        self.run.stack[self.row].copy_(output if self.mean is None else output - self.mean)
 
 
 class Reader(nn.Module):
@@ -217,11 +151,13 @@ class NormReader(Reader):
 class Product(nn.Module):
     """Units of readers that have equally many, as one product: [s, N, D] -> [N, s * units, K]."""
 
-    def __init__(self, weight: Tensor, bias: Tensor, head_width: int) -> None:
+    def __init__(self, units: list[list[Place]], head_width: int) -> None:
         super().__init__()
         self.head_width = head_width
-        self.register_buffer("weight", weight.contiguous(), persistent=False)  # [s, D, units * K]
-        self.register_buffer("bias", bias.contiguous(), persistent=False)  # [s, 1, units * K]
+        weight = torch.stack([torch.cat([place.weight for place in mine], -1) for mine in units])
+        bias = torch.stack([torch.cat([place.bias for place in mine]) for mine in units])[:, None]
+        self.register_buffer("weight", weight, persistent=False)  # [s, D, units * K]
+        self.register_buffer("bias", bias, persistent=False)  # [s, 1, units * K]
 
     def forward(self, x: Tensor) -> Tensor:
         units = torch.baddbmm(self.bias, x, self.weight)
@@ -232,38 +168,38 @@ class HeadReader(Reader):
     """Those heads of a layer that have cut edges."""
 
     def __init__(self, run: Run, reads: Reads, layer: Layer, model: Model) -> None:
-        self_share = getattr(layer.attention, "num_key_value_groups", 1)
-        expand, reads = _share_keys(reads, self_share)
-        places = {unit: _place(unit, layer, model.heads, self_share, expand) for unit in reads}
-        by_set: dict[frozenset[int], list[tuple[int, int]]] = {}
+        share = getattr(layer.attention, "num_key_value_groups", 1)  # query heads for each key
+        own_keys, reads = _share_keys(reads, share)
+        places = {unit: _place(unit, layer, model.heads, share, own_keys) for unit in reads}
+        by_set: dict[frozenset[int], list[Place]] = {}
         for unit in sorted(reads):
-            by_set.setdefault(reads[unit], []).append(unit)
+            by_set.setdefault(reads[unit], []).append(places[unit])
         by_count: dict[int, list[frozenset[int]]] = {}
         for rows, units in by_set.items():
             by_count.setdefault(len(units), []).append(rows)
         sets = [rows for same in by_count.values() for rows in same]
         super().__init__(run, sets, layer.w_o)
-        self.width, self.normalise = model.width, model.normalise
-        self.share = self_share if expand else 1
-        self.head_width = layer.w_o.shape[1]
-        self.products = nn.ModuleList()
+        self.width, self.normalise, self.head_width = model.width, model.normalise, layer.w_o.shape[1]
+        self.repeat = share if own_keys else 1  # of each key and value
         self.sizes = [len(same) for same in by_count.values()]
-        for same in by_count.values():
-            found = [[places[unit] for unit in by_set[rows]] for rows in same]
-            weight = torch.stack([torch.cat([place.weight for place in places_], -1) for places_ in found])
-            bias = torch.stack([torch.cat([place.bias for place in places_], -1) for places_ in found])
-            self.products.append(Product(weight, bias[:, None], self.head_width))
-        ordered = [places[unit] for rows in sets for unit in by_set[rows]]
-        self.writers = []
+        self.products = nn.ModuleList(
+            Product([by_set[rows] for rows in same], self.head_width) for same in by_count.values()
+        )
+        self._aim([place for rows in sets for place in by_set[rows]], layer)
+
+    def _aim(self, units: list[Place], layer: Layer) -> None:
+        """Work out which unit goes into which column of which projection."""
+        self.writers: list[tuple[nn.Module, int, int]] = []  # module, number, repeat
         for number, projection in enumerate(layer.projections):
-            mine = [(at, place.column) for at, place in enumerate(ordered) if place.projection == number]
-            if mine or (number and expand):
-                at, columns = (torch.tensor(list(pair), device=layer.w_o.device, dtype=torch.long) for pair in
-                               (zip(*mine, strict=True) if mine else ([], [])))  # fmt: skip
-                every = len(mine) == len(ordered)
-                self.register_buffer(f"at_{number}", None if every else at, persistent=False)
-                self.register_buffer(f"columns_{number}", columns, persistent=False)
-                self.writers.append((projection.module, number, self.share if number else 1))
+            mine = [(at, place.column) for at, place in enumerate(units) if place.projection == number]
+            repeat = self.repeat if number else 1
+            if not mine and repeat == 1:
+                continue
+            index = torch.tensor(mine, dtype=torch.long, device=layer.w_o.device).view(-1, 2)
+            at = None if len(mine) == len(units) else index[:, 0].contiguous()
+            self.register_buffer(f"at_{number}", at, persistent=False)
+            self.register_buffer(f"columns_{number}", index[:, 1].contiguous(), persistent=False)
+            self.writers.append((projection.module, number, repeat))
         self.final_writer = self.writers[-1][1]
 
     def hook(self, module: nn.Module, args: tuple) -> None:
@@ -275,52 +211,16 @@ class HeadReader(Reader):
             parts = zip(self.products, x.split(self.sizes), strict=True)
             self.run.units = torch.cat([product(part) for product, part in parts], 1)
 
-    def write(self, number: int, share: int, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+    def write(self, number: int, repeat: int, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
         """Put the corrected units into a projection's output, repeated first for every query head if need be."""
         units, at, columns = self.run.units, getattr(self, f"at_{number}"), getattr(self, f"columns_{number}")
         if number == self.final_writer:
             self.run.units = None
         by_unit = output.view(len(units), -1, self.head_width)
-        if share > 1:
-            by_unit = by_unit.repeat_interleave(share, 1)
+        if repeat > 1:
+            by_unit = by_unit.repeat_interleave(repeat, 1)
         by_unit.index_copy_(1, columns, units if at is None else units.index_select(1, at))
         return by_unit.view(*output.shape[:-1], -1)
-
-
-class Place(NamedTuple):
-    """Where a unit comes from and goes to."""
-
-    projection: int
-    column: int  # in units of K, after keys and values were repeated if they are
-    weight: Tensor  # [D, K]
-    bias: Tensor  # [K]
-
-
-def _share_keys(reads: Reads, share: int) -> tuple[bool, Reads]:
-    """Whether query heads that share keys and values must get their own, and what is left to read if not.
-
-    They share as long as all of them are cut off from the same sources.
-    """
-    groups: dict[tuple[int, int], set[frozenset[int]]] = {}
-    members: dict[tuple[int, int], int] = {}
-    for (part, head), rows in reads.items():
-        if part:
-            groups.setdefault((part, head // share), set()).add(rows)
-            members[part, head // share] = members.get((part, head // share), 0) + 1
-    if any(len(groups[group]) > 1 or members[group] < share for group in groups):
-        return True, reads
-    return False, {(part, head): rows for (part, head), rows in reads.items() if not part or head % share == 0}
-
-
-def _place(unit: tuple[int, int], layer: Layer, heads: int, share: int, expand: bool) -> Place:
-    part, head = unit
-    if len(layer.projections) == 1:
-        number, column, source = 0, part * heads + head, part * heads + head
-    else:
-        number, source = part, head // share if part else head
-        column = head if expand else source
-    projection = layer.projections[number]
-    return Place(number, column, projection.weight[source], projection.bias[source])
 
 
 class Cuts(nn.Module):
@@ -361,8 +261,8 @@ class Cuts(nn.Module):
                 reader = HeadReader(run, reads, layer, model)
                 readers.append(reader)
                 add(reader, layer.norm)
-                self.after += [(place, partial(reader.write, which, share)) for place, which, share in reader.writers]
-                if reader.share > 1:
+                self.after += [(place, partial(reader.write, which, times)) for place, which, times in reader.writers]
+                if reader.repeat > 1:
                     self.own_keys.append(layer.attention)
             if heads := [head for head in range(model.heads) if f"a{index}.{head}" in row]:
                 names = [f"a{index}.{head}" for head in heads]

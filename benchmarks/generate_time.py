@@ -1,0 +1,155 @@
+"""Time of generation with cut edges, against the plain model's: stock `generate` with its KV cache.
+
+The same prompts are continued greedily with each number of random cut edges in turn, and round after round, so that
+whatever else the machine does falls on all alike: a ratio is the median over rounds of that round's time against that
+round's plain time. Edges are cut before the clock starts; how long that takes is a column of its own.
+Random weights of the named shape. Writes a plot (PNG) and its numbers (JSON). About five minutes on two cores.
+"""
+
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+
+from circuit_breaking.ablated import ablate
+from circuit_breaking.cli import UserError, run_script
+from circuit_breaking.devices import pick_device, pick_dtype
+from circuit_breaking.files import DATA, atomic_path, provenance, write_json
+from circuit_breaking.graph import EdgeGraph
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+SHAPES = {
+    "tiny": GPT2Config(n_layer=2, n_head=2, n_embd=32, vocab_size=100, bos_token_id=0, eos_token_id=0),
+    "gpt2": GPT2Config(),
+    "gpt2-medium": GPT2Config(n_layer=24, n_head=16, n_embd=1024),
+    "smollm2-135m": LlamaConfig(
+        num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, hidden_size=576, intermediate_size=1536,
+        vocab_size=49152, tie_word_embeddings=True,
+    ),
+}  # fmt: skip
+PLAIN = "plain"
+
+
+@dataclass
+class Settings:
+    shape: str = "gpt2"  # tiny, gpt2, gpt2-medium or smollm2-135m
+    cut: tuple[int, ...] = (0, 1, 12, 50, 200, 1000)  # numbers of cut edges
+    prompt: int = 64  # tokens of the prompt
+    new_tokens: int = 64  # tokens to write
+    batch: int = 1  # prompts at once
+    rounds: int = 7  # rounds over all numbers; the median counts
+    split_qkv: bool = False  # cut edges into query, key and value apart
+    threads: int = 1  # CPU threads
+    seed: int = 0  # of weights, prompt and edges
+    out: Path = DATA / "benchmarks"  # folder of the plot and its numbers
+    device: str = "auto"  # auto, cpu, cuda or mps
+    dtype: str = "float32"  # float32 or bfloat16
+
+
+def seconds(hf: nn.Module, tokens: torch.Tensor, new_tokens: int) -> float:
+    """How long one `generate` takes."""
+    start = time.perf_counter()
+    hf.generate(
+        tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=new_tokens, min_new_tokens=new_tokens,
+        do_sample=False, pad_token_id=0,
+    )  # fmt: skip
+    if tokens.is_cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def measure(settings: Settings) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """Seconds of every round by number of cut edges, and seconds that cutting them took."""
+    torch.manual_seed(settings.seed)
+    config = SHAPES[settings.shape]
+    hf = AutoModelForCausalLM.from_config(config).to(pick_device(settings.device), pick_dtype(settings.dtype)).eval()
+    graph = EdgeGraph(config.num_hidden_layers, config.num_attention_heads, settings.split_qkv)
+    order = torch.randperm(len(graph)).tolist()
+    if max(settings.cut, default=0) > len(graph):
+        raise UserError(f"{max(settings.cut)} edges cannot be cut in {graph}. Set cut to fewer.")
+    edges = {f"{count}": [graph.edges[index] for index in order[:count]] for count in settings.cut}
+    tokens = torch.randint(1, config.vocab_size, (settings.batch, settings.prompt), device=hf.device)
+    times: dict[str, list[float]] = {PLAIN: [], **{name: [] for name in edges}}
+    cutting: dict[str, float] = {}
+    seconds(hf, tokens, settings.new_tokens)  # warms up
+    for _ in tqdm(range(settings.rounds), desc="rounds"):
+        times[PLAIN].append(seconds(hf, tokens, settings.new_tokens))
+        for name, cut in edges.items():
+            start = time.perf_counter()
+            with ablate(hf, cut):
+                cutting[name] = time.perf_counter() - start
+                times[name].append(seconds(hf, tokens, settings.new_tokens))
+    return times, cutting
+
+
+def ratios(times: dict[str, list[float]]) -> dict[str, list[float]]:
+    """Each round's time against the same round's plain time."""
+    return {
+        name: [value / plain for value, plain in zip(values, times[PLAIN], strict=True)]
+        for name, values in times.items()
+    }
+
+
+def draw(path: Path, settings: Settings, against: dict[str, list[float]]) -> None:
+    """Cost by number of cut edges, median and range over rounds, as PNG."""
+    names = [name for name in against if name != PLAIN]
+    counts = [int(name) for name in names]
+    middle = [statistics.median(against[name]) for name in names]
+    low = [value - min(against[name]) for value, name in zip(middle, names, strict=True)]
+    high = [max(against[name]) - value for value, name in zip(middle, names, strict=True)]
+    figure, axes = plt.subplots(figsize=(5, 3.4), layout="constrained")
+    axes.axhline(1, color="0.6", linewidth=1, zorder=0)
+    axes.errorbar(counts, middle, yerr=[low, high], fmt="o-", capsize=3, markersize=4, color="C0")
+    axes.set_xscale("symlog", linthresh=1)
+    axes.set_xticks(counts, [f"{count:,}" for count in counts])
+    axes.minorticks_off()
+    axes.set_ylim(bottom=min(0.9, min(m - l for m, l in zip(middle, low, strict=True)) - 0.05))
+    axes.set_xlabel("cut edges")
+    axes.set_ylabel("time of generate, times plain")
+    axes.set_title(
+        f"{settings.shape}, {settings.batch} × ({settings.prompt} + {settings.new_tokens}) tokens", fontsize=10
+    )
+    axes.spines[["top", "right"]].set_visible(False)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=200, format="png")
+    plt.close(figure)
+
+
+def main(settings: Settings) -> None:
+    if settings.shape not in SHAPES:
+        raise UserError(f"shape {settings.shape!r} is not one of {', '.join(SHAPES)}.")
+    counts = (settings.rounds, settings.threads, settings.batch, settings.prompt, settings.new_tokens)
+    if min(counts) < 1 or min(settings.cut, default=-1) < 0:
+        raise UserError("rounds, threads, batch, prompt and new_tokens must be at least 1, cut numbers from 0 on.")
+    torch.set_num_threads(settings.threads)
+    times, cutting = measure(settings)
+    against = ratios(times)
+    title = f"{settings.shape}, {settings.batch} x ({settings.prompt} + {settings.new_tokens}) tokens, {settings.dtype}"
+    table = Table(title=f"{title}, {settings.threads} threads, {settings.rounds} rounds")
+    for column in ("cut edges", "generate, s", "x plain", "lowest", "highest", "cutting, s"):
+        table.add_column(column, justify="right")
+    for name, values in times.items():
+        table.add_row(
+            name, f"{statistics.median(values):.3f}", f"{statistics.median(against[name]):.3f}",
+            f"{min(against[name]):.3f}", f"{max(against[name]):.3f}",
+            f"{cutting[name]:.3f}" if name in cutting else "",
+        )  # fmt: skip
+    Console().print(table)
+    path = settings.out / f"generate_time_{settings.shape}.png"
+    draw(path, settings, against)
+    write_json(path.with_suffix(".json"), provenance(settings, seconds=times, cutting=cutting))
+    print(f"written to {path}")
+
+
+if __name__ == "__main__":
+    run_script(main, Settings)

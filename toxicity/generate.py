@@ -1,0 +1,232 @@
+"""Type a prompt and see how the original model and the ablated one go on, side by side, as they write.
+
+Reads   a folder of train_mask.py (settings.json, edges.json) or one that `ablated.save_ablated` wrote.
+Writes  nothing, unless --save names a folder for the ablated model, which then needs nothing else.
+
+Prompts come from --prompt, from a file (--prompts), or line by line from the terminal or a pipe. --perplexity FILE
+measures both models on a text instead. Both go through the same stock Hugging Face model, with and without its hooks.
+A second or so a prompt for GPT-2 small on two cores.
+"""
+
+import copy
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor, nn
+
+from circuit_breaking.ablated import ablate, load_ablated, read_ablated, save_ablated
+from circuit_breaking.cli import UserError, run_script
+from circuit_breaking.files import DATA, read_json, read_jsonl, read_tensors, require_file
+from circuit_breaking.models import load_hf_model, load_tokenizer, prefix_token
+from circuit_breaking.perplexity import perplexity
+from circuit_breaking.text import read_lines
+
+HINT = "Make one with toxicity/train_mask.py, or set the path of one."
+
+
+@dataclass
+class Settings:
+    ablated: Path = DATA / "toxicity" / "run"  # a run folder of train_mask.py, or a saved ablated model
+    prompt: str = ""  # go on from this text and stop
+    prompts: Path | None = None  # go on from each line of a file (or each row's prompt in .jsonl) and stop
+    perplexity: Path | None = None  # measure both models on this text file and stop
+    save: Path | None = None  # write the ablated model as a folder that anyone can load, with load_ablated
+    new_tokens: int = 40  # most tokens to write
+    temperature: float = 0.7  # of sampling; 0: always the likeliest token
+    window: int = 0  # tokens seen at once for the perplexity; 0: all positions, at most 1024
+    stride: int = 0  # tokens between windows for the perplexity; 0: half a window
+    seed: int = 0  # another seed, other samples
+    device: str = "auto"  # auto, cpu, cuda, mps
+    dtype: str = "float32"  # float32 or bfloat16
+
+
+@dataclass
+class Ablated:
+    """What a folder says: the base model, what is cut in it, and how that came to be."""
+
+    base: str
+    edges: list[str]
+    means: Tensor | None
+    about: dict[str, Any]
+    results: dict[str, Any]
+
+
+def read_run(folder: Path) -> Ablated:
+    """A run folder of train_mask.py."""
+    edges, about = read_json(folder / "edges.json", HINT), read_json(folder / "settings.json", HINT)
+    settings = about.get("settings") if isinstance(about, dict) else None
+    if not isinstance(edges, list) or not isinstance(settings, dict) or "model" not in settings:
+        raise UserError(f"{folder} is neither a run of train_mask.py nor a saved ablated model. {HINT}")
+    means = None
+    if settings.get("means"):
+        means = read_tensors(settings["means"], "It was used in training and is needed here.")[0].get("means")
+        if means is None:
+            raise UserError(f"{settings['means']} holds no means. Compute them again.")
+    report = folder / "report.json"
+    return Ablated(settings["model"], edges, means, about, read_json(report) if report.is_file() else {})
+
+
+def load_pair(settings: Settings) -> tuple[Any, dict[str, nn.Module]]:
+    """The tokenizer, and the original and the ablated model, which share their weights."""
+    folder = settings.ablated.expanduser()
+    if isinstance(read_json(folder / "edges.json", HINT), dict):
+        if settings.save is not None:
+            raise UserError(f"{folder} is a saved ablated model already. Copy the folder.")
+        tokenizer = load_tokenizer(read_ablated(folder)["base"])
+        ablated = load_ablated(folder, settings.device, settings.dtype)
+        original = twin(ablated)
+        original.edge_cuts.remove()
+    else:
+        run = read_run(folder)
+        tokenizer = load_tokenizer(run.base)
+        original = load_hf_model(run.base, settings.device, settings.dtype)
+        ablated = twin(original)
+        ablate(ablated, run.edges, run.means)
+        if settings.save is not None:
+            save_ablated(settings.save, run.base, run.edges, run.means, run.about, run.results)
+            print(f"written to {settings.save}")
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes of a folder without a tokenizer
+        raise UserError(f"the base model of {folder} comes without its tokenizer. Save it with tokenizer=...")
+    return tokenizer, {"original": original, "ablated": ablated}
+
+
+def twin(hf: nn.Module) -> nn.Module:
+    """A copy of a model that shares its weights and has hooks of its own."""
+    shared = {id(tensor): tensor for tensor in (*hf.parameters(), *hf.buffers())}
+    return copy.deepcopy(hf, shared)
+
+
+class Watcher:
+    """A `streamer` for `generate`: hands on all the text so far at each new token."""
+
+    def __init__(self, tokenizer: Any, show: Callable[[str], None]) -> None:
+        self.tokenizer, self.show = tokenizer, show
+        self.tokens: list[int] | None = None
+
+    def put(self, value: Tensor) -> None:
+        if self.tokens is None:  # the prompt comes first
+            self.tokens = []
+            return
+        self.tokens += value.flatten().tolist()
+        self.show(self.tokenizer.decode(self.tokens, skip_special_tokens=True))
+
+    def end(self) -> None:
+        pass
+
+
+def encode(tokenizer: Any, text: str) -> list[int]:
+    """A text as tokens behind the prefix token, however long."""
+    # quietly: the tokenizer would warn of long texts, for which there are windows, or an error of ours
+    return [prefix_token(tokenizer), *tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
+
+
+@torch.no_grad()
+def write_on(hf: nn.Module, tokenizer: Any, tokens: list[int], settings: Settings, show: Callable[[str], None]) -> None:
+    """Let one model go on from a prompt."""
+    inputs = torch.tensor([tokens], device=hf.device)
+    chance = {"do_sample": True, "temperature": settings.temperature, "top_k": 0, "top_p": 1.0}
+    torch.manual_seed(settings.seed)
+    hf.generate(
+        inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=settings.new_tokens,
+        pad_token_id=tokens[0], streamer=Watcher(tokenizer, show),
+        **(chance if settings.temperature > 0 else {"do_sample": False}),
+    )  # fmt: skip
+
+
+def compare(models: dict[str, nn.Module], tokenizer: Any, prompt: str, settings: Settings, console: Console) -> None:
+    """Show both models' continuations in two columns, which fill as they are written where there is a terminal."""
+    tokens = encode(tokenizer, prompt)
+    positions = models["original"].config.max_position_embeddings
+    if len(tokens) + settings.new_tokens > positions:
+        raise UserError(
+            f"a prompt of {len(tokens)} tokens leaves no room for {settings.new_tokens} new ones in the model's "
+            f"{positions} positions. Shorten it, or set new_tokens to fewer."
+        )
+    texts = dict.fromkeys(models, "")
+
+    def table() -> Table:
+        shown = Table(title=Text(prompt), title_justify="left", expand=True)
+        for name in models:
+            shown.add_column(name, ratio=1)
+        shown.add_row(*(Text(text) for text in texts.values()))
+        return shown
+
+    with Live(console=console, auto_refresh=False) if console.is_terminal else nullcontext() as live:
+        for name, hf in models.items():
+
+            def show(text: str, name: str = name) -> None:
+                texts[name] = text
+                if live is not None:
+                    live.update(table(), refresh=True)
+
+            write_on(hf, tokenizer, tokens, settings, show)
+    if live is None:
+        console.print(table())
+
+
+def read_prompts(settings: Settings) -> Iterator[str]:
+    """The prompts of the settings, or of standard input as they come."""
+    if settings.prompt:
+        yield settings.prompt
+    elif settings.prompts is not None and settings.prompts.suffix == ".jsonl":
+        for number, row in enumerate(read_jsonl(settings.prompts), 1):
+            prompt = row.get("prompt", row.get("text")) if isinstance(row, dict) else None
+            if not isinstance(prompt, str):
+                raise UserError(f"{settings.prompts}, row {number}: there is neither a 'prompt' nor a 'text'.")
+            yield prompt
+    elif settings.prompts is not None:
+        yield from read_lines(settings.prompts)
+    else:
+        if sys.stdin.isatty():
+            print("A prompt a line; Ctrl-D ends.")
+        for line in sys.stdin:
+            if line.strip():
+                yield line.strip()
+
+
+def show_perplexity(models: dict[str, nn.Module], tokenizer: Any, settings: Settings, console: Console) -> None:
+    try:
+        text = require_file(settings.perplexity).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{settings.perplexity} is not UTF-8 text ({error.reason} at byte {error.start}).") from error
+    tokens = torch.tensor(encode(tokenizer, text))
+    table = Table("", "loss, nats a token", "perplexity", "tokens", title=str(settings.perplexity))
+    for name, hf in models.items():
+        found = perplexity(hf, tokens, settings.window, settings.stride)
+        table.add_row(name, f"{found.loss:.4f}", f"{found.perplexity:.2f}", f"{found.tokens:,}")
+    console.print(table)
+
+
+def main(settings: Settings) -> None:
+    if settings.new_tokens < 1 or settings.temperature < 0:
+        raise UserError("new_tokens must be at least 1 and temperature at least 0.")
+    given = [name for name in ("prompt", "prompts", "perplexity") if getattr(settings, name)]
+    if len(given) > 1:
+        raise UserError(f"{' and '.join(given)} were both given. Choose one.")
+    console = Console()
+    tokenizer, models = load_pair(settings)
+    if settings.perplexity is not None:
+        show_perplexity(models, tokenizer, settings, console)
+        return
+    if settings.save is not None and not given and sys.stdin.isatty():
+        return  # asked to save, nothing more
+    for prompt in read_prompts(settings):
+        try:
+            compare(models, tokenizer, prompt, settings, console)
+        except UserError as error:
+            if given:
+                raise
+            print(f"error: {error}", file=sys.stderr)  # at the keyboard, the next prompt may fit
+
+
+if __name__ == "__main__":
+    run_script(main, Settings)
