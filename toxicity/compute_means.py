@@ -45,7 +45,11 @@ def main(settings: Settings) -> None:
         means, used, inputs = torch.zeros(len(model.graph.sources), model.embedding.shape[1]), 0, []
     else:
         source = settings.ordinary if settings.texts == "ordinary" else settings.toxic_train
-        texts = load_texts(source, settings.num_texts)[0] if settings.texts == "ordinary" else [text for text, _ in read_examples(source)]
+        texts = (
+            load_texts(source, settings.num_texts)[0]
+            if settings.texts == "ordinary"
+            else [text for text, _ in read_examples(source)]
+        )
         tokenizer = load_tokenizer(settings.model)
         batch = encode(tokenizer, texts[: settings.num_texts], prefix_token(tokenizer), settings.length)
         means = compute_means(model, batch, settings.kind == "position", settings.batch_size, progress=True)

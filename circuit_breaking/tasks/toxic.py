@@ -18,7 +18,7 @@ Example = tuple[str, str]  # a text and its prompt, "" where all of the text cou
 
 
 def read_examples(path: Path | str) -> list[Example]:
-    """`text` and, where there is one, `prompt` of every row of a JSON Lines file. Raises `UserError` for a row without."""
+    """`text` and, where there is one, `prompt` of every row of a JSON Lines file. Raises `UserError` for bad rows."""
     rows = read_jsonl(path, HINT)
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict) or not isinstance(row.get("text"), str):
