@@ -31,7 +31,7 @@ def compute_means(
     wide = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
     sums, counts = None, torch.zeros(length, dtype=wide, device=device)
     rows = range(0, len(texts), batch_size)
-    for start in tqdm(rows, desc="means", unit="batch", disable=not progress):
+    for start in tqdm(rows, desc="means", unit="batch", disable=None if progress else True):
         batch = texts[start : start + batch_size].to(device)
         outputs = model.node_outputs(batch.tokens)  # [P, B, T', D]
         real = batch.real
@@ -62,7 +62,7 @@ def load_means(path: Path | str, model: Any) -> dict[str, Any]:
     Raises:
         UserError: the file is missing, damaged, holds no means, or means of another model's shape.
     """
-    hint = "Make one with toxicity/compute_means.py, or set means to zero."
+    hint = "Make one with toxicity/compute_means.py, or leave means unset (zero ablation)."
     tensors, about = read_tensors(path, hint)
     if "means" not in tensors:
         raise UserError(f"{path} holds no means. {hint}")

@@ -4,8 +4,9 @@ Minimises  keep_weight · L_keep(m) - alpha · L_break(m) + sparsity(m)  over ma
 (Li, Davies, Nadeau 2023, section 3.2), in three phases:
 
 relax    The paper's: weights in [0, 1], AdamW, a sparsity price that ramps up, rounding on a schedule.
-anneal   The forward sees a binary mask, the k lowest weights cut; gradients pass straight through to all weights, so
-         that what is learned is learned about masks that can be saved. k falls geometrically to the budget.
+anneal   The forward sees a binary mask, at most the k lowest weights cut; gradients pass straight through to all
+         weights, so that what is learned is learned about masks that can be saved. k falls geometrically to the
+         budget, and the price follows it.
 refine   Single edges are cut, restored or exchanged by their measured effect on fresh batches (`search`).
 
 The mask is binary and within the budget from the second phase on, so nothing is left for a last rounding to harm.
@@ -26,8 +27,7 @@ from circuit_breaking.graph import Edge
 from circuit_breaking.masks import lowest_cut
 from circuit_breaking.search import MeasuredSearch
 
-MOMENTUM = 0.9  # of the gradient's running mean in the anneal phase
-MOST_SPEED = 3.0  # most steps of size lr that an edge moves at once
+PRICE_STEP = 1.1  # factor by which the price of a cut edge moves at each step of the anneal phase
 
 
 @dataclass
@@ -45,11 +45,11 @@ class MaskSettings:
     refine_batch_size: int = 20  # texts of each task a round of refinement
     tries: int = 8  # most masks measured in a round of refinement
     lr: float = 0.05  # AdamW without decay, on weights in [0, 1]
-    sparsity: float = 0.002  # price of a cut edge at the end of the relax phase, nats
+    sparsity: float = 0.0005  # price of a cut edge in the relax phase, after its ramp, nats
     refine_price: float = 0.0  # what a change must win for each edge that it cuts, nats
-    ramp: float = 0.5  # share of the relax phase over which the price rises from 0
+    ramp: float = 0.1  # share of the relax phase over which the price rises from 0
     round_every: int = 50  # steps between roundings in the relax phase; 0: never
-    candidates: int = 10  # edges cut at the start of annealing, as a multiple of the budget
+    candidates: int = 3  # edges cut at the start of annealing, as a multiple of the budget
 
 
 @dataclass
@@ -88,7 +88,7 @@ def train_mask(
     trainer = _Trainer(model, break_task, keep_task, settings or MaskSettings(), allowed)
     start = time.perf_counter()
     history = []
-    with tqdm(total=trainer.total, desc="mask", unit="step", disable=not progress) as bar:
+    with tqdm(total=trainer.total, desc="mask", unit="step", disable=None if progress else True) as bar:
         for row in trainer.rows():
             row = {"step": len(history), **row, "seconds": round(time.perf_counter() - start, 3)}
             history.append(row)
@@ -166,25 +166,19 @@ class _Trainer:
             yield self._row("relax", float(objective.detach()), self.model.mask.n_cut())
 
     def _anneal(self) -> Iterator[dict[str, Any]]:
-        settings, weights = self.settings, self.weights
-        start = min(settings.candidates * settings.max_edges, len(weights))
-        momentum = torch.zeros_like(weights)
+        settings, weights, optimizer = self.settings, self.weights, self._optimizer()
+        price = settings.sparsity
+        start = max(self.model.mask.n_cut(), settings.candidates * settings.max_edges)
         for step in range(settings.anneal_steps):
             # the budget is reached for the last quarter, so that the masks that can be saved are learned longest
             progress = min(1.0, step / max(1.0, 0.75 * settings.anneal_steps))
             count = round(start * (settings.max_edges / start) ** progress)
-            binary = self._lowest(count).requires_grad_()
-            objective = self._objective(binary, settings.batch_size)
-            (gradient,) = torch.autograd.grad(objective, binary)
-            # At either end of an edge the gradient estimates F(1) - F(0), what its cut gains. Unlike AdamW, which
-            # moves every edge at one speed, this moves them by the size of that estimate: the budget is for few edges.
-            momentum.lerp_(gradient, 1 - MOMENTUM)
-            if self.allowed is not None:
-                momentum[~self.allowed] = 0.0
-            scale = momentum.abs().topk(min(count, len(weights))).values[-1].clamp(min=1e-12)
-            with torch.no_grad():
-                weights.sub_(settings.lr * (momentum / scale).clamp(-MOST_SPEED, MOST_SPEED))
-            self.model.mask.clamp_()
+            binary = self._lowest(count)
+            objective = self._objective(binary + (weights - weights.detach()), settings.batch_size)
+            # The price goes where it holds the number of edges at the count: it tells which effects are too small for
+            # the budget, which AdamW, blind to their size, would not
+            price *= PRICE_STEP if self.model.mask.n_cut() > count else 1 / PRICE_STEP
+            self._step(optimizer, objective + price * (1 - weights).sum())
             yield self._row("anneal", float(objective.detach()), int((binary == 0).sum()))
 
     @torch.no_grad()
