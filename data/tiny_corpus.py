@@ -7,12 +7,13 @@ Three kinds of documents, each in a `train` and a `test` split that share no tex
             those of the neutral dialogues, so only the words of the first line tell which reply follows
   ioi       indirect-object sentences in ABBA and BABA order (Wang et al. 2022), and ABC sentences with three names
 The split of a sentence (of a dialogue, a line) is a hash of its text; that of an indirect-object sentence is a hash
-of its unordered pair of names. Insults use the mild words of INSULT_NOUNS and INSULT_ADJECTIVES only.
+of its unordered pair of names (with three names, all pairs are of the split). Insults use the mild words of INSULT_NOUNS and INSULT_ADJECTIVES only.
 """
 
 import re
 import zlib
 from collections.abc import Callable
+from itertools import combinations
 from random import Random
 
 TEST_SHARE = 5  # one sentence in so many is held out
@@ -205,11 +206,12 @@ def ioi(rng: Random, split: str, abc: bool = False) -> dict[str, str]:
     while True:
         slots = _slots(rng)
         io, subject = slots["A"], slots["B"]
-        if in_split(" ".join(sorted((io, subject))), split):
+        giver = slots["C"] if abc else subject
+        pairs = combinations(sorted({io, subject, giver}), 2)
+        if all(in_split(" ".join(pair), split) for pair in pairs):
             break
     order = rng.choice(("ABBA", "BABA"))
     first, second = (io, subject) if order == "ABBA" else (subject, io)
-    giver = slots["C"] if abc else subject
     number = rng.randrange(len(IOI_TEMPLATES))
     prompt = _fill(IOI_TEMPLATES[number], slots | {"A": first, "B": second, "S": giver})
     template = f"{'ABC' if abc else order}-{number}"
