@@ -7,7 +7,8 @@ Three kinds of documents, each in a `train` and a `test` split that share no tex
             those of the neutral dialogues, so only the words of the first line tell which reply follows
   ioi       indirect-object sentences in ABBA and BABA order (Wang et al. 2022), and ABC sentences with three names
 The split of a sentence (of a dialogue, a line) is a hash of its text; that of an indirect-object sentence is a hash
-of its unordered pair of names (with three names, all pairs are of the split). Insults use the mild words of INSULT_NOUNS and INSULT_ADJECTIVES only.
+of its unordered pair of names (with three names, every pair is of the split). Insults use the mild words of
+INSULT_NOUNS and INSULT_ADJECTIVES only.
 """
 
 import re
