@@ -3,7 +3,7 @@
 Reads nothing: the text comes from the generator in tiny_corpus.py.
 Writes data/tiny_gpt2/: the model and tokenizer in Hugging Face's format, README.md (model card), report.json (what the
 model can do on held-out text), and text/ (documents for the tasks, in a train and a test split that share no text).
-Takes about 7 minutes on one core. The same seed, thread count and package versions give the same files.
+Takes about 7 minutes on 2 cores. The same seed, thread count and package versions give the same files.
 """
 
 import sys
@@ -57,7 +57,7 @@ to where the insulting reply begins; `neutral_prompts.jsonl` the same frames and
 @dataclass
 class Settings:
     out: Path = DATA / "tiny_gpt2"  # folder to write; files of the same names are replaced at the very end
-    steps: int = 4000  # optimizer steps
+    steps: int = 3000  # optimizer steps
     batch_tokens: int = 1024  # tokens a step, about
     alone_share: float = 0.6  # share of the steps, the first, whose rows hold one document each: names copy sooner
     row_lengths: tuple[int, ...] = (32, 64, 128)  # of the packed rows that follow; the step's number picks one
