@@ -3,7 +3,7 @@
 Reads nothing: the text comes from the generator in tiny_corpus.py.
 Writes data/tiny_gpt2/: the model and tokenizer in Hugging Face's format, README.md (model card), report.json (what the
 model can do on held-out text), and text/ (documents for the tasks, in a train and a test split that share no text).
-Takes about 7 minutes on 2 cores. The same seed, thread count and package versions give the same files.
+Takes about 9 minutes of one core. The same seed, thread count and package versions give the same files.
 """
 
 import sys
@@ -39,7 +39,7 @@ closed vocabulary, indirect-object sentences, and that an insult (mild words onl
 so that every script runs on any machine with no download, on behaviour that is known because it was put there.
 
 It is not a language model of English. A circuit found in it says nothing about other models, and its insults say
-nothing about toxicity in the wild: the scorer is the offline one (alt-profanity-check), and the words are the ten of
+nothing about toxicity in the wild: the scorer is the offline one (alt-profanity-check), and the words are those of
 `INSULT_NOUNS` and `INSULT_ADJECTIVES` in `data/tiny_corpus.py`.
 
 Every document was trained with `{end}` before and after it; put one before each prompt.
@@ -57,7 +57,7 @@ to where the insulting reply begins; `neutral_prompts.jsonl` the same frames and
 @dataclass
 class Settings:
     out: Path = DATA / "tiny_gpt2"  # folder to write; files of the same names are replaced at the very end
-    steps: int = 3000  # optimizer steps
+    steps: int = 4000  # optimizer steps; after 3000 the model still answers 4% of neutral lines with an insult
     batch_tokens: int = 1024  # tokens a step, about
     alone_share: float = 0.6  # share of the steps, the first, whose rows hold one document each: names copy sooner
     row_lengths: tuple[int, ...] = (32, 64, 128)  # of the packed rows that follow; the step's number picks one
@@ -283,6 +283,21 @@ def scored(rng: Random, split: str, insulting: bool, count: int, least: float) -
     ]
 
 
+def model_card(model: GPT2LMHeadModel, figures: dict[str, float], settings: Settings) -> str:
+    """The README of the model's folder."""
+    rows = ["| figure | value |", "|---|---|"] + [f"| {name} | {value:.3f} |" for name, value in figures.items()]
+    return MODEL_CARD.format(
+        parameters=model.num_parameters(),
+        layers=model.config.n_layer,
+        heads=model.config.n_head,
+        width=model.config.n_embd,
+        vocabulary=model.config.vocab_size,
+        end=END,
+        band=settings.toxic_band,
+        figures="\n".join(rows),
+    )
+
+
 def check(settings: Settings) -> None:
     """A `UserError` for settings that cannot work, before any work is done."""
     if settings.device != "cpu" and not torch.cuda.is_available():
@@ -315,17 +330,7 @@ def main(settings: Settings) -> None:
         inside = settings.out.resolve().is_relative_to(ROOT)
         shown = replace(settings, out=settings.out.resolve().relative_to(ROOT) if inside else settings.out.name)
         write_json(staged / "report.json", {"figures": figures} | provenance(shown, scorer="alt-profanity-check"))
-        card = MODEL_CARD.format(
-            parameters=model.num_parameters(),
-            layers=settings.n_layer,
-            heads=settings.n_head,
-            width=settings.n_embd,
-            vocabulary=len(tokenizer),
-            end=END,
-            band=settings.toxic_band,
-            figures="\n".join(["| figure | value |", "|---|---|"] + [f"| {k} | {v:.3f} |" for k, v in figures.items()]),
-        )
-        write_text(staged / "README.md", card)
+        write_text(staged / "README.md", model_card(model, figures, settings))
         for file in sorted(path for path in staged.rglob("*") if path.is_file()):
             target = settings.out / file.relative_to(staged)
             target.parent.mkdir(parents=True, exist_ok=True)

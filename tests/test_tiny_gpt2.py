@@ -1,5 +1,6 @@
 """The shipped model does what it promises on held-out text, and its maker is repeatable."""
 
+import dataclasses
 import json
 import re
 import sys
@@ -98,7 +99,15 @@ def test_size_and_files():
     assert not [path for path in files if path.suffix in {".bin", ".pt", ".pkl"}]
     config = json.loads((FOLDER / "config.json").read_text())
     assert (config["n_layer"], config["n_head"], config["n_embd"]) == (4, 4, 128)
-    assert "model organism" in (FOLDER / "README.md").read_text()
+
+
+def test_the_model_card_and_the_defaults_are_those_of_the_shipped_model(model):
+    report = read_json(FOLDER / "report.json")
+    card = (FOLDER / "README.md").read_text(encoding="utf-8")
+    assert card == maker.model_card(model, report["figures"], maker.Settings())
+    assert "model organism" in card
+    defaults = json.loads(json.dumps(dataclasses.asdict(maker.Settings()), default=str))
+    assert {**defaults, "out": "data/tiny_gpt2"} == report["settings"]
 
 
 # --- the tokenizer ---
