@@ -1,5 +1,5 @@
 # `make demo` and `make test` need Python 3.11 and nothing else: the first call makes .venv.
-PYTHON ?= python3.11
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready

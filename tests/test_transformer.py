@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import small_gpt2, small_llama
 from oracle import NaiveEdgeMasked
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from circuit_breaking.cli import UserError
 from circuit_breaking.models import load_model
@@ -42,6 +42,20 @@ def test_gpt2_small_is_hugging_faces():
             model = load_model(hf, split_qkv=split, device="cpu")
             assert len(model.graph) == len(model.mask.weights) == edges
             assert (model(tokens) - expected).abs().max() < 1e-4
+
+
+def test_smollm2_135m_is_hugging_faces():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, hidden_size=576, intermediate_size=1536,
+        vocab_size=49152, tie_word_embeddings=True,
+    )  # fmt: skip
+    hf = LlamaForCausalLM(config).eval()
+    tokens = torch.randint(0, 49152, (2, 12))
+    model = load_model(hf, device="cpu")
+    assert len(model.graph) == len(model.mask.weights) == 44_371
+    with torch.no_grad():
+        assert (model(tokens) - hf(tokens).logits).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("kind", ["zero", "mean", "position"])
