@@ -5,6 +5,7 @@ Writes  data/toxicity/demo/: all that train_mask.py and evaluation.py write.
 Time    two minutes on two cores.
 """
 
+import os
 import subprocess
 import sys
 import time
@@ -26,6 +27,7 @@ class Settings:
     scorer: str = "profanity-check"  # offline, and what the shipped model was made with; or detoxify, or auto
     save_generations: bool = False  # keep what the models write; the shipped model knows mild insults only
     device: str = "cpu"  # the shipped model is too small to gain from a GPU
+    threads: int = 1  # CPU threads of each part; more only wait for each other on a model of this size
 
 
 def main(settings: Settings) -> None:
@@ -39,7 +41,8 @@ def main(settings: Settings) -> None:
     for script, options in parts.items():
         print(f"\n== toxicity/{script} {' '.join(options)}", flush=True)
         start = time.perf_counter()
-        code = subprocess.run([sys.executable, HERE / script, *options], check=False).returncode
+        environment = {**os.environ, "OMP_NUM_THREADS": str(settings.threads)}
+        code = subprocess.run([sys.executable, HERE / script, *options], env=environment, check=False).returncode
         if code:
             raise UserError(f"toxicity/{script} ended with exit code {code}; what it said above tells why.")
         seconds[script] = time.perf_counter() - start
