@@ -53,11 +53,12 @@ def text_losses(
     Args:
         model: a Hugging Face causal language model.
         texts: the texts, padded on the right; causal attention keeps the padding from mattering.
-        first: position of the first token whose prediction counts, int64 [n]; 1 by default.
+        first: position of the first token whose prediction counts, int64 [n]; by default the texts' own `starts`.
         batch_size: texts at a time. Logits are held for some predictions at a time only.
         tick: called after each batch.
     """
     head, sums = model.get_output_embeddings(), np.zeros(len(texts))
+    first = texts.starts if first is None else first
     counts = texts.lengths - (1 if first is None else first)
     for start in range(0, len(texts), batch_size):
         rows = slice(start, start + batch_size)

@@ -11,8 +11,9 @@ from conftest import small_gpt2
 from scripts import PLAIN, RUDE, small_tokenizer
 
 from circuit_breaking.cli import UserError
+from circuit_breaking.evaluation import text_losses
 from circuit_breaking.files import write_jsonl, write_text
-from circuit_breaking.models import load_model
+from circuit_breaking.models import load_model, prefix_token
 from circuit_breaking.tasks import OWTTask, TextTask, ToxicTask
 from circuit_breaking.tasks.owt import load_texts
 from circuit_breaking.text import TokenBatch, encode, pad_right
@@ -213,3 +214,25 @@ def test_a_hub_out_of_reach_is_one_sentence(tokenizer, monkeypatch):
         OWTTask(tokenizer, "NeelNanda/pile-10k")
     assert "\n" not in str(error.value) and "text file" in str(error.value)
     assert time.perf_counter() - start < 20
+
+
+def test_only_what_follows_a_prompt_counts(tmp_path, tokenizer, hf):
+    """The loss by hand over replies, and the same one from the evaluation of a stock model."""
+    model = load_model(hf, device="cpu")
+    rows = [{"text": text, "prompt": text[: text.index(" a silly")]} for text in RUDE[:4]]
+    write_jsonl(tmp_path / "train.jsonl", rows[:2])
+    write_jsonl(tmp_path / "test.jsonl", rows[2:])
+    task = ToxicTask(tokenizer, tmp_path / "train.jsonl", tmp_path / "test.jsonl", length=30)
+    by_hand = []
+    for row in rows[2:]:
+        tokens = torch.tensor([[prefix_token(tokenizer), *tokenizer(row["text"])["input_ids"]]])[:, :30]
+        start = 1 + len(tokenizer(row["prompt"])["input_ids"])
+        log_p = hf(tokens).logits.log_softmax(-1)[0]
+        by_hand += [-log_p[i - 1, tokens[0, i]] for i in range(start, tokens.shape[1])]
+    expected = float(torch.stack(by_hand).mean())
+    assert task.get_test_loss(model) == pytest.approx(expected, abs=1e-5)
+    sums, counts = text_losses(hf, task.test)
+    assert counts.sum() == len(by_hand) and sums.sum() / counts.sum() == pytest.approx(expected, abs=1e-5)
+    write_jsonl(tmp_path / "test.jsonl", [{"text": rows[2]["text"], "prompt": "something else"}])
+    with pytest.raises(UserError, match="not the beginning"):
+        ToxicTask(tokenizer, tmp_path / "train.jsonl", tmp_path / "test.jsonl")
