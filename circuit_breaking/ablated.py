@@ -25,10 +25,12 @@ from torch import Tensor, nn
 
 from circuit_breaking.cli import UserError
 from circuit_breaking.cuts import Cuts
-from circuit_breaking.files import read_json, read_tensors, write_json, write_tensors, write_text
+from circuit_breaking.files import read_json, write_json, write_tensors, write_text
 from circuit_breaking.graph import QKV, Edge, EdgeGraph
+from circuit_breaking.means import read_means
 from circuit_breaking.models import load_config, load_hf_model, load_tokenizer
 from circuit_breaking.places import find_places
+from circuit_breaking.transformer import check_means
 
 ATTRIBUTE = "edge_cuts"  # under which an ablated model holds its `Ablation`
 FORMAT = "edge-ablated model, version 1"
@@ -105,15 +107,9 @@ def _check_means(means: Tensor, nodes: int, width: int) -> None:
         raise UserError(
             "these means are per position, which generation cannot use: a text that is generated has no fixed "
             "positions, once batches are padded on the left and windows slide. Give one mean a node (toxicity/"
-            "compute_means.py without by_position)."
+            "compute_means.py --kind mean)."
         )
-    if means.shape != (nodes, width):
-        raise UserError(
-            f"means of shape {list(means.shape)} do not fit this model, which needs [{nodes}, {width}]. "
-            "Compute them with this model."
-        )
-    if not means.isfinite().all():
-        raise UserError("the means hold a value that is not finite. Compute them again.")
+    check_means(means, nodes, width)
 
 
 @torch.no_grad()
@@ -316,9 +312,7 @@ def load_ablated(folder: Path | str, device: str = "auto", dtype: str | torch.dt
     record, folder = read_ablated(folder), Path(folder).expanduser()
     means = None
     if record["cut_edges_carry"] == "mean":
-        means = read_tensors(folder / "means.safetensors", "Save the ablated model again.")[0].get("means")
-        if means is None:
-            raise UserError(f"{folder / 'means.safetensors'} holds no means. Save the ablated model again.")
+        means = read_means(folder / "means.safetensors", "Save the ablated model again.")[0]
     hf = load_hf_model(record["base"], device, dtype)
     if _shape(hf.config) != record.get("shape"):
         raise UserError(

@@ -10,14 +10,14 @@ Shapes: n texts or prompts, S samples a prompt, B batch, T position, D width, V 
 import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
 from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from circuit_breaking.continuations import Sampling, continuations
@@ -44,7 +44,6 @@ MEASURES = {  # of continuations, as the report names them and as a table shows 
 def text_losses(
     model: nn.Module,
     texts: TokenBatch,
-    first: Tensor | None = None,
     batch_size: int = 32,
     tick: Callable = lambda: None,
 ) -> Sums:
@@ -53,19 +52,15 @@ def text_losses(
     Args:
         model: a Hugging Face causal language model.
         texts: the texts, padded on the right; causal attention keeps the padding from mattering.
-        first: position of the first token whose prediction counts, int64 [n]; by default the texts' own `starts`.
         batch_size: texts at a time. Logits are held for some predictions at a time only.
         tick: called after each batch.
     """
     head, sums = model.get_output_embeddings(), np.zeros(len(texts))
-    first = texts.starts if first is None else first
-    counts = texts.lengths - (1 if first is None else first)
+    counts = texts.predicted.sum(1)
     for start in range(0, len(texts), batch_size):
         rows = slice(start, start + batch_size)
         batch = texts[rows].to(model.device)
         where = batch.predicted
-        if first is not None:
-            where &= torch.arange(where.shape[1], device=where.device) + 1 >= first[rows, None].to(where.device)
         hidden = model.base_model(input_ids=batch.tokens, use_cache=False).last_hidden_state[where]
         targets = batch.tokens.roll(-1, 1)[where]
         losses = cross_entropy_of_hidden(hidden, head.weight, getattr(head, "bias", None), targets)
@@ -193,7 +188,8 @@ def _losses_given_prompts(
     """Summed loss of each continuation given its prompt, and its number of tokens: [n * S]."""
     heads = [prompts.tokens[i, : prompts.lengths[i]].tolist() for i in range(len(prompts))]
     whole = pad_right([heads[i // sampling.samples] + row for i, row in enumerate(rows)], sampling.end)
-    return text_losses(judge, whole, prompts.lengths.repeat_interleave(sampling.samples), sampling.batch_size, tick)
+    whole = replace(whole, starts=prompts.lengths.repeat_interleave(sampling.samples))
+    return text_losses(judge, whole, sampling.batch_size, tick)
 
 
 def _summary(one: Measured, base: Measured | None, sampling: Sampling) -> dict[str, Any]:

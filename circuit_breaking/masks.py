@@ -1,4 +1,4 @@
-"""The mask over a model's edges: one flat parameter, its budget, and its files (layer 2, below it only the graph)."""
+"""The mask over a model's edges: one flat parameter, its budget, and its files (layer 1)."""
 
 from pathlib import Path
 from typing import Any

@@ -12,6 +12,7 @@ from circuit_breaking.files import read_tensors, write_tensors
 from circuit_breaking.masks import describe
 from circuit_breaking.text import TokenBatch
 
+HINT = "Make one with toxicity/compute_means.py, or leave means unset (zero ablation)."
 KINDS = ("zero", "mean", "position")
 
 
@@ -53,6 +54,14 @@ def save_means(path: Path | str, model: Any, means: Tensor, about: dict[str, Any
     write_tensors(path, {"means": means}, {"model": model.name, "graph": describe(model.graph), **(about or {})})
 
 
+def read_means(path: Path | str, hint: str = HINT) -> tuple[Tensor, dict[str, Any]]:
+    """Means and the record of a file. A file that is missing, damaged or without means is a `UserError`."""
+    tensors, about = read_tensors(path, hint)
+    if "means" not in tensors:
+        raise UserError(f"{path} holds no means. {hint}")
+    return tensors["means"], about
+
+
 def load_means(path: Path | str, model: Any) -> dict[str, Any]:
     """Read means from a file into `model.means` and return the file's record.
 
@@ -62,12 +71,9 @@ def load_means(path: Path | str, model: Any) -> dict[str, Any]:
     Raises:
         UserError: the file is missing, damaged, holds no means, or means of another model's shape.
     """
-    hint = "Make one with toxicity/compute_means.py, or leave means unset (zero ablation)."
-    tensors, about = read_tensors(path, hint)
-    if "means" not in tensors:
-        raise UserError(f"{path} holds no means. {hint}")
+    means, about = read_means(path)
     try:
-        model.means = tensors["means"]
+        model.means = means
     except UserError as error:
         raise UserError(f"{path} (made with {about.get('model')}): {error}") from None
     return about

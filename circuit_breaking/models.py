@@ -59,7 +59,10 @@ def load_hf_model(name: str | Path, device: str = "auto", dtype: str | torch.dty
 
 def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a hub name, folder, folder holding a `.gguf`, or `"tiny"`."""
-    return _from_pretrained(AutoTokenizer, name, "the tokenizer of")
+    tokenizer = _from_pretrained(AutoTokenizer, name, "the tokenizer of")
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes of a folder without a tokenizer
+        raise UserError(f"the model {name} comes without its tokenizer. Save that in its folder too.")
+    return tokenizer
 
 
 def load_config(name: str | Path) -> Any:

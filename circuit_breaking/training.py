@@ -9,7 +9,7 @@ anneal   The forward sees a binary mask, at most the k lowest weights cut; gradi
          budget, and the price follows it.
 refine   Single edges are cut, restored or exchanged by their measured effect on fresh batches (`search`).
 
-The mask is binary and within the budget from the second phase on, so nothing is left for a last rounding to harm.
+The forward sees binary masks from the second phase on, so nothing is left for a last rounding to harm.
 """
 
 import math
@@ -124,18 +124,27 @@ class _Trainer:
         model.mask.weights.data.copy_(self._lowest(settings.max_edges))
         yield from self._refine()
 
-    def _objective(self, mask: Tensor, batch_size: int) -> Tensor:
-        """Keep and break loss on the next batches, weighed; both are noted for the record."""
-        keep = self.keep_task.get_train_loss(self.model, batch_size, mask)
-        broken = self.break_task.get_train_loss(self.model, batch_size, mask, self.cap)
-        return self._weigh(keep, broken)
+    def _next_objective(self, batch_size: int) -> Callable[[Tensor], Tensor]:
+        """The objective, as a function of the mask, on the next pair of batches."""
+        keep, broken = self.keep_task.draw(batch_size), self.break_task.draw(batch_size)
+
+        def objective(mask: Tensor) -> Tensor:
+            return self._weigh(
+                self.keep_task.loss(self.model, keep, mask), self.break_task.loss(self.model, broken, mask, self.cap)
+            )
+
+        return objective
 
     def _weigh(self, keep: Tensor, broken: Tensor) -> Tensor:
+        """The objective without its sparsity term. The losses of the mask whose gradient is taken, one a step, are
+        noted for the record."""
         loss = self.settings.keep_weight * keep - self.settings.alpha * broken
-        self.losses = (float(keep.detach()), float(broken.detach()))
+        losses = (float(keep.detach()), float(broken.detach()))
+        if torch.is_grad_enabled():
+            self.losses = losses
         if not math.isfinite(float(loss.detach())):
             raise UserError(
-                f"the loss is not finite any more (keep {self.losses[0]}, break {self.losses[1]}). "
+                f"the loss is not finite any more (keep {losses[0]}, break {losses[1]}). "
                 "Lower the learning rate or alpha."
             )
         return loss
@@ -158,7 +167,7 @@ class _Trainer:
     def _relax(self) -> Iterator[dict[str, Any]]:
         settings, optimizer = self.settings, self._optimizer()
         for step in range(settings.relax_steps):
-            objective = self._objective(self.weights, settings.batch_size)
+            objective = self._next_objective(settings.batch_size)(self.weights)
             price = settings.sparsity * min(1.0, step / max(1.0, settings.ramp * settings.relax_steps))
             self._step(optimizer, objective + price * (1 - self.weights).sum())
             if settings.round_every and (step + 1) % settings.round_every == 0 and step + 1 < settings.relax_steps:
@@ -174,7 +183,7 @@ class _Trainer:
             progress = min(1.0, step / max(1.0, 0.75 * settings.anneal_steps))
             count = round(start * (settings.max_edges / start) ** progress)
             binary = self._lowest(count)
-            objective = self._objective(binary + (weights - weights.detach()), settings.batch_size)
+            objective = self._next_objective(settings.batch_size)(binary + (weights - weights.detach()))
             # The price goes where it holds the number of edges at the count: it tells which effects are too small for
             # the budget, which AdamW, blind to their size, would not
             price *= PRICE_STEP if self.model.mask.n_cut() > count else 1 / PRICE_STEP
@@ -192,25 +201,10 @@ class _Trainer:
         mask = self.weights.detach().clone()
         for _ in range(settings.refine_rounds):
             n_cut = int((mask == 0).sum())
-            seen: list[tuple[float, float]] = []
-            mask, loss = search.round(mask, self._fixed_objective(settings.refine_batch_size, seen))
+            mask, loss = search.round(mask, self._next_objective(settings.refine_batch_size))
             with torch.no_grad():
                 self.weights.copy_(mask)
-            self.losses = seen[0]  # of the mask that the round began with
             yield self._row("refine", loss, n_cut)
-
-    def _fixed_objective(self, batch_size: int, seen: list[tuple[float, float]]) -> Callable[[Tensor], Tensor]:
-        """The objective on one pair of batches, to be measured again and again; each pair of losses goes to `seen`."""
-        keep, broken = self.keep_task.draw(batch_size), self.break_task.draw(batch_size)
-
-        def objective(mask: Tensor) -> Tensor:
-            loss = self._weigh(
-                self.keep_task.loss(self.model, keep, mask), self.break_task.loss(self.model, broken, mask, self.cap)
-            )
-            seen.append(self.losses)
-            return loss
-
-        return objective
 
 
 def check(settings: MaskSettings, n_edges: int) -> None:

@@ -62,14 +62,11 @@ class _Run:
         rows = rows.view(rows.shape[0], self.batch, self.length, self.width)
         rows.copy_(constants[:, None, : self.length])
 
-    def _masks(self, layer: int) -> tuple[Tensor, Tensor]:
-        """A layer's weights: [R, P'] for the earlier nodes and [own] for its MLP's reads of its own heads."""
+    def _of_layer(self, edges: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """A layer's part of [E], as views: [R, P'] for the earlier nodes, [own] for its MLP's reads of its heads."""
         part = self.graph.layers[layer]
         middle = part.start + part.rows * part.sources
-        return (
-            self.weights[part.start : middle].view(part.rows, part.sources),
-            self.weights[middle : middle + part.own],
-        )
+        return edges[part.start : middle].view(part.rows, part.sources), edges[middle : middle + part.own]
 
     def forward(self) -> Tensor:
         model, graph, sources = self.model, self.graph, len(self.graph.sources)
@@ -94,7 +91,9 @@ class _Run:
             if part.own:
                 own = stack[first:mlp].view(heads, -1)
                 # a new tensor: autograd holds the heads' rows of `read` and forbids writing beside them
-                read_mlp = torch.addmv(read_mlp.view(-1), own.t(), self._masks(layer)[1]).view_as(read_mlp)
+                read_mlp = torch.addmv(read_mlp.view(-1), own.t(), self._of_layer(self.weights, layer)[1]).view_as(
+                    read_mlp
+                )
             hidden, read_mlp = self._traced(block.mlp, read_mlp)
             self._fill(stack[mlp : mlp + 1], self.offsets[mlp : mlp + 1])
             stack[mlp].addmm_(hidden.detach(), block.w_down)
@@ -115,7 +114,7 @@ class _Run:
         read = self.stack.new_empty(part.rows, self.tokens.numel(), self.width)
         # the MLP's own heads come later, but their means can be added now
         earlier = [part.sources] * (part.rows - 1) + [part.sources + part.own]
-        self._weighted_sum(read, self._masks(layer)[0], self.stack[: part.sources], earlier)
+        self._weighted_sum(read, self._of_layer(self.weights, layer)[0], self.stack[: part.sources], earlier)
         return read
 
     def _weighted_sum(self, out: Tensor, weights: Tensor, nodes: Tensor, means_of: list[int]) -> None:
@@ -147,13 +146,13 @@ class _Run:
             block, part = self.model.blocks[layer], graph.layers[layer]
             read_heads, z, read_mlp, hidden = self.saved[layer]
             first, mlp, after = part.sources, part.sources + heads, part.reader + part.rows
-            earlier, own = edge_gradient[part.start :].split_with_sizes(self._sizes(layer))[:2]
+            earlier, own = self._of_layer(edge_gradient, layer)
             torch.mm(mask[after:, first : mlp + 1].t(), reads[after:], out=at_nodes.view(heads + 1, flat))
 
             (at_mlp_read,) = torch.autograd.grad(hidden, read_mlp, at_nodes[heads] @ block.w_down.t())
             if part.own:
                 torch.mv(rows[first:mlp], at_mlp_read.view(-1), out=own)
-                at_nodes[:heads].view(heads, flat).addr_(self._masks(layer)[1], at_mlp_read.view(-1))
+                at_nodes[:heads].view(heads, flat).addr_(self._of_layer(self.weights, layer)[1], at_mlp_read.view(-1))
             at_z = torch.bmm(at_nodes[:heads], block.w_o.transpose(1, 2))
             (at_head_reads,) = torch.autograd.grad(z, read_heads, at_z)
             self.saved[layer] = None
@@ -161,13 +160,19 @@ class _Run:
             here = reads[part.reader : after]
             here[:-1] = at_head_reads.view(-1, flat)
             here[-1] = at_mlp_read.view(-1)
-            torch.mm(here, rows[:first].t(), out=earlier.view(part.rows, part.sources))
+            torch.mm(here, rows[:first].t(), out=earlier)
         return edge_gradient.to(self.mask_dtype)
 
-    def _sizes(self, layer: int) -> list[int]:
-        part = self.graph.layers[layer]
-        block = part.rows * part.sources
-        return [block, part.own, len(self.graph) - part.start - block - part.own]
+
+def check_means(means: Tensor, nodes: int, width: int) -> None:
+    """Raise a `UserError` for means that are neither [nodes, width] nor [T, nodes, width], or not finite."""
+    if means.dim() not in (2, 3) or means.shape[-2:] != (nodes, width):
+        raise UserError(
+            f"means of shape {list(means.shape)} do not fit this model, which needs [{nodes}, {width}] or "
+            f"[positions, {nodes}, {width}]. Compute them with this model."
+        )
+    if not means.isfinite().all():
+        raise UserError("the means hold a value that is not finite. Compute them again.")
 
 
 class EdgeMaskedTransformer(nn.Module):
@@ -241,14 +246,7 @@ class EdgeMaskedTransformer(nn.Module):
             self._means = self.base = None
             self.offsets = biases
             return
-        nodes, width = len(biases), self.embedding.shape[1]
-        if value.dim() not in (2, 3) or value.shape[-2:] != (nodes, width):
-            raise UserError(
-                f"means of shape {list(value.shape)} do not fit this model, which needs [{nodes}, {width}] or "
-                f"[positions, {nodes}, {width}]. Compute them with this model."
-            )
-        if not value.isfinite().all():
-            raise UserError("the means hold a value that is not finite. Compute them again.")
+        check_means(value, len(biases), self.embedding.shape[1])
         self._means = value.detach().to(self.device, self.dtype)
         exact = value.detach().to(self.device, torch.float64)
         by_node = exact[:, None] if value.dim() == 2 else exact.transpose(0, 1)  # [P, 1 or T, D]

@@ -1,13 +1,12 @@
 """Dumps that tests make, with mild words, and how they are read."""
 
-import importlib.util
 import io
 import json
 import random
-import sys
 import tarfile
 
 import zstandard
+from scripts import load_script
 
 from circuit_breaking.dump import read_lines
 from circuit_breaking.files import ROOT
@@ -17,15 +16,7 @@ SAMPLE = ROOT.parent / "shared" / "data" / "pol_sample.ndjson"
 WORDS = ("you", "silly", "old", "goose", "duck", "bother", "muddle", "grumpy", "sofa", "pancake", "rain", "again")
 FILES = ("train.jsonl", "test.jsonl", "uniform.jsonl")
 
-
-def load_script():
-    spec = importlib.util.spec_from_file_location("toxic_data_for_eval", SCRIPT)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-script = load_script()
+script = load_script("toxicity/toxic_data_for_eval.py")
 Settings = script.Settings
 
 

@@ -1,6 +1,5 @@
 """toxicity/generate.py and benchmarks/generate_time.py, as their users run them."""
 
-import importlib.util
 import io
 import json
 import sys
@@ -9,24 +8,16 @@ import pytest
 import torch
 from conftest import small_gpt2
 from matplotlib import pyplot as plt
+from scripts import load_script
 from test_ablated_files import word_tokenizer
 
 from circuit_breaking.ablated import ablate, load_ablated, save_ablated
 from circuit_breaking.cli import UserError, run_script
-from circuit_breaking.files import ROOT, write_json, write_tensors
+from circuit_breaking.files import write_json, write_tensors
 
 EDGES = ["embed->a1.0", "m0->m1", "a0.1->a2.2", "a1.1->output"]
 
-
-def script(path: str):
-    spec = importlib.util.spec_from_file_location(path.replace("/", "_").removesuffix(".py"), ROOT / path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-generate = script("toxicity/generate.py")
+generate = load_script("toxicity/generate.py")
 
 
 @pytest.fixture
@@ -132,7 +123,7 @@ def test_errors_are_sentences(run, tmp_path, capsys, monkeypatch):
 
 
 def test_generate_time_writes_its_plot_and_numbers(tmp_path, capsys):
-    benchmark = script("benchmarks/generate_time.py")
+    benchmark = load_script("benchmarks/generate_time.py")
     settings = benchmark.Settings(
         shape="tiny", cut=(0, 3), prompt=4, new_tokens=3, rounds=2, threads=1, out=tmp_path, device="cpu"
     )

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -38,7 +39,7 @@ def loss_by_hand(hf, row, first=1):
 def test_losses_equal_those_of_single_texts(family):
     hf, batch, first = family(), pad_right(ROWS, 0), torch.tensor([3, 1, 2, 5 - 1])
     for begin in (None, first):
-        sums, counts = text_losses(hf, batch, begin, batch_size=3)
+        sums, counts = text_losses(hf, replace(batch, starts=begin), batch_size=3)
         starts = [1] * 4 if begin is None else begin.tolist()
         assert counts.tolist() == [len(row) - start for row, start in zip(ROWS, starts, strict=True)]
         expected = [loss_by_hand(hf, row, start) for row, start in zip(ROWS, starts, strict=True)]

@@ -22,10 +22,12 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor, nn
+from utils import read_prompt_rows
 
 from circuit_breaking.ablated import ablate, load_ablated, read_ablated, save_ablated
 from circuit_breaking.cli import UserError, run_script
-from circuit_breaking.files import DATA, read_json, read_jsonl, read_tensors, require_file
+from circuit_breaking.files import DATA, read_json, require_file
+from circuit_breaking.means import read_means
 from circuit_breaking.models import load_hf_model, load_tokenizer, prefix_token
 from circuit_breaking.perplexity import perplexity
 from circuit_breaking.text import read_lines
@@ -68,9 +70,7 @@ def read_run(folder: Path) -> Ablated:
         raise UserError(f"{folder} is neither a run of train_mask.py nor a saved ablated model. {HINT}")
     means = None
     if settings.get("means"):
-        means = read_tensors(settings["means"], "It was used in training and is needed here.")[0].get("means")
-        if means is None:
-            raise UserError(f"{settings['means']} holds no means. Compute them again.")
+        means = read_means(settings["means"], "It was used in training and is needed here.")[0]
     report = folder / "report.json"
     return Ablated(settings["model"], edges, means, about, read_json(report) if report.is_file() else {})
 
@@ -94,8 +94,6 @@ def load_pair(settings: Settings) -> tuple[Any, dict[str, nn.Module]]:
         if settings.save is not None:
             save_ablated(settings.save, run.base, run.edges, run.means, run.about, run.results)
             print(f"written to {settings.save}")
-    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes of a folder without a tokenizer
-        raise UserError(f"the base model of {folder} comes without its tokenizer. Save it with tokenizer=...")
     return tokenizer, {"original": original, "ablated": ablated}
 
 
@@ -178,11 +176,7 @@ def read_prompts(settings: Settings) -> Iterator[str]:
     if settings.prompt:
         yield settings.prompt
     elif settings.prompts is not None and settings.prompts.suffix == ".jsonl":
-        for number, row in enumerate(read_jsonl(settings.prompts), 1):
-            prompt = row.get("prompt", row.get("text")) if isinstance(row, dict) else None
-            if not isinstance(prompt, str):
-                raise UserError(f"{settings.prompts}, row {number}: there is neither a 'prompt' nor a 'text'.")
-            yield prompt
+        yield from (prompt for prompt, _whole in read_prompt_rows(settings.prompts))
     elif settings.prompts is not None:
         yield from read_lines(settings.prompts)
     else:

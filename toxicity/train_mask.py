@@ -24,9 +24,7 @@ from circuit_breaking.training import MaskSettings, train_mask
 @dataclass
 class Settings(MaskSettings):
     model: str = "tiny"  # "tiny" (shipped), a hub name such as gpt2, a folder, or a folder holding a .gguf
-    toxic_train: Path | None = (
-        None  # toxic texts to learn from; None: the shipped ones for tiny, else posts/train.jsonl
-    )
+    toxic_train: Path | None = None  # toxic texts to learn from; None: shipped for tiny, else posts/train.jsonl
     toxic_test: Path | None = None  # toxic texts held out; None: the shipped ones for tiny, else posts/test.jsonl
     ordinary: str | None = None  # "tiny", a text file, or a data set's hub name; None: tiny, else NeelNanda/pile-10k
     means: Path | None = None  # what cut edges carry, from compute_means.py; None: nothing (zero ablation)

@@ -59,6 +59,20 @@ def files_of(model: str) -> list[Path]:
     return [path] if path.is_file() else sorted([*path.glob("*.safetensors"), *path.glob("*.gguf")])
 
 
+def read_prompt_rows(path: Path | str, count: int | None = None) -> list[tuple[str, bool]]:
+    """The first rows of a JSON Lines file: a row's `prompt` and True, or, where it has none, its `text` and False.
+
+    A file that is missing, empty or damaged, or a row with neither, is a `UserError`.
+    """
+    rows = []
+    for number, row in enumerate(read_jsonl(path, HINT)[:count], 1):
+        text = row.get("prompt", row.get("text")) if isinstance(row, dict) else None
+        if not isinstance(text, str):
+            raise UserError(f"{path}, row {number}: there is neither a 'prompt' nor a 'text'. {HINT}")
+        rows.append((text, "prompt" in row))
+    return rows
+
+
 def load_prompts(tokenizer: Any, source: Path | str | Sequence[str], count: int, first_tokens: int) -> TokenBatch:
     """The first `count` prompts of a source, each behind the prefix token.
 
@@ -73,19 +87,12 @@ def load_prompts(tokenizer: Any, source: Path | str | Sequence[str], count: int,
         UserError: the file is missing, empty or damaged, or a row has neither `prompt` nor `text`.
     """
     if isinstance(source, str | Path):
-        whole, texts = [], []
-        for number, row in enumerate(read_jsonl(source, HINT)[:count], 1):
-            text = row.get("prompt", row.get("text")) if isinstance(row, dict) else None
-            if not isinstance(text, str):
-                raise UserError(f"{source}, row {number}: there is neither a 'prompt' nor a 'text'. {HINT}")
-            whole.append("prompt" in row)
-            texts.append(text)
+        found = read_prompt_rows(source, count)
     else:
-        texts = list(source)[:count]
-        whole = [False] * len(texts)
-    encoded = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+        found = [(text, False) for text in list(source)[:count]]
+    encoded = tokenizer([text for text, _ in found], add_special_tokens=False)["input_ids"] if found else []
     prefix = prefix_token(tokenizer)
-    rows = [[prefix, *(row if entire else row[:first_tokens])] for row, entire in zip(encoded, whole, strict=True)]
+    rows = [[prefix, *(row if whole else row[:first_tokens])] for row, (_, whole) in zip(encoded, found, strict=True)]
     rows = [row for row in rows if len(row) > 1]
     if not rows:
         raise UserError(f"{source if isinstance(source, str | Path) else 'the ordinary text'} holds no prompt. {HINT}")
