@@ -17,14 +17,14 @@ from pathlib import Path
 import torch
 from breaking import BreakingSettings, finetune, learn_mask, train_network
 from digits import DEFAULT_FOLDER, Source, load_images, split_images
-from mlp_model import MaskedMLP, save_network
+from mlp_model import MaskedMLP
 from pictures import draw_run
-from report import check_settings, describe, network_accuracy, print_table
+from report import check_settings, describe, print_table
+from results import write_run
 from threads import cpu_threads
 
 from circuit_breaking.cli import run_script
 from circuit_breaking.devices import pick_device
-from circuit_breaking.files import provenance, write_json, write_jsonl, write_tensors
 
 
 @dataclass
@@ -117,29 +117,11 @@ def run(settings: Settings) -> None:
     for name, mask in masks.items():
         results[name]["first-layer edges cut"] = int((mask[: network.n_first] == 0).sum())
 
-    about = provenance(settings, images.files, source=images.source, side=images.side, setting="mnist")
-    report = about | {
-        "script": "mnist/main.py",
-        "groups": split.groups,
-        "target_class": split.target_class,
-        "target_group": split.target_group,
-        "mates": split.mates,
-        "edges": {"first layer": network.n_first, "last layer": network.n_edges - network.n_first},
-        "images": {name: len(rows) for name, (_, rows) in split.sets.items()},
-        "test accuracy": network_accuracy(results["original"], split),
-        "results": results,
-        "seconds": seconds | {"all": time.perf_counter() - started},
-        "device": str(device),
-    }
-    mean_target = split.x["train"][split.train_is_target].mean(0)
-    write_json(folder / "settings.json", settings)
-    write_jsonl(folder / "metrics.jsonl", rows)
-    save_network(folder / "network.safetensors", network, about)
-    write_tensors(folder / "mask.safetensors", masks | {"mean target image": mean_target}, about)
-    write_json(
-        folder / "edges.json", {name: list(network.cut_edges(mask, images.side)) for name, mask in masks.items()}
+    edges = {name: list(network.cut_edges(mask, images.side)) for name, mask in masks.items()}
+    seconds["all"] = time.perf_counter() - started
+    report = write_run(
+        folder, "mnist/main.py", settings, images, split, network, results, rows, masks, edges, seconds, device
     )
-    write_json(folder / "report.json", report)
     pictures = draw_run(folder)
     print_table(report)
     print(f"{time.perf_counter() - started:.0f} s; {folder} holds the results and {len(pictures)} pictures")

@@ -20,16 +20,16 @@ import torch
 from breaking import train_network
 from digits import DEFAULT_FOLDER, Source, Split, load_images, split_images
 from greedy import Objective, make_objective, score_cuts
-from mlp_model import MaskedMLP, load_network, save_network
+from mlp_model import MaskedMLP, load_network
 from pictures import draw_run
-from report import check_settings, describe, network_accuracy, print_table
+from report import check_settings, describe, print_table
+from results import write_run
 from threads import cpu_threads
 from torch import Tensor
 from tqdm import tqdm
 
 from circuit_breaking.cli import UserError, run_script
 from circuit_breaking.devices import pick_device
-from circuit_breaking.files import provenance, write_json, write_jsonl, write_tensors
 
 TOLERANCE = 1e-6  # relative; an objective is a float32 sum
 
@@ -98,28 +98,11 @@ def run(settings: Settings) -> None:
         results[name] = {key: metrics[-1][key] for key in results["original"]}
         results[name]["first-layer edges cut"] = int((masks[name][: network.n_first] == 0).sum())
 
-    inputs = images.files + ([settings.network] if settings.network else [])
-    about = provenance(settings, inputs, source=images.source, side=images.side, setting="mnist")
-    report = about | {
-        "script": "mnist/old.py",
-        "groups": split.groups,
-        "target_class": split.target_class,
-        "target_group": split.target_group,
-        "mates": split.mates,
-        "edges": {"first layer": network.n_first, "last layer": network.n_edges - network.n_first},
-        "images": {name: len(rows) for name, (_, rows) in split.sets.items()},
-        "test accuracy": network_accuracy(results["original"], split),
-        "results": results,
-        "seconds": seconds | {"all": time.perf_counter() - started},
-        "device": str(device),
-    }
-    mean_target = split.x["train"][split.train_is_target].mean(0)
-    write_json(folder / "settings.json", settings)
-    write_jsonl(folder / "metrics.jsonl", rows)
-    save_network(folder / "network.safetensors", network, about)
-    write_tensors(folder / "mask.safetensors", masks | {"mean target image": mean_target}, about)
-    write_json(folder / "edges.json", edges)
-    write_json(folder / "report.json", report)
+    timed = seconds | {"all": time.perf_counter() - started}
+    inputs = [settings.network] if settings.network else []
+    report = write_run(
+        folder, "mnist/old.py", settings, images, split, network, results, rows, masks, edges, timed, device, inputs
+    )
     pictures = draw_run(folder)
     print_table(report)
     times = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())

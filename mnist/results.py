@@ -1,0 +1,66 @@
+"""The run folder of the MNIST scripts: everything that they write, in one place."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from digits import Images, Split
+from mlp_model import MaskedMLP, save_network
+from report import network_accuracy
+from torch import Tensor
+
+from circuit_breaking.files import provenance, write_json, write_jsonl, write_tensors
+
+
+def write_run(
+    folder: Path,
+    script: str,
+    settings: Any,
+    images: Images,
+    split: Split,
+    network: MaskedMLP,
+    results: dict[str, Any],
+    rows: list[dict[str, Any]],
+    masks: dict[str, Tensor],
+    edges: dict[str, list[str]],
+    seconds: dict[str, float],
+    device: torch.device,
+    more_inputs: list[Path] | None = None,
+) -> dict[str, Any]:
+    """Write settings, metrics, network, masks, edges and report; returns the report.
+
+    Args:
+        folder: the run's.
+        script: path of the script in the repository.
+        settings, images, split, network: what the run was made with.
+        results: last accuracies of every variant, those of `original` among them.
+        rows: metrics along training.
+        masks: flat binary mask [n_edges] of each variant.
+        edges: names of the edges cut, by variant.
+        seconds: time of each part.
+        device: where it ran.
+        more_inputs: files read besides the images.
+    """
+    inputs = images.files + (more_inputs or [])
+    about = provenance(settings, inputs, source=images.source, side=images.side, setting="mnist")
+    report = about | {
+        "script": script,
+        "groups": split.groups,
+        "target_class": split.target_class,
+        "target_group": split.target_group,
+        "mates": split.mates,
+        "edges": {"first layer": network.n_first, "last layer": network.n_edges - network.n_first},
+        "images": {name: len(labels) for name, (_, labels) in split.sets.items()},
+        "test accuracy": network_accuracy(results["original"], split),
+        "results": results,
+        "seconds": seconds,
+        "device": str(device),
+    }
+    mean_target = split.x["train"][split.train_is_target].mean(0)
+    write_json(folder / "settings.json", settings)
+    write_jsonl(folder / "metrics.jsonl", rows)
+    save_network(folder / "network.safetensors", network, about)
+    write_tensors(folder / "mask.safetensors", masks | {"mean target image": mean_target}, about)
+    write_json(folder / "edges.json", edges)
+    write_json(folder / "report.json", report)
+    return report
