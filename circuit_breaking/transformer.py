@@ -3,14 +3,14 @@
 Reader j gets  r_j = Σ_i [ m_ij x_i + (1 - m_ij) μ_i ],  with x_i the output of node i, m_ij the mask weight of edge
 i -> j and μ_i what a cut edge carries (Li, Davies, Nadeau 2023, section 3). Heads, MLPs and `output` read alike.
 
-Shapes: B batch, T position, N tokens = B * T, P sources, R readers of a layer, H heads, D width, E edges, V vocabulary.
+Shapes: B batch, T position, N tokens = B * T, P sources, R readers, H heads, D width, E edges, V vocabulary.
 
 How it is fast:
 - Node outputs live in one preallocated stack, stored as x_i - μ_i, so that means cost one addition a reader:
-  r_j = Σ_i m_ij (x_i - μ_i) + Σ_i μ_i. A layer's readers are one product [R, P'] · [P', N * D] over the P' nodes
-  of earlier layers.
-- The backward is written by hand. Walking the layers in reverse, the gradient at a layer's nodes is gathered from
-  all later readers with one product, and the gradient of all its edges is one more. Once a layer is done, nothing
+  r_j = Σ_i m_ij (x_i - μ_i) + Σ_i μ_i. The readers of a few layers, a group, are one product
+  [R, P'] · [P', N * D] over the P' nodes before the group; what they read of each other's layers is added on the way.
+- The backward is written by hand. Walking the groups in reverse, the gradient at a group's nodes is gathered from
+  all later readers with one product, and the gradient of all edges into it is one more. Once a layer is done, nothing
   reads its node outputs again, so the gradients of its readers take their place: one stack serves both passes.
 - Autograd keeps what attention and the MLP's nonlinearity need, nothing else. Model weights are frozen.
 """
@@ -26,6 +26,11 @@ from circuit_breaking.blocks import take_apart
 from circuit_breaking.cli import UserError
 from circuit_breaking.graph import EdgeGraph
 from circuit_breaking.masks import EdgeMask
+
+
+# Layers whose readers read all earlier nodes in one product are grouped up to about this many readers: enough for a
+# matrix product to run at full speed, few enough for what it makes to stay small beside the stack.
+GROUP_READERS = 52
 
 
 class _OutputRead(torch.autograd.Function):
@@ -50,118 +55,118 @@ class _Run:
         self.model, self.graph, self.keep = model, model.graph, keep
         self.batch, self.length = tokens.shape
         self.tokens = tokens
-        self.weights = weights.to(model.dtype)
         self.mask_dtype = weights.dtype
         self.width = model.embedding.shape[1]
         self.flat = tokens.numel() * self.width  # one node's output, as one row
-        self.base, self.offsets = model.base, model.offsets
+        self.mask = self._matrix(weights.to(model.dtype))
         self.stack: Tensor | None = None
+
+    def _matrix(self, weights: Tensor | None = None) -> Tensor:
+        """[readers, P], zero where there is no edge; with the weights [E] of those that there are, if given."""
+        matrix = self.model.embedding.new_zeros(len(self.graph.readers), len(self.graph.sources))
+        if weights is not None:
+            matrix[self.model.edge_readers, self.model.edge_sources] = weights
+        return matrix
 
     def _fill(self, rows: Tensor, constants: Tensor) -> None:
         """Set [k, N, D] to constants [k, 1 or max T, D], which may differ by position."""
         rows = rows.view(rows.shape[0], self.batch, self.length, self.width)
         rows.copy_(constants[:, None, : self.length])
 
-    def _of_layer(self, edges: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        """A layer's part of [E], as views: [R, P'] for the earlier nodes, [own] for its MLP's reads of its heads."""
-        part = self.graph.layers[layer]
-        middle = part.start + part.rows * part.sources
-        return edges[part.start : middle].view(part.rows, part.sources), edges[middle : middle + part.own]
-
     def forward(self) -> Tensor:
-        model, graph, sources = self.model, self.graph, len(self.graph.sources)
+        model, graph, mask, sources = self.model, self.graph, self.mask, len(self.graph.sources)
         n_tokens, heads = self.tokens.numel(), graph.n_heads
         # one row more than there are nodes: the backward keeps the gradient of `output` there
         self.stack = stack = model.embedding.new_empty(sources + 1, n_tokens, self.width)
-        self._fill(stack[:1], self.offsets[:1])
+        rows = stack.view(sources + 1, self.flat)
+        self._fill(stack[:1], model.offsets[:1])
         embedding = F.embedding(self.tokens, model.embedding)
         if model.positions is not None:
             embedding += model.positions[: self.length]
         stack[0] += embedding.view(n_tokens, -1)
         rotary = model.rotary_tables(self.length, self.tokens.device)
         self.saved: list[tuple[Tensor, ...] | None] = []
-        for layer, block in enumerate(model.blocks):
-            part = graph.layers[layer]
-            first, mlp = part.sources, part.sources + heads
-            read = self._read_earlier(layer)
-            z, read_heads = self._traced(lambda x, block=block: block.heads(x, self.batch, rotary), read[:-1])
-            self._fill(stack[first:mlp], self.offsets[first:mlp])
-            stack[first:mlp].baddbmm_(z.detach(), block.w_o)
-            read_mlp = read[-1]
-            if part.own:
-                own = stack[first:mlp].view(heads, -1)
-                # a new tensor: autograd holds the heads' rows of `read` and forbids writing beside them
-                read_mlp = torch.addmv(read_mlp.view(-1), own.t(), self._of_layer(self.weights, layer)[1]).view_as(
-                    read_mlp
-                )
-            hidden, read_mlp = self._traced(block.mlp, read_mlp)
-            self._fill(stack[mlp : mlp + 1], self.offsets[mlp : mlp + 1])
-            stack[mlp].addmm_(hidden.detach(), block.w_down)
-            self.saved.append((read_heads, z, read_mlp, hidden) if self.keep else None)
-        read = stack.new_empty(1, n_tokens, self.width)
-        self._weighted_sum(read, self.weights[-sources:].view(1, -1), stack[:sources], [sources])
-        return read[0]
+        for group in self.model.groups:
+            before = group[0]  # its first layer
+            reads = self._read(before.reader, group[-1].reader + group[-1].rows, before.sources)
+            for part in group:
+                block, first, mlp = model.blocks[len(self.saved)], part.sources, part.sources + heads
+                read = reads[part.reader - before.reader :][: part.rows]
+                if part is not before:
+                    weights = mask[part.reader : part.reader + part.rows, before.sources : first]
+                    read.view(part.rows, -1).addmm_(weights, rows[before.sources : first])
+                z, read_heads = self._traced(lambda x, block=block: block.heads(x, self.batch, rotary), read[:-1])
+                self._fill(stack[first:mlp], model.offsets[first:mlp])
+                stack[first:mlp].baddbmm_(z.detach(), block.w_o)
+                if part.own:
+                    read[-1].view(-1).addmv_(rows[first:mlp].t(), mask[part.reader + part.rows - 1, first:mlp])
+                hidden, read_mlp = self._traced(block.mlp, read[-1])
+                self._fill(stack[mlp : mlp + 1], model.offsets[mlp : mlp + 1])
+                stack[mlp].addmm_(hidden.detach(), block.w_down)
+                self.saved.append((read_heads, z, read_mlp, hidden) if self.keep else None)
+        return self._read(len(mask) - 1, len(mask), sources)[0]
 
     def _traced(self, function, read: Tensor) -> tuple[Tensor, Tensor]:
         """`function(read)` with its graph from `read` on, where a backward is to come."""
         with torch.set_grad_enabled(self.keep):
-            read = read.detach().requires_grad_(self.keep)
+            # `data`: what autograd saves is not told of writes to other rows of the same storage, which cannot harm it
+            read = read.data.requires_grad_(self.keep)
             return function(read), read
 
-    def _read_earlier(self, layer: int) -> Tensor:
-        """What a layer's readers get from the nodes of earlier layers: [R, N, D], the MLP last."""
-        part = self.graph.layers[layer]
-        read = self.stack.new_empty(part.rows, self.tokens.numel(), self.width)
-        # the MLP's own heads come later, but their means can be added now
-        earlier = [part.sources] * (part.rows - 1) + [part.sources + part.own]
-        self._weighted_sum(read, self._of_layer(self.weights, layer)[0], self.stack[: part.sources], earlier)
-        return read
-
-    def _weighted_sum(self, out: Tensor, weights: Tensor, nodes: Tensor, means_of: list[int]) -> None:
-        """out [R, N, D] = weights [R, P'] · nodes [P', N, D] + each reader's sum of the means of its first nodes."""
-        flat = out.view(len(out), -1)
-        if self.base is None:
-            torch.mm(weights, nodes.view(len(nodes), -1), out=flat)
+    def _read(self, start: int, end: int, sources: int) -> Tensor:
+        """What the readers from `start` to `end` get from the first `sources` nodes, and all their means: [., N, D]."""
+        out = self.stack.new_empty(end - start, self.tokens.numel(), self.width)
+        flat, weights, nodes = out.view(len(out), -1), self.mask[start:end, :sources], self.stack[:sources]
+        if self.model.base is None:
+            torch.mm(weights, nodes.view(sources, -1), out=flat)
         else:
-            self._fill(out, self.base[means_of])
-            flat.addmm_(weights, nodes.view(len(nodes), -1))
+            self._fill(out, self.model.base[self.model.sources_read[start:end]])
+            flat.addmm_(weights, nodes.view(sources, -1))
+        return out
 
     def backward(self, gradient: Tensor) -> Tensor:
         if self.stack is None:
             self.forward()
-        graph, stack, flat, heads = self.graph, self.stack, self.flat, self.graph.n_heads
+        graph, mask, stack, flat, heads = self.graph, self.mask, self.stack, self.flat, self.graph.n_heads
         self.stack = None
-        sources, readers = len(graph.sources), len(graph.readers)
+        readers, sources = mask.shape
         rows = stack.view(sources + 1, flat)
-        edge_gradient = torch.empty_like(self.weights)
-        edge_gradient[-sources:] = rows[:sources] @ gradient.reshape(-1)
+        edge_gradient = self._matrix()
+        edge_gradient[-1] = rows[:sources] @ gradient.reshape(-1)
         # Gradients of the readers. Row for row they fit where the outputs of the same layer's nodes were, unless
         # queries, keys and values read apart.
         reads = stack.new_empty(readers, flat) if graph.split_qkv else rows[1:]
         reads[-1] = gradient.reshape(-1)
-        mask = self.weights.new_zeros(readers, sources)
-        mask[self.model.edge_readers, self.model.edge_sources] = self.weights
-        at_nodes = stack.new_empty(heads + 1, *stack.shape[1:])
-        for layer in reversed(range(graph.n_layers)):
-            block, part = self.model.blocks[layer], graph.layers[layer]
-            read_heads, z, read_mlp, hidden = self.saved[layer]
-            first, mlp, after = part.sources, part.sources + heads, part.reader + part.rows
-            earlier, own = self._of_layer(edge_gradient, layer)
-            torch.mm(mask[after:, first : mlp + 1].t(), reads[after:], out=at_nodes.view(heads + 1, flat))
+        layer = graph.n_layers
+        for group in reversed(self.model.groups):
+            before, end = group[0].sources, group[-1].reader + group[-1].rows
+            nodes = len(group) * (heads + 1)
+            at_group = torch.mm(mask[end:, before : before + nodes].t(), reads[end:])
+            for part in reversed(group):
+                layer -= 1
+                block, (read_heads, z, read_mlp, hidden) = self.model.blocks[layer], self.saved[layer]
+                first, mlp, after = part.sources, part.sources + heads, part.reader + part.rows
+                at_nodes = at_group[first - before :][: heads + 1]
+                if after < end:
+                    at_nodes.addmm_(mask[after:end, first : mlp + 1].t(), reads[after:end])
+                at_heads, at_mlp = at_nodes[:heads], at_nodes[heads].view(-1, self.width)
 
-            (at_mlp_read,) = torch.autograd.grad(hidden, read_mlp, at_nodes[heads] @ block.w_down.t())
-            if part.own:
-                torch.mv(rows[first:mlp], at_mlp_read.view(-1), out=own)
-                at_nodes[:heads].view(heads, flat).addr_(self._of_layer(self.weights, layer)[1], at_mlp_read.view(-1))
-            at_z = torch.bmm(at_nodes[:heads], block.w_o.transpose(1, 2))
-            (at_head_reads,) = torch.autograd.grad(z, read_heads, at_z)
-            self.saved[layer] = None
+                (at_mlp_read,) = torch.autograd.grad(hidden, read_mlp, at_mlp @ block.w_down.t())
+                if part.own:
+                    edge_gradient[after - 1, first:mlp] = rows[first:mlp] @ at_mlp_read.view(-1)
+                    at_heads.addr_(mask[after - 1, first:mlp], at_mlp_read.view(-1))
+                at_z = torch.bmm(at_heads.view(heads, -1, self.width), block.w_o.transpose(1, 2))
+                (at_head_reads,) = torch.autograd.grad(z, read_heads, at_z)
+                self.saved[layer] = None
 
-            here = reads[part.reader : after]
-            here[:-1] = at_head_reads.view(-1, flat)
-            here[-1] = at_mlp_read.view(-1)
-            torch.mm(here, rows[:first].t(), out=earlier)
-        return edge_gradient.to(self.mask_dtype)
+                here = reads[part.reader : after]
+                here[:-1] = at_head_reads.view(-1, flat)
+                here[-1] = at_mlp_read.view(-1)
+                if before < first:
+                    edge_gradient[part.reader : after, before:first] = here @ rows[before:first].t()
+            start = group[0].reader
+            edge_gradient[start:end, :before] = reads[start:end] @ rows[:before].t()
+        return edge_gradient[self.model.edge_readers, self.model.edge_sources].to(self.mask_dtype)
 
 
 def check_means(means: Tensor, nodes: int, width: int) -> None:
@@ -203,6 +208,9 @@ class EdgeMaskedTransformer(nn.Module):
         self.register_buffer("unembedding_bias", None if bias is None else bias.detach())
         self.register_buffer("edge_readers", self.graph.edge_readers)
         self.register_buffer("edge_sources", self.graph.edge_sources)
+        self.register_buffer("sources_read", self.graph.edge_readers.bincount(minlength=len(self.graph.readers)))
+        layers, size = self.graph.layers, max(1, GROUP_READERS // (self.graph.head_readers + 1))
+        self.groups = [layers[start : start + size] for start in range(0, len(layers), size)]
         # at least float32, so that a step of the optimizer is not lost in bfloat16's rounding
         self.mask = EdgeMask(self.graph, dtype=torch.promote_types(self.dtype, torch.float32))
         self.register_buffer("offsets", None)
