@@ -27,7 +27,6 @@ from circuit_breaking.cli import UserError
 from circuit_breaking.graph import EdgeGraph
 from circuit_breaking.masks import EdgeMask
 
-
 # Layers whose readers read all earlier nodes in one product are grouped up to about this many readers: enough for a
 # matrix product to run at full speed, few enough for what it makes to stay small beside the stack.
 GROUP_READERS = 52
