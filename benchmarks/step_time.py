@@ -46,6 +46,7 @@ class Settings:
     length: int = 50  # tokens a text
     rounds: int = 5  # steps of each variant; the median counts
     split_qkv: bool = False  # masks for query, key and value apart
+    cut: int = 50  # edges that the binary mask cuts
     naive: bool = True  # time the naive formulation too (slow, and a lot of memory)
     threads: int = 2  # CPU threads
     device: str = "auto"  # auto, cpu, cuda or mps
@@ -63,23 +64,25 @@ def plain_step(settings: Settings) -> Callable[[torch.Tensor], None]:
     return step
 
 
-def engine_step(settings: Settings) -> Callable[[torch.Tensor], None]:
+def binary_step(settings: Settings) -> Callable[[torch.Tensor], None]:
+    """With the kind of mask that can be saved: `cut` edges cut, all others whole."""
     model = load_model(make_hf(settings), settings.split_qkv, settings.device, settings.dtype)
+    model.mask.weights.data[torch.randperm(len(model.graph))[: settings.cut]] = 0.0
+    return loss_step(model)
 
+
+def dense_step(settings: Settings) -> Callable[[torch.Tensor], None]:
+    """With the kind of mask that training begins with: every weight between 0 and 1."""
+    model = load_model(make_hf(settings), settings.split_qkv, settings.device, settings.dtype)
+    model.mask.weights.data.uniform_(0.9, 0.999)
+    return loss_step(model)
+
+
+def loss_step(model: torch.nn.Module) -> Callable[[torch.Tensor], None]:
     def step(tokens: torch.Tensor) -> None:
         hidden = model.hidden(tokens)[:, :-1].flatten(0, 1)
         targets = tokens[:, 1:].flatten()
         cross_entropy_of_hidden(hidden, model.unembedding, model.unembedding_bias, targets).mean().backward()
-
-    return step
-
-
-def engine_logits_step(settings: Settings) -> Callable[[torch.Tensor], None]:
-    model = load_model(make_hf(settings), settings.split_qkv, settings.device, settings.dtype)
-
-    def step(tokens: torch.Tensor) -> None:
-        logits = model(tokens)
-        F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten()).backward()
 
     return step
 
@@ -99,8 +102,8 @@ def naive_step(settings: Settings) -> Callable[[torch.Tensor], None]:
 
 STEPS = {
     "plain Hugging Face": plain_step,
-    "engine": engine_step,
-    "engine, all logits held": engine_logits_step,
+    "engine, binary mask": binary_step,
+    "engine, any mask": dense_step,
     "naive formulation": naive_step,
 }
 
