@@ -27,6 +27,7 @@ from circuit_breaking.graph import Edge
 from circuit_breaking.masks import lowest_cut
 from circuit_breaking.search import MeasuredSearch
 
+SCREEN_GROUP = 40  # edges that screening puts at half weight together
 PRICE_STEP = 1.1  # factor by which the price of a cut edge moves at each step of the anneal phase
 
 
@@ -44,6 +45,8 @@ class MaskSettings:
     batch_size: int = 5  # texts of each task a step
     refine_batch_size: int = 20  # texts of each task a round of refinement
     tries: int = 8  # most masks measured in a round of refinement
+    screened: int = 0  # cuts whose effect is first estimated at half weight; 0: none, measure what attribution names
+    screen_every: int = 10  # rounds of refinement between screenings
     lr: float = 0.05  # AdamW without decay, on weights in [0, 1]
     sparsity: float = 0.0005  # price of a cut edge in the relax phase, after its ramp, nats
     refine_price: float = 0.0  # what a change must win for each edge that it cuts, nats
@@ -199,8 +202,10 @@ class _Trainer:
         settings = self.settings
         search = MeasuredSearch(settings.max_edges, self.allowed, settings.refine_price, settings.tries)
         mask = self.weights.detach().clone()
-        for _ in range(settings.refine_rounds):
+        for number in range(settings.refine_rounds):
             n_cut = int((mask == 0).sum())
+            if settings.screened and number % settings.screen_every == 0:
+                search.screen(mask, self._next_objective(settings.batch_size), settings.screened, SCREEN_GROUP)
             mask, loss = search.round(mask, self._next_objective(settings.refine_batch_size))
             with torch.no_grad():
                 self.weights.copy_(mask)
@@ -211,9 +216,9 @@ def check(settings: MaskSettings, n_edges: int) -> None:
     """Raise a `UserError` for settings that make no sense."""
     if not 0 <= settings.max_edges <= n_edges:
         raise UserError(f"max_edges {settings.max_edges} is not between 0 and the model's {n_edges:,} edges.")
-    for name in ("relax_steps", "anneal_steps", "refine_rounds", "sparsity", "round_every"):
+    for name in ("relax_steps", "anneal_steps", "refine_rounds", "sparsity", "round_every", "screened"):
         if getattr(settings, name) < 0:
             raise UserError(f"{name} is {getattr(settings, name)}; it cannot be negative.")
-    for name in ("batch_size", "refine_batch_size", "tries", "lr", "candidates"):
+    for name in ("batch_size", "refine_batch_size", "tries", "lr", "candidates", "screen_every"):
         if getattr(settings, name) <= 0:
             raise UserError(f"{name} is {getattr(settings, name)}; it must be above 0.")
