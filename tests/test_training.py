@@ -6,7 +6,7 @@ from conftest import small_gpt2
 
 from circuit_breaking.cli import UserError
 from circuit_breaking.models import load_model
-from circuit_breaking.search import MeasuredSearch
+from circuit_breaking.search import SMALLEST_GROUP, MeasuredSearch
 from circuit_breaking.tasks import TextTask
 from circuit_breaking.text import TokenBatch
 from circuit_breaking.training import MaskSettings, train_mask
@@ -97,3 +97,39 @@ def test_search_finds_the_best_mask_of_a_small_problem():
         assert (mask == 0).sum() <= 3
     assert values == sorted(values, reverse=True)  # only a measured gain is taken
     assert float(objective(mask)) <= float(objective(best)) + 0.15 * abs(float(objective(best)))
+
+
+def test_screening_finds_out_what_attribution_gets_wrong():
+    """Half-way gradients are exact for a quadratic, and an edge that ruins its group is found out by halving it."""
+    torch.manual_seed(6)
+    slope, bend = -torch.rand(30), 2 * torch.rand(30)  # of each edge's cut: first praised, then often bad
+    slope[7], bend[7] = -5.0, 400.0  # the most praised ruins everything
+
+    def objective(mask):
+        cut = 1 - mask
+        return 10 + (slope * cut + bend * cut**2).sum() + 20 * cut[7] * cut.sum()
+
+    true = -(slope + bend)  # gain of cutting one edge alone
+    true[7] -= 20
+    search, mask = MeasuredSearch(5, memory=0.0), torch.ones(30)
+    search.screen(mask, objective, count=30, size=10)
+    gains = search._gains(mask)
+    others = torch.arange(30) != 7
+    assert gains[7] < -100
+    assert (gains - true)[others].abs().median() < 1e-4  # all but those left in the ruinous edge's smallest group
+    assert int(((gains - true)[others].abs() > 1e-4).sum()) < SMALLEST_GROUP
+    mask, before = search.round(mask, objective)
+    assert objective(mask) < before and mask[7] == 1
+
+
+def test_a_measurement_corrects_the_next_prediction():
+    search, mask = MeasuredSearch(2, memory=0.0, tries=1), torch.ones(3)
+
+    def objective(mask):
+        cut = 1 - mask
+        return (torch.tensor([-3.0, -1.0, 0.5]) * cut).sum() + 9 * cut[0] ** 2
+
+    for expected in ([1, 1, 1], [1, 0, 1], [1, 0, 1]):  # the first edge is tried, refused, and not tried again
+        mask, _ = search.round(mask, objective)
+        assert mask.tolist() == expected
+    assert float(search._gains(mask)[0]) == pytest.approx(-6.0)
