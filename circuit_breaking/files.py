@@ -66,7 +66,7 @@ def write_text(path: Path | str, text: str) -> None:
 
 def write_json(path: Path | str, value: Any) -> None:
     """Write `value` as indented JSON atomically; dataclasses and paths are allowed, NaN is not."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False, default=_plain) + "\n")
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False, default=plain) + "\n")
 
 
 def write_jsonl(path: Path | str, rows: Iterable[Any]) -> int:
@@ -74,12 +74,12 @@ def write_jsonl(path: Path | str, rows: Iterable[Any]) -> int:
     count = 0
     with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False, default=_plain) + "\n")
+            file.write(json.dumps(row, ensure_ascii=False, default=plain) + "\n")
             count += 1
     return count
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return dataclasses.asdict(value)
     if isinstance(value, Path):
@@ -125,7 +125,7 @@ def read_jsonl(path: Path | str, hint: str = "Check the path in the settings.") 
 
 def write_tensors(path: Path | str, tensors: dict[str, Tensor], about: dict[str, Any] | None = None) -> None:
     """Write tensors and a JSON-able `about` (kept in the header's metadata) to a safetensors file atomically."""
-    header = {"about": json.dumps(about or {}, default=_plain), "format": "pt"}
+    header = {"about": json.dumps(about or {}, default=plain), "format": "pt"}
     with atomic_path(path) as temporary:
         save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, temporary, header)
 

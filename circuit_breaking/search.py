@@ -51,6 +51,22 @@ class MeasuredSearch:
     _flipped: dict[int, float] = field(default_factory=dict)  # gain that each edge's last accepted flip is owed
     _generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
 
+    def state(self) -> dict[str, Tensor]:
+        """What the next rounds depend on, as tensors."""
+        state = {"generator": self._generator.get_state()}
+        if self.gradient is not None:
+            state |= {"gradient": self.gradient, "correction": self.correction}
+            state["flipped"] = torch.tensor(list(self._flipped), dtype=torch.int64)
+            state["owed"] = torch.tensor(list(self._flipped.values()), dtype=torch.float64)
+        return state
+
+    def restore(self, state: dict[str, Tensor], device: torch.device) -> None:
+        """Go on from what `state` gave."""
+        self._generator.set_state(state["generator"])
+        if "gradient" in state:
+            self.gradient, self.correction = state["gradient"].to(device), state["correction"].to(device)
+            self._flipped = dict(zip(state["flipped"].tolist(), state["owed"].tolist(), strict=True))
+
     def round(self, mask: Tensor, objective: Objective) -> tuple[Tensor, float]:
         """Try to improve a binary `mask` [E] on one batch, change by change.
 

@@ -14,7 +14,7 @@ The forward sees binary masks from the second phase on, so nothing is left for a
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from circuit_breaking.checkpoints import Checkpoints, Saved, Stopped, told_to_stop
 from circuit_breaking.cli import UserError
 from circuit_breaking.graph import Edge
 from circuit_breaking.masks import lowest_cut
@@ -73,6 +74,8 @@ def train_mask(
     allowed: Tensor | None = None,
     on_step: Callable[[dict[str, Any]], None] | None = None,
     progress: bool = True,
+    checkpoints: Checkpoints | None = None,
+    resume_from: Saved | None = None,
 ) -> MaskResult:
     """Learn which few edges to cut. The model's mask is trained from all ones and left binary.
 
@@ -84,16 +87,29 @@ def train_mask(
         allowed: bool [E], the edges that may be cut; all by default.
         on_step: called with each row of the history as it comes.
         progress: show a bar with the losses and the number of cut edges.
+        checkpoints: where the state goes every so many steps, and on SIGTERM or SIGUSR1, which then end the run.
+        resume_from: a state to go on from, of `checkpoints.load()`. The mask that comes out is that of a run that
+            was never interrupted (bit for bit on CPU); the result's history begins where it goes on.
 
     Raises:
         UserError: a setting makes no sense, or a loss is not finite.
+        Stopped: a signal ended the run; its state is saved.
     """
     trainer = _Trainer(model, break_task, keep_task, settings or MaskSettings(), allowed)
-    start = time.perf_counter()
-    history = []
-    with tqdm(total=trainer.total, desc="mask", unit="step", disable=None if progress else True) as bar:
-        for row in trainer.rows():
-            row = {"step": len(history), **row, "seconds": round(time.perf_counter() - start, 3)}
+    before = 0.0
+    if resume_from is not None:
+        trainer.restore(resume_from)
+        before = resume_from.values["seconds"]
+    start, history = time.perf_counter(), []
+    with (
+        tqdm(
+            total=trainer.total, initial=trainer.done, desc="mask", unit="step", disable=None if progress else True
+        ) as bar,
+        told_to_stop() as signals,
+    ):
+        while trainer.done < trainer.total:
+            row = {"step": trainer.done, **trainer.step()}
+            row["seconds"] = round(before + time.perf_counter() - start, 3)
             history.append(row)
             if on_step is not None:
                 on_step(row)
@@ -101,11 +117,21 @@ def train_mask(
                 f"{row['phase']}: keep {row['keep_loss']:.3f}, break {row['break_loss']:.3f}, {row['n_cut']} cut"
             )
             bar.update()
+            if checkpoints is None:
+                continue
+            if signals or (checkpoints.every and trainer.done % checkpoints.every == 0):
+                tensors, values = trainer.state()
+                checkpoints.save(trainer.done, tensors, {**values, "seconds": row["seconds"]})
+            if signals:
+                raise Stopped(f"told to stop by signal {signals[0]} after step {trainer.done}; run it again to go on.")
     model.mask.keep_budget_(trainer.settings.max_edges)
-    return MaskResult(model.mask.weights.detach().clone(), model.mask.cut_edges(), history, time.perf_counter() - start)
+    seconds = before + time.perf_counter() - start
+    return MaskResult(model.mask.weights.detach().clone(), model.mask.cut_edges(), history, seconds)
 
 
 class _Trainer:
+    """State of a training run: `step` does one step, `state` and `restore` carry it over an interruption."""
+
     def __init__(
         self, model: Any, break_task: Any, keep_task: Any, settings: MaskSettings, allowed: Tensor | None
     ) -> None:
@@ -115,17 +141,56 @@ class _Trainer:
         self.allowed = None if allowed is None else allowed.to(self.weights.device)
         self.cap = settings.break_cap or math.log(len(model.unembedding))
         self.losses = (0.0, 0.0)
-        self.total = settings.relax_steps + settings.anneal_steps + settings.refine_rounds
-
-    def rows(self) -> Iterator[dict[str, Any]]:
-        model, settings = self.model, self.settings
+        self.done = 0
+        self.phases = [
+            (self._relax, settings.relax_steps),
+            (self._anneal, settings.anneal_steps),
+            (self._refine, settings.refine_rounds),
+        ]
+        self.total = sum(steps for _, steps in self.phases) if settings.max_edges else 0
+        self.optimizer = self._optimizer()
+        self.price, self.start = settings.sparsity, 0  # of the anneal phase: price of a cut edge, edges cut at first
+        self.search = MeasuredSearch(settings.max_edges, self.allowed, settings.refine_price, settings.tries)
         model.mask.reset_()
-        if settings.max_edges == 0:
-            return
-        yield from self._relax()
-        yield from self._anneal()
-        model.mask.weights.data.copy_(self._lowest(settings.max_edges))
-        yield from self._refine()
+
+    def step(self) -> dict[str, Any]:
+        """Do the next step and return its row."""
+        number = self.done
+        for step, steps in self.phases:
+            if number < steps:
+                self.done += 1
+                return step(number)
+            number -= steps
+        raise IndexError(f"there are no more than {self.total} steps")
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """All that the next steps depend on: tensors, and JSON-able values."""
+        tensors = {"weights": self.weights.detach()}
+        for name, value in self.optimizer.state.get(self.weights, {}).items():
+            tensors[f"optimizer.{name}"] = value
+        for name, part in (("search", self.search), ("break", self.break_task), ("keep", self.keep_task)):
+            tensors |= {f"{name}.{key}": value for key, value in part.state().items()}
+        return tensors, {"price": self.price, "start": self.start}
+
+    def restore(self, saved: Saved) -> None:
+        """Go on from what `state` gave."""
+        self.done = saved.step
+        self.price, self.start = saved.values["price"], saved.values["start"]
+        parts: dict[str, dict[str, Tensor]] = {"optimizer": {}, "search": {}, "break": {}, "keep": {}}
+        for name, tensor in saved.tensors.items():
+            part, _, key = name.partition(".")
+            if key:
+                parts[part][key] = tensor
+        with torch.no_grad():
+            self.weights.copy_(saved.tensors["weights"])
+        state = {
+            name: value if name == "step" else value.to(self.weights) for name, value in parts["optimizer"].items()
+        }
+        if state:
+            self.optimizer.state[self.weights] = state
+        self.search.restore(parts["search"], self.weights.device)
+        self.break_task.restore(parts["break"])
+        self.keep_task.restore(parts["keep"])
 
     def _next_objective(self, batch_size: int) -> Callable[[Tensor], Tensor]:
         """The objective, as a function of the mask, on the next pair of batches."""
@@ -159,57 +224,56 @@ class _Trainer:
     def _optimizer(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW([self.weights], lr=self.settings.lr, weight_decay=0.0)
 
-    def _step(self, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
-        optimizer.zero_grad()
+    def _descend(self, loss: Tensor) -> None:
+        self.optimizer.zero_grad()
         loss.backward()
         if self.allowed is not None:
             self.weights.grad[~self.allowed] = 0.0
-        optimizer.step()
+        self.optimizer.step()
         self.model.mask.clamp_()
 
-    def _relax(self) -> Iterator[dict[str, Any]]:
-        settings, optimizer = self.settings, self._optimizer()
-        for step in range(settings.relax_steps):
-            objective = self._next_objective(settings.batch_size)(self.weights)
-            price = settings.sparsity * min(1.0, step / max(1.0, settings.ramp * settings.relax_steps))
-            self._step(optimizer, objective + price * (1 - self.weights).sum())
-            if settings.round_every and (step + 1) % settings.round_every == 0 and step + 1 < settings.relax_steps:
-                self.model.mask.round_()
-            yield self._row("relax", float(objective.detach()), self.model.mask.n_cut())
+    def _relax(self, number: int) -> dict[str, Any]:
+        settings = self.settings
+        objective = self._next_objective(settings.batch_size)(self.weights)
+        price = settings.sparsity * min(1.0, number / max(1.0, settings.ramp * settings.relax_steps))
+        self._descend(objective + price * (1 - self.weights).sum())
+        rounds = settings.round_every and (number + 1) % settings.round_every == 0
+        if rounds and number + 1 < settings.relax_steps:
+            self.model.mask.round_()
+        return self._row("relax", float(objective.detach()), self.model.mask.n_cut())
 
-    def _anneal(self) -> Iterator[dict[str, Any]]:
-        settings, weights, optimizer = self.settings, self.weights, self._optimizer()
-        price = settings.sparsity
-        start = max(self.model.mask.n_cut(), settings.candidates * settings.max_edges)
-        for step in range(settings.anneal_steps):
-            # the budget is reached for the last quarter, so that the masks that can be saved are learned longest
-            progress = min(1.0, step / max(1.0, 0.75 * settings.anneal_steps))
-            count = round(start * (settings.max_edges / start) ** progress)
-            binary = self._lowest(count)
-            objective = self._next_objective(settings.batch_size)(binary + (weights - weights.detach()))
-            # The price goes where it holds the number of edges at the count: it tells which effects are too small for
-            # the budget, which AdamW, blind to their size, would not
-            price *= PRICE_STEP if self.model.mask.n_cut() > count else 1 / PRICE_STEP
-            self._step(optimizer, objective + price * (1 - weights).sum())
-            yield self._row("anneal", float(objective.detach()), int((binary == 0).sum()))
+    def _anneal(self, number: int) -> dict[str, Any]:
+        settings, weights = self.settings, self.weights
+        if number == 0:
+            self.optimizer = self._optimizer()
+            self.start = max(self.model.mask.n_cut(), settings.candidates * settings.max_edges)
+        # the budget is reached for the last quarter, so that the masks that can be saved are learned longest
+        progress = min(1.0, number / max(1.0, 0.75 * settings.anneal_steps))
+        count = round(self.start * (settings.max_edges / self.start) ** progress)
+        binary = self._lowest(count)
+        objective = self._next_objective(settings.batch_size)(binary + (weights - weights.detach()))
+        # The price goes where it holds the number of edges at the count: it tells which effects are too small for
+        # the budget, which AdamW, blind to their size, would not
+        self.price *= PRICE_STEP if self.model.mask.n_cut() > count else 1 / PRICE_STEP
+        self._descend(objective + self.price * (1 - weights).sum())
+        return self._row("anneal", float(objective.detach()), int((binary == 0).sum()))
+
+    def _refine(self, number: int) -> dict[str, Any]:
+        settings = self.settings
+        if number == 0:
+            self.weights.data.copy_(self._lowest(settings.max_edges))
+        mask = self.weights.detach().clone()
+        if settings.screened and number % settings.screen_every == 0:
+            self.search.screen(mask, self._next_objective(settings.batch_size), settings.screened, SCREEN_GROUP)
+        changed, loss = self.search.round(mask, self._next_objective(settings.refine_batch_size))
+        with torch.no_grad():
+            self.weights.copy_(changed)
+        return self._row("refine", loss, int((mask == 0).sum()))
 
     @torch.no_grad()
     def _lowest(self, count: int) -> Tensor:
         """Binary mask that cuts the `count` lowest of the weights that rounding would cut."""
         return lowest_cut(self.weights, count, threshold=0.5)
-
-    def _refine(self) -> Iterator[dict[str, Any]]:
-        settings = self.settings
-        search = MeasuredSearch(settings.max_edges, self.allowed, settings.refine_price, settings.tries)
-        mask = self.weights.detach().clone()
-        for number in range(settings.refine_rounds):
-            n_cut = int((mask == 0).sum())
-            if settings.screened and number % settings.screen_every == 0:
-                search.screen(mask, self._next_objective(settings.batch_size), settings.screened, SCREEN_GROUP)
-            mask, loss = search.round(mask, self._next_objective(settings.refine_batch_size))
-            with torch.no_grad():
-                self.weights.copy_(mask)
-            yield self._row("refine", loss, n_cut)
 
 
 def check(settings: MaskSettings, n_edges: int) -> None:

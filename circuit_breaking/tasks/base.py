@@ -28,6 +28,14 @@ class Task(ABC):
         """The next `size` training examples, on which `loss` can be measured more than once."""
 
     @abstractmethod
+    def state(self) -> dict[str, Tensor]:
+        """Where `draw` stands, as tensors, for a checkpoint."""
+
+    @abstractmethod
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Draw on from what `state` gave."""
+
+    @abstractmethod
     def loss(self, model: Any, batch: Any, mask: Tensor | None = None, cap: float | None = None) -> Tensor:
         """Loss on a batch that `draw` gave, differentiable in the mask.
 
@@ -71,6 +79,15 @@ class TextTask(Task):
             self._order = torch.cat([self._order, torch.randperm(len(self.train), generator=self._generator)])
         rows, self._order = self._order[:size], self._order[size:]
         return self.train[rows]
+
+    def state(self) -> dict[str, Tensor]:
+        """The random state and the rest of the order in force."""
+        return {"generator": self._generator.get_state(), "order": self._order}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Draw on from what `state` gave."""
+        self._generator.set_state(state["generator"])
+        self._order = state["order"].clone()
 
     def loss(self, model: Any, batch: TokenBatch, mask: Tensor | None = None, cap: float | None = None) -> Tensor:
         """Mean loss over the predictions of a batch; see `Task`."""

@@ -1,0 +1,143 @@
+"""Checkpoints of a run that may be killed at any moment, and the signals that announce it (layer 1).
+
+A checkpoint is one safetensors file: the run's tensors, its numbers as JSON, and the random states of torch. It is
+written beside the last one and renamed, so that a whole one is there at every moment; the one before is kept, and each
+carries a SHA-256 over all that it holds, so that a damaged one is known and passed over.
+"""
+
+import hashlib
+import json
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from circuit_breaking.cli import UserError
+from circuit_breaking.files import plain, read_tensors, write_tensors
+
+NEWEST, PREVIOUS = "checkpoint.safetensors", "checkpoint.previous.safetensors"
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # what SLURM sends before it takes a node away
+
+
+class Stopped(UserError):
+    """The run was told to stop and has saved its state."""
+
+
+@dataclass
+class Saved:
+    """What a checkpoint holds: steps done, tensors by name, and JSON-able values."""
+
+    step: int
+    tensors: dict[str, Tensor]
+    values: dict[str, Any]
+
+
+@dataclass
+class Checkpoints:
+    """The last two checkpoints of the run in `folder`.
+
+    Attributes:
+        folder: the run folder.
+        run: JSON-able description of the run (settings, input hashes); only a checkpoint of the same run is resumed.
+        every: steps between checkpoints; 0 saves only when told to stop.
+    """
+
+    folder: Path
+    run: dict[str, Any]
+    every: int = 50
+
+    def save(self, step: int, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+        """Write the state after `step` steps, with torch's random states, and keep the one before."""
+        tensors = {**tensors, **{f"random.{name}": state for name, state in random_states().items()}}
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        about = {"run": self.run, "step": step, "values": values}
+        about = json.loads(json.dumps(about, default=plain))  # what will be read is what is hashed
+        newest, previous = self.folder / NEWEST, self.folder / PREVIOUS
+        try:
+            if newest.is_file():
+                newest.replace(previous)
+        except OSError as error:
+            raise UserError(f"cannot write {previous}: {error.strerror}. Choose another folder.") from error
+        write_tensors(newest, tensors, {**about, "sha256": _digest(tensors, about)})
+
+    def load(self) -> Saved | None:
+        """The newest whole checkpoint of this run, None if there is none; says on stderr what it passes over.
+
+        torch's random states are set to the saved ones.
+        """
+        for path in (self.folder / NEWEST, self.folder / PREVIOUS):
+            if not path.is_file():
+                continue
+            try:
+                tensors, about = read_tensors(path)
+                digest = about.pop("sha256", None)
+                if digest != _digest(tensors, about):
+                    raise UserError(f"{path} is damaged: its checksum does not match")
+            except UserError as error:
+                print(f"passed over a checkpoint: {error}", file=sys.stderr)
+                continue
+            if about["run"] != json.loads(json.dumps(self.run, default=plain)):
+                print(f"{path} is of a run with other settings or data: starting anew.", file=sys.stderr)
+                return None
+            set_random_states({n.removeprefix("random."): t for n, t in tensors.items() if n.startswith("random.")})
+            tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("random.")}
+            return Saved(about["step"], tensors, about["values"])
+        return None
+
+    def remove(self) -> None:
+        """Delete both, once the run's results are written."""
+        for name in (NEWEST, PREVIOUS):
+            (self.folder / name).unlink(missing_ok=True)
+
+
+def random_states() -> dict[str, Tensor]:
+    """torch's random states: the CPU's, and each CUDA device's once CUDA is in use."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_initialized():
+        states |= {f"cuda{number}": state for number, state in enumerate(torch.cuda.get_rng_state_all())}
+    return states
+
+
+def set_random_states(states: dict[str, Tensor]) -> None:
+    """Set what `random_states` gave; states of devices that are not here are left out."""
+    for name, state in states.items():
+        if name == "cpu":
+            torch.set_rng_state(state)
+        elif torch.cuda.is_available() and int(name.removeprefix("cuda")) < torch.cuda.device_count():
+            torch.cuda.set_rng_state(state, int(name.removeprefix("cuda")))
+
+
+def _digest(tensors: dict[str, Tensor], about: dict[str, Any]) -> str:
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+@contextmanager
+def told_to_stop() -> Iterator[list[int]]:
+    """A list that is empty until SIGTERM or SIGUSR1 arrives, and then holds the signal.
+
+    So that a step can end and its state be saved first. Outside the main thread signals cannot be caught, and the
+    list stays empty.
+    """
+    received: list[int] = []
+    before = {}
+    try:
+        for number in SIGNALS:
+            before[number] = signal.signal(number, lambda received_number, _: received.append(received_number))
+    except ValueError:
+        pass
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
