@@ -4,6 +4,7 @@ Tensors go into safetensors, tables into JSON, JSON Lines or CSV. No pickle is r
 """
 
 import dataclasses
+import fcntl
 import hashlib
 import json
 import os
@@ -56,6 +57,27 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+@contextmanager
+def locked(folder: Path | str) -> Iterator[None]:
+    """Hold a run folder for this process; a `UserError` if another process holds it.
+
+    The lock is the kernel's (flock on `.lock`), so that a killed run leaves none behind.
+    """
+    path = Path(folder) / ".lock"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(
+                    f"another run is writing to {folder}. Wait for it, or choose another name with --run."
+                ) from None
+            yield
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}. Choose another folder in the settings.") from error
 
 
 def write_text(path: Path | str, text: str) -> None:

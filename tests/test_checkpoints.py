@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from conftest import small_gpt2
 from test_training import QUICK, make_task
 
 from circuit_breaking.checkpoints import NEWEST, PREVIOUS, Checkpoints, Stopped, told_to_stop
+from circuit_breaking.files import locked
 from circuit_breaking.models import load_model
 from circuit_breaking.training import MaskSettings, train_mask
 
@@ -109,3 +112,12 @@ def test_random_states_go_on(tmp_path):
     torch.manual_seed(9)
     checkpoints.load()
     assert torch.equal(torch.rand(4), expected)
+
+
+def test_a_folder_is_held_by_one_run_at_a_time(tmp_path):
+    with locked(tmp_path / "run"):
+        code = f"from circuit_breaking.files import locked\nwith locked({str(tmp_path / 'run')!r}): print('in')"
+        other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        assert "another run is writing" in other.stderr and "in" not in other.stdout.split()
+    with locked(tmp_path / "run"):
+        pass
