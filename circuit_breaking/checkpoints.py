@@ -28,6 +28,8 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # what SLURM sends before it takes a
 class Stopped(UserError):
     """The run was told to stop and has saved its state."""
 
+    exit_code = 75  # "try again later" (sysexits.h); slurm/job.sbatch queues the job again for this one alone
+
 
 @dataclass
 class Saved:

@@ -13,6 +13,8 @@ T = TypeVar("T")
 class UserError(Exception):
     """Something that the person at the keyboard can put right. The message says what was wrong and what to do."""
 
+    exit_code = 1
+
 
 def first_line(error: Exception) -> str:
     """The first line of an exception's message, its type where it has none: for a sentence of our own."""
@@ -22,8 +24,8 @@ def first_line(error: Exception) -> str:
 def run_script(main: Callable[[T], object], settings_class: type[T]) -> None:
     """Read `settings_class` from the command line and call `main` with it.
 
-    A `UserError` ends the script with its sentence on stderr and exit code 1; any other exception is a defect of
-    ours and keeps its traceback. Ctrl-C ends with exit code 130, as shells expect.
+    A `UserError` ends the script with its sentence on stderr and its exit code, 1 as a rule; any other exception is a
+    defect of ours and keeps its traceback. Ctrl-C ends with exit code 130, as shells expect.
     """
     about = sys.modules[main.__module__].__doc__ or ""
     # the help text reflows lines: keep those that say what is read, written and how long it takes apart
@@ -32,7 +34,8 @@ def run_script(main: Callable[[T], object], settings_class: type[T]) -> None:
     try:
         main(settings)
     except UserError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

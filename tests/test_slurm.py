@@ -1,0 +1,93 @@
+"""The batch files, with SLURM's commands replaced by local ones."""
+
+import os
+import signal
+import subprocess
+import time
+
+import pytest
+
+from circuit_breaking.files import ROOT
+
+# a script that runs until it is told to stop, and says what it was given
+STUB = """#!/bin/bash
+echo "ran $*" >> "$LOG"
+[ "$1" = wait.py ] || exit "${CODE:-0}"
+trap 'sleep 0.2; echo saved >> "$LOG"; exit 75' USR1 TERM
+echo ready >> "$LOG"
+while :; do sleep 0.05; done
+"""
+
+
+@pytest.fixture
+def cluster(tmp_path):
+    """An environment whose srun runs its command here and whose scontrol notes what it was asked."""
+    bin_folder, log = tmp_path / "bin", tmp_path / "log"
+    bin_folder.mkdir()
+    for name, text in {
+        "srun": '#!/bin/bash\nexec "$@"\n',
+        "scontrol": '#!/bin/bash\necho "scontrol $*" >> "$LOG"\n',
+        "python": STUB,
+    }.items():
+        (bin_folder / name).write_text(text)
+        (bin_folder / name).chmod(0o755)
+    environment = {
+        **os.environ, "PATH": f"{bin_folder}:{os.environ['PATH']}", "PYTHON": str(bin_folder / "python"),
+        "LOG": str(log), "SLURM_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3", "SLURM_SUBMIT_DIR": str(ROOT),
+    }  # fmt: skip
+    return environment, log
+
+
+def start(environment, *words):
+    return subprocess.Popen(["bash", *words], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(log, word):
+    for _ in range(200):
+        if log.is_file() and word in log.read_text():
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"{word} never came")
+
+
+@pytest.mark.parametrize("name", ["job.sbatch", "seeds.sbatch"])
+def test_syntax(name):
+    subprocess.run(["bash", "-n", ROOT / "slurm" / name], check=True)
+
+
+@pytest.mark.parametrize("code", [0, 1])
+def test_a_job_ends_as_its_script_does(cluster, code):
+    environment, log = cluster
+    job = start({**environment, "CODE": str(code)}, "slurm/job.sbatch", "toxicity/train_mask.py", "--seed", "1")
+    assert job.wait(30) == code
+    assert log.read_text() == "ran toxicity/train_mask.py --seed 1\n"
+
+
+def test_the_time_limit_saves_and_queues_again(cluster):
+    environment, log = cluster
+    job = start(environment, "slurm/job.sbatch", "wait.py")
+    wait_for(log, "ready")
+    job.send_signal(signal.SIGUSR1)
+    assert job.wait(30) == 0
+    assert log.read_text().splitlines() == ["ran wait.py", "ready", "saved", "scontrol requeue 7"]
+
+
+def test_preemption_saves_and_leaves_the_queue_to_slurm(cluster):
+    environment, log = cluster
+    job = start(environment, "slurm/job.sbatch", "wait.py")
+    wait_for(log, "ready")
+    job.send_signal(signal.SIGTERM)
+    assert job.wait(30) == 75
+    assert log.read_text().splitlines() == ["ran wait.py", "ready", "saved"]
+
+
+def test_an_array_job_has_its_seed_and_its_run(cluster):
+    environment, log = cluster
+    assert start(environment, "slurm/seeds.sbatch", "night", "toxicity/train_mask.py", "--alpha", "0.3").wait(30) == 0
+    assert log.read_text() == "ran toxicity/train_mask.py --seed 3 --run night-3 --alpha 0.3\n"
+
+
+@pytest.mark.parametrize("words", [["slurm/job.sbatch"], ["slurm/seeds.sbatch", "night"]])
+def test_nothing_to_run_is_said(cluster, words):
+    job = start(cluster[0], *words)
+    assert job.wait(30) == 2 and "usage" in job.stderr.read()
