@@ -1,0 +1,119 @@
+"""Sweeps over the settings of a script: which jobs, how they run, what came of them (layer 3)."""
+
+import csv
+import itertools
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from circuit_breaking.cli import UserError
+from circuit_breaking.files import atomic_path, read_json, read_jsonl, read_tensors
+
+MOST_VALUES = 10_000  # of one range: a slip of the keyboard should not make a million jobs
+
+
+def parse_grid(words: Iterable[str]) -> dict[str, list[str]]:
+    """`alpha=0.1,0.2` is a list and `seed=0:5` or `seed=0:10:2` a range without its end; values by setting.
+
+    Raises `UserError` for a word that is neither, and for a setting that is given twice.
+    """
+    grid: dict[str, list[str]] = {}
+    for word in words:
+        name, equals, text = word.partition("=")
+        name = name.strip().removeprefix("--").replace("_", "-")
+        if not equals or not name or not text:
+            raise UserError(f"{word!r} is not a setting with values. Write alpha=0.1,0.2 or seed=0:5.")
+        if name in grid:
+            raise UserError(f"the setting {name} is given twice. Put all its values into one list.")
+        grid[name] = _range(word, text) if ":" in text else [value.strip() for value in text.split(",")]
+        if not all(grid[name]):
+            raise UserError(f"{word!r} has an empty value.")
+    return grid
+
+
+def _range(word: str, text: str) -> list[str]:
+    try:
+        numbers = [int(part) for part in text.split(":")]
+        values = range(*numbers)
+    except (TypeError, ValueError):
+        raise UserError(f"{word!r} is not a range of whole numbers. Write seed=0:5 or seed=0:10:2.") from None
+    if not 0 < len(values) <= MOST_VALUES or len(numbers) < 2:
+        raise UserError(f"{word!r} holds {len(values)} values; 1 to {MOST_VALUES:,} are possible.")
+    return [str(value) for value in values]
+
+
+def combinations(grid: dict[str, list[str]]) -> list[dict[str, str]]:
+    """Every combination of the values, the last setting changing fastest."""
+    return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+
+
+def run_job(command: list[str], log: str) -> dict[str, Any]:
+    """Run one job's command with its output in the file `log`; its exit code and seconds. Never raises."""
+    start = time.perf_counter()
+    try:
+        with Path(log).open("w", encoding="utf-8") as file:
+            code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
+    except OSError as error:
+        return {"exit_code": 1, "seconds": 0.0, "error": str(error)}
+    return {"exit_code": code, "seconds": round(time.perf_counter() - start, 2)}
+
+
+def command_of(script: Path, fixed: dict[str, str], job: dict[str, str], folder: Path, name: str) -> list[str]:
+    """The command line of one job, whose results go into `folder/name`."""
+    options = [f"--{key}={value}" for key, value in {**fixed, **job}.items()]
+    return [sys.executable, str(script), *options, f"--out={folder}", f"--run={name}"]
+
+
+def results_of(folder: Path) -> dict[str, Any]:
+    """The numbers that a run left: of its report.json, its mask's record, and the last row of its metrics.jsonl."""
+    found: dict[str, Any] = {}
+    if (folder / "metrics.jsonl").is_file():
+        rows = read_jsonl(folder / "metrics.jsonl")
+        found |= flatten(rows[-1], "last") if rows else {}
+    if (folder / "edges.json").is_file():
+        edges = read_json(folder / "edges.json")
+        found["edges_cut"] = len(edges) if isinstance(edges, list) else None
+    if (folder / "mask.safetensors").is_file():
+        _, about = read_tensors(folder / "mask.safetensors")
+        found |= flatten(about.get("losses", {}), "loss")
+    if (folder / "report.json").is_file():
+        found |= flatten({key: value for key, value in read_json(folder / "report.json").items() if key != "settings"})
+    return found
+
+
+def flatten(value: Any, prefix: str = "") -> dict[str, float | int]:
+    """The numbers in nested JSON objects, by dotted name; lists and texts are left out."""
+    if isinstance(value, bool) or not isinstance(value, dict | int | float):
+        return {}
+    if not isinstance(value, dict):
+        return {prefix: value}
+    found: dict[str, float | int] = {}
+    for key, inner in value.items():
+        found |= flatten(inner, f"{prefix}.{key}" if prefix else str(key))
+    return found
+
+
+def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    """A table of rows whose columns are all that any row has, in the order of their first appearance; atomic."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def read_csv(path: Path) -> list[dict[str, Any]]:
+    """Rows of a table that `write_csv` wrote, numbers as numbers."""
+    with path.open(encoding="utf-8", newline="") as file:
+        return [{key: _number(value) for key, value in row.items()} for row in csv.DictReader(file)]
+
+
+def _number(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text

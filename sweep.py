@@ -1,0 +1,140 @@
+"""Run a script with many settings, here or under SLURM, and gather the results into one table and a plot.
+
+    python sweep.py toxicity/train_mask.py --grid alpha=0.1,0.2,0.4 seed=0:3 --y loss.after.toxic
+    python sweep.py toxicity/train_mask.py --grid seed=0:20 --fixed model=gpt2 --cluster slurm --at-once 4
+
+Reads   nothing itself; the script reads what it reads.
+Writes  data/sweeps/<name>/: a run folder and a log for each job, sweep.csv (a row a job), sweep.png. Sweeping again
+        under the same name does the jobs that are missing or failed and leaves the others.
+Time    that of the jobs.
+"""
+
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+from circuit_breaking.cli import UserError, run_script
+from circuit_breaking.files import DATA, ROOT, locked, read_json, write_json
+from circuit_breaking.sweep_figures import draw_sweep
+from circuit_breaking.sweeps import combinations, command_of, parse_grid, results_of, run_job, write_csv
+
+try:
+    import submitit
+except ModuleNotFoundError:
+    sys.exit("error: sweeps are run by submitit, which is not installed: pip install -e '.[cluster]'")
+
+
+@dataclass
+class Settings:
+    script: tyro.conf.Positional[Path]  # the script, such as toxicity/train_mask.py; it takes --out and --run
+    grid: tuple[str, ...] = ()  # settings to vary: alpha=0.1,0.2 or seed=0:5 (a range without its end)
+    fixed: tuple[str, ...] = ()  # settings that all jobs share: model=gpt2 max-edges=12
+    name: str = "sweep"  # name of the sweep's folder, data/sweeps/<name>
+    out: Path = DATA / "sweeps"  # where sweeps are
+    cluster: Literal["local", "slurm"] = "local"  # processes on this machine, or jobs of SLURM
+    at_once: int = 1  # jobs that run at the same time
+    minutes: int = 60  # time limit of a job
+    gpus: int = 0  # GPUs of a job under SLURM
+    cpus: int = 4  # CPU cores of a job under SLURM
+    partition: str = ""  # SLURM partition; "" for the cluster's default
+    x: str = ""  # column along the plot; "" for the first setting of the grid
+    y: str = ""  # column to plot; "" for the script's last loss
+
+
+def main(settings: Settings) -> None:
+    script = settings.script if settings.script.is_file() else ROOT / settings.script
+    if not script.is_file():
+        raise UserError(f"there is no script {settings.script}.")
+    if settings.at_once < 1:
+        raise UserError(f"at_once is {settings.at_once}; give 1 or more.")
+    grid, fixed = parse_grid(settings.grid), parse_grid(settings.fixed)
+    several = [name for name, values in fixed.items() if len(values) > 1]
+    if several or not grid:
+        raise UserError(f"{several[0]} has several values: put it into --grid." if several else "--grid is empty.")
+    shared = {name: values[0] for name, values in fixed.items()}
+    jobs = combinations(grid)
+    folder = (settings.out / settings.name).resolve()
+    with locked(folder):
+        rows = run_all(settings, folder, [command_of(script, shared, job, folder, name_of(job)) for job in jobs], jobs)
+        write_csv(folder / "sweep.csv", rows)
+    x = settings.x.replace("_", "-") or next(iter(grid))
+    draw_sweep(folder, x, settings.y)
+    show(rows, list(grid))
+    print(f"written to {folder}")
+
+
+def name_of(job: dict[str, str]) -> str:
+    """Name of a job's run folder: its settings."""
+    return "_".join(f"{key}={value.replace('/', '-')}" for key, value in job.items())
+
+
+def run_all(settings: Settings, folder: Path, commands: list[list[str]], jobs: list[dict[str, str]]) -> list[dict]:
+    """Run what is not done yet, at most `at_once` at a time; a row for every job, failed or not."""
+    executor = submitit.AutoExecutor(folder=folder / "jobs", cluster=settings.cluster)
+    executor.update_parameters(timeout_min=settings.minutes, name=settings.name)
+    if settings.cluster == "slurm":
+        executor.update_parameters(gpus_per_node=settings.gpus, cpus_per_task=settings.cpus)
+        if settings.partition:
+            executor.update_parameters(slurm_partition=settings.partition)
+    outcomes: dict[int, dict] = {}
+    waiting, running = [], {}
+    for number, (job, command) in enumerate(zip(jobs, commands, strict=True)):
+        done = folder / f"{name_of(job)}.json"
+        record = read_json(done) if done.is_file() else {}
+        if record.get("command") == command and record.get("exit_code") == 0:
+            outcomes[number] = record
+        else:
+            waiting.append(number)
+    with tqdm(total=len(jobs), initial=len(outcomes), desc="sweep", unit="job") as bar:
+        while waiting or running:
+            while waiting and len(running) < settings.at_once:
+                number = waiting.pop(0)
+                log = folder / f"{name_of(jobs[number])}.log"
+                running[number] = executor.submit(run_job, commands[number], str(log))
+            for number in [number for number, job in running.items() if job.done()]:
+                outcomes[number] = {"command": commands[number], **outcome(running.pop(number))}
+                write_json(folder / f"{name_of(jobs[number])}.json", outcomes[number])
+                bar.update()
+            time.sleep(0.2)
+    rows = []
+    for number, job in enumerate(jobs):
+        code = outcomes[number]["exit_code"]
+        row = {**job, "exit_code": code, "seconds": outcomes[number].get("seconds")}
+        rows.append(row | (results_of(folder / name_of(job)) if code == 0 else {}))
+    return rows
+
+
+def outcome(job: submitit.Job) -> dict:
+    """What a job returned, or that it was lost (killed, out of time or of memory)."""
+    try:
+        return job.result()
+    except Exception as error:  # whatever befell the job, the others go on
+        return {"exit_code": -1, "error": str(error).strip().splitlines()[-1] if str(error).strip() else repr(error)}
+
+
+def show(rows: list[dict], names: list[str]) -> None:
+    """Print the settings and outcome of every job."""
+    table = Table(title=f"{sum(row['exit_code'] == 0 for row in rows)} of {len(rows)} jobs done")
+    columns = [*names, "exit_code", "seconds"]
+    columns += [c for c in dict.fromkeys(k for row in rows for k in row) if c.startswith("loss.") or c == "edges_cut"]
+    for column in columns:
+        table.add_column(column.replace("loss.", "loss "), justify="right", overflow="fold")
+    for row in rows:
+        values = [row.get(column, "") for column in columns]
+        table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in values))
+    Console().print(table)
+    for row in rows:
+        if row["exit_code"] != 0:
+            name = name_of({key: row[key] for key in names})
+            print(f"failed: {name} (exit code {row['exit_code']}); see {name}.log")
+
+
+if __name__ == "__main__":
+    run_script(main, Settings)
