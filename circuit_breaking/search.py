@@ -1,9 +1,7 @@
 """Search over binary masks by measured effects: cut, restore or exchange single edges (layer 3).
 
 First-order attribution names candidates, and only a measured gain is taken. What lies between the two is learned: every
-measurement corrects the prediction for its edge, and `screen` corrects many at once from the gradient half-way between
-keeping and cutting, which is exact where the objective is quadratic in an edge's weight. Cuts that attribution
-praises and that would ruin the model (there are many; see the README) are thus found out in groups.
+measurement corrects the next prediction for its edge.
 """
 
 from collections.abc import Callable
@@ -14,9 +12,6 @@ from torch import Tensor
 
 # objective(mask [E]) -> scalar to be minimised, differentiable in the mask
 Objective = Callable[[Tensor], Tensor]
-
-TOLERATED_RISE = 0.05  # share of the objective by which a group at half weight may raise it and still be believed
-SMALLEST_GROUP = 4  # edges; a group that raises it by more is halved down to this
 
 
 @dataclass
@@ -49,21 +44,21 @@ class MeasuredSearch:
     gradient: Tensor | None = None
     correction: Tensor | None = None
     _flipped: dict[int, float] = field(default_factory=dict)  # gain that each edge's last accepted flip is owed
-    _generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
 
     def state(self) -> dict[str, Tensor]:
         """What the next rounds depend on, as tensors."""
-        state = {"generator": self._generator.get_state()}
-        if self.gradient is not None:
-            state |= {"gradient": self.gradient, "correction": self.correction}
-            state["flipped"] = torch.tensor(list(self._flipped), dtype=torch.int64)
-            state["owed"] = torch.tensor(list(self._flipped.values()), dtype=torch.float64)
-        return state
+        if self.gradient is None:
+            return {}
+        return {
+            "gradient": self.gradient,
+            "correction": self.correction,
+            "flipped": torch.tensor(list(self._flipped), dtype=torch.int64),
+            "owed": torch.tensor(list(self._flipped.values()), dtype=torch.float64),
+        }
 
     def restore(self, state: dict[str, Tensor], device: torch.device) -> None:
         """Go on from what `state` gave."""
-        self._generator.set_state(state["generator"])
-        if "gradient" in state:
+        if state:
             self.gradient, self.correction = state["gradient"].to(device), state["correction"].to(device)
             self._flipped = dict(zip(state["flipped"].tolist(), state["owed"].tolist(), strict=True))
 
@@ -91,26 +86,6 @@ class MeasuredSearch:
                 mask, value = candidate, after
                 self._flipped |= {edge: gain / len(at) for edge in at}
         return mask, before
-
-    def screen(self, mask: Tensor, objective: Objective, count: int, size: int) -> None:
-        """Correct the predictions of the `count` most promising cuts, `size` of them at a time.
-
-        Costs a backward for each group, and a few more for groups with an edge that ruins the others' figures.
-        """
-        before, whole = differentiate(mask, objective)
-        self._remember(mask, whole)
-        gains = self._gains(mask).masked_fill(mask == 0, float("-inf"))
-        chosen = gains.topk(min(count, int((gains > 0).sum()))).indices.cpu()
-        groups = list(chosen[torch.randperm(len(chosen), generator=self._generator)].split(size))
-        while groups:
-            group = groups.pop().to(mask.device)
-            half = mask.clone()
-            half[group] = 0.5
-            value, gradient = differentiate(half, objective)
-            if value - before > TOLERATED_RISE * abs(before) and len(group) > SMALLEST_GROUP:
-                groups += group.cpu().chunk(2)
-                continue
-            self.correction[group] = gradient[group] - whole[group]
 
     def _remember(self, mask: Tensor, gradient: Tensor) -> None:
         """Take the gradient at the mask into the running mean."""

@@ -1,12 +1,13 @@
 """The one mask-training loop (layer 3).
 
 Minimises  keep_weight · L_keep(m) - alpha · L_break(m) + sparsity(m)  over masks m that cut at most `max_edges` edges
-(Li, Davies, Nadeau 2023, section 3.2), in three phases:
+(Li, Davies, Nadeau 2023, section 3.2), in phases:
 
 relax    The paper's: weights in [0, 1], AdamW, a sparsity price that ramps up, rounding on a schedule.
 anneal   The forward sees a binary mask, at most the k lowest weights cut; gradients pass straight through to all
          weights, so that what is learned is learned about masks that can be saved. k falls geometrically to the
          budget, and the price follows it.
+sift     Few edges are tried at a time, and kept cut by the mean of the gradients at both ends of their weight (`sift`).
 refine   Single edges are cut, restored or exchanged by their measured effect on fresh batches (`search`).
 
 The forward sees binary masks from the second phase on, so nothing is left for a last rounding to harm.
@@ -27,8 +28,8 @@ from circuit_breaking.cli import UserError
 from circuit_breaking.graph import Edge
 from circuit_breaking.masks import lowest_cut
 from circuit_breaking.search import MeasuredSearch
+from circuit_breaking.sift import Sift
 
-SCREEN_GROUP = 40  # edges that screening puts at half weight together
 PRICE_STEP = 1.1  # factor by which the price of a cut edge moves at each step of the anneal phase
 
 
@@ -42,17 +43,17 @@ class MaskSettings:
     break_cap: float = 0.0  # most that one prediction counts towards the broken loss; 0: log of the vocabulary
     relax_steps: int = 100  # steps with weights in [0, 1], as in the paper
     anneal_steps: int = 100  # steps with binary masks whose number of cut edges falls to the budget
+    sift_steps: int = 0  # steps that try a few edges each and average gradients; for large models, instead of the above
     refine_rounds: int = 60  # rounds of single changes by measured effect
     batch_size: int = 5  # texts of each task a step
     refine_batch_size: int = 20  # texts of each task a round of refinement
     tries: int = 8  # most masks measured in a round of refinement
-    screened: int = 0  # cuts whose effect is first estimated at half weight; 0: none, measure what attribution names
-    screen_every: int = 10  # rounds of refinement between screenings
     lr: float = 0.05  # AdamW without decay, on weights in [0, 1]
     sparsity: float = 0.0005  # price of a cut edge in the relax phase, after its ramp, nats
     refine_price: float = 0.0  # what a change must win for each edge that it cuts, nats
     ramp: float = 0.1  # share of the relax phase over which the price rises from 0
     round_every: int = 50  # steps between roundings in the relax phase; 0: never
+    explore: int = 6  # edges that a step of sifting tries
     candidates: int = 3  # edges cut at the start of annealing, as a multiple of the budget
 
 
@@ -145,11 +146,13 @@ class _Trainer:
         self.phases = [
             (self._relax, settings.relax_steps),
             (self._anneal, settings.anneal_steps),
+            (self._sift, settings.sift_steps),
             (self._refine, settings.refine_rounds),
         ]
         self.total = sum(steps for _, steps in self.phases) if settings.max_edges else 0
         self.optimizer = self._optimizer()
         self.price, self.start = settings.sparsity, 0  # of the anneal phase: price of a cut edge, edges cut at first
+        self.sift = Sift(settings.max_edges, self.allowed, settings.refine_price, settings.explore)
         self.search = MeasuredSearch(settings.max_edges, self.allowed, settings.refine_price, settings.tries)
         model.mask.reset_()
 
@@ -168,7 +171,12 @@ class _Trainer:
         tensors = {"weights": self.weights.detach()}
         for name, value in self.optimizer.state.get(self.weights, {}).items():
             tensors[f"optimizer.{name}"] = value
-        for name, part in (("search", self.search), ("break", self.break_task), ("keep", self.keep_task)):
+        for name, part in (
+            ("sift", self.sift),
+            ("search", self.search),
+            ("break", self.break_task),
+            ("keep", self.keep_task),
+        ):
             tensors |= {f"{name}.{key}": value for key, value in part.state().items()}
         return tensors, {"price": self.price, "start": self.start}
 
@@ -176,7 +184,7 @@ class _Trainer:
         """Go on from what `state` gave."""
         self.done = saved.step
         self.price, self.start = saved.values["price"], saved.values["start"]
-        parts: dict[str, dict[str, Tensor]] = {"optimizer": {}, "search": {}, "break": {}, "keep": {}}
+        parts: dict[str, dict[str, Tensor]] = {name: {} for name in ("optimizer", *self._parts())}
         for name, tensor in saved.tensors.items():
             part, _, key = name.partition(".")
             if key:
@@ -188,9 +196,12 @@ class _Trainer:
         }
         if state:
             self.optimizer.state[self.weights] = state
-        self.search.restore(parts["search"], self.weights.device)
-        self.break_task.restore(parts["break"])
-        self.keep_task.restore(parts["keep"])
+        for name, part in self._parts().items():
+            part.restore(parts[name], self.weights.device)
+
+    def _parts(self) -> dict[str, Any]:
+        """What has a state of its own."""
+        return {"sift": self.sift, "search": self.search, "break": self.break_task, "keep": self.keep_task}
 
     def _next_objective(self, batch_size: int) -> Callable[[Tensor], Tensor]:
         """The objective, as a function of the mask, on the next pair of batches."""
@@ -258,13 +269,22 @@ class _Trainer:
         self._descend(objective + self.price * (1 - weights).sum())
         return self._row("anneal", float(objective.detach()), int((binary == 0).sum()))
 
+    def _sift(self, number: int) -> dict[str, Any]:
+        if number == 0:
+            self.weights.data.copy_(self._lowest(self.settings.max_edges))
+        mask = self.weights.detach().clone()
+        following, loss = self.sift.step(mask, self._next_objective(self.settings.batch_size))
+        if number + 1 == self.settings.sift_steps:
+            following = self.sift.best()
+        with torch.no_grad():
+            self.weights.copy_(following)
+        return self._row("sift", loss, int((mask == 0).sum()))
+
     def _refine(self, number: int) -> dict[str, Any]:
         settings = self.settings
         if number == 0:
             self.weights.data.copy_(self._lowest(settings.max_edges))
         mask = self.weights.detach().clone()
-        if settings.screened and number % settings.screen_every == 0:
-            self.search.screen(mask, self._next_objective(settings.batch_size), settings.screened, SCREEN_GROUP)
         changed, loss = self.search.round(mask, self._next_objective(settings.refine_batch_size))
         with torch.no_grad():
             self.weights.copy_(changed)
@@ -280,9 +300,9 @@ def check(settings: MaskSettings, n_edges: int) -> None:
     """Raise a `UserError` for settings that make no sense."""
     if not 0 <= settings.max_edges <= n_edges:
         raise UserError(f"max_edges {settings.max_edges} is not between 0 and the model's {n_edges:,} edges.")
-    for name in ("relax_steps", "anneal_steps", "refine_rounds", "sparsity", "round_every", "screened"):
+    for name in ("relax_steps", "anneal_steps", "sift_steps", "refine_rounds", "sparsity", "round_every"):
         if getattr(settings, name) < 0:
             raise UserError(f"{name} is {getattr(settings, name)}; it cannot be negative.")
-    for name in ("batch_size", "refine_batch_size", "tries", "lr", "candidates", "screen_every"):
+    for name in ("batch_size", "refine_batch_size", "tries", "lr", "candidates", "explore"):
         if getattr(settings, name) <= 0:
             raise UserError(f"{name} is {getattr(settings, name)}; it must be above 0.")

@@ -15,7 +15,7 @@ from circuit_breaking.files import locked
 from circuit_breaking.models import load_model
 from circuit_breaking.training import MaskSettings, train_mask
 
-SETTINGS = MaskSettings(max_edges=6, screened=20, screen_every=2, **QUICK)  # 18 steps in three phases
+SETTINGS = MaskSettings(max_edges=6, **QUICK)  # 18 steps in four phases
 
 
 class Killed(Exception):

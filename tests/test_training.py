@@ -6,12 +6,20 @@ from conftest import small_gpt2
 
 from circuit_breaking.cli import UserError
 from circuit_breaking.models import load_model
-from circuit_breaking.search import SMALLEST_GROUP, MeasuredSearch
+from circuit_breaking.search import MeasuredSearch
+from circuit_breaking.sift import Sift
 from circuit_breaking.tasks import TextTask
 from circuit_breaking.text import TokenBatch
 from circuit_breaking.training import MaskSettings, train_mask
 
-QUICK = {"relax_steps": 6, "anneal_steps": 8, "refine_rounds": 4, "batch_size": 3, "refine_batch_size": 4}
+QUICK = {
+    "relax_steps": 6,
+    "anneal_steps": 5,
+    "sift_steps": 4,
+    "refine_rounds": 3,
+    "batch_size": 3,
+    "refine_batch_size": 4,
+}
 
 
 def make_task(name, seed):
@@ -27,7 +35,10 @@ def run(model=None, allowed=None, **changes):
 
 
 @pytest.mark.parametrize("max_edges", [0, 1, 5, 40])
-@pytest.mark.parametrize("phases", [{}, {"refine_rounds": 0}, {"relax_steps": 0, "anneal_steps": 0}])
+@pytest.mark.parametrize(
+    "phases",
+    [{}, {"refine_rounds": 0}, {"sift_steps": 0, "refine_rounds": 0}, {"relax_steps": 0, "anneal_steps": 0}],
+)
 def test_budget_is_a_promise(max_edges, phases):
     result, model = run(max_edges=max_edges, **phases)
     assert len(result.edges) <= max_edges and len(result.edges) == model.mask.n_cut()
@@ -99,27 +110,23 @@ def test_search_finds_the_best_mask_of_a_small_problem():
     assert float(objective(mask)) <= float(objective(best)) + 0.15 * abs(float(objective(best)))
 
 
-def test_screening_finds_out_what_attribution_gets_wrong():
-    """Half-way gradients are exact for a quadratic, and an edge that ruins its group is found out by halving it."""
+def test_sifting_finds_out_what_attribution_gets_wrong():
+    """Slopes at both ends are exact for a quadratic; what attribution praises most ruins the model and is found out."""
     torch.manual_seed(6)
-    slope, bend = -torch.rand(30), 2 * torch.rand(30)  # of each edge's cut: first praised, then often bad
-    slope[7], bend[7] = -5.0, 400.0  # the most praised ruins everything
+    slope, bend = -torch.rand(60), 2 * torch.rand(60)  # of each edge's cut: praised by the first, judged by both
+    slope[[7, 23, 31]], bend[[7, 23, 31]] = -5.0, 40.0
 
     def objective(mask):
         cut = 1 - mask
-        return 10 + (slope * cut + bend * cut**2).sum() + 20 * cut[7] * cut.sum()
+        return 20 + (slope * cut + bend * cut**2).sum()
 
-    true = -(slope + bend)  # gain of cutting one edge alone
-    true[7] -= 20
-    search, mask = MeasuredSearch(5, memory=0.0), torch.ones(30)
-    search.screen(mask, objective, count=30, size=10)
-    gains = search._gains(mask)
-    others = torch.arange(30) != 7
-    assert gains[7] < -100
-    assert (gains - true)[others].abs().median() < 1e-4  # all but those left in the ruinous edge's smallest group
-    assert int(((gains - true)[others].abs() > 1e-4).sum()) < SMALLEST_GROUP
-    mask, before = search.round(mask, objective)
-    assert objective(mask) < before and mask[7] == 1
+    true = -(slope + bend)  # gain of cutting each edge
+    sift, mask = Sift(5, explore=4), torch.ones(60)
+    for _ in range(40):
+        mask, _ = sift.step(mask, objective)
+        assert int((mask == 0).sum()) <= 9
+    assert set((sift.best() == 0).nonzero()[:, 0].tolist()) == set(true.topk(5).indices.tolist())
+    torch.testing.assert_close(sift.gains(), true)
 
 
 def test_a_measurement_corrects_the_next_prediction():

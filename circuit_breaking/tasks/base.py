@@ -32,7 +32,7 @@ class Task(ABC):
         """Where `draw` stands, as tensors, for a checkpoint."""
 
     @abstractmethod
-    def restore(self, state: dict[str, Tensor]) -> None:
+    def restore(self, state: dict[str, Tensor], device: Any = None) -> None:
         """Draw on from what `state` gave."""
 
     @abstractmethod
@@ -84,7 +84,7 @@ class TextTask(Task):
         """The random state and the rest of the order in force."""
         return {"generator": self._generator.get_state(), "order": self._order}
 
-    def restore(self, state: dict[str, Tensor]) -> None:
+    def restore(self, state: dict[str, Tensor], device: Any = None) -> None:
         """Draw on from what `state` gave."""
         self._generator.set_state(state["generator"])
         self._order = state["order"].clone()
