@@ -15,7 +15,7 @@ from torch import Tensor
 
 from circuit_breaking.search import Objective, differentiate
 
-RUIN = 0.1  # share of its typical value by which the objective may rise before what was just tried is blamed
+RUIN = 0.2  # share of its typical value by which the objective may rise before one of the edges cut is blamed
 
 
 @dataclass
@@ -36,28 +36,36 @@ class Sift:
     allowed: Tensor | None = None
     price: float = 0.0
     explore: int = 6
-    window: int = 50
+    window: int = 20
     slopes: Tensor | None = None
     seen: Tensor | None = None
     typical: float | None = field(default=None)  # running mean of the objective
 
-    def step(self, mask: Tensor, objective: Objective) -> tuple[Tensor, float]:
-        """Learn from one batch at a binary `mask` [E]; the next mask to learn from, and the objective at this one."""
+    def step(self, mask: Tensor, objective: Objective, budget: int | None = None) -> tuple[Tensor, float]:
+        """Learn from one batch at a binary `mask` [E].
+
+        `budget` is for the next mask, `max_edges` by default. One that grows over the steps lets each cut be judged
+        in the company of those before it.
+
+        Returns:
+            the next mask to learn from; the objective at this one.
+        """
         value, slope = differentiate(mask, objective)
         if self.slopes is None:
             self.slopes, self.seen = slope.new_zeros(2, len(slope)), slope.new_zeros(2, len(slope))
-        fresh = (mask == 0) & (self.seen[0] == 0)
-        if self.typical is not None and value > self.typical + RUIN * abs(self.typical) and bool(fresh.any()):
-            # Slopes in a ruined model say nothing but which of the edges just tried ruined it
-            worst = int(slope.masked_fill(~fresh, float("inf")).argmin())
-            self.slopes[0, worst], self.seen[0, worst] = slope[worst], 1.0
+        ruined = self.typical is not None and value > self.typical + RUIN * abs(self.typical)
+        if ruined and bool((mask == 0).any()):
+            # slopes in a ruined model say nothing but which of the edges ruins it most
+            worst = int(slope.masked_fill(mask == 1, float("inf")).argmin())
+            self.slopes[0, worst] = torch.minimum(slope[worst], -self.slopes[1, worst].abs())
+            self.seen[0, worst] = 1.0
         else:
             self.typical = value if self.typical is None else 0.9 * self.typical + 0.1 * value
             for end, here in enumerate((mask == 0, mask == 1)):
                 self.seen[end] += here
                 rate = here / self.seen[end].clamp(1, self.window)
                 self.slopes[end] += rate * (slope - self.slopes[end])
-        following = self.best()
+        following = self.best(budget)
         untried = self.slopes[1].masked_fill(self.seen[0] > 0, float("-inf"))
         following[_top(self._allow(untried), self.explore, self.price)] = 0.0
         return following, value
@@ -67,11 +75,11 @@ class Sift:
         gains = self.slopes.mean(0) - self.price
         return self._allow(gains.masked_fill(self.seen[0] == 0, float("-inf")))
 
-    def best(self) -> Tensor:
-        """The binary mask [E] that cuts the edges with the highest expected gains, at most `max_edges`."""
+    def best(self, budget: int | None = None) -> Tensor:
+        """The binary mask [E] that cuts the edges with the highest expected gains, at most `budget` or `max_edges`."""
         gains = self.gains()
         mask = torch.ones_like(gains)
-        mask[_top(gains, self.max_edges, 0.0)] = 0.0
+        mask[_top(gains, self.max_edges if budget is None else budget, 0.0)] = 0.0
         return mask
 
     def _allow(self, scores: Tensor) -> Tensor:

@@ -270,11 +270,14 @@ class _Trainer:
         return self._row("anneal", float(objective.detach()), int((binary == 0).sum()))
 
     def _sift(self, number: int) -> dict[str, Any]:
+        settings = self.settings
         if number == 0:
-            self.weights.data.copy_(self._lowest(self.settings.max_edges))
+            self.weights.data.copy_(self._lowest(settings.max_edges))
         mask = self.weights.detach().clone()
-        following, loss = self.sift.step(mask, self._next_objective(self.settings.batch_size))
-        if number + 1 == self.settings.sift_steps:
+        # half of the time to come to the budget, half to settle there
+        budget = math.ceil(settings.max_edges * min(1.0, 2 * (number + 1) / settings.sift_steps))
+        following, loss = self.sift.step(mask, self._next_objective(settings.batch_size), budget)
+        if number + 1 == settings.sift_steps:
             following = self.sift.best()
         with torch.no_grad():
             self.weights.copy_(following)
