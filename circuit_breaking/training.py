@@ -16,6 +16,7 @@ The forward sees binary masks from the second phase on, so nothing is left for a
 import math
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -106,7 +107,7 @@ def train_mask(
         tqdm(
             total=trainer.total, initial=trainer.done, desc="mask", unit="step", disable=None if progress else True
         ) as bar,
-        told_to_stop() as signals,
+        told_to_stop() if checkpoints is not None else nullcontext(()) as signals,
     ):
         while trainer.done < trainer.total:
             row = {"step": trainer.done, **trainer.step()}

@@ -121,3 +121,12 @@ def test_a_folder_is_held_by_one_run_at_a_time(tmp_path):
         assert "another run is writing" in other.stderr and "in" not in other.stdout.split()
     with locked(tmp_path / "run"):
         pass
+
+
+def test_a_run_without_checkpoints_leaves_signals_alone():
+    before = signal.signal(signal.SIGTERM, lambda *_: die())
+    try:
+        with pytest.raises(Killed):
+            run(None, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    finally:
+        signal.signal(signal.SIGTERM, before)
