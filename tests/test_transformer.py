@@ -2,12 +2,20 @@
 
 import pytest
 import torch
-from conftest import small_gpt2, small_llama
+from conftest import small_gpt2, small_llama, small_mistral, small_neox, small_qwen2, small_qwen3
 from oracle import NaiveEdgeMasked
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from circuit_breaking import passes
 from circuit_breaking.cli import UserError
+from circuit_breaking.graph import EdgeGraph
 from circuit_breaking.models import load_model
 
 TOKENS = torch.randint(0, 50, (3, 9), generator=torch.Generator().manual_seed(0))
@@ -31,6 +39,48 @@ def test_whole_model_is_hugging_faces(family, split):
     hf = family()
     model = load_model(hf, split_qkv=split, device="cpu")
     torch.testing.assert_close(model(TOKENS), hf(TOKENS).logits, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_float64_is_hugging_faces(family, split):
+    hf = family().double()
+    # the RMSNorm of Llama's relatives goes through float32 in Hugging Face
+    close = 1e-10 if hf.config.model_type in ("gpt2", "gpt_neox") else 2e-5
+    model = load_model(hf, split_qkv=split, device="cpu", dtype="float64")
+    torch.testing.assert_close(model(TOKENS), hf(TOKENS).logits, atol=close, rtol=close)
+
+
+# The larger GPT-2s: all layers in the slow tests, two of the true width in the quick ones
+GPT2_SIZES = {"medium": (24, 16, 1024, 80_965), "large": (36, 20, 1280, 280_063), "xl": (48, 25, 1600, 766_225)}
+
+
+def check_gpt2_size(size, layers):
+    _, heads, width, _ = GPT2_SIZES[size]
+    torch.manual_seed(0)
+    hf = GPT2LMHeadModel(GPT2Config(n_layer=layers, n_head=heads, n_embd=width)).eval()
+    tokens = torch.randint(0, 50257, (1, 12))
+    model = load_model(hf, device="cpu")
+    with torch.no_grad():
+        assert (model(tokens) - hf(tokens).logits).abs().max() < 1e-4
+        model.mask.weights.uniform_(0.5, 1)
+    loss = model(tokens, at=torch.tensor([11])).logsumexp(-1).mean()
+    loss.backward()
+    assert model.mask.weights.grad.isfinite().all()
+    return model
+
+
+@pytest.mark.parametrize("size", GPT2_SIZES)
+def test_gpt2_at_its_larger_widths(size):
+    check_gpt2_size(size, 2)
+    layers, heads, _, edges = GPT2_SIZES[size]
+    assert len(EdgeGraph(layers, heads)) == edges
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", GPT2_SIZES)
+def test_gpt2_at_its_larger_sizes(size):
+    layers, _, _, edges = GPT2_SIZES[size]
+    assert len(check_gpt2_size(size, layers).graph) == edges
 
 
 def test_gpt2_small_is_hugging_faces():
@@ -93,16 +143,17 @@ def test_random_masks_match_the_oracle(family, split, kind, group_readers, monke
 @pytest.mark.parametrize("kind", ["zero", "mean", "position"])
 @pytest.mark.parametrize("split", [False, True])
 def test_gradcheck(split, kind):
-    for hf in (
-        small_gpt2(n_layer=2, n_head=2, n_embd=8),
-        small_llama(num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, hidden_size=8),
-    ):
+    tiny = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 8}
+    models = [small_gpt2(n_layer=2, n_head=2, n_embd=8), small_llama(**tiny, num_key_value_heads=1)]
+    if kind == "mean":  # once is enough: how means are added does not depend on the family
+        models += [small_neox(**tiny, rotary_pct=0.5), small_qwen3(**tiny, num_key_value_heads=1, head_dim=4)]
+    for hf in models:
         model = load_model(hf.double(), split_qkv=split, device="cpu", dtype="float64")
         model.means = make_means(model, kind)
-        at = torch.tensor([[0, 4], [8, 2], [5, 5]])
+        at = torch.tensor([[0, 4], [3, 2]])
         for mask in make_masks(len(model.graph))[::2]:
             # gradcheck moves one weight at a time: a few that are not 1 stay a few
-            assert torch.autograd.gradcheck(lambda m: model(TOKENS, at=at, mask=m), mask.requires_grad_())  # noqa: B023
+            assert torch.autograd.gradcheck(lambda m: model(TOKENS[:2, :5], at=at, mask=m), mask.requires_grad_())  # noqa: B023
 
 
 @pytest.mark.parametrize("kind", ["mean", "position"])
@@ -211,6 +262,61 @@ def test_llama_variants(changes):
     for split in (False, True):
         logits = load_model(hf, split_qkv=split, device="cpu")(TOKENS)
         torch.testing.assert_close(logits, hf(TOKENS).logits, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("make", "changes"),
+    [
+        (small_neox, {"use_parallel_residual": False}),
+        (small_neox, {"attention_bias": False}),
+        (small_neox, {"rotary_pct": 1.0}),
+        (small_neox, {"tie_word_embeddings": True}),
+        (small_neox, {"hidden_act": "gelu_new"}),
+        (small_neox, {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}}),
+        (small_qwen2, {"tie_word_embeddings": False}),
+        (small_qwen3, {"attention_bias": True}),
+        (small_llama, {"attention_bias": True}),
+        (small_mistral, {}),
+        (small_mistral, {"sliding_window": 9}),
+        (small_gpt2, {"scale_attn_by_inverse_layer_idx": True}),
+        (small_gpt2, {"reorder_and_upcast_attn": True, "attn_implementation": "eager"}),
+    ],
+    ids=str,
+)
+def test_family_variants_whole_and_masked(make, changes):
+    hf = make(**changes)
+    for split in (False, True):
+        model = load_model(hf, split_qkv=split, device="cpu")
+        torch.testing.assert_close(model(TOKENS), hf(TOKENS).logits, atol=2e-5, rtol=1e-5)
+        with torch.no_grad():
+            model.mask.weights.copy_(torch.rand(len(model.graph), generator=torch.Generator().manual_seed(4)))
+        expected = NaiveEdgeMasked(hf, split)(TOKENS, model.mask.weights)
+        torch.testing.assert_close(model(TOKENS), expected, atol=5e-5, rtol=1e-5)
+
+
+def test_pythia_160m_is_hugging_faces():
+    torch.manual_seed(0)
+    config = GPTNeoXConfig(
+        num_hidden_layers=12, num_attention_heads=12, hidden_size=768, intermediate_size=3072, vocab_size=50304
+    )
+    hf = GPTNeoXForCausalLM(config).eval()
+    tokens = torch.randint(0, 50304, (2, 12))
+    model = load_model(hf, device="cpu")
+    assert len(model.graph) == 11_611 - 12 * 12  # no MLP reads its own layer's heads
+    with torch.no_grad():
+        assert (model(tokens) - hf(tokens).logits).abs().max() < 1e-4
+
+
+def test_texts_longer_than_a_sliding_window_are_refused():
+    for make, changes in (
+        (small_mistral, {"sliding_window": 8}),
+        (small_qwen2, {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}),
+    ):
+        model = load_model(make(**changes), device="cpu")
+        with pytest.raises(UserError, match="9 tokens are more than the model's 8 positions"):
+            model(TOKENS)
+    # a window that no layer uses limits nothing
+    load_model(small_qwen2(sliding_window=8), device="cpu")(TOKENS)
 
 
 def test_bfloat16_is_close(family):
