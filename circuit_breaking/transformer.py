@@ -21,6 +21,12 @@ from circuit_breaking.masks import EdgeMask
 from circuit_breaking.passes import OutputRead, Pass, layer_groups
 
 
+def select_positions(hidden: Tensor, at: Tensor) -> Tensor:
+    """Of [B, T, D] the positions `at`, [B] or [B, k]: [B, D] or [B, k, D]."""
+    batch = torch.arange(len(hidden), device=hidden.device)
+    return hidden[batch.view(-1, *[1] * (at.dim() - 1)), at]
+
+
 def check_means(means: Tensor, nodes: int, width: int) -> None:
     """Raise a `UserError` for means that are neither [nodes, width] nor [T, nodes, width], or not finite."""
     if means.dim() not in (2, 3) or means.shape[-2:] != (nodes, width):
@@ -139,10 +145,7 @@ class EdgeMaskedTransformer(nn.Module):
         self._check(tokens)
         weights = self.mask.weights if mask is None else mask
         read = OutputRead.apply(weights, self, tokens).view(*tokens.shape, -1)
-        if at is not None:
-            batch = torch.arange(len(tokens), device=tokens.device)
-            read = read[batch.view(-1, *[1] * (at.dim() - 1)), at]
-        return self.norm(read)
+        return self.norm(read if at is None else select_positions(read, at))
 
     def forward(self, tokens: Tensor, at: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """Next-token logits.
