@@ -51,6 +51,7 @@ class Layer(NamedTuple):
     b_o: Tensor | None  # [D]
     mlp_norm: nn.Module
     mlp: nn.Module
+    down: nn.Module  # the MLP's output projection
 
 
 class Model(NamedTuple):
@@ -81,7 +82,7 @@ def _gpt2(hf: GPT2LMHeadModel) -> Model:
         layers.append(
             Layer(
                 block.ln_1, attention, [projection], "part", attention.c_proj, w_o, attention.c_proj.bias, block.ln_2,
-                block.mlp,
+                block.mlp, block.mlp.c_proj,
             )
         )  # fmt: skip
     return Model(graph_of(hf.config), layers, hf.transformer.ln_f, heads, width, layer_norm)
@@ -97,7 +98,7 @@ def _neox(hf: GPTNeoXForCausalLM) -> Model:
         layers.append(
             Layer(
                 block.input_layernorm, attention, [projection], "head", attention.dense, w_o, attention.dense.bias,
-                block.post_attention_layernorm, block.mlp,
+                block.post_attention_layernorm, block.mlp, block.mlp.dense_4h_to_h,
             )
         )  # fmt: skip
     return Model(graph_of(hf.config), layers, hf.gpt_neox.final_layer_norm, heads, width, layer_norm)
@@ -114,7 +115,7 @@ def _llama(hf: nn.Module) -> Model:
         layers.append(
             Layer(
                 block.input_layernorm, attention, projections, "part", attention.o_proj, w_o, attention.o_proj.bias,
-                block.post_attention_layernorm, block.mlp,
+                block.post_attention_layernorm, block.mlp, block.mlp.down_proj,
             )
         )  # fmt: skip
     return Model(graph_of(hf.config), layers, hf.model.norm, heads, width, rms_norm)
