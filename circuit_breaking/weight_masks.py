@@ -109,7 +109,11 @@ def check_fits(mask: WeightMask, hf: nn.Module) -> dict[str, Matrix]:
         if name not in matrices:
             raise UserError(f"the weight mask names {name}, which this model does not have. {HINT}")
         count = matrices[name].count
-        if units.dim() != 1 or units.is_floating_point() or (len(units) and not 0 <= units.min() <= units.max() < count):
+        if (
+            units.dim() != 1
+            or units.is_floating_point()
+            or (len(units) and not 0 <= units.min() <= units.max() < count)
+        ):
             raise UserError(f"the weight mask of {name} is not a list of numbers below {count:,}. {HINT}")
         if len(units.unique()) < len(units):
             raise UserError(f"the weight mask of {name} names a unit twice. {HINT}")

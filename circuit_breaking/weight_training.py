@@ -1,7 +1,7 @@
 """Learn a mask over a model's weights (layer 3).
 
-Minimises  keep_weight · L_keep(m) - alpha · L_break(m) + price · (units masked)  over which units (`weight_masks.UNITS`)
-are set to zero, at most `max_masked` of them:
+Minimises  keep_weight · L_keep(m) - alpha · L_break(m) + price · (units masked)  over which units are set to zero
+(`weight_masks.UNITS` says what a unit is), at most `max_masked` of them:
 
 choose   First-order effect of masking each unit, from one batch of each task; the most promising are candidates.
 relax    Each candidate has a weight in [0, 1], learned by a method of `METHODS`, with a price that rises.
@@ -31,7 +31,7 @@ from circuit_breaking.models import StockModel
 from circuit_breaking.weight_masks import Matrix, WeightMask, find_matrices
 
 PRICE_STEP = 1.1  # factor by which the price of a masked unit moves at each step of the anneal phase
-BUDGETS = {"weight": 0.001, "neuron": 0.01, "head": 0.1}  # share of all units that may be masked by default
+BUDGETS = {"weight": 0.0005, "neuron": 0.04, "head": 0.25}  # share of all units that may be masked by default
 
 
 @dataclass
@@ -39,7 +39,9 @@ class WeightMaskSettings:
     """How a mask over weights is learned. Losses are in nats; a step sees `batch_size` texts of each task."""
 
     granularity: str = "weight"  # what is masked as a whole: weight, neuron or head
-    max_masked: int | None = None  # most units that may be masked, a promise; None: 0.1% of weights, 1% of neurons, ...
+    max_masked: int | None = (
+        None  # most units that may be masked, a promise; None: 0.05% of weights, 4% of neurons, 25% of heads
+    )
     method: str = "clamped"  # weights in [0, 1]: clamped as in the paper, or hard-concrete (Louizos et al. 2018)
     alpha: float = 0.2  # weight of the loss to raise; negative to lower it too
     keep_weight: float = 1.0  # weight of the loss to keep low
@@ -50,7 +52,7 @@ class WeightMaskSettings:
     anneal_steps: int = 100  # steps with binary masks
     batch_size: int = 10  # texts of each task a step
     lr: float = 0.05  # Adam, on weights in [0, 1] (clamped) or on log odds (hard-concrete)
-    sparsity: float = 0.02  # price of masking the whole budget at the end of the relax phase, nats
+    sparsity: float = 0.002  # price of masking the whole budget at the end of the relax phase, nats
 
 
 @dataclass
@@ -197,8 +199,8 @@ def choose(hf: nn.Module, granularity: str, count: int, backward: Callable[[], N
     def take(which: int, parameter: nn.Parameter) -> None:
         nonlocal gains, numbers
         by_unit = matrices[which].by_unit
-        gain, unit = _sum_by_unit(by_unit(parameter.grad) * by_unit(parameter)).float().topk(
-            min(count, matrices[which].count)
+        gain, unit = (
+            _sum_by_unit(by_unit(parameter.grad) * by_unit(parameter)).float().topk(min(count, matrices[which].count))
         )
         gains, numbers = torch.cat([gains, gain]), torch.cat([numbers, unit + firsts[which]])
         gains, best = gains.topk(min(count, len(gains)))
