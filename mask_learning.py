@@ -97,18 +97,18 @@ def main(settings: Settings) -> None:
     settings = fill_in(settings, default_data(settings.model))
     torch.manual_seed(settings.seed)
     folder = settings.out / settings.run
-    scorer = load_scorer(settings.scorer, settings.device)
     tokenizer = load_tokenizer(settings.model)
     tasks = load_tasks(settings, tokenizer)
     sources = {
         "toxic": settings.toxic_test,
-        "ordinary": settings.ordinary_prompts or load_texts(settings.ordinary, 4 * settings.num_prompts)[1],
+        "ordinary": settings.ordinary_prompts or load_texts(settings.ordinary, 4 * settings.num_prompts or 1)[1],
     }
     prompts = {
         name: load_prompts(tokenizer, source, settings.num_prompts, settings.prompt_tokens)
         for name, source in sources.items()
         if settings.num_prompts
     }
+    scorer = load_scorer(settings.scorer, settings.device)
     hf = load_hf_model(settings.model, settings.device, settings.dtype)
     inputs = [settings.toxic_train, settings.toxic_test, Path(settings.ordinary), *files_of(settings.model)]
     record = provenance(settings, [path for path in inputs if path.is_file()], model=settings.model)

@@ -305,7 +305,7 @@ class _Trainer:
         def backward() -> None:
             keep = self.keep_task.get_train_loss(self.model, self.settings.choose_size)
             broken = self.break_task.get_train_loss(self.model, self.settings.choose_size, cap=self.cap)
-            (self.settings.keep_weight * keep - self.settings.alpha * broken).backward()
+            self._weigh(keep, broken).backward()
 
         chosen = choose(self.hf, self.settings.granularity, self.settings.candidates * self.budget, backward)
         return Candidates(chosen) if chosen else None
@@ -322,18 +322,24 @@ class _Trainer:
         (settings.keep_weight * keep).backward()
         broken = self.break_task.get_train_loss(self.model, settings.batch_size, cap=self.cap)
         (-settings.alpha * broken).backward()
-        keep, broken = float(keep.detach()), float(broken.detach())
-        loss = settings.keep_weight * keep - settings.alpha * broken
-        if not math.isfinite(loss):
-            raise UserError(
-                f"the loss is not finite any more (keep {keep}, break {broken}). Lower the learning rate or alpha."
-            )
+        loss = float(self._weigh(keep, broken).detach())
         optimizer.zero_grad()
         ((values * candidates.gradient).sum() + price * method.masked()).backward()
         optimizer.step()
         method.settle_()
         n_masked = int((method.scores() < 0.5).sum())
-        return {"phase": phase, "loss": loss, "keep_loss": keep, "break_loss": broken, "n_masked": n_masked}
+        losses = {"loss": loss, "keep_loss": float(keep.detach()), "break_loss": float(broken.detach())}
+        return {"phase": phase, **losses, "n_masked": n_masked}
+
+    def _weigh(self, keep: Tensor, broken: Tensor) -> Tensor:
+        """The objective without its price."""
+        loss = self.settings.keep_weight * keep - self.settings.alpha * broken
+        if not math.isfinite(float(loss.detach())):
+            raise UserError(
+                f"the loss is not finite (keep {float(keep.detach())}, break {float(broken.detach())}). "
+                "Lower the learning rate or alpha."
+            )
+        return loss
 
 
 def check(settings: WeightMaskSettings, n_units: int) -> int:
