@@ -1,0 +1,80 @@
+"""Gradients of what cut edges carry, where that is learned."""
+
+import pytest
+import torch
+from conftest import small_gpt2
+from oracle import NaiveEdgeMasked
+from test_transformer import TOKENS, make_masks, make_means, width
+
+from circuit_breaking.cli import UserError
+from circuit_breaking.models import load_model
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_gradients_of_learned_means_match_the_oracle(family, split):
+    hf = family().double()
+    model = load_model(hf, split_qkv=split, device="cpu", dtype="float64")
+    means = make_means(model, "mean").requires_grad_()
+    model.means = means
+    for mask in make_masks(len(model.graph)):
+        mask.requires_grad_()
+        expected = NaiveEdgeMasked(hf, split)(TOKENS, mask, means)
+        readout = torch.randn_like(expected)
+        at_mask, at_means = torch.autograd.grad((expected * readout).sum(), (mask, means))
+        logits = model(TOKENS, mask=mask)
+        found = torch.autograd.grad((logits * readout).sum(), (mask, means))
+        torch.testing.assert_close(logits, expected, atol=1e-9, rtol=1e-9)
+        torch.testing.assert_close(found[0], at_mask, atol=1e-8, rtol=1e-8)
+        torch.testing.assert_close(found[1], at_means, atol=1e-8, rtol=1e-8)
+        (alone,) = torch.autograd.grad(
+            (model(TOKENS, mask=mask.detach()) * readout).sum(), means
+        )  # with the mask fixed
+        torch.testing.assert_close(alone, at_means, atol=1e-8, rtol=1e-8)
+
+
+def test_gradcheck_of_learned_means():
+    model = load_model(small_gpt2(n_layer=2, n_head=2, n_embd=8).double(), device="cpu", dtype="float64")
+    mask = torch.rand(len(model.graph), dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    means = make_means(model, "mean").requires_grad_()
+
+    def logits(means):
+        model.means = means
+        return model(TOKENS[:2, :5], at=torch.tensor([4, 2]), mask=mask)
+
+    assert torch.autograd.gradcheck(logits, means)
+
+
+def test_learned_means_follow_their_optimizer(family):
+    """And make the outputs of cut edges better than the means they start from."""
+    model = load_model(family(), device="cpu")
+    model.mask.cut_(model.graph.edges[::3])
+    model.mask.weights.requires_grad_(False)
+    means = torch.zeros(len(model.graph.sources), width(model), requires_grad=True)
+    model.means = means
+    optimizer = torch.optim.Adam([means], lr=0.02)
+    losses = []
+    for _ in range(15):
+        loss = torch.nn.functional.cross_entropy(model(TOKENS)[:, :-1].flatten(0, 1), TOKENS[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.2 and model.means is means
+    assert "means" not in dict(model.named_parameters()) and len(list(model.parameters())) == 1
+    fixed = load_model(family(), device="cpu")
+    fixed.mask.cut_(model.graph.edges[::3])
+    fixed.means = means.detach()
+    torch.testing.assert_close(fixed(TOKENS), model(TOKENS))
+    model.means = None
+    assert model.means is None and not model(TOKENS).requires_grad
+
+
+def test_learned_means_in_bfloat16_and_by_position():
+    model = load_model(small_gpt2(), device="cpu", dtype="bfloat16")
+    means = torch.zeros(len(model.graph.sources), width(model), requires_grad=True)
+    model.means = means
+    model.mask.cut_(model.graph.edges[::3])
+    model(TOKENS).float().square().mean().backward()
+    assert means.grad.dtype == torch.float32 and means.grad.abs().sum() > 0 and means.grad.isfinite().all()
+    with pytest.raises(UserError, match="by position cannot be learned"):
+        model.means = torch.zeros(9, *means.shape, requires_grad=True)
