@@ -138,7 +138,8 @@ def main(settings: Settings) -> None:
         **record,
     }
     write_json(folder / "report.json", report)
-    draw_report(folder)
+    if prompts:  # else there is little to draw
+        draw_report(folder)
     Console().print(table(report))
     print(
         f"{share['units']:,} of {share['all_units']:,} {settings.granularity}s masked, {share['weights']:,} of the "
