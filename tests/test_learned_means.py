@@ -4,10 +4,15 @@ import pytest
 import torch
 from conftest import small_gpt2
 from oracle import NaiveEdgeMasked
+from scripts import PLAIN, RUDE, load_script, save_small_model
 from test_transformer import TOKENS, make_masks, make_means, width
 
+from circuit_breaking.ablated import ablate
 from circuit_breaking.cli import UserError
-from circuit_breaking.models import load_model
+from circuit_breaking.files import write_jsonl, write_text
+from circuit_breaking.masks import load_mask
+from circuit_breaking.means import load_means
+from circuit_breaking.models import load_hf_model, load_model
 
 
 @pytest.mark.parametrize("split", [False, True])
@@ -78,3 +83,27 @@ def test_learned_means_in_bfloat16_and_by_position():
     assert means.grad.dtype == torch.float32 and means.grad.abs().sum() > 0 and means.grad.isfinite().all()
     with pytest.raises(UserError, match="by position cannot be learned"):
         model.means = torch.zeros(9, *means.shape, requires_grad=True)
+
+
+def test_the_script_saves_what_it_learned(tmp_path):
+    """And the stock model with these edges cut and these means computes what the engine does."""
+    script = load_script("toxicity/train_mask.py")
+    save_small_model(tmp_path / "model")
+    write_text(tmp_path / "plain.txt", "\n".join(PLAIN))
+    for name, rows in (("train", RUDE[::2]), ("test", RUDE[1::2])):
+        write_jsonl(tmp_path / f"{name}.jsonl", [{"text": text} for text in rows])
+    settings = script.Settings(
+        model=str(tmp_path / "model"), ordinary=str(tmp_path / "plain.txt"), toxic_train=tmp_path / "train.jsonl",
+        toxic_test=tmp_path / "test.jsonl", out=tmp_path, device="cpu", test_texts=4, means_lr=0.05, alpha=1.0,
+        max_edges=6, relax_steps=4, anneal_steps=6, refine_rounds=2, batch_size=3, refine_batch_size=3,
+    )  # fmt: skip
+    script.main(settings)
+    model = load_model(str(tmp_path / "model"), device="cpu")
+    about = load_mask(tmp_path / "run" / "mask.safetensors", model)
+    assert about["settings"]["means"] == str(tmp_path / "run" / "means.safetensors")
+    load_means(about["settings"]["means"], model)
+    edges = model.mask.cut_edges()
+    assert edges and model.means.abs().sum() > 0
+    hf = load_hf_model(tmp_path / "model", "cpu")
+    with ablate(hf, edges, model.means), torch.no_grad():
+        torch.testing.assert_close(hf(TOKENS).logits, model(TOKENS), atol=2e-5, rtol=1e-5)
