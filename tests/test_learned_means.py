@@ -5,14 +5,17 @@ import torch
 from conftest import small_gpt2
 from oracle import NaiveEdgeMasked
 from scripts import PLAIN, RUDE, load_script, save_small_model
+from test_training import QUICK, make_task
 from test_transformer import TOKENS, make_masks, make_means, width
 
 from circuit_breaking.ablated import ablate
+from circuit_breaking.checkpoints import Checkpoints
 from circuit_breaking.cli import UserError
 from circuit_breaking.files import write_jsonl, write_text
 from circuit_breaking.masks import load_mask
 from circuit_breaking.means import load_means
 from circuit_breaking.models import load_hf_model, load_model
+from circuit_breaking.training import MaskSettings, train_mask
 
 
 @pytest.mark.parametrize("split", [False, True])
@@ -107,3 +110,25 @@ def test_the_script_saves_what_it_learned(tmp_path):
     hf = load_hf_model(tmp_path / "model", "cpu")
     with ablate(hf, edges, model.means), torch.no_grad():
         torch.testing.assert_close(hf(TOKENS).logits, model(TOKENS), atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("die_at", [2, 8, 15])
+def test_an_interrupted_run_learns_the_same(tmp_path, die_at):
+    settings = MaskSettings(max_edges=6, means_lr=0.05, **QUICK)
+    checkpoints = Checkpoints(tmp_path, {"seed": 0}, every=3)
+
+    def run(saved=None, stop_at=None):
+        def on_step(row):
+            if row["step"] == stop_at:
+                raise ZeroDivisionError
+
+        model = load_model(small_gpt2(), device="cpu")
+        tasks = make_task("break", 1), make_task("keep", 5)
+        train_mask(model, *tasks, settings, None, on_step, False, checkpoints, saved)
+        return model
+
+    with pytest.raises(ZeroDivisionError):
+        run(stop_at=die_at)
+    resumed = run(checkpoints.load())
+    whole = run()
+    assert torch.equal(resumed.mask.weights, whole.mask.weights) and torch.equal(resumed.means, whole.means)
