@@ -8,8 +8,9 @@ relax    Each candidate has a weight in [0, 1], learned by a method of `METHODS`
 anneal   The forward sees a binary mask of at most k units; gradients pass straight through. k falls to the budget.
 
 What is small: weights are changed in place and only those of candidates are remembered, and each matrix's gradient is
-reduced to its candidates as soon as autograd has it, so that neither a second copy of the model nor a gradient of its
-size ever exists. When training ends, well or not, the weights are what they were, bit for bit.
+reduced to its candidates as soon as autograd has it, so that no second copy of the model and no gradient of its size
+exists. (While candidates are chosen, autograd holds the gradients of a part of the matrices, one in `PARTS`.) When
+training ends, well or not, the weights are what they were, bit for bit.
 
 Shapes: C candidates, U units of a matrix, c candidates of a matrix.
 """
@@ -19,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,6 +32,7 @@ from circuit_breaking.masks import lowest_cut
 from circuit_breaking.models import StockModel
 from circuit_breaking.weight_masks import Matrix, WeightMask, find_matrices
 
+PARTS = 6  # of the matrices, for which candidates are chosen one after the other
 PRICE_STEP = 1.1  # factor by which the price of a masked unit moves at each step of the anneal phase
 BUDGETS = {"weight": 0.0005, "neuron": 0.04, "head": 0.25}  # share of all units that may be masked by default
 
@@ -186,7 +189,8 @@ def choose(hf: nn.Module, granularity: str, count: int, backward: Callable[[], N
     """The `count` units whose masking should lower an objective most, to first order; fewer if not so many should.
 
     Args:
-        backward: makes the gradient of the objective, in one backward.
+        backward: makes the gradient of the objective in one backward; called for every part of the matrices, each time
+            on the same texts.
 
     Returns:
         matrices, and the numbers of their chosen units in rising order.
@@ -196,8 +200,9 @@ def choose(hf: nn.Module, granularity: str, count: int, backward: Callable[[], N
     device = matrices[0].parameter.device
     gains, numbers = torch.empty(0, device=device), torch.empty(0, dtype=torch.long, device=device)  # the best so far
 
-    def take(which: int, parameter: nn.Parameter) -> None:
+    def take(start: int, which: int, parameter: nn.Parameter) -> None:
         nonlocal gains, numbers
+        which += start
         by_unit = matrices[which].by_unit
         gain, unit = (
             _sum_by_unit(by_unit(parameter.grad) * by_unit(parameter)).float().topk(min(count, matrices[which].count))
@@ -206,8 +211,10 @@ def choose(hf: nn.Module, granularity: str, count: int, backward: Callable[[], N
         gains, best = gains.topk(min(count, len(gains)))
         numbers = numbers[best]
 
-    with gradients_taken(hf, matrices, take):
-        backward()
+    size = -(-len(matrices) // PARTS)
+    for start in range(0, len(matrices), size):
+        with gradients_taken(hf, matrices[start : start + size], partial(take, start)):
+            backward()
     numbers = numbers[gains > 0].sort().values
     chosen = []
     for matrix, first in zip(matrices, firsts, strict=False):
@@ -302,9 +309,11 @@ class _Trainer:
     def _choose(self) -> Candidates | None:
         """None if masking anything would only harm, to first order."""
 
+        keep_texts, break_texts = (task.draw(self.settings.choose_size) for task in (self.keep_task, self.break_task))
+
         def backward() -> None:
-            keep = self.keep_task.get_train_loss(self.model, self.settings.choose_size)
-            broken = self.break_task.get_train_loss(self.model, self.settings.choose_size, cap=self.cap)
+            keep = self.keep_task.loss(self.model, keep_texts)
+            broken = self.break_task.loss(self.model, break_texts, cap=self.cap)
             self._weigh(keep, broken).backward()
 
         chosen = choose(self.hf, self.settings.granularity, self.settings.candidates * self.budget, backward)

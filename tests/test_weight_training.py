@@ -13,6 +13,7 @@ from test_training import make_task
 from circuit_breaking.cli import UserError
 from circuit_breaking.files import read_json, write_jsonl, write_text
 from circuit_breaking.models import TINY, StockModel, load_hf_model, load_model
+from circuit_breaking.tasks import TextTask
 from circuit_breaking.weight_masks import UNITS, find_matrices, load_weight_mask, mask_weights
 from circuit_breaking.weight_training import (
     METHODS,
@@ -186,20 +187,24 @@ def test_hard_concrete_is_what_the_paper_says():
 
 
 def test_a_failure_leaves_the_model_as_it_was():
-    class Failing:
+    class Failing(TextTask):
         calls = 0
 
-        def get_train_loss(self, *words, **more):
+        def loss(self, *words, **more):
             self.calls += 1
-            if self.calls > 3:
+            if self.calls > 9:
                 raise ZeroDivisionError
-            return make_task("break", 1).get_train_loss(*words, **more)
+            return super().loss(*words, **more)
 
     hf = small_gpt2()
     before = copy.deepcopy(hf.state_dict())
     with pytest.raises(ZeroDivisionError):
         train_weight_mask(
-            hf, Failing(), make_task("keep", 5), WeightMaskSettings(**QUICK, max_masked=9), progress=False
+            hf,
+            Failing("break", make_task("break", 1).train, make_task("break", 1).test),
+            make_task("keep", 5),
+            WeightMaskSettings(**QUICK, max_masked=9),
+            progress=False,
         )
     assert all(torch.equal(before[name], value) for name, value in hf.state_dict().items())
     assert not any(parameter.requires_grad or parameter.grad is not None for parameter in hf.parameters())
