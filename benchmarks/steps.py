@@ -18,6 +18,7 @@ from circuit_breaking.losses import cross_entropy_of_hidden
 from circuit_breaking.transformer import EdgeMaskedTransformer
 
 SHAPES = {
+    "tiny": GPT2Config(n_layer=2, n_head=2, n_embd=32, vocab_size=100, bos_token_id=0, eos_token_id=0),
     "gpt2": GPT2Config(),
     "gpt2-medium": GPT2Config(n_layer=24, n_head=16, n_embd=1024),
     "gpt2-large": GPT2Config(n_layer=36, n_head=20, n_embd=1280),
