@@ -18,7 +18,7 @@ Shapes: C candidates, U units of a matrix, c candidates of a matrix.
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from circuit_breaking.cli import UserError
+from circuit_breaking.gates import METHODS
 from circuit_breaking.masks import lowest_cut
 from circuit_breaking.models import StockModel
 from circuit_breaking.weight_masks import Matrix, WeightMask, find_matrices
@@ -67,62 +68,6 @@ class WeightMaskResult:
     seconds: float = 0.0
 
 
-class Clamped:
-    """A weight in [0, 1] for each candidate, brought back there after every step."""
-
-    def __init__(self, count: int, device: torch.device) -> None:
-        self.parameter = nn.Parameter(torch.ones(count, device=device))
-
-    def sample(self) -> Tensor:
-        """Weights for a forward pass: [C], differentiable in the parameter."""
-        return self.parameter
-
-    def scores(self) -> Tensor:
-        """What rounding goes by: a candidate below 0.5 is to be masked, the lowest first: [C]."""
-        return self.parameter
-
-    def masked(self) -> Tensor:
-        """Expected number of masked candidates."""
-        return (1 - self.parameter).sum()
-
-    @torch.no_grad()
-    def settle_(self) -> None:
-        """To be called after a step of the optimizer."""
-        self.parameter.clamp_(0, 1)
-
-
-class HardConcrete:
-    """Masked or not by a stretched binary concrete variable with learned log odds (Louizos et al. 2018, eq. 10-12)."""
-
-    temperature, low, high = 2 / 3, -0.1, 1.1
-    start = -3.0  # log odds, at which the chance of a candidate to be masked at all is 0.2
-    scale = 5.0  # log odds that one unit of the parameter stands for, so that both methods learn at the same rate
-
-    def __init__(self, count: int, device: torch.device) -> None:
-        self.parameter = nn.Parameter(torch.full((count,), self.start / self.scale, device=device))
-
-    @property
-    def log_odds(self) -> Tensor:
-        return self.parameter * self.scale
-
-    def sample(self) -> Tensor:
-        noise = torch.empty_like(self.parameter).uniform_(1e-6, 1 - 1e-6).logit()
-        gate = torch.sigmoid((noise + self.log_odds) / self.temperature)
-        return 1 - (gate * (self.high - self.low) + self.low).clamp(0, 1)
-
-    def scores(self) -> Tensor:
-        return 1 - torch.sigmoid(self.log_odds)
-
-    def masked(self) -> Tensor:
-        return torch.sigmoid(self.log_odds - self.temperature * math.log(-self.low / self.high)).sum()
-
-    def settle_(self) -> None:
-        pass
-
-
-METHODS = {"clamped": Clamped, "hard-concrete": HardConcrete}
-
-
 class Candidates:
     """The units that are learned about, whose weights are scaled in place.
 
@@ -158,7 +103,8 @@ def _sum_by_unit(products: Tensor) -> Tensor:
 def gradients_taken(hf: nn.Module, matrices: list[Matrix], take: Callable[[int, nn.Parameter], None]) -> Iterator[None]:
     """While the block lasts, only these matrices have gradients, each of which `take` gets and which is then dropped.
 
-    A matrix's gradient is complete when `take` gets it, and is gone before the next one's is made.
+    A matrix's gradient is complete when `take` gets it, and, if the backward is one through a single forward pass, gone
+    before the next one's is made.
     """
     required = [(parameter, parameter.requires_grad) for parameter in hf.parameters()]
     training, handles = hf.training, []
@@ -250,8 +196,11 @@ def train_weight_mask(
     start, history = time.perf_counter(), []
     trainer = _Trainer(hf, break_task, keep_task, settings, budget)
     total = settings.relax_steps + settings.anneal_steps
-    with tqdm(total=total, desc="weight mask", unit="step", disable=None if progress else True) as bar:
-        for row in trainer.rows() if budget else ():
+    with (
+        tqdm(total=total, desc="weight mask", unit="step", disable=None if progress else True) as bar,
+        closing(trainer.rows()) as rows,  # whatever happens, the weights are put back at once
+    ):
+        for row in rows if budget else ():
             row = {"step": len(history), **row, "seconds": round(time.perf_counter() - start, 3)}
             history.append(row)
             if on_step is not None:
@@ -308,7 +257,6 @@ class _Trainer:
 
     def _choose(self) -> Candidates | None:
         """None if masking anything would only harm, to first order."""
-
         keep_texts, break_texts = (task.draw(self.settings.choose_size) for task in (self.keep_task, self.break_task))
 
         def backward() -> None:

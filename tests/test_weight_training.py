@@ -12,13 +12,12 @@ from test_training import make_task
 
 from circuit_breaking.cli import UserError
 from circuit_breaking.files import read_json, write_jsonl, write_text
+from circuit_breaking.gates import METHODS, HardConcrete
 from circuit_breaking.models import TINY, StockModel, load_hf_model, load_model
 from circuit_breaking.tasks import TextTask
 from circuit_breaking.weight_masks import UNITS, find_matrices, load_weight_mask, mask_weights
 from circuit_breaking.weight_training import (
-    METHODS,
     Candidates,
-    HardConcrete,
     WeightMaskSettings,
     choose,
     gradients_taken,
@@ -207,6 +206,15 @@ def test_a_failure_leaves_the_model_as_it_was():
             progress=False,
         )
     assert all(torch.equal(before[name], value) for name, value in hf.state_dict().items())
+
+    def on_step(row):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError) as held:  # with its traceback, which holds on to all that was running
+        train_weight_mask(
+            hf, make_task("break", 1), make_task("keep", 5), WeightMaskSettings(**QUICK, max_masked=9), on_step, False
+        )
+    assert held.tb and all(torch.equal(before[name], value) for name, value in hf.state_dict().items())
     assert not any(parameter.requires_grad or parameter.grad is not None for parameter in hf.parameters())
     assert not any(parameter._post_accumulate_grad_hooks for parameter in hf.parameters())
 
