@@ -15,34 +15,26 @@ import matplotlib
 import torch
 from rich.console import Console
 from rich.table import Table
+from steps import SHAPES
 from torch import nn
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+from transformers import AutoModelForCausalLM
 
 from circuit_breaking.ablated import ablate
 from circuit_breaking.cli import UserError, run_script
 from circuit_breaking.devices import pick_device, pick_dtype
 from circuit_breaking.files import DATA, atomic_path, provenance, write_json
-from circuit_breaking.graph import EdgeGraph
+from circuit_breaking.places import graph_of
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-SHAPES = {
-    "tiny": GPT2Config(n_layer=2, n_head=2, n_embd=32, vocab_size=100, bos_token_id=0, eos_token_id=0),
-    "gpt2": GPT2Config(),
-    "gpt2-medium": GPT2Config(n_layer=24, n_head=16, n_embd=1024),
-    "smollm2-135m": LlamaConfig(
-        num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, hidden_size=576, intermediate_size=1536,
-        vocab_size=49152, tie_word_embeddings=True,
-    ),
-}  # fmt: skip
 PLAIN = "plain"
 
 
 @dataclass
 class Settings:
-    shape: str = "gpt2"  # tiny, gpt2, gpt2-medium or smollm2-135m
+    shape: str = "gpt2"  # one of steps.SHAPES: tiny, gpt2, pythia-160m, smollm2-135m, ...
     cut: tuple[int, ...] = (0, 1, 12, 50, 200, 1000)  # numbers of cut edges
     prompt: int = 64  # tokens of the prompt
     new_tokens: int = 64  # tokens to write
@@ -73,7 +65,7 @@ def measure(settings: Settings) -> tuple[dict[str, list[float]], dict[str, float
     torch.manual_seed(settings.seed)
     config = SHAPES[settings.shape]
     hf = AutoModelForCausalLM.from_config(config).to(pick_device(settings.device), pick_dtype(settings.dtype)).eval()
-    graph = EdgeGraph(config.num_hidden_layers, config.num_attention_heads, settings.split_qkv)
+    graph = graph_of(config, settings.split_qkv)
     order = torch.randperm(len(graph)).tolist()
     if max(settings.cut, default=0) > len(graph):
         raise UserError(f"{max(settings.cut)} edges cannot be cut in {graph}. Set cut to fewer.")

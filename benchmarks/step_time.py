@@ -9,7 +9,6 @@ Random weights of the named shape; reads and writes nothing. About two minutes o
 import multiprocessing
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,30 +17,18 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+from steps import SHAPES, binary_mask, dense_mask, engine_step, make_hf, make_tokens, plain_step, seconds
 
 from circuit_breaking.cli import UserError, run_script
-from circuit_breaking.devices import pick_device, pick_dtype
-from circuit_breaking.losses import cross_entropy_of_hidden
 from circuit_breaking.models import load_model
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from oracle import NaiveEdgeMasked
 
-SHAPES = {
-    "gpt2": GPT2Config(),
-    "gpt2-medium": GPT2Config(n_layer=24, n_head=16, n_embd=1024),
-    "gpt2-large": GPT2Config(n_layer=36, n_head=20, n_embd=1280),
-    "smollm2-135m": LlamaConfig(
-        num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, hidden_size=576, intermediate_size=1536,
-        vocab_size=49152, tie_word_embeddings=True,
-    ),
-}  # fmt: skip
-
 
 @dataclass
 class Settings:
-    shape: str = "gpt2"  # gpt2, gpt2-medium, gpt2-large or smollm2-135m
+    shape: str = "gpt2"  # one of steps.SHAPES: gpt2, gpt2-medium, pythia-160m, smollm2-135m, ...
     batch: int = 10  # texts a step
     length: int = 50  # tokens a text
     rounds: int = 5  # steps of each variant; the median counts
@@ -51,40 +38,6 @@ class Settings:
     threads: int = 2  # CPU threads
     device: str = "auto"  # auto, cpu, cuda or mps
     dtype: str = "float32"  # float32 or bfloat16
-
-
-def plain_step(settings: Settings) -> Callable[[torch.Tensor], None]:
-    hf = make_hf(settings).requires_grad_(False)
-
-    def step(tokens: torch.Tensor) -> None:
-        embeddings = hf.get_input_embeddings()(tokens).requires_grad_()
-        logits = hf(inputs_embeds=embeddings).logits
-        F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten()).backward()
-
-    return step
-
-
-def binary_step(settings: Settings) -> Callable[[torch.Tensor], None]:
-    """With the kind of mask that can be saved: `cut` edges cut, all others whole."""
-    model = load_model(make_hf(settings), settings.split_qkv, settings.device, settings.dtype)
-    model.mask.weights.data[torch.randperm(len(model.graph))[: settings.cut]] = 0.0
-    return loss_step(model)
-
-
-def dense_step(settings: Settings) -> Callable[[torch.Tensor], None]:
-    """With the kind of mask that training begins with: every weight between 0 and 1."""
-    model = load_model(make_hf(settings), settings.split_qkv, settings.device, settings.dtype)
-    model.mask.weights.data.uniform_(0.9, 0.999)
-    return loss_step(model)
-
-
-def loss_step(model: torch.nn.Module) -> Callable[[torch.Tensor], None]:
-    def step(tokens: torch.Tensor) -> None:
-        hidden = model.hidden(tokens)[:, :-1].flatten(0, 1)
-        targets = tokens[:, 1:].flatten()
-        cross_entropy_of_hidden(hidden, model.unembedding, model.unembedding_bias, targets).mean().backward()
-
-    return step
 
 
 def naive_step(settings: Settings) -> Callable[[torch.Tensor], None]:
@@ -100,32 +53,22 @@ def naive_step(settings: Settings) -> Callable[[torch.Tensor], None]:
     return step
 
 
+def binary_step(settings: Settings) -> Callable[[torch.Tensor], None]:
+    model = load_model(make_hf(settings), settings.split_qkv, settings.device, settings.dtype)
+    return engine_step(model, binary_mask(len(model.graph), settings.cut))
+
+
+def dense_step(settings: Settings) -> Callable[[torch.Tensor], None]:
+    model = load_model(make_hf(settings), settings.split_qkv, settings.device, settings.dtype)
+    return engine_step(model, dense_mask(len(model.graph)))
+
+
 STEPS = {
-    "plain Hugging Face": plain_step,
+    "plain Hugging Face": lambda settings: plain_step(make_hf(settings)),
     "engine, binary mask": binary_step,
     "engine, any mask": dense_step,
     "naive formulation": naive_step,
 }
-
-
-def make_hf(settings: Settings) -> torch.nn.Module:
-    torch.manual_seed(0)
-    hf = AutoModelForCausalLM.from_config(SHAPES[settings.shape])
-    return hf.to(pick_device(settings.device), pick_dtype(settings.dtype)).eval()
-
-
-def make_tokens(settings: Settings) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(0, SHAPES[settings.shape].vocab_size, (settings.batch, settings.length), generator=generator)
-    return tokens.to(pick_device(settings.device))
-
-
-def seconds(step: Callable[[torch.Tensor], None], tokens: torch.Tensor) -> float:
-    start = time.perf_counter()
-    step(tokens)
-    if tokens.is_cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def resident_peak() -> int:

@@ -17,6 +17,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -29,7 +30,7 @@ from circuit_breaking.files import read_json, write_json, write_tensors, write_t
 from circuit_breaking.graph import QKV, Edge, EdgeGraph
 from circuit_breaking.means import read_means
 from circuit_breaking.models import load_config, load_hf_model, load_tokenizer
-from circuit_breaking.places import find_places
+from circuit_breaking.places import find_places, graph_of
 from circuit_breaking.transformer import check_means
 
 ATTRIBUTE = "edge_cuts"  # under which an ablated model holds its `Ablation`
@@ -92,12 +93,12 @@ def _ends(graph: EdgeGraph, edge: str) -> tuple[str, str]:
         at = graph.sources.index(source)
         node = node if split else reader
         readable = graph.sources.index(node) if node != "output" else len(graph.sources)
-        if node.startswith("a"):  # no head reads its own layer
+        if node.startswith("a") or (graph.parallel and node.startswith("m")):  # which read no node of their own layer
             readable = graph.layers[int(node[1:].partition(".")[0])].sources
         if at < readable and node != "embed" and not (split and node[0] != "a"):
             return source, reader
     if split:
-        graph = EdgeGraph(graph.n_layers, graph.n_heads, split_qkv=True)
+        graph = replace(graph, split_qkv=True)
     graph.index(edge)  # says what is wrong
     raise AssertionError(f"{edge} is in the graph")
 
@@ -114,7 +115,7 @@ def _check_means(means: Tensor, nodes: int, width: int) -> None:
 
 @torch.no_grad()
 def ablate(hf: nn.Module, edges: Iterable[str], means: Tensor | None = None) -> Ablation:
-    """Cut edges in a stock `GPT2LMHeadModel` or `LlamaForCausalLM`, in place.
+    """Cut edges in a stock Hugging Face model of a family in `places.FAMILIES`, in place.
 
     The logits are those of `EdgeMaskedTransformer` with 0 at these edges and 1 elsewhere, in eval mode (dropout is
     not part of the graph). The cost grows with the edges cut. Copies of the weights of heads that read or write a
@@ -140,21 +141,26 @@ def ablate(hf: nn.Module, edges: Iterable[str], means: Tensor | None = None) -> 
     if hasattr(hf, ATTRIBUTE):
         raise UserError("this model has cut edges already. Remove those first, or cut all edges in one call.")
     model = find_places(hf)
-    graph = EdgeGraph(len(model.layers), model.heads)
+    graph = model.graph
     if isinstance(edges, str):
         raise UserError(f"edges are a list of names, not one text. Write [{str(edges)!r}].")
     edges = list(dict.fromkeys(Edge(edge) for edge in edges))
     ends = [_ends(graph, edge) for edge in edges]
     if means is not None:
         _check_means(means, len(graph.sources), model.width)
-    handle = Ablation(hf, edges, Cuts(model, graph, ends, means) if ends else None)
+    handle = Ablation(hf, edges, Cuts(model, ends, means) if ends else None)
     handle._attach()
     return handle
 
 
 def _shape(config: Any) -> dict[str, Any]:
     keys = {"n_layers": "num_hidden_layers", "n_heads": "num_attention_heads", "width": "hidden_size"}
-    return {"model_type": config.model_type, **{key: getattr(config, name, None) for key, name in keys.items()}}
+    shape = {"model_type": config.model_type, **{key: getattr(config, name, None) for key, name in keys.items()}}
+    return shape | ({"parallel": True} if graph_of(config).parallel else {})
+
+
+def _graph(shape: dict[str, Any]) -> EdgeGraph:
+    return EdgeGraph(shape["n_layers"], shape["n_heads"], parallel=shape.get("parallel", False))
 
 
 def save_ablated(
@@ -191,7 +197,7 @@ def save_ablated(
         hf = load_hf_model(base, "cpu", load_config(base).dtype or "float32")  # stored as precise as it was
         config, tokenizer = hf.config, tokenizer or load_tokenizer(base)
     shape = _shape(config)
-    graph = EdgeGraph(shape["n_layers"], shape["n_heads"])
+    graph = _graph(shape)
     for edge in edges:
         _ends(graph, edge)
     if means is not None:
@@ -241,9 +247,8 @@ def _store_base(folder: Path, hf: nn.Module, tokenizer: Any) -> None:
 
 def model_card(title: str, record: dict[str, Any], base: str) -> str:
     """The model card of a saved ablated model, in Markdown."""
-    graph = EdgeGraph(record["shape"]["n_layers"], record["shape"]["n_heads"])
     split = any(edge.rpartition(".")[2] in QKV for edge in record["edges"])
-    count = len(EdgeGraph(graph.n_layers, graph.n_heads, split_qkv=split))
+    count = len(replace(_graph(record["shape"]), split_qkv=split))
     source = record["base"] or f"{base} (weights in `base/`)"
     carried = "the mean output of its source" if record["cut_edges_carry"] == "mean" else "nothing (zero ablation)"
 

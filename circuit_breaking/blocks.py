@@ -29,12 +29,18 @@ FUSED_ACTIVATIONS = {
 }
 
 
+Linear = tuple[Tensor, Tensor]  # weight [in, out] and bias [out]
+
+
 def activation(name: str) -> Callable[[Tensor], Tensor]:
     """The activation function that a Hugging Face configuration names."""
     return FUSED_ACTIVATIONS.get(name) or ACT2FN[name]
 
 
-def attend(qkv: Tensor, batch: int, split: bool, rotate: Callable[[Tensor], Tensor] | None, scale: float) -> Tensor:
+Placing = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # what positions do to queries and keys [B, H, T, K]
+
+
+def attend(qkv: Tensor, batch: int, split: bool, place: Placing | None, scale: float) -> Tensor:
     """Causal attention of every head on its own queries, keys and values.
 
     `qkv` is [H, N, 3K], or [3H, N, K] in the order q, k, v of each head when `split`. Returns [H, N, K].
@@ -46,8 +52,8 @@ def attend(qkv: Tensor, batch: int, split: bool, rotate: Callable[[Tensor], Tens
         heads, tokens, width = qkv.shape
         parts = qkv.view(heads, batch, tokens // batch, width).chunk(3, -1)
     q, k, v = (part.transpose(0, 1) for part in parts)  # [B, H, T, K]
-    if rotate is not None:
-        q, k = rotate(q), rotate(k)
+    if place is not None:
+        q, k = place(q, k)
     z = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
     return z.transpose(0, 1).reshape(z.shape[1], tokens, z.shape[-1])
 
@@ -60,37 +66,45 @@ def reader_weights(parts: list[Tensor], split: bool) -> Tensor:
     return torch.stack(parts, 1).flatten(0, 1).contiguous() if split else torch.cat(parts, -1).contiguous()
 
 
-class GPT2Block(nn.Module):
-    """One GPT-2 layer: LayerNorm, learned positions (in the embedding), biases everywhere."""
+class LayerNormBlock(nn.Module):
+    """One layer of GPT-2 or GPT-NeoX: LayerNorm, biases everywhere, rotary positions or none.
 
-    def __init__(self, layer: nn.Module, config, index: int, split_qkv: bool) -> None:
+    Args:
+        norms: the LayerNorm modules before attention and before the MLP.
+        weights, biases: of queries, keys and values, [3, H, D, K] and [3, H, 1, K].
+        out, up, down: weight (last index: what it writes) and bias of attention's output projection and the MLP's two.
+        act: activation of the MLP, as the configuration names it.
+        scale: factor of the attention scores.
+        split_qkv: queries, keys and values read apart.
+    """
+
+    def __init__(
+        self, norms: tuple[nn.LayerNorm, nn.LayerNorm], weights: Tensor, biases: Tensor, out: Linear, up: Linear,
+        down: Linear, act: str, scale: float, split_qkv: bool,
+    ) -> None:  # fmt: skip
         super().__init__()
-        d, heads = config.n_embd, config.n_head
-        width = d // heads
-        self.split, self.eps, self.shape = split_qkv, config.layer_norm_epsilon, (d,)
-        self.scale = width**-0.5 if config.scale_attn_weights else 1.0
-        if config.scale_attn_by_inverse_layer_idx:
-            self.scale /= index + 1
-        self.act = activation(config.activation_function)
-        ln, attention, mlp = layer.ln_1, layer.attn, layer.mlp
-        weights = attention.c_attn.weight.detach().view(d, 3, heads, width).permute(1, 2, 0, 3)  # [3, H, D, K]
-        biases = attention.c_attn.bias.detach().view(3, heads, 1, width) + ln.bias.detach()[None] @ weights
-        weights = ln.weight.detach()[:, None] * weights
+        first, second = norms
+        _, heads, d, width = weights.shape
+        self.split, self.eps, self.shape, self.scale = split_qkv, first.eps, (d,), scale
+        self.act = activation(act)
+        biases = biases + first.bias.detach()[None] @ weights
+        weights = first.weight.detach()[:, None] * weights
         self.register_buffer("w_qkv", reader_weights(list(weights), split_qkv))
         self.register_buffer("b_qkv", reader_weights(list(biases), split_qkv))
-        self.register_buffer("w_o", attention.c_proj.weight.detach().view(heads, width, d))
-        self.register_buffer("b_o", attention.c_proj.bias.detach() / heads)
-        self.register_buffer("g_2", layer.ln_2.weight.detach())
-        self.register_buffer("b_2", layer.ln_2.bias.detach())
-        self.register_buffer("w_up", mlp.c_fc.weight.detach())
-        self.register_buffer("b_up", mlp.c_fc.bias.detach())
-        self.register_buffer("w_down", mlp.c_proj.weight.detach())
-        self.register_buffer("b_down", mlp.c_proj.bias.detach())
+        self.register_buffer("w_o", out[0].reshape(heads, width, d))
+        self.register_buffer("b_o", out[1] / heads)
+        self.register_buffer("g_2", second.weight.detach())
+        self.register_buffer("b_2", second.bias.detach())
+        self.register_buffer("w_up", up[0])
+        self.register_buffer("b_up", up[1])
+        self.register_buffer("w_down", down[0])
+        self.register_buffer("b_down", down[1])
 
-    def heads(self, read: Tensor, batch: int, rotary: None = None) -> Tensor:
+    def heads(self, read: Tensor, batch: int, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
         """Attention-weighted values of every head, before its output projection: [R, N, D] -> [H, N, K]."""
         x = F.layer_norm(read, self.shape, eps=self.eps)
-        return attend(torch.baddbmm(self.b_qkv, x, self.w_qkv), batch, self.split, None, self.scale)
+        place = None if rotary is None else partial(rotate_both, cos=rotary[0], sin=rotary[1])
+        return attend(torch.baddbmm(self.b_qkv, x, self.w_qkv), batch, self.split, place, self.scale)
 
     def mlp(self, read: Tensor) -> Tensor:
         """Hidden layer of the MLP, before its output projection: [N, D] -> [N, F]."""
@@ -98,11 +112,39 @@ class GPT2Block(nn.Module):
         return self.act(torch.addmm(self.b_up, x, self.w_up))
 
 
+def gpt2_block(layer: nn.Module, config, index: int, split_qkv: bool) -> LayerNormBlock:
+    """A GPT-2 layer. (`reorder_and_upcast_attn` only says how Hugging Face computes the same attention.)"""
+    d, heads = config.n_embd, config.n_head
+    width = d // heads
+    scale = width**-0.5 if config.scale_attn_weights else 1.0
+    if config.scale_attn_by_inverse_layer_idx:
+        scale /= index + 1
+    attention, mlp = layer.attn, layer.mlp
+    weights = attention.c_attn.weight.detach().view(d, 3, heads, width).permute(1, 2, 0, 3)
+    biases = attention.c_attn.bias.detach().view(3, heads, 1, width)
+    out, up, down = ((m.weight.detach(), m.bias.detach()) for m in (attention.c_proj, mlp.c_fc, mlp.c_proj))
+    return LayerNormBlock(
+        (layer.ln_1, layer.ln_2), weights, biases, out, up, down, config.activation_function, scale, split_qkv
+    )
+
+
+def neox_block(layer: nn.Module, config, split_qkv: bool) -> LayerNormBlock:
+    """A GPT-NeoX layer, whose fused projection holds query, key and value of one head after another."""
+    attention, mlp = layer.attention, layer.mlp
+    qkv, d, heads = attention.query_key_value, config.hidden_size, config.num_attention_heads
+    weights = qkv.weight.detach().view(heads, 3, -1, d).permute(1, 0, 3, 2)
+    biases = bias_of(qkv).view(heads, 3, 1, -1).transpose(0, 1)
+    linears = attention.dense, mlp.dense_h_to_4h, mlp.dense_4h_to_h
+    out, up, down = ((linear.weight.detach().t(), bias_of(linear)) for linear in linears)
+    norms = layer.input_layernorm, layer.post_attention_layernorm
+    return LayerNormBlock(norms, weights, biases, out, up, down, config.hidden_act, attention.scaling, split_qkv)
+
+
 class LlamaBlock(nn.Module):
-    """One Llama layer: RMSNorm, rotary positions, keys and values shared by groups of query heads, gated MLP.
+    """One layer of Llama, Mistral or Qwen: RMSNorm, rotary positions, shared keys and values, gated MLP.
 
     Every query head reads its keys and values from a residual stream of its own, so a group's projection is applied
-    once for each of its query heads.
+    once for each of its query heads. Qwen3 normalises each query and key before it is rotated.
     """
 
     def __init__(self, layer: nn.Module, config, index: int, split_qkv: bool) -> None:
@@ -125,6 +167,8 @@ class LlamaBlock(nn.Module):
         biases = [per_query_head(linear, linear.bias) for linear in projections]  # [H, 1, K]
         self.register_buffer("w_qkv", reader_weights(weights, split_qkv))
         self.register_buffer("b_qkv", reader_weights(biases, split_qkv))
+        self.register_buffer("g_q", attention.q_norm.weight.detach() if hasattr(attention, "q_norm") else None)
+        self.register_buffer("g_k", attention.k_norm.weight.detach() if hasattr(attention, "k_norm") else None)
         self.register_buffer("w_o", attention.o_proj.weight.detach().t().reshape(heads, width, d))
         self.register_buffer("b_o", bias_of(attention.o_proj) / heads)
         self.register_buffer("g_2", layer.post_attention_layernorm.weight.detach())
@@ -138,8 +182,13 @@ class LlamaBlock(nn.Module):
     def heads(self, read: Tensor, batch: int, rotary: tuple[Tensor, Tensor]) -> Tensor:
         """Attention-weighted values of every head, before its output projection: [R, N, D] -> [H, N, K]."""
         x = F.rms_norm(read, self.shape, eps=self.eps)
-        rotate = partial(rotate_halves, cos=rotary[0], sin=rotary[1])
-        return attend(torch.baddbmm(self.b_qkv, x, self.w_qkv), batch, self.split, rotate, self.scale)
+
+        def place(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+            if self.g_q is not None:
+                q, k = (F.rms_norm(x, gain.shape, gain, self.eps) for x, gain in ((q, self.g_q), (k, self.g_k)))
+            return rotate_both(q, k, *rotary)
+
+        return attend(torch.baddbmm(self.b_qkv, x, self.w_qkv), batch, self.split, place, self.scale)
 
     def mlp(self, read: Tensor) -> Tensor:
         """Hidden layer of the MLP, before its output projection: [N, D] -> [N, F]."""
@@ -152,10 +201,20 @@ def bias_of(linear: nn.Linear) -> Tensor:
     return linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias.detach()
 
 
+def rotate_both(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries and keys with their positions put in."""
+    return rotate_halves(q, cos, sin), rotate_halves(k, cos, sin)
+
+
 def rotate_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding (Su et al. 2021) in Llama's layout: x [..., T, K]; cos and sin [T, K]."""
-    first, second = x.chunk(2, -1)
-    return x * cos + torch.cat((-second, first), -1) * sin
+    """Rotary position embedding (Su et al. 2021) in Llama's layout: x [..., T, K]; cos and sin [T, r], r <= K.
+
+    GPT-NeoX rotates the first r components only.
+    """
+    turned = x[..., : cos.shape[-1]]
+    first, second = turned.chunk(2, -1)
+    turned = turned * cos + torch.cat((-second, first), -1) * sin
+    return turned if turned.shape == x.shape else torch.cat((turned, x[..., cos.shape[-1] :]), -1)
 
 
 class Norm(nn.Module):
@@ -196,7 +255,7 @@ def _gpt2(hf: nn.Module, split_qkv: bool) -> Parts:
     config, body = hf.config, hf.transformer
     if config.add_cross_attention:
         raise UserError("this GPT-2 has cross-attention, which the graph does not describe. Use a plain GPT-2.")
-    blocks = [GPT2Block(layer, config, index, split_qkv) for index, layer in enumerate(body.h)]
+    blocks = [gpt2_block(layer, config, index, split_qkv) for index, layer in enumerate(body.h)]
     norm = Norm("layer", body.ln_f.weight, body.ln_f.bias, config.layer_norm_epsilon)
     return Parts(
         blocks, body.wte.weight, body.wpe.weight, None, norm, hf.lm_head.weight, hf.lm_head.bias,
@@ -210,12 +269,38 @@ def _llama(hf: nn.Module, split_qkv: bool) -> Parts:
     norm = Norm("rms", body.norm.weight, None, config.rms_norm_eps)
     return Parts(
         blocks, body.embed_tokens.weight, None, body.rotary_emb, norm, hf.lm_head.weight, hf.lm_head.bias,
-        config.max_position_embeddings,
+        min(config.max_position_embeddings, sliding_window(config) or config.max_position_embeddings),
+    )  # fmt: skip
+
+
+def sliding_window(config) -> int | None:
+    """Tokens that the attention of some layer is limited to, where that is fewer than all before.
+
+    Up to that many it is plain causal attention, so longer texts are refused and shorter ones are exact.
+    """
+    kinds = getattr(config, "layer_types", None)
+    return getattr(config, "sliding_window", None) if kinds is None or "sliding_attention" in kinds else None
+
+
+def _neox(hf: nn.Module, split_qkv: bool) -> Parts:
+    config, body = hf.config, hf.gpt_neox
+    blocks = [neox_block(layer, config, split_qkv) for layer in body.layers]
+    last = body.final_layer_norm
+    return Parts(
+        blocks, body.embed_in.weight, None, body.rotary_emb, Norm("layer", last.weight, last.bias, last.eps),
+        hf.lm_head.weight, hf.lm_head.bias, config.max_position_embeddings, parallel=config.use_parallel_residual,
     )  # fmt: skip
 
 
 # Hugging Face `model_type` -> how to take that family apart
-FAMILIES: dict[str, Callable[[nn.Module, bool], Parts]] = {"gpt2": _gpt2, "llama": _llama}
+FAMILIES: dict[str, Callable[[nn.Module, bool], Parts]] = {
+    "gpt2": _gpt2,
+    "gpt_neox": _neox,
+    "llama": _llama,
+    "mistral": _llama,
+    "qwen2": _llama,
+    "qwen3": _llama,
+}
 
 
 def take_apart(hf: nn.Module, split_qkv: bool) -> Parts:

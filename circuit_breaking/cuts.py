@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from circuit_breaking.graph import QKV, EdgeGraph
+from circuit_breaking.graph import QKV
 from circuit_breaking.places import Layer, Model
 
 Reads = dict[tuple[int, int], frozenset[int]]  # (0 query, 1 key, 2 value; head) -> rows of the stack it must not see
@@ -54,7 +54,8 @@ def _share_keys(reads: Reads, share: int) -> tuple[bool, Reads]:
 def _place(unit: tuple[int, int], layer: Layer, heads: int, share: int, own_keys: bool) -> Place:
     part, head = unit
     if len(layer.projections) == 1:
-        number, column, source = 0, part * heads + head, part * heads + head
+        number, source = 0, part * heads + head if layer.fused_order == "part" else 3 * head + part
+        column = source
     else:
         number, source = part, head // share if part else head
         column = head if own_keys else source
@@ -226,8 +227,9 @@ class HeadReader(Reader):
 class Cuts(nn.Module):
     """All hooks of a set of cut edges, with the tensors they need, which move with the model they are attached to."""
 
-    def __init__(self, model: Model, graph: EdgeGraph, ends: Iterable[tuple[str, str]], means: Tensor | None) -> None:
+    def __init__(self, model: Model, ends: Iterable[tuple[str, str]], means: Tensor | None) -> None:
         super().__init__()
+        graph = model.graph
         run = Run()
         self.parts = nn.ModuleList()
         self.before: list[tuple[nn.Module, Callable]] = []

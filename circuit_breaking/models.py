@@ -4,13 +4,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from circuit_breaking.cli import UserError, first_line
 from circuit_breaking.devices import pick_device, pick_dtype
 from circuit_breaking.files import DATA
-from circuit_breaking.transformer import EdgeMaskedTransformer
+from circuit_breaking.transformer import EdgeMaskedTransformer, select_positions
 
 TINY = DATA / "tiny_gpt2"
 END_OF_TEXT = "<|endoftext|>"
@@ -98,6 +99,30 @@ def load_model(
         engine = EdgeMaskedTransformer(hf, split_qkv)
     engine.name = name
     return engine
+
+
+class StockModel:
+    """A stock Hugging Face model behind the part of `EdgeMaskedTransformer` that tasks use. Differentiable in the
+    weights that require it, all but those of the output embedding."""
+
+    def __init__(self, hf: nn.Module) -> None:
+        self.hf = hf
+        self.unembedding = hf.get_output_embeddings().weight
+        self.unembedding_bias = getattr(hf.get_output_embeddings(), "bias", None)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.hf.device
+
+    def hidden(self, tokens: Tensor, at: Tensor | None = None, mask: None = None) -> Tensor:
+        """Final hidden state, as `EdgeMaskedTransformer.hidden`; there are no edges to mask."""
+        hidden = self.hf.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+        return hidden if at is None else select_positions(hidden, at)
+
+    def __call__(self, tokens: Tensor, at: Tensor | None = None, mask: None = None) -> Tensor:
+        """Next-token logits, as `EdgeMaskedTransformer.forward`."""
+        return F.linear(self.hidden(tokens, at), self.unembedding, self.unembedding_bias)
 
 
 def prefix_token(tokenizer: PreTrainedTokenizerBase) -> int:

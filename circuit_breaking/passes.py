@@ -34,18 +34,18 @@ def layer_groups(graph: EdgeGraph) -> list[list[LayerSlice]]:
 
 
 class OutputRead(torch.autograd.Function):
-    """What `output` reads [N, D], as a function of the mask weights [E]."""
+    """What `output` reads [N, D], as a function of the mask weights [E] and of means [P, D] where those are learned."""
 
     @staticmethod
-    def forward(ctx, weights: Tensor, model: Any, tokens: Tensor) -> Tensor:
-        run = Pass(model, weights.detach(), tokens, keep=ctx.needs_input_grad[0])
+    def forward(ctx, weights: Tensor, means: Tensor | None, model: Any, tokens: Tensor) -> Tensor:
+        run = Pass(model, weights.detach(), tokens, keep=any(ctx.needs_input_grad[:2]))
         ctx.run = run
         return run.forward()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: Tensor):
-        return ctx.run.backward(gradient), None, None
+        return *ctx.run.backward(gradient, means=ctx.needs_input_grad[1]), None, None
 
 
 class Exceptions:
@@ -187,7 +187,8 @@ class Pass:
             flat.index_add_(0, readers - start, self.rows[nodes].mul_(excess[:, None]))
         return out
 
-    def backward(self, gradient: Tensor) -> Tensor:
+    def backward(self, gradient: Tensor, means: bool) -> tuple[Tensor, Tensor | None]:
+        """Gradients of the mask weights [E] and, if wanted, of the means [P, D]."""
         if self.stack is None:
             self.forward()
         graph, mask, stack, flat, heads = self.graph, self.mask, self.stack, self.flat, self.graph.n_heads
@@ -234,7 +235,11 @@ class Pass:
             start = group[0].reader
             edge_gradient[start:end, :before] = reads[start:end] @ rows[:before].t()
         self.reads = None
-        return edge_gradient[self.model.edge_readers, self.model.edge_sources].to(self.mask_dtype)
+        at_edges = edge_gradient[self.model.edge_readers, self.model.edge_sources].to(self.mask_dtype)
+        if not means:
+            return at_edges, None
+        cut = self._matrix(torch.ones_like(at_edges, dtype=mask.dtype)) - mask  # 1 - m where there is an edge
+        return at_edges, cut.t() @ reads.view(readers, -1, self.width).sum(1)
 
     def _at_nodes_sum(self, first: int, after: int, layer: int) -> Tensor:
         """Gradient at a layer's nodes by the running sum of the gradients of all later readers: [H + 1, N * D]."""

@@ -4,22 +4,30 @@ Shapes: H heads, D width, K head width. A unit is the query, key or value of one
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import GPT2LMHeadModel, LlamaForCausalLM
+from transformers import (
+    GPT2LMHeadModel,
+    GPTNeoXForCausalLM,
+    LlamaForCausalLM,
+    MistralForCausalLM,
+    Qwen2ForCausalLM,
+    Qwen3ForCausalLM,
+)
 
 from circuit_breaking.cli import UserError
+from circuit_breaking.graph import EdgeGraph
 
 
 def layer_norm(x: Tensor, norm: nn.Module) -> Tensor:
-    """GPT-2's norm, without the hooks on it."""
+    """The norm of GPT-2 and GPT-NeoX, without the hooks on it."""
     return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
 
 
 def rms_norm(x: Tensor, norm: nn.Module) -> Tensor:
-    """Llama's norm in one kernel, without the hooks on it."""
+    """The norm of Llama's relatives in one kernel, without the hooks on it."""
     return F.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
 
 
@@ -37,16 +45,19 @@ class Layer(NamedTuple):
     norm: nn.Module  # before attention
     attention: nn.Module
     projections: list[Projection]  # one for all of q, k, v, or one for each
+    fused_order: str  # of the units of one projection for all: by "part" (all queries, ...) or by "head" (its q, k, v)
     out: nn.Module  # attention's output projection
     w_o: Tensor  # [H, K, D]
     b_o: Tensor | None  # [D]
     mlp_norm: nn.Module
     mlp: nn.Module
+    down: nn.Module  # the MLP's output projection
 
 
 class Model(NamedTuple):
     """Where hooks go in a model."""
 
+    graph: EdgeGraph
     layers: list[Layer]
     norm: nn.Module  # the last one
     heads: int
@@ -70,13 +81,30 @@ def _gpt2(hf: GPT2LMHeadModel) -> Model:
         w_o = attention.c_proj.weight.detach().view(heads, -1, width)
         layers.append(
             Layer(
-                block.ln_1, attention, [projection], attention.c_proj, w_o, attention.c_proj.bias, block.ln_2, block.mlp
+                block.ln_1, attention, [projection], "part", attention.c_proj, w_o, attention.c_proj.bias, block.ln_2,
+                block.mlp, block.mlp.c_proj,
             )
-        )
-    return Model(layers, hf.transformer.ln_f, heads, width, layer_norm)
+        )  # fmt: skip
+    return Model(graph_of(hf.config), layers, hf.transformer.ln_f, heads, width, layer_norm)
 
 
-def _llama(hf: LlamaForCausalLM) -> Model:
+def _neox(hf: GPTNeoXForCausalLM) -> Model:
+    heads, width = hf.config.num_attention_heads, hf.config.hidden_size
+    layers = []
+    for block in hf.gpt_neox.layers:
+        attention = block.attention
+        projection = _by_unit(attention.query_key_value, attention.query_key_value.weight.t(), width // heads)
+        w_o = attention.dense.weight.detach().t().view(heads, -1, width)
+        layers.append(
+            Layer(
+                block.input_layernorm, attention, [projection], "head", attention.dense, w_o, attention.dense.bias,
+                block.post_attention_layernorm, block.mlp, block.mlp.dense_4h_to_h,
+            )
+        )  # fmt: skip
+    return Model(graph_of(hf.config), layers, hf.gpt_neox.final_layer_norm, heads, width, layer_norm)
+
+
+def _llama(hf: nn.Module) -> Model:
     heads, width = hf.config.num_attention_heads, hf.config.hidden_size
     layers = []
     for block in hf.model.layers:
@@ -86,14 +114,27 @@ def _llama(hf: LlamaForCausalLM) -> Model:
         w_o = attention.o_proj.weight.detach().t().view(heads, -1, width)
         layers.append(
             Layer(
-                block.input_layernorm, attention, projections, attention.o_proj, w_o, attention.o_proj.bias,
-                block.post_attention_layernorm, block.mlp,
+                block.input_layernorm, attention, projections, "part", attention.o_proj, w_o, attention.o_proj.bias,
+                block.post_attention_layernorm, block.mlp, block.mlp.down_proj,
             )
         )  # fmt: skip
-    return Model(layers, hf.model.norm, heads, width, rms_norm)
+    return Model(graph_of(hf.config), layers, hf.model.norm, heads, width, rms_norm)
 
 
-FAMILIES = {GPT2LMHeadModel: _gpt2, LlamaForCausalLM: _llama}
+FAMILIES = {
+    GPT2LMHeadModel: _gpt2,
+    GPTNeoXForCausalLM: _neox,
+    LlamaForCausalLM: _llama,
+    MistralForCausalLM: _llama,
+    Qwen2ForCausalLM: _llama,
+    Qwen3ForCausalLM: _llama,
+}
+
+
+def graph_of(config: Any, split_qkv: bool = False) -> EdgeGraph:
+    """The graph of a Hugging Face configuration, of whatever family."""
+    parallel = config.model_type == "gpt_neox" and config.use_parallel_residual
+    return EdgeGraph(config.num_hidden_layers, config.num_attention_heads, split_qkv, parallel)
 
 
 def find_places(hf: nn.Module) -> Model:

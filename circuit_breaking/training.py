@@ -27,6 +27,7 @@ from tqdm import tqdm
 from circuit_breaking.checkpoints import Checkpoints, Saved, Stopped, told_to_stop
 from circuit_breaking.cli import UserError
 from circuit_breaking.graph import Edge
+from circuit_breaking.learned_means import LearnedMeans
 from circuit_breaking.masks import lowest_cut
 from circuit_breaking.search import MeasuredSearch
 from circuit_breaking.sift import Sift
@@ -56,6 +57,7 @@ class MaskSettings:
     round_every: int = 50  # steps between roundings in the relax phase; 0: never
     explore: int = 6  # edges that a step of sifting tries
     candidates: int = 3  # edges cut at the start of annealing, as a multiple of the budget
+    means_lr: float = 0.0  # AdamW's, on what cut edges carry, learned with the mask (optimal ablation); 0: it stays
 
 
 @dataclass
@@ -82,7 +84,8 @@ def train_mask(
     """Learn which few edges to cut. The model's mask is trained from all ones and left binary.
 
     Args:
-        model: an `EdgeMaskedTransformer`; its `means` say what a cut edge carries.
+        model: an `EdgeMaskedTransformer`; its `means` say what a cut edge carries, and are replaced where they are
+            learned.
         break_task: behaviour to break, a `tasks.Task`.
         keep_task: behaviour to keep.
         settings: see `MaskSettings`.
@@ -127,6 +130,8 @@ def train_mask(
             if signals:
                 raise Stopped(f"told to stop by signal {signals[0]} after step {trainer.done}; run it again to go on.")
     model.mask.keep_budget_(trainer.settings.max_edges)
+    if trainer.means is not None:
+        trainer.means.settle()
     seconds = before + time.perf_counter() - start
     return MaskResult(model.mask.weights.detach().clone(), model.mask.cut_edges(), history, seconds)
 
@@ -143,6 +148,7 @@ class _Trainer:
         self.allowed = None if allowed is None else allowed.to(self.weights.device)
         self.cap = settings.break_cap or math.log(len(model.unembedding))
         self.losses = (0.0, 0.0)
+        self.means = LearnedMeans(model, settings.means_lr) if settings.means_lr and settings.max_edges else None
         self.done = 0
         self.phases = [
             (self._relax, settings.relax_steps),
@@ -172,12 +178,7 @@ class _Trainer:
         tensors = {"weights": self.weights.detach()}
         for name, value in self.optimizer.state.get(self.weights, {}).items():
             tensors[f"optimizer.{name}"] = value
-        for name, part in (
-            ("sift", self.sift),
-            ("search", self.search),
-            ("break", self.break_task),
-            ("keep", self.keep_task),
-        ):
+        for name, part in self._parts().items():
             tensors |= {f"{name}.{key}": value for key, value in part.state().items()}
         return tensors, {"price": self.price, "start": self.start}
 
@@ -202,7 +203,8 @@ class _Trainer:
 
     def _parts(self) -> dict[str, Any]:
         """What has a state of its own."""
-        return {"sift": self.sift, "search": self.search, "break": self.break_task, "keep": self.keep_task}
+        parts = {"sift": self.sift, "search": self.search, "break": self.break_task, "keep": self.keep_task}
+        return parts if self.means is None else {**parts, "means": self.means}
 
     def _next_objective(self, batch_size: int) -> Callable[[Tensor], Tensor]:
         """The objective, as a function of the mask, on the next pair of batches."""
@@ -238,7 +240,7 @@ class _Trainer:
 
     def _descend(self, loss: Tensor) -> None:
         self.optimizer.zero_grad()
-        loss.backward()
+        loss.backward() if self.means is None else self.means.descend(loss)
         if self.allowed is not None:
             self.weights.grad[~self.allowed] = 0.0
         self.optimizer.step()
@@ -282,6 +284,7 @@ class _Trainer:
             following = self.sift.best()
         with torch.no_grad():
             self.weights.copy_(following)
+        self._adapt_means()
         return self._row("sift", loss, int((mask == 0).sum()))
 
     def _refine(self, number: int) -> dict[str, Any]:
@@ -292,7 +295,13 @@ class _Trainer:
         changed, loss = self.search.round(mask, self._next_objective(settings.refine_batch_size))
         with torch.no_grad():
             self.weights.copy_(changed)
+        self._adapt_means()
         return self._row("refine", loss, int((mask == 0).sum()))
+
+    def _adapt_means(self) -> None:
+        """A step of what cut edges carry, where that is learned, for the mask as it is now."""
+        if self.means is not None:
+            self.means.descend(self._next_objective(self.settings.batch_size)(self.weights.detach()))
 
     @torch.no_grad()
     def _lowest(self, count: int) -> Tensor:
@@ -304,7 +313,7 @@ def check(settings: MaskSettings, n_edges: int) -> None:
     """Raise a `UserError` for settings that make no sense."""
     if not 0 <= settings.max_edges <= n_edges:
         raise UserError(f"max_edges {settings.max_edges} is not between 0 and the model's {n_edges:,} edges.")
-    for name in ("relax_steps", "anneal_steps", "sift_steps", "refine_rounds", "sparsity", "round_every"):
+    for name in ("relax_steps", "anneal_steps", "sift_steps", "refine_rounds", "sparsity", "round_every", "means_lr"):
         if getattr(settings, name) < 0:
             raise UserError(f"{name} is {getattr(settings, name)}; it cannot be negative.")
     for name in ("batch_size", "refine_batch_size", "tries", "lr", "candidates", "explore"):

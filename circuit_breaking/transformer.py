@@ -21,6 +21,12 @@ from circuit_breaking.masks import EdgeMask
 from circuit_breaking.passes import OutputRead, Pass, layer_groups
 
 
+def select_positions(hidden: Tensor, at: Tensor) -> Tensor:
+    """Of [B, T, D] the positions `at`, [B] or [B, k]: [B, D] or [B, k, D]."""
+    batch = torch.arange(len(hidden), device=hidden.device)
+    return hidden[batch.view(-1, *[1] * (at.dim() - 1)), at]
+
+
 def check_means(means: Tensor, nodes: int, width: int) -> None:
     """Raise a `UserError` for means that are neither [nodes, width] nor [T, nodes, width], or not finite."""
     if means.dim() not in (2, 3) or means.shape[-2:] != (nodes, width):
@@ -41,7 +47,8 @@ class EdgeMaskedTransformer(nn.Module):
     Attributes:
         graph: the `EdgeGraph`, in whose order all edges come.
         mask: the `EdgeMask`; `mask.weights` is the one trainable parameter [E].
-        means: what a cut edge carries: None (zero), [P, D], or [T, P, D] by position. Settable; checked.
+        means: what a cut edge carries: None (zero), [P, D], or [T, P, D] by position. Settable; checked. Means [P, D]
+            that require a gradient get one, so that they can be learned (optimal ablation; Li and Janson 2024).
     """
 
     def __init__(self, hf: nn.Module, split_qkv: bool = False) -> None:
@@ -67,6 +74,7 @@ class EdgeMaskedTransformer(nn.Module):
         self.register_buffer("offsets", None)
         self.register_buffer("base", None)
         self.register_buffer("_means", None)
+        self._learned: tuple[Tensor] | None = None  # in a tuple, so as to be no parameter of the model
         self.means = None
         self.name: str | None = None  # set by `load_model`; goes into the files that belong to this model
         self.eval()
@@ -93,7 +101,7 @@ class EdgeMaskedTransformer(nn.Module):
     @property
     def means(self) -> Tensor | None:
         """What a cut edge carries: None (zero ablation), [P, D], or [T, P, D] by position."""
-        return self._means
+        return self._learned[0] if self._learned else self._means
 
     @means.setter
     def means(self, value: Tensor | None) -> None:
@@ -102,10 +110,13 @@ class EdgeMaskedTransformer(nn.Module):
             constants += [block.b_o.expand(self.graph.n_heads, -1), block.b_down[None]]
         biases = torch.cat(constants)[:, None]  # [P, 1, D]: what a node adds whatever it reads
         if value is None:
-            self._means = self.base = None
+            self._learned = self._means = self.base = None
             self.offsets = biases
             return
         check_means(value, len(biases), self.embedding.shape[1])
+        if value.requires_grad and value.dim() == 3:
+            raise UserError("means by position cannot be learned. Give one mean a node, [nodes, width].")
+        self._learned = (value,) if value.requires_grad else None
         self._means = value.detach().to(self.device, self.dtype)
         exact = value.detach().to(self.device, torch.float64)
         by_node = exact[:, None] if value.dim() == 2 else exact.transpose(0, 1)  # [P, 1 or T, D]
@@ -138,11 +149,11 @@ class EdgeMaskedTransformer(nn.Module):
         """
         self._check(tokens)
         weights = self.mask.weights if mask is None else mask
-        read = OutputRead.apply(weights, self, tokens).view(*tokens.shape, -1)
-        if at is not None:
-            batch = torch.arange(len(tokens), device=tokens.device)
-            read = read[batch.view(-1, *[1] * (at.dim() - 1)), at]
-        return self.norm(read)
+        learned = self._learned[0] if self._learned else None
+        if learned is not None:
+            self.means = learned  # an optimizer may have changed them
+        read = OutputRead.apply(weights, learned, self, tokens).view(*tokens.shape, -1)
+        return self.norm(read if at is None else select_positions(read, at))
 
     def forward(self, tokens: Tensor, at: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """Next-token logits.

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from conftest import small_gpt2, small_llama
-from transformers import DynamicCache, GPTNeoXConfig, GPTNeoXForCausalLM
+from transformers import DynamicCache, OPTConfig, OPTForCausalLM
 
 from circuit_breaking.ablated import ablate
 from circuit_breaking.cli import UserError
@@ -35,7 +35,7 @@ def test_logits_equal_the_engine(family, split, count, kind):
     width = hf.config.hidden_size
     means = None if kind == "zero" else torch.randn(len(graph.sources), width, dtype=torch.float64)
     # Hugging Face's RMSNorm goes through float32 even here
-    tolerance = 1e-10 if hf.config.model_type == "gpt2" else 2e-4
+    tolerance = 1e-10 if hf.config.model_type in ("gpt2", "gpt_neox") else 2e-4
     for seed in range(1 if count > len(graph) else 4):
         edges = random_edges(graph, count, seed)
         expected = engine_logits(hf, edges, means, tokens, split)
@@ -173,15 +173,6 @@ def test_whole_heads_and_their_parts_mix():
         assert torch.allclose(hf(tokens).logits, expected, atol=1e-10)
 
 
-def test_gpt2_variants():
-    tokens = torch.randint(1, 50, (2, 9), generator=torch.manual_seed(3))
-    for changes in ({"scale_attn_by_inverse_layer_idx": True}, {"scale_attn_weights": False}, {"n_inner": 40}):
-        hf = small_gpt2(**changes).double()
-        edges = some_edges(hf, 30)
-        with ablate(hf, edges), torch.no_grad():
-            assert torch.allclose(hf(tokens).logits, engine_logits(hf, edges, None, tokens, True), atol=1e-10)
-
-
 def test_cuts_move_with_the_model(family):
     hf = family()
     edges = some_edges(hf, 30)
@@ -231,8 +222,7 @@ def test_device_map(family):
     edges = some_edges(hf, 30)
     with ablate(hf, edges), torch.no_grad():
         expected = hf(tokens).logits
-    body = hf.transformer if hf.config.model_type == "gpt2" else hf.model
-    name = "transformer" if hf.config.model_type == "gpt2" else "model"
+    body, name = hf.base_model, hf.base_model_prefix
     places = {f"{name}.{part}": "cpu" for part, _ in body.named_children()} | {"lm_head": "cpu"}
     accelerate.dispatch_model(hf, places, main_device="cpu", force_hooks=True)
     with torch.no_grad(), ablate(hf, edges):
@@ -250,7 +240,7 @@ def test_gradients_reach_the_embeddings(family):
         (gradient,) = torch.autograd.grad(function(x), x)
         direction = torch.randn_like(x)
         with torch.no_grad():
-            step = 1e-3
+            step = 2e-4
             slope = (function(x + step * direction) - function(x - step * direction)) / (2 * step)
     assert torch.allclose((gradient * direction).sum(), slope, rtol=1e-3)
 
@@ -319,10 +309,10 @@ def test_what_else_can_be_wrong():
         ablate(hf, "m0->m1")
     with ablate(hf, ["m0->m1"]), pytest.raises(UserError, match="cut edges already"):
         ablate(hf, ["m0->m2"])
-    other = GPTNeoXForCausalLM(
-        GPTNeoXConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=9)
+    other = OPTForCausalLM(
+        OPTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, ffn_dim=16, vocab_size=9)
     )
-    with pytest.raises(UserError, match="not in a GPTNeoXForCausalLM"):
+    with pytest.raises(UserError, match="not in a OPTForCausalLM"):
         ablate(other, ["m0->output"])
     with pytest.raises(UserError, match="cross-attention"):
         ablate(small_gpt2(add_cross_attention=True), ["m0->m1"])

@@ -143,3 +143,35 @@ def test_a_measurement_corrects_the_next_prediction():
         mask, _ = search.round(mask, objective)
         assert mask.tolist() == expected
     assert float(search._gains(mask)[0]) == pytest.approx(-6.0)
+
+
+def test_what_cut_edges_carry_is_learned_with_the_mask():
+    _, fixed_model = run(max_edges=12)
+    assert fixed_model.means is None
+    result, model = run(max_edges=12, means_lr=0.05)
+    assert model.means.shape == (len(model.graph.sources), 24) and not model.means.requires_grad
+    assert 0 < len(result.edges) <= 12 and model.means.isfinite().all()
+    sources = [edge.source for edge in result.edges]
+    assert all(model.means[model.graph.sources.index(source)].abs().sum() > 0 for source in sources)
+    objective = {}
+    for name, one in {"fixed": fixed_model, "learned": model}.items():
+        keep, broken = make_task("keep", 5), make_task("break", 1)
+        with torch.no_grad():
+            objective[name] = float(keep.loss(one, keep.train) - 0.2 * broken.loss(one, broken.train))
+    assert objective["learned"] < objective["fixed"]
+
+
+def test_learned_means_start_from_the_models_own_and_a_budget_of_nothing_keeps_those():
+    model = load_model(small_gpt2(), device="cpu")
+    means = torch.randn(len(model.graph.sources), 24)
+    model.means = means
+    run(model, max_edges=0, means_lr=0.05)
+    assert torch.equal(model.means, means)
+    run(model, max_edges=3, means_lr=1e-9)
+    torch.testing.assert_close(model.means, means)
+    assert not torch.equal(model.means, means)
+    with pytest.raises(UserError, match="means_lr is -1"):
+        run(max_edges=3, means_lr=-1)
+    model.means = torch.zeros(8, *means.shape)
+    with pytest.raises(UserError, match="by position cannot be learned"):
+        run(model, max_edges=3, means_lr=0.05)

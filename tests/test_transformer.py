@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from conftest import small_gpt2, small_llama
+from conftest import small_gpt2, small_llama, small_neox, small_qwen3
 from oracle import NaiveEdgeMasked
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from circuit_breaking import passes
 from circuit_breaking.cli import UserError
@@ -33,30 +32,13 @@ def test_whole_model_is_hugging_faces(family, split):
     torch.testing.assert_close(model(TOKENS), hf(TOKENS).logits, atol=2e-5, rtol=1e-5)
 
 
-def test_gpt2_small_is_hugging_faces():
-    torch.manual_seed(0)
-    hf = GPT2LMHeadModel(GPT2Config()).eval()
-    tokens = torch.randint(0, 50257, (2, 20))
-    with torch.no_grad():
-        expected = hf(tokens).logits
-        for split, edges in [(False, 11_611), (True, 32_491)]:
-            model = load_model(hf, split_qkv=split, device="cpu")
-            assert len(model.graph) == len(model.mask.weights) == edges
-            assert (model(tokens) - expected).abs().max() < 1e-4
-
-
-def test_smollm2_135m_is_hugging_faces():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, hidden_size=576, intermediate_size=1536,
-        vocab_size=49152, tie_word_embeddings=True,
-    )  # fmt: skip
-    hf = LlamaForCausalLM(config).eval()
-    tokens = torch.randint(0, 49152, (2, 12))
-    model = load_model(hf, device="cpu")
-    assert len(model.graph) == len(model.mask.weights) == 44_371
-    with torch.no_grad():
-        assert (model(tokens) - hf(tokens).logits).abs().max() < 1e-4
+@pytest.mark.parametrize("split", [False, True])
+def test_float64_is_hugging_faces(family, split):
+    hf = family().double()
+    # the RMSNorm of Llama's relatives goes through float32 in Hugging Face
+    close = 1e-10 if hf.config.model_type in ("gpt2", "gpt_neox") else 2e-5
+    model = load_model(hf, split_qkv=split, device="cpu", dtype="float64")
+    torch.testing.assert_close(model(TOKENS), hf(TOKENS).logits, atol=close, rtol=close)
 
 
 def make_masks(n_edges):
@@ -93,16 +75,17 @@ def test_random_masks_match_the_oracle(family, split, kind, group_readers, monke
 @pytest.mark.parametrize("kind", ["zero", "mean", "position"])
 @pytest.mark.parametrize("split", [False, True])
 def test_gradcheck(split, kind):
-    for hf in (
-        small_gpt2(n_layer=2, n_head=2, n_embd=8),
-        small_llama(num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, hidden_size=8),
-    ):
+    tiny = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 8}
+    models = [small_gpt2(n_layer=2, n_head=2, n_embd=8), small_llama(**tiny, num_key_value_heads=1)]
+    if kind == "mean":  # once is enough: how means are added does not depend on the family
+        models += [small_neox(**tiny, rotary_pct=0.5), small_qwen3(**tiny, num_key_value_heads=1, head_dim=4)]
+    for hf in models:
         model = load_model(hf.double(), split_qkv=split, device="cpu", dtype="float64")
         model.means = make_means(model, kind)
-        at = torch.tensor([[0, 4], [8, 2], [5, 5]])
+        at = torch.tensor([[0, 4], [3, 2]])
         for mask in make_masks(len(model.graph))[::2]:
             # gradcheck moves one weight at a time: a few that are not 1 stay a few
-            assert torch.autograd.gradcheck(lambda m: model(TOKENS, at=at, mask=m), mask.requires_grad_())  # noqa: B023
+            assert torch.autograd.gradcheck(lambda m: model(TOKENS[:2, :5], at=at, mask=m), mask.requires_grad_())  # noqa: B023
 
 
 @pytest.mark.parametrize("kind", ["mean", "position"])
@@ -178,41 +161,6 @@ def test_the_given_model_is_left_alone(family):
     assert all(torch.equal(before[name], value) for name, value in hf.state_dict().items())
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"scale_attn_by_inverse_layer_idx": True},
-        {"scale_attn_weights": False},
-        {"activation_function": "relu"},
-        {"activation_function": "gelu"},
-        {"activation_function": "quick_gelu"},
-        {"tie_word_embeddings": False},
-        {"n_inner": 40},
-    ],
-)
-def test_gpt2_variants(changes):
-    hf = small_gpt2(**changes)
-    torch.testing.assert_close(load_model(hf, device="cpu")(TOKENS), hf(TOKENS).logits, atol=2e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"num_key_value_heads": 4},
-        {"num_key_value_heads": 1},
-        {"attention_bias": True, "mlp_bias": True},
-        {"head_dim": 12},
-        {"tie_word_embeddings": True},
-        {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}},
-    ],
-)
-def test_llama_variants(changes):
-    hf = small_llama(**changes)
-    for split in (False, True):
-        logits = load_model(hf, split_qkv=split, device="cpu")(TOKENS)
-        torch.testing.assert_close(logits, hf(TOKENS).logits, atol=2e-5, rtol=1e-5)
-
-
 def test_bfloat16_is_close(family):
     hf = family()
     model = load_model(hf, device="cpu", dtype="bfloat16")
@@ -241,11 +189,3 @@ def test_wrong_means_and_tokens_are_refused(family):
     for wrong in (TOKENS[0], TOKENS.float(), TOKENS[:0]):
         with pytest.raises(UserError, match="int64"):
             model(wrong)
-
-
-def test_a_family_that_is_not_known_is_refused():
-    from transformers import BertConfig, BertForMaskedLM
-
-    config = BertConfig(num_hidden_layers=1, hidden_size=8, num_attention_heads=2, intermediate_size=8, vocab_size=9)
-    with pytest.raises(UserError, match="not supported"):
-        load_model(BertForMaskedLM(config), device="cpu")

@@ -1,7 +1,8 @@
 """Learn which few edges to cut so that a model stops producing toxic text (the paper's main experiment).
 
 Reads   a model; toxic posts (train and held out); ordinary text; means, where a cut edge carries any.
-Writes  data/toxicity/<run>/: settings.json, metrics.jsonl (a row a step), mask.safetensors, edges.json.
+Writes  data/toxicity/<run>/: settings.json, metrics.jsonl (a row a step), mask.safetensors, edges.json; and
+        means.safetensors, if what cut edges carry is learned too (--means-lr).
 Time    a minute for the shipped model on two cores; a step of GPT-2 small takes seconds on two cores.
 """
 
@@ -15,7 +16,7 @@ from utils import FOLDER, default_data, fill_in
 from circuit_breaking.cli import UserError, run_script
 from circuit_breaking.files import provenance, write_json
 from circuit_breaking.masks import save_mask
-from circuit_breaking.means import load_means
+from circuit_breaking.means import load_means, save_means
 from circuit_breaking.models import load_model, load_tokenizer
 from circuit_breaking.tasks import OWTTask, ToxicTask
 from circuit_breaking.training import MaskSettings, train_mask
@@ -27,7 +28,7 @@ class Settings(MaskSettings):
     toxic_train: Path | None = None  # toxic texts to learn from; None: shipped for tiny, else posts/train.jsonl
     toxic_test: Path | None = None  # toxic texts held out; None: the shipped ones for tiny, else posts/test.jsonl
     ordinary: str | None = None  # "tiny", a text file, or a data set's hub name; None: tiny, else NeelNanda/pile-10k
-    means: Path | None = None  # what cut edges carry, from compute_means.py; None: nothing (zero ablation)
+    means: Path | None = None  # what cut edges carry, from compute_means.py, at first if learned; None: nothing (zero)
     run: str = "run"  # name of the run folder, data/toxicity/<run>
     out: Path = FOLDER  # where run folders are
 
@@ -74,6 +75,9 @@ def main(settings: Settings) -> None:
         raise UserError(f"cannot write {folder / 'metrics.jsonl'}: {error.strerror}.") from error
     after = {name: task.get_test_loss(model, settings.test_texts) for name, task in tasks.items()}
 
+    if settings.means_lr and model.means is not None:  # evaluation.py finds them by the mask's record
+        save_means(folder / "means.safetensors", model, model.means, record)
+        record["settings"]["means"] = folder / "means.safetensors"
     losses = {"before": before, "after": after}
     save_mask(folder / "mask.safetensors", model, {**record, "losses": losses})
     write_json(folder / "edges.json", result.edges)

@@ -1,0 +1,138 @@
+"""Every family at its true shapes: how exact the engine is, how many edges there are, what a step costs.
+
+Random weights; norms and biases are moved off their ones and zeros so that all of them count. Exactness is the largest
+difference of a logit to Hugging Face in float32: with all edges whole, and with `cut` random edges cut, there against
+the stock model with the same edges cut by hooks. Times are medians of steps that take turns.
+
+Reads   nothing; with earlier results in `out`, the other shapes' rows.
+Writes  data/benchmarks/families.json, a row a shape; prints it as a table.
+Time    from half a minute (gpt2) to half an hour (gpt2-xl, 12 GB) a shape on one core; `--shapes gpt2` for one alone.
+"""
+
+import dataclasses
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from steps import SHAPES, binary_mask, dense_mask, engine_step, make_hf, make_tokens, plain_step, seconds
+
+from circuit_breaking.ablated import ablate
+from circuit_breaking.cli import UserError, run_script
+from circuit_breaking.files import DATA, provenance, read_json, write_json
+from circuit_breaking.models import load_model
+
+COLUMNS = {  # of the table: field of a row, and how it is shown
+    "shape": ("shape", "{}"),
+    "parameters": ("parameters", "{:,}"),
+    "edges": ("edges", "{:,}"),
+    "q, k, v apart": ("edges_split", "{:,}"),
+    "difference": ("difference", "{:.1e}"),
+    "edges cut": ("difference_cut", "{:.1e}"),
+    "tokens": ("tokens", "{}"),
+    "plain, s": ("plain", "{:.2f}"),
+    "binary": ("ratio_binary", "{:.2f}"),
+    "any": ("ratio_any", "{:.2f}"),
+}
+TITLE = (
+    "Largest logit difference to Hugging Face, whole and with edges cut;\n"
+    "seconds of a plain step, and steps with a binary and with any mask as multiples of it"
+)
+
+
+@dataclass
+class Settings:
+    shapes: tuple[str, ...] = tuple(SHAPES)  # which shapes to measure
+    batch: int = 10  # texts a step
+    length: int = 50  # tokens a text
+    rounds: int = 5  # steps of each variant; the median counts; 0: no times
+    cut: int = 50  # edges that the binary mask cuts
+    threads: int = 1  # CPU threads
+    device: str = "auto"  # auto, cpu, cuda or mps
+    dtype: str = "float32"  # float32 or bfloat16, for times; exactness is measured in it too
+    out: Path = DATA / "benchmarks" / "families.json"  # where results are gathered
+
+
+@dataclass
+class Shape:
+    """What `steps` wants to know of one shape."""
+
+    shape: str
+    batch: int
+    length: int
+    device: str
+    dtype: str
+
+
+@torch.no_grad()
+def differences(hf: torch.nn.Module, engine: torch.nn.Module, tokens: torch.Tensor, cut: int) -> tuple[float, float]:
+    """Largest differences of a logit between engine and stock model: all edges whole, and `cut` of them cut."""
+    whole = (engine(tokens) - hf(tokens).logits).abs().max()
+    mask = binary_mask(len(engine.graph), cut).to(engine.mask.weights)
+    edges = [engine.graph.edges[index] for index in (mask == 0).nonzero()[:, 0].tolist()]
+    with ablate(hf, edges):
+        ablated = (engine(tokens, mask=mask) - hf(tokens).logits).abs().max()
+    return float(whole), float(ablated)
+
+
+def measure(settings: Settings, shape: str) -> dict:
+    """One row of the table."""
+    about = Shape(shape, settings.batch, settings.length, settings.device, settings.dtype)
+    hf, tokens = make_hf(about), make_tokens(about)
+    with torch.no_grad():
+        for parameter in hf.parameters():
+            if parameter.dim() == 1:
+                parameter += 0.1 * torch.randn_like(parameter)
+    engine = load_model(hf, device=settings.device, dtype=settings.dtype)
+    difference, difference_cut = differences(hf, engine, tokens[:2], settings.cut)
+    row = {
+        "shape": shape,
+        "family": hf.config.model_type,
+        "parameters": sum(parameter.numel() for parameter in hf.parameters()),
+        "edges": len(engine.graph),
+        "edges_split": len(dataclasses.replace(engine.graph, split_qkv=True)),
+        "difference": difference,
+        "difference_cut": difference_cut,
+        "tokens": f"{settings.batch} x {settings.length}",
+        "device": str(engine.device) if engine.device.type == "cpu" else torch.cuda.get_device_name(engine.device),
+    }
+    if settings.rounds:
+        steps = {
+            "plain": plain_step(hf),
+            "binary": engine_step(engine, binary_mask(len(engine.graph), settings.cut)),
+            "any": engine_step(engine, dense_mask(len(engine.graph))),
+        }
+        times = [{name: seconds(step, tokens) for name, step in steps.items()} for _ in range(settings.rounds + 1)]
+        middle = {name: statistics.median(row[name] for row in times[1:]) for name in steps}  # the first warms up
+        row |= {"plain": middle["plain"]}
+        row |= {f"ratio_{name}": middle[name] / middle["plain"] for name in ("binary", "any")}
+    return row
+
+
+def show(rows: dict[str, dict]) -> Table:
+    """The rows as a table, in the order of `SHAPES`."""
+    table = Table(title=TITLE)
+    for column in COLUMNS:
+        table.add_column(column, justify="left" if column == "shape" else "right", no_wrap=True)
+    for name in SHAPES:
+        if name in rows:
+            cells = [(rows[name].get(field), form) for field, form in COLUMNS.values()]
+            table.add_row(*("–" if value is None else form.format(value) for value, form in cells))
+    return table
+
+
+def main(settings: Settings) -> None:
+    if unknown := [shape for shape in settings.shapes if shape not in SHAPES]:
+        raise UserError(f"shape {unknown[0]!r} is not one of {', '.join(SHAPES)}.")
+    torch.set_num_threads(settings.threads)
+    rows = read_json(settings.out)["rows"] if settings.out.is_file() else {}
+    for shape in settings.shapes:
+        rows[shape] = {**measure(settings, shape), "provenance": provenance(settings)}
+        write_json(settings.out, {"rows": rows})
+    Console(width=max(Console().width, 125)).print(show(rows))
+
+
+if __name__ == "__main__":
+    run_script(main, Settings)

@@ -1,0 +1,108 @@
+"""What the benchmarks share: models of known shapes with random weights, and one step of each kind.
+
+A step is a forward over the batch and a backward from its next-token loss: to the mask for the engine, to the
+embeddings for plain Hugging Face. `settings` are a script's own, with shape, batch, length, device and dtype.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig, Qwen2Config, Qwen3Config
+
+from circuit_breaking.devices import pick_device, pick_dtype
+from circuit_breaking.losses import cross_entropy_of_hidden
+from circuit_breaking.transformer import EdgeMaskedTransformer
+
+SHAPES = {
+    "tiny": GPT2Config(n_layer=2, n_head=2, n_embd=32, vocab_size=100, bos_token_id=0, eos_token_id=0),
+    "gpt2": GPT2Config(),
+    "gpt2-medium": GPT2Config(n_layer=24, n_head=16, n_embd=1024),
+    "gpt2-large": GPT2Config(n_layer=36, n_head=20, n_embd=1280),
+    "gpt2-xl": GPT2Config(n_layer=48, n_head=25, n_embd=1600),
+    "pythia-70m": GPTNeoXConfig(
+        num_hidden_layers=6, num_attention_heads=8, hidden_size=512, intermediate_size=2048, vocab_size=50304
+    ),
+    "pythia-160m": GPTNeoXConfig(
+        num_hidden_layers=12, num_attention_heads=12, hidden_size=768, intermediate_size=3072, vocab_size=50304
+    ),
+    "pythia-410m": GPTNeoXConfig(
+        num_hidden_layers=24, num_attention_heads=16, hidden_size=1024, intermediate_size=4096, vocab_size=50304
+    ),
+    "smollm2-135m": LlamaConfig(
+        num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, hidden_size=576, intermediate_size=1536,
+        vocab_size=49152, tie_word_embeddings=True,
+    ),
+    "qwen2.5-0.5b": Qwen2Config(
+        num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2, hidden_size=896, intermediate_size=4864,
+        vocab_size=151936, tie_word_embeddings=True,
+    ),
+    "qwen3-0.6b": Qwen3Config(
+        num_hidden_layers=28, num_attention_heads=16, num_key_value_heads=8, hidden_size=1024, head_dim=128,
+        intermediate_size=3072, vocab_size=151936, tie_word_embeddings=True,
+    ),
+}  # fmt: skip
+
+Step = Callable[[torch.Tensor], None]
+
+
+def make_hf(settings: Any) -> nn.Module:
+    """A model of `settings.shape` with random weights."""
+    torch.manual_seed(0)
+    hf = AutoModelForCausalLM.from_config(SHAPES[settings.shape])
+    return hf.to(pick_device(settings.device), pick_dtype(settings.dtype)).eval()
+
+
+def make_tokens(settings: Any) -> torch.Tensor:
+    """Random tokens [batch, length] of the vocabulary of `settings.shape`."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, SHAPES[settings.shape].vocab_size, (settings.batch, settings.length), generator=generator)
+    return tokens.to(pick_device(settings.device))
+
+
+def seconds(step: Step, tokens: torch.Tensor) -> float:
+    """What one step takes."""
+    start = time.perf_counter()
+    step(tokens)
+    if tokens.is_cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def plain_step(hf: nn.Module) -> Step:
+    """Plain Hugging Face, with the gradient of the embeddings."""
+    hf.requires_grad_(False)
+
+    def step(tokens: torch.Tensor) -> None:
+        embeddings = hf.get_input_embeddings()(tokens).requires_grad_()
+        logits = hf(inputs_embeds=embeddings).logits
+        F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten()).backward()
+
+    return step
+
+
+def engine_step(model: EdgeMaskedTransformer, mask: torch.Tensor) -> Step:
+    """The engine, with a mask of its own."""
+    mask = mask.to(model.mask.weights).requires_grad_()
+
+    def step(tokens: torch.Tensor) -> None:
+        hidden = model.hidden(tokens, mask=mask)[:, :-1].flatten(0, 1)
+        targets = tokens[:, 1:].flatten()
+        cross_entropy_of_hidden(hidden, model.unembedding, model.unembedding_bias, targets).mean().backward()
+
+    return step
+
+
+def binary_mask(n_edges: int, cut: int) -> torch.Tensor:
+    """The kind of mask that can be saved: `cut` edges cut, all others whole."""
+    mask = torch.ones(n_edges)
+    mask[torch.randperm(n_edges, generator=torch.Generator().manual_seed(0))[:cut]] = 0.0
+    return mask
+
+
+def dense_mask(n_edges: int) -> torch.Tensor:
+    """The kind of mask that training begins with: every weight between 0 and 1."""
+    return torch.empty(n_edges).uniform_(0.9, 0.999, generator=torch.Generator().manual_seed(0))
