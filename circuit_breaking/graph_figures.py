@@ -16,7 +16,7 @@ from matplotlib.path import Path as Curve
 from circuit_breaking.cli import UserError
 from circuit_breaking.figures import COLOURS, figure
 from circuit_breaking.files import read_json
-from circuit_breaking.graph import QKV, Edge, EdgeGraph
+from circuit_breaking.graph import Edge, EdgeGraph, node_of
 from circuit_breaking.masks import describe
 
 KINDS = {"embed": "#000000", "head": COLOURS[0], "MLP": COLOURS[1]}  # what writes: colour of its edges
@@ -44,12 +44,6 @@ def read_graph(path: Path) -> tuple[EdgeGraph, dict[Edge, float], dict[str, Any]
     for edge in edges:
         graph.index(edge)
     return graph, edges, record
-
-
-def node_of(reader: str) -> str:
-    """The node of a reader: `a3.7` for `a3.7.q`."""
-    node, _, part = reader.rpartition(".")
-    return node if part in QKV else reader
 
 
 def layout(graph: EdgeGraph) -> dict[str, tuple[float, float]]:
