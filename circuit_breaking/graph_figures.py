@@ -27,8 +27,8 @@ HINT = "Make it with ioi/train_mask.py."
 
 
 def graph_record(graph: EdgeGraph, edges: Mapping[str, float], what: str = "cut") -> dict[str, Any]:
-    """What `graph.json` holds: the graph's shape, the importance of every edge of interest, and what those are ("cut" or
-    "kept")."""
+    """What `graph.json` holds: the graph's shape, the importance of every edge of interest, and what those are, "cut"
+    or "kept"."""
     return {"graph": describe(graph), "what": what, "edges": dict(edges)}
 
 
@@ -59,8 +59,8 @@ def layout(graph: EdgeGraph) -> dict[str, tuple[float, float]]:
 def draw_graph(folder: Path | str, name: str = "graph") -> Path:
     """The edges of a mask between the nodes of the model, by layer; wider is more important.
 
-    Reads `<name>.json` (see `graph_record`), writes `<name>.png`, both in `folder`. Where the file has `classes` (name ->
-    heads, as `known_circuits` has them), heads are coloured by class and edges outside `in_circuit` are grey.
+    Reads `<name>.json` (see `graph_record`), writes `<name>.png`, both in `folder`. Where the file has `classes`
+    (name -> heads, as `known_circuits` has them), heads are coloured by class and edges outside `in_circuit` are grey.
     """
     folder = Path(folder)
     graph, edges, record = read_graph(folder / f"{name}.json")
@@ -164,7 +164,9 @@ def draw_heat_map(folder: Path | str) -> Path:
         )  # fmt: skip
         for axis, names in ((axes.xaxis, sources), (axes.yaxis, readers)):
             few = len(names) <= 30
-            shown = {node: at for node, at in names.items() if few or node in ("embed", "output") or _shown(node, graph)}
+            shown = {
+                node: at for node, at in names.items() if few or node in ("embed", "output") or _shown(node, graph)
+            }
             axis.set_ticks(list(shown.values()), list(shown))
         axes.tick_params(axis="x", rotation=90)
         axes.tick_params(labelsize=6, length=2)
@@ -198,7 +200,9 @@ def draw_next_tokens(folder: Path | str) -> Path:
     most = max((len(rows) for rows in bars.values()), default=1)
     with figure(path, 3.3 * max(len(bars), 1), 0.9 + 0.22 * most) as drawn:
         for axes, (name, rows) in zip(np.atleast_1d(drawn.subplots(1, max(len(bars), 1))), bars.items(), strict=False):
-            colours = [COLOURS[0] if token == io else COLOURS[1] if token == subject else "#B5B5B5" for token, _ in rows]
+            colours = [
+                COLOURS[0] if token == io else COLOURS[1] if token == subject else "#B5B5B5" for token, _ in rows
+            ]
             axes.barh(range(len(rows)), [share for _, share in rows], color=colours, height=0.7)
             for place, (_, share) in enumerate(rows):
                 axes.annotate(

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator, PercentFormatter
 
 from circuit_breaking.cli import UserError
 from circuit_breaking.figures import COLOURS, MARKERS, figure
@@ -58,6 +58,35 @@ def draw_comparison(folder: Path | str) -> Path:
             axes.set(xlabel="edges cut", ylabel=label)
         handles, names = panels[0].get_legend_handles_labels()
         drawn.legend(handles, names, loc="outside lower center", ncols=len(names))
+    return out
+
+
+def draw_stages(folder: Path | str) -> Path:
+    """Share of the logit difference that is left by number of edges kept, along the pruning of a sufficient mask.
+
+    Reads `stages.json` (`faithful`, `stages`: rows of kept and share), writes `stages.png`, both in `folder`.
+    """
+    folder = Path(folder)
+    path, hint = folder / "stages.json", "Make it with ioi/alternative_masks.py --kind sufficient."
+    about = read_json(path, hint)
+    try:
+        rows = np.array([[row["kept"], row["share"]] for row in about["stages"]], float).reshape(-1, 2)
+        least = float(about["faithful"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} lacks what is to be drawn ({error!r}). {hint}") from error
+    out = folder / "stages.png"
+    with figure(out, 4.0, 2.6) as drawn:
+        axes = drawn.subplots()
+        axes.plot(rows[:, 0], rows[:, 1], color=COLOURS[0], marker=MARKERS[0], markersize=4)
+        axes.axhline(least, color="#555555", linewidth=0.8, linestyle=(0, (4, 3)))
+        axes.annotate(f"{least:.0%}", (1, least), xycoords=("axes fraction", "data"), fontsize=8, va="center")
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(FixedLocator(_apart(np.unique(rows[:, 0]))))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        axes.yaxis.set_major_formatter(PercentFormatter(1, 0))
+        axes.invert_xaxis()
+        axes.set(xlabel="edges kept", ylabel="logit difference left")
     return out
 
 

@@ -81,7 +81,7 @@ def overlap(graph: EdgeGraph, edges: Iterable[Edge]) -> dict[str, Any]:
         `edges`, an `Agreement` over edges; `heads`, one over the heads that are an end of an edge; `classes`, how many
         of each class's heads are; `in_circuit`, the names of the edges shared.
     """
-    edges, known = set(edges), circuit_edges(graph)
+    edges, known = {Edge(edge) for edge in edges}, circuit_edges(graph)
     heads = {node for edge in edges for node in (edge.source, node_of(edge.target)) if node[0] == "a"}
     table = {head for group in HEADS.values() for head in group}
     every = graph.n_layers * graph.n_heads

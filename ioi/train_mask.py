@@ -30,6 +30,7 @@ class Settings(MaskSettings):
 
     max_edges: int = 10  # most edges that the mask may cut: a promise
     objective: Literal["logit_difference", "cross_entropy"] = "logit_difference"  # what breaking is to take away
+    break_cap: float = 1.0  # most that one prompt counts towards the broken loss; more for cross_entropy
     alpha: float = 0.2  # weight of the indirect-object loss, which is to rise, against the ordinary loss
     length: int = 50  # tokens an ordinary text is cut to
     split_qkv: bool = False  # let each head's query, key and value read for themselves

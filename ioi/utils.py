@@ -144,7 +144,8 @@ def next_tokens(setting: Setting, mask: Tensor, label: str, count: int = 8) -> d
 
 def draw_run(folder: Path) -> None:
     """Every picture of a run folder, from its files alone."""
-    draw_training(folder, broken="indirect object (to rise)")
+    if (folder / "metrics.jsonl").is_file():
+        draw_training(folder, broken="indirect object (to rise)")
     draw_graph(folder)
     draw_heat_map(folder)
     draw_next_tokens(folder)

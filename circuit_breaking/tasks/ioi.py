@@ -121,9 +121,7 @@ class IOITask(TextTask):
         seed: int = 0,
         objective: Objective = "cross_entropy",
     ) -> None:
-        found = [
-            read_prompts(source) if isinstance(source, str | Path) else list(source) for source in (train, test)
-        ]
+        found = [read_prompts(source) if isinstance(source, str | Path) else list(source) for source in (train, test)]
         if both := {prompt.text for prompt in found[0]} & {prompt.text for prompt in found[1]}:
             raise UserError(f"{len(both)} prompts are both in the training and the held-out data. {HINT}")
         found[0] = found[0][:examples]
@@ -147,8 +145,8 @@ class IOITask(TextTask):
         """What the model says at the end of each held-out prompt, float64 [n] each.
 
         Returns:
-            `loss` (cross entropy of the indirect object, nats), `logit_difference` (to the subject), `accuracy` (1 where
-            the indirect object is the first choice), `above_subject` (1 where it is above the subject) and
+            `loss` (cross entropy of the indirect object, nats), `logit_difference` (to the subject), `accuracy`
+            (1 where the indirect object is the first choice), `above_subject` (1 where it is above the subject) and
             `probability` (of the indirect object).
         """
         found: dict[str, list[Tensor]] = {}
