@@ -80,7 +80,7 @@ def draw_graph(folder: Path | str, name: str = "graph") -> Path:
                 colour = GREY
             curve = _curve(places[edge.source], places[node_of(edge.target)])
             style = {".k": (0, (4, 1.5)), ".v": (0, (1, 1.2))}.get(edge.target[-2:], "-")
-            fade = (0.35 if len(edges) > SMALL else 0.55) * (1 - share)
+            fade = (0.65 if len(edges) > SMALL else 0.5) * (1 - share)
             axes.add_patch(
                 PathPatch(
                     curve, fill=False, edgecolor=to_rgba(colour, 0.9 - fade), linewidth=0.5 + 3 * share, linestyle=style

@@ -129,10 +129,7 @@ def covering(folder: Path, setting: Setting, before: dict[str, float]) -> None:
         breaks = after["logit_difference"] <= enough
         found.append({"edges": model.mask.cut_edges(), "breaks": breaks, **after})
         if not breaks:
-            print(
-                f"mask {number} leaves too much: without the {len(union)} edges before it "
-                "nothing breaks"
-            )
+            print(f"mask {number} leaves too much: without the {len(union)} edges before it nothing breaks")
             break
         union += model.mask.cut_edges()
     model.mask.reset_()
