@@ -87,19 +87,27 @@ def prune(model: Any, task: Any, settings: PruneSettings) -> Iterator[Stage]:
 
 
 def smallest(
-    stages: Iterator[Stage], enough: Callable[[Tensor], float], least: float, progress: bool = True
+    stages: Iterator[Stage],
+    share_of: Callable[[Tensor], float],
+    least: float,
+    patience: int = 6,
+    progress: bool = True,
 ) -> tuple[Stage | None, list[dict[str, float]]]:
-    """The last stage before `enough(mask)` first falls below `least`, and a row (`kept`, `share`) for every stage.
+    """The last stage whose share is `least` or more, and a row (`kept`, `share`) for every stage that was run.
 
-    None where the first one is below already.
+    Pruning ends after `patience` stages in a row below, since one that lost an edge in error often gets it back. None
+    where no stage is good enough.
     """
-    found, rows = None, []
+    found, rows, below = None, [], 0
     with tqdm(stages, desc="pruning", unit="stage", disable=None if progress else True) as bar:
         for stage in bar:
-            share = enough(stage.mask)
+            share = share_of(stage.mask)
             rows.append({"kept": stage.kept, "share": share})
             bar.set_postfix_str(f"{stage.kept} edges, {share:.2f}")
-            if share < least:
+            if share >= least:
+                found, below = stage, 0
+            else:
+                below += 1
+            if below == patience:
                 break
-            found = stage
     return found, rows

@@ -97,8 +97,8 @@ def sufficient(folder: Path, setting: Setting, before: dict[str, float]) -> None
     found, stages = smallest(prune(model, task, pruning), share, given.faithful)
     if found is None:
         raise UserError(
-            f"the first stage of pruning, {stages[0]['kept']:,} edges, keeps {stages[0]['share']:.0%} of the logit "
-            f"difference and not {given.faithful:.0%}. Give more prune_rounds, a larger shrink, or means."
+            f"no stage of pruning keeps {given.faithful:.0%} of the logit difference: the first, {stages[0]['kept']:,} "
+            f"edges, {stages[0]['share']:.0%}. Give more prune_rounds, a larger shrink, or means."
         )
     with torch.no_grad():
         model.mask.weights.copy_(found.mask)

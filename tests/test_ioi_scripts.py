@@ -30,7 +30,7 @@ def data(tmp_path_factory):
 def runs(data, tmp_path_factory):
     """A folder with one trained run, "run"."""
     out = tmp_path_factory.mktemp("runs")
-    start("train_mask", data, out, relax_steps=30, anneal_steps=30, refine_rounds=0, num_test=100)
+    start("train_mask", data, out, relax_steps=60, anneal_steps=60, refine_rounds=15, num_test=100)
     return out
 
 
@@ -82,7 +82,9 @@ def test_half_of_the_edges_are_sufficient(data, tmp_path, means):
     assert after["logit_difference"] >= 0.9 * before["logit_difference"]
     stages = read_json(tmp_path / "sufficient" / "stages.json")["stages"]
     assert [row["kept"] for row in stages] == sorted({row["kept"] for row in stages}, reverse=True)
-    assert stages[-1]["share"] < 0.9 <= stages[-2]["share"] and stages[-2]["kept"] == len(kept["edges"])
+    good = [row["share"] >= 0.9 for row in stages]
+    assert stages[max(i for i, each in enumerate(good) if each)]["kept"] == len(kept["edges"])
+    assert not any(good[-6:]) or stages[-1]["kept"] == 1
     assert all((tmp_path / "sufficient" / name).is_file() for name in ("stages.png", *PICTURES))
 
 
@@ -147,7 +149,7 @@ def test_original_masks_and_fine_tuned_are_measured_alike(data, runs, capsys):
         entry = one["measures"]["logit_difference"]
         change = entry["value"] - original["measures"]["logit_difference"]["value"]
         assert entry["change"]["value"] == pytest.approx(change) and change < -2
-    assert (runs / "report" / "report.png").is_file() and "fine-tuned" in capsys.readouterr().out
+    assert (runs / "report" / "report.png").is_file() and "indirect objects" in capsys.readouterr().out
     script.main(script.Settings(runs=("run",), finetuned="none", out=runs, num_test=20, device="cpu"))
     assert list(read_json(runs / "report" / "report.json")["models"]) == ["original", "run"]
 
@@ -199,7 +201,7 @@ def test_the_published_circuit_is_only_gpt2s(data, runs, tmp_path):
         ("alternative_masks", {"kind": "outside", "frozen": "nothing"}, "there is no file .*nothing/edges.json"),
         ("alternative_masks", {"kind": "outside", "frozen": "published"}, "the published circuit is GPT-2 small's"),
         ("alternative_masks", {"kind": "sufficient", "shrink": 1.0}, "shrink is 1.0"),
-        ("alternative_masks", {"kind": "sufficient", "shrink": 0.05, "prune_rounds": 1}, "the first stage of pruning"),
+        ("alternative_masks", {"kind": "sufficient", "shrink": 0.05, "prune_rounds": 1}, "no stage of pruning keeps 90%"),
         ("compare", {"budgets": (0,)}, "a budget of 0 is not between"),
         ("compare", {"budgets": ()}, "no budget"),
         ("compare", {"learned": "nothing"}, "there is no file .*nothing/mask.safetensors"),
