@@ -1,4 +1,4 @@
-"""What the scripts of every setting share: settings left open, files of a model, training into a folder (layer 3)."""
+"""What scripts share: settings left open, files of a model, training into a run folder (layer 3)."""
 
 import dataclasses
 import json

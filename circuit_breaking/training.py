@@ -45,8 +45,8 @@ class MaskSettings:
     refine_batch_size: int = 20  # texts of each task a round of refinement
     tries: int = 8  # most masks measured in a round of refinement
     lr: float = 0.05  # AdamW without decay, on weights in [0, 1]
-    sparsity: float = 0.0005  # price of a cut edge in the relax phase, after its ramp, nats; below 0 a reward
-    refine_price: float = 0.0  # what a change must win for each edge that it cuts, nats; below 0 it may cost so much
+    sparsity: float = 0.0005  # price of a cut edge in the relax phase, after its ramp, nats
+    refine_price: float = 0.0  # what a change must win for each edge that it cuts, nats
     ramp: float = 0.1  # share of the relax phase over which the price rises from 0
     round_every: int = 50  # steps between roundings in the relax phase; 0: never
     candidates: int = 3  # edges cut at the start of annealing, as a multiple of the budget
@@ -211,7 +211,7 @@ def check(settings: MaskSettings, n_edges: int) -> None:
     """Raise a `UserError` for settings that make no sense."""
     if not 0 <= settings.max_edges <= n_edges:
         raise UserError(f"max_edges {settings.max_edges} is not between 0 and the model's {n_edges:,} edges.")
-    for name in ("relax_steps", "anneal_steps", "refine_rounds", "round_every"):
+    for name in ("relax_steps", "anneal_steps", "refine_rounds", "sparsity", "round_every"):
         if getattr(settings, name) < 0:
             raise UserError(f"{name} is {getattr(settings, name)}; it cannot be negative.")
     for name in ("batch_size", "refine_batch_size", "tries", "lr", "candidates"):

@@ -1,19 +1,18 @@
 """What the toxicity scripts share: where their data is by default, and prompts."""
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from circuit_breaking.cli import UserError
 from circuit_breaking.files import DATA, read_jsonl
 from circuit_breaking.models import TINY, prefix_token
-from circuit_breaking.scripts import check_counts, files_of, fill_in
 from circuit_breaking.tasks.owt import SHIPPED
 from circuit_breaking.tasks.toxic import HINT
 from circuit_breaking.text import TokenBatch, pad_right
 
-__all__ = ["FOLDER", "check_counts", "default_data", "files_of", "fill_in", "load_prompts", "read_prompt_rows"]
-
+T = TypeVar("T")
 FOLDER = DATA / "toxicity"  # run folders, posts and means
 POSTS = FOLDER / "posts"  # what toxic_data_for_eval.py writes
 TEXT = TINY / "text"  # what ships with the tiny model
@@ -35,6 +34,29 @@ REAL_DATA = {
 def default_data(model: str) -> dict[str, Any]:
     """Data settings for a model: the shipped texts for the shipped model, posts and a hub data set for any other."""
     return TINY_DATA if model == SHIPPED else REAL_DATA
+
+
+def fill_in(settings: T, *sources: Mapping[str, Any]) -> T:
+    """Settings with each None replaced by the first source that has a value of that name; paths become `Path`s."""
+    found = {}
+    for field in dataclasses.fields(settings):
+        if getattr(settings, field.name) is None:
+            value = next((s[field.name] for s in sources if s.get(field.name) is not None), None)
+            found[field.name] = Path(value) if value is not None and "Path" in str(field.type) else value
+    return dataclasses.replace(settings, **found)
+
+
+def check_counts(settings: Any, *names: str) -> None:
+    """Raise a `UserError` for a setting of these names that is below 1."""
+    for name in names:
+        if getattr(settings, name) < 1:
+            raise UserError(f"{name} is {getattr(settings, name)}; give 1 or more.")
+
+
+def files_of(model: str) -> list[Path]:
+    """Files with the weights of a model that is a folder or a file here; none for a hub's name."""
+    path = TINY if model == SHIPPED else Path(model).expanduser()
+    return [path] if path.is_file() else sorted([*path.glob("*.safetensors"), *path.glob("*.gguf")])
 
 
 def read_prompt_rows(path: Path | str, count: int | None = None) -> list[tuple[str, bool]]:
