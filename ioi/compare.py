@@ -40,9 +40,7 @@ class Settings(MaskSettings):
     out: Path = FOLDER  # where run folders are
 
     budgets: tuple[int, ...] = (5, 10, 20, 50, 100)  # numbers of edges to cut; `max_edges` follows them
-    learned: str = (
-        "each"  # "each": a mask trained for every budget; or a run, of whose mask the k edges worth most count
-    )
+    learned: str = "each"  # "each": train a mask for every budget; or a run, of whose mask the edges worth most count
     num_attribution: int = 100  # training prompts that attribution averages over
     ig_steps: int = 10  # points on the line of integrated gradients
     random_seeds: int = 5  # masks drawn at random for each budget
@@ -81,7 +79,7 @@ def main(settings: Settings) -> None:
             result = train_mask(model, setting.ioi, setting.ordinary, replace(setting.settings, max_edges=budget))
             rows["learned"].append({**measured(setting, result.weights), "seconds": result.seconds})
         else:
-            rows["learned"].append(measured(setting, lowest_cut(-learned, budget)))
+            rows["learned"].append(measured(setting, lowest_cut(-learned, budget, threshold=0.0)))
         for seed in range(settings.random_seeds):
             draw = torch.Generator().manual_seed(settings.seed + seed)
             shuffled = torch.rand(n_edges, generator=draw).to(model.device)
