@@ -133,7 +133,7 @@ def _curve(start: tuple[float, float], end: tuple[float, float]) -> Curve:
     """A curve that leaves upwards and arrives from below, bent aside where it would run through the nodes between."""
     (x0, y0), (x1, y1) = start, end
     rise = y1 - y0
-    bend = 0.0 if abs(x1 - x0) > 0.3 or rise < 1.5 else 0.35 + 0.04 * rise
+    bend = 0.0 if abs(x1 - x0) > 0.3 or rise < 1.5 else min(0.35 + 0.04 * rise, 0.9)
     lift = 0.45 * max(rise, 0.5)
     points = [(x0, y0), (x0 + bend, y0 + lift), (x1 + bend, y1 - lift), (x1, y1)]
     return Curve(points, [Curve.MOVETO, Curve.CURVE4, Curve.CURVE4, Curve.CURVE4])
@@ -209,7 +209,7 @@ def draw_next_tokens(folder: Path | str) -> Path:
                     f"{share:.2f}" if share >= 0.005 else f"{share:.0e}", (share, place), xytext=(3, 0),
                     textcoords="offset points", va="center", fontsize=7,
                 )  # fmt: skip
-            axes.set_yticks(range(len(rows)), [repr(token)[1:-1] for token, _ in rows])
+            axes.set_yticks(range(len(rows)), [token.strip() or repr(token) for token, _ in rows])
             axes.invert_yaxis()
             axes.set(title=name, xlim=(0, 1.12), xlabel="probability")
             axes.grid(axis="y", visible=False)

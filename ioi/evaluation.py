@@ -132,7 +132,7 @@ def table(models: dict[str, Any]) -> Table:
         cells = []
         for key in (*MEASURES, "ordinary_loss"):
             value, low, high = (one["measures"][key][each] for each in ("value", "low", "high"))
-            cells.append("–" if value is None else f"{value:.3f}\n{low:.3f}–{high:.3f}")
+            cells.append("–" if value is None else f"{value:.3f}\n{low:.2f}–{high:.2f}")
         result.add_row(name, f"{one['edges_cut']:,}", *cells)
     return result
 

@@ -75,7 +75,7 @@ def test_bars_show_both_names_before_and_after(tmp_path, drawn):
     assert draw_next_tokens(tmp_path).read_bytes().startswith(b"\x89PNG")
     first, second = drawn[0].axes
     assert [bar.get_width() for bar in first.patches] == [0.7, 0.1, 1e-4]
-    assert [label.get_text() for label in second.get_yticklabels()] == [" John", " a", " Mary"]
+    assert [label.get_text() for label in second.get_yticklabels()] == ["John", "a", "Mary"]
     colours = [bar.get_facecolor() for bar in first.patches]
     assert len(set(colours)) == 3 and colours == [bar.get_facecolor() for bar in second.patches][::-1]
 
