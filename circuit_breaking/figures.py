@@ -120,11 +120,12 @@ def _numbers(entry: Mapping[str, Any] | None) -> list[float]:
     return [np.nan if number is None else number for number in numbers]  # NaN is not drawn
 
 
-def draw_training(folder: Path | str, smooth: int = 9) -> Path:
+def draw_training(folder: Path | str, smooth: int = 9, broken: str = "toxic text (to rise)") -> Path:
     """Loss to keep, loss to raise, and edges cut, over the steps of a mask's training.
 
     Reads `metrics.jsonl` (a row a step: step, keep_loss, break_loss, n_cut, phase), writes `training.png`, both in
     `folder`. Losses of single batches are pale; the line is their running mean over `smooth` steps of one phase.
+    `broken` is what the legend calls the loss to raise.
 
     Raises:
         UserError: there is no such file, it holds no rows, or a row lacks one of these.
@@ -145,7 +146,7 @@ def draw_training(folder: Path | str, smooth: int = 9) -> Path:
     with figure(path, 5.2, 3.6) as drawn:
         losses, cut = drawn.subplots(2, 1, sharex=True, height_ratios=(2, 1))
         for name, label, colour in (
-            ("break_loss", "toxic text (to rise)", COLOURS[1]),
+            ("break_loss", broken, COLOURS[1]),
             ("keep_loss", "ordinary text (to stay)", COLOURS[0]),
         ):
             losses.plot(steps, columns[name], color=colour, alpha=0.25, linewidth=0.7)

@@ -33,6 +33,12 @@ class Edge(str):
         return self.partition("->")[2]
 
 
+def node_of(reader: str) -> str:
+    """The node that a reader belongs to: `"a3.7"` for `"a3.7.q"`, all others are nodes themselves."""
+    node, _, part = reader.rpartition(".")
+    return node if part in QKV else reader
+
+
 class LayerSlice(NamedTuple):
     """Where one layer's edges lie in the flat order: a [rows, sources] block, then the MLP's reads of its own heads."""
 

@@ -28,7 +28,7 @@ def _locate(name: str | Path) -> tuple[str, dict[str, Any]]:
         return str(folder.parent), {"gguf_file": folder.name}
     if not folder.exists():
         return str(name), {}
-    if (folder / "config.json").is_file():
+    if (folder / "config.json").is_file() or (folder / "tokenizer_config.json").is_file():  # or a tokenizer alone
         return str(folder), {}
     found = sorted(folder.glob("*.gguf")) if folder.is_dir() else []
     if len(found) == 1:

@@ -1,0 +1,185 @@
+"""Other questions to a mask than breaking: necessary and sufficient edges, other ways to break, covering a circuit.
+
+necessary   edges whose cutting breaks the behaviour most, whatever becomes of ordinary text (no keep term)
+sufficient  as few edges as possible that show the behaviour by themselves (the signs flipped: keep it, cut the rest)
+outside     breaking by edges outside a known circuit, which stays whole (`frozen`)
+covering    masks that break, one after another, each without the edges of those before, until no more breaks or there
+            are enough; their union covers the circuit
+
+Reads   a model; prompts (make_ioi_datasets.py); ordinary text; means (compute_means.py), where a cut edge carries any;
+        for `outside`, edges.json of a run, or the published circuit of GPT-2 small.
+Writes  data/ioi/<run>/: what train_mask.py writes, for `sufficient` stages.json and stages.png in place of training's;
+        for `covering` that of each mask in mask1/, mask2/, ... and of their union in the folder itself, covering.json.
+Time    half a minute a mask for the shipped model on one core.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from utils import FOLDER, Setting, draw_run, open_setting, write_run
+
+from circuit_breaking.cli import UserError, run_script
+from circuit_breaking.files import read_json, write_json
+from circuit_breaking.graph import EdgeGraph
+from circuit_breaking.ioi_figures import draw_stages
+from circuit_breaking.known_circuits import circuit_edges
+from circuit_breaking.pruning import PruneSettings, prune, smallest
+from circuit_breaking.scripts import check_counts, train_into
+from circuit_breaking.tasks import IOITask
+from circuit_breaking.training import MaskSettings
+
+PUBLISHED = "published"  # value of `frozen`: the circuit of GPT-2 small in circuit_breaking/known_circuits.py
+
+
+@dataclass
+class Settings(MaskSettings):
+    kind: Literal["necessary", "sufficient", "outside", "covering"] = "necessary"  # see above
+    model: str = "tiny"  # "tiny" (shipped), a hub name such as gpt2, a folder, or a folder holding a .gguf
+    prompts: Literal["one", "two", "all"] = "all"  # set of prompts that make_ioi_datasets.py wrote for this model
+    train: Path | None = None  # training prompts; None: those of the set
+    test: Path | None = None  # held-out prompts; None: those of the set
+    ordinary: str | None = None  # "tiny", a text file, or a data set's hub name; None: "tiny" or NeelNanda/pile-10k
+    means: Path | None = None  # what cut edges carry, from compute_means.py; None: nothing (zero ablation)
+    run: str | None = None  # name of the run folder, data/ioi/<run>; None: the kind
+    out: Path = FOLDER  # where run folders are
+
+    frozen: str = "run"  # outside: edges that stay, a run's name, a file like edges.json, or "published" (GPT-2 small)
+    masks: int = 4  # covering: most masks
+    broken: float = 0.5  # covering: a mask counts that leaves at most this share of the logit difference
+    faithful: float = 0.9  # sufficient: share of the logit difference that must stay
+    shrink: float = 0.8  # sufficient: edges kept after a stage of pruning, of those before it
+    prune_rounds: int = 15  # sufficient: rounds of a stage, each with one gradient
+    prune_batch_size: int = 20  # sufficient: prompts of a round
+    num_measured: int = 100  # sufficient: training prompts on which that share is measured
+    max_edges: int = 10  # most edges that a mask may cut: a promise; not for sufficient
+    objective: Literal["logit_difference", "cross_entropy"] = "logit_difference"  # what breaking is to take away
+    break_cap: float = 1.0  # most that one prompt counts towards the broken loss; more for cross_entropy
+    alpha: float = 0.2  # weight of the indirect-object loss, which is to rise, against the ordinary loss
+    length: int = 50  # tokens an ordinary text is cut to
+    split_qkv: bool = False  # let each head's query, key and value read for themselves
+    seed: int = 0  # another seed, another order of texts
+    num_test: int = 400  # held-out prompts and texts that are measured
+    device: str = "auto"  # auto, cpu, cuda, mps
+    dtype: str = "float32"  # float32 or bfloat16
+
+
+def main(settings: Settings) -> None:
+    check_counts(settings, "masks", "num_measured")
+    setting = open_setting(settings)
+    folder = settings.out / (settings.run or settings.kind)
+    before = setting.summary()
+    KINDS[settings.kind](folder, setting, before)
+    print(f"written to {folder}")
+
+
+def necessary(folder: Path, setting: Setting, before: dict[str, float]) -> None:
+    """Break without a keep term."""
+    alone = replace(setting.settings, keep_weight=0.0, alpha=1.0)
+    train_into(folder, setting.model, setting.ioi, setting.ordinary, alone)
+    finish(folder, setting, before)
+
+
+def sufficient(folder: Path, setting: Setting, before: dict[str, float]) -> None:
+    """Prune as long as the rest keeps its share of the logit difference on training prompts."""
+    given, model = setting.settings, setting.model
+    task = IOITask(setting.tokenizer, given.train, given.test, seed=given.seed)  # by cross entropy
+    metrics = setting.metrics(given.num_measured, 20)
+
+    def share(mask: Tensor) -> float:
+        with torch.no_grad():
+            differences = [[float(metric(weights)) for metric in metrics] for weights in (mask, torch.ones_like(mask))]
+        return sum(differences[0]) / sum(differences[1])
+
+    pruning = PruneSettings(given.prune_rounds, given.shrink, batch_size=given.prune_batch_size)
+    found, stages = smallest(prune(model, task, pruning), share, given.faithful)
+    if found is None:
+        raise UserError(
+            f"no stage of pruning keeps {given.faithful:.0%} of the logit difference: the first, {stages[0]['kept']:,} "
+            f"edges, {stages[0]['share']:.0%}. Give more prune_rounds, a larger shrink, or means."
+        )
+    with torch.no_grad():
+        model.mask.weights.copy_(found.mask)
+    write_json(folder / "stages.json", {"faithful": given.faithful, "n_edges": len(model.graph), "stages": stages})
+    draw_stages(folder)
+    after = finish(folder, setting, before, kept=True)
+    part = after["logit_difference"] / before["logit_difference"]
+    print(f"{found.kept:,} edges, {found.kept / len(model.graph):.0%} of all, keep {part:.0%} of the logit difference")
+
+
+def outside(folder: Path, setting: Setting, before: dict[str, float]) -> None:
+    """Break by edges that are not frozen."""
+    frozen = read_frozen(setting.settings, setting.model.graph)
+    train_into(folder, setting.model, setting.ioi, setting.ordinary, setting.settings, allowed=without(setting, frozen))
+    finish(folder, setting, before, more={"frozen": frozen})
+
+
+def covering(folder: Path, setting: Setting, before: dict[str, float]) -> None:
+    """Masks one after another, each without the edges of those before."""
+    model, union, found = setting.model, [], []
+    enough = setting.settings.broken * before["logit_difference"]
+    for number in range(1, setting.settings.masks + 1):
+        if not bool((allowed := without(setting, union)).any()):
+            break
+        one = folder / f"mask{number}"
+        train_into(one, model, setting.ioi, setting.ordinary, setting.settings, allowed)
+        after = finish(one, setting, before)
+        breaks = after["logit_difference"] <= enough
+        found.append({"edges": model.mask.cut_edges(), "breaks": breaks, **after})
+        if not breaks:
+            print(f"mask {number} leaves too much: without the {len(union)} edges before it nothing breaks")
+            break
+        union += model.mask.cut_edges()
+    model.mask.reset_()
+    model.mask.cut_(union)
+    after = finish(folder, setting, before)
+    about = {"before": before, "masks": found, "union": {"edges": union, **after}}
+    write_json(folder / "covering.json", {**about, **setting.record})
+    print(f"the union of {sum(one['breaks'] for one in found)} masks that break: {len(union)} edges")
+
+
+KINDS = {"necessary": necessary, "sufficient": sufficient, "outside": outside, "covering": covering}
+
+
+def without(setting: Setting, edges: list[str]) -> Tensor:
+    """The edges that may be cut, bool [E]: all but those named."""
+    allowed = torch.ones(len(setting.model.graph), dtype=torch.bool)
+    allowed[[setting.model.graph.index(edge) for edge in edges]] = False
+    return allowed.to(setting.model.device)
+
+
+def read_frozen(settings: Settings, graph: EdgeGraph) -> list[str]:
+    """Names of the edges that stay whole."""
+    if settings.frozen == PUBLISHED:
+        return sorted(circuit_edges(graph), key=graph.index)
+    path = Path(settings.frozen)
+    if path.suffix != ".json":
+        path = settings.out / settings.frozen / "edges.json"
+    edges = read_json(path, "Train a mask with ioi/train_mask.py, or set frozen to a run, a file or 'published'.")
+    if not isinstance(edges, list) or not all(isinstance(edge, str) for edge in edges):
+        raise UserError(f"{path} holds no list of edges. Set frozen to a run, its edges.json, or 'published'.")
+    return edges
+
+
+def finish(
+    folder: Path,
+    setting: Setting,
+    before: dict[str, float],
+    kept: bool = False,
+    more: dict[str, Any] | None = None,
+) -> dict[str, float]:
+    """Write and draw the mask in force, say what it does, and return that."""
+    after = setting.summary()
+    write_run(folder, setting, {"kind": setting.settings.kind, "before": before, "after": after, **(more or {})}, kept)
+    draw_run(folder)
+    cut = setting.model.mask.n_cut()
+    print(f"{setting.settings.kind}: {cut:,} of {len(setting.model.graph):,} edges cut")
+    for name in ("logit_difference", "accuracy", "ordinary_loss"):
+        print(f"  {name.replace('_', ' ')}: {before[name]:.3f} -> {after[name]:.3f}")
+    return after
+
+
+if __name__ == "__main__":
+    run_script(main, Settings)

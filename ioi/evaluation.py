@@ -1,0 +1,141 @@
+"""Measure the original model, masks and a fine-tuned model: logit difference, accuracy, ordinary loss.
+
+Reads   the masks and settings of runs (train_mask.py, alternative_masks.py), the model, held-out prompts and texts,
+        and, where there is one, the model that finetune_gpt2.py wrote.
+Writes  data/ioi/<report>/: report.json and, drawn from it, report.png; prints the table.
+Time    seconds a model for the shipped one.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.table import Table
+from utils import FOLDER, MEASURES, default_data, prompt_measures, text_measures
+
+from circuit_breaking.cli import UserError, run_script
+from circuit_breaking.evaluation import estimate
+from circuit_breaking.files import provenance, read_tensors, write_json
+from circuit_breaking.ioi_figures import draw_models
+from circuit_breaking.masks import load_mask
+from circuit_breaking.means import load_means
+from circuit_breaking.models import load_model, load_tokenizer
+from circuit_breaking.scripts import check_counts, files_of, fill_in
+from circuit_breaking.tasks import IOITask, OWTTask
+
+HINT = "Train one with ioi/train_mask.py, or set runs to those that are there."
+
+
+@dataclass
+class Settings:
+    runs: tuple[str, ...] = ("run",)  # runs in data/ioi whose masks are measured
+    finetuned: str | None = "finetuned"  # run of finetune_gpt2.py; left out where it is not there; None: none
+    report: str = "report"  # folder of the report in data/ioi
+    out: Path = FOLDER  # where run folders are
+    model: str | None = None  # "tiny", a hub name, a folder, or one holding a .gguf; None: as the first run was trained
+    prompts: Literal["one", "two", "all"] | None = None  # set of prompts; None: as the first run was trained
+    train: Path | None = None  # training prompts, to make sure that none is held out too; None: as in training
+    test: Path | None = None  # held-out prompts; None: as in training
+    ordinary: str | None = None  # "tiny", a text file, or a data set's hub name; None: as in training
+    length: int | None = None  # tokens an ordinary text is cut to; None: as in training
+    num_test: int = 400  # held-out prompts and texts
+    seed: int = 0  # of bootstrap intervals
+    device: str = "auto"  # auto, cpu, cuda, mps
+    dtype: str = "float32"  # float32 or bfloat16
+
+
+@contextmanager
+def masked(engine: Any, path: Path, means: Path | None) -> Iterator[Any]:
+    """The engine under a run's mask and means while the block lasts; the whole model afterwards."""
+    try:
+        load_mask(path, engine)
+        engine.mask.round_()
+        if means is not None:
+            load_means(means, engine)
+        yield engine
+    finally:
+        engine.means = None
+        engine.mask.reset_()
+
+
+def main(settings: Settings) -> None:
+    check_counts(settings, "num_test")
+    if not settings.runs:
+        raise UserError(f"there is no run to measure. {HINT}")
+    abouts = {run: read_tensors(settings.out / run / "mask.safetensors", HINT)[1] for run in settings.runs}
+    first = next(iter(abouts.values())).get("settings") or {}
+    settings = fill_in(settings, first, {"model": "tiny", "prompts": "all", "length": 50})
+    settings = fill_in(settings, default_data(settings.model, settings.prompts))
+    tuned = settings.out / settings.finetuned / "model" if settings.finetuned else None
+    if tuned is not None and not tuned.is_dir():
+        settings, tuned = replace(settings, finetuned=None), None
+    tokenizer = load_tokenizer(settings.model)
+    ioi = IOITask(tokenizer, settings.train, settings.test)
+    ordinary = OWTTask(tokenizer, settings.ordinary, settings.length)
+
+    engines: dict[bool, Any] = {}  # by whether queries, keys and values read apart
+
+    def engine(split: bool = False) -> Any:
+        if split not in engines:
+            engines[split] = load_model(settings.model, split, settings.device, settings.dtype)
+        return engines[split]
+
+    @contextmanager
+    def loaded(path: Path) -> Iterator[Any]:
+        yield load_model(path, device=settings.device, dtype=settings.dtype)
+
+    @contextmanager
+    def original() -> Iterator[Any]:
+        yield engine()
+
+    models: dict[str, Any] = {"original": original}
+    for run, about in abouts.items():
+        means = (about.get("settings") or {}).get("means")
+        split = bool((about.get("graph") or {}).get("split_qkv"))
+        path = settings.out / run / "mask.safetensors"
+        models[run] = lambda path=path, means=means, split=split: masked(engine(split), path, means and Path(means))
+    if tuned is not None:
+        models["fine-tuned"] = lambda: loaded(tuned)
+
+    found: dict[str, Any] = {}
+    sums: dict[str, dict[str, Any]] = {}
+    for name, opened in models.items():
+        with opened() as model:
+            cut, every = model.mask.n_cut(), len(model.graph)
+            sums[name] = prompt_measures(ioi, model, settings.num_test)
+            sums[name]["ordinary_loss"] = text_measures(ordinary, model, settings.num_test)
+        base = None if name == "original" else sums["original"]
+        measures = {
+            key: estimate(*pair, settings.seed, None if base is None else base[key]) for key, pair in sums[name].items()
+        }
+        found[name] = {"edges_cut": cut, "n_edges": every, "measures": measures}
+    folder = settings.out / settings.report
+    masks = [settings.out / run / "mask.safetensors" for run in settings.runs]
+    inputs = [*masks, settings.test, Path(settings.ordinary), *files_of(settings.model)]
+    record = provenance(settings, [path for path in inputs if path.is_file()])
+    count = {"prompts": min(settings.num_test, len(ioi.test)), "texts": min(settings.num_test, len(ordinary.test))}
+    write_json(folder / "report.json", {"models": found, "measured_on": count, **record})
+    draw_models(folder)
+    Console().print(table(found))
+    print(f"written to {folder}")
+
+
+def table(models: dict[str, Any]) -> Table:
+    """A row a model, 95% intervals below each figure."""
+    result = Table(title="indirect objects", show_lines=True)
+    for label in ("", "edges cut", *MEASURES.values(), "ordinary loss, nats"):
+        result.add_column(label, justify="right" if label else "left")
+    for name, one in models.items():
+        cells = []
+        for key in (*MEASURES, "ordinary_loss"):
+            value, low, high = (one["measures"][key][each] for each in ("value", "low", "high"))
+            cells.append("–" if value is None else f"{value:.3f}\n{low:.2f}–{high:.2f}")
+        result.add_row(name, f"{one['edges_cut']:,}", *cells)
+    return result
+
+
+if __name__ == "__main__":
+    run_script(main, Settings)

@@ -1,0 +1,52 @@
+"""Compare a mask with the published circuit of GPT-2 small (Wang et al. 2023): precision, recall, picture.
+
+Reads   data/ioi/<run>/graph.json, which the mask scripts here write.
+Writes  data/ioi/<run>/known_circuit.json, known_circuit.png.
+Time    a second.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from utils import FOLDER
+
+from circuit_breaking.cli import run_script
+from circuit_breaking.files import provenance, write_json
+from circuit_breaking.graph_figures import draw_graph, read_graph
+from circuit_breaking.known_circuits import HEADS, overlap
+
+
+@dataclass
+class Settings:
+    run: str = "run"  # name of the run folder, data/ioi/<run>; the mask must be of GPT-2 small
+    out: Path = FOLDER  # where run folders are
+
+
+def main(settings: Settings) -> None:
+    folder = settings.out / settings.run
+    path = folder / "graph.json"
+    graph, edges, record = read_graph(path)
+    found = overlap(graph, edges)
+    write_json(
+        folder / "known_circuit.json", {**record, "classes": HEADS, **_renamed(found), **provenance(settings, [path])}
+    )
+    draw_graph(folder, "known_circuit")
+    for what in ("edges", "heads"):
+        one = found[what]
+        precision = "–" if one["precision"] is None else f"{one['precision']:.2f}"
+        print(
+            f"{what}: {one['shared']} of the mask's {one['found']} are in the circuit's {one['known']}: "
+            f"precision {precision} (by chance {one['by_chance']:.3f}), recall {one['recall']:.2f}"
+        )
+    for name, one in found["classes"].items():
+        print(f"  {name}: {one['touched']} of {one['heads']} heads touched")
+    print(f"written to {folder}")
+
+
+def _renamed(found: dict) -> dict:
+    """The overlap under names that the graph's record has not."""
+    return {"in_circuit": found["in_circuit"], "overlap": {key: found[key] for key in ("edges", "heads", "classes")}}
+
+
+if __name__ == "__main__":
+    run_script(main, Settings)
