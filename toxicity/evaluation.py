@@ -23,13 +23,14 @@ from utils import FOLDER, check_counts, default_data, files_of, fill_in, load_pr
 from circuit_breaking.ablated import ablate
 from circuit_breaking.cli import run_script
 from circuit_breaking.continuations import Sampling
-from circuit_breaking.evaluation import TOXIC, evaluate, table
+from circuit_breaking.evaluation import TOXIC, evaluate
 from circuit_breaking.figures import draw_report, draw_training
 from circuit_breaking.files import provenance, read_tensors, write_json, write_jsonl
 from circuit_breaking.masks import load_mask
 from circuit_breaking.means import load_means
 from circuit_breaking.models import load_hf_model, load_model, load_tokenizer, prefix_token
 from circuit_breaking.scorers import load_scorer
+from circuit_breaking.tables import table
 from circuit_breaking.tasks import OWTTask, ToxicTask
 from circuit_breaking.tasks.owt import load_texts
 
