@@ -6,7 +6,7 @@ Neither is the same twice, so costs are kept in files of their own, apart from r
 import ctypes
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -27,10 +27,8 @@ def resident(field: str = "VmHWM") -> int | None:
 
 def reset_peak() -> bool:
     """Set the process's peak to what is resident now, after giving freed memory back. False where there is no way."""
-    try:
+    with suppress(OSError, AttributeError):  # only glibc has it
         ctypes.CDLL(None).malloc_trim(0)  # else a later piece of work reuses what an earlier one left, and looks cheap
-    except (OSError, AttributeError):
-        pass  # not glibc
     try:
         CLEAR_REFS.write_text("5", encoding="utf-8")
     except OSError:

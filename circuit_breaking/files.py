@@ -3,6 +3,7 @@
 Tensors go into safetensors, tables into JSON, JSON Lines or CSV. No pickle is read or written anywhere.
 """
 
+import csv
 import dataclasses
 import hashlib
 import json
@@ -10,7 +11,7 @@ import os
 import platform
 import subprocess
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from importlib import metadata
@@ -77,6 +78,27 @@ def write_jsonl(path: Path | str, rows: Iterable[Any]) -> int:
             file.write(json.dumps(row, ensure_ascii=False, default=_plain) + "\n")
             count += 1
     return count
+
+
+def write_csv(path: Path | str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows atomically as CSV, under the names of all their columns; None is an empty cell, NaN is not allowed."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    if any(isinstance(value, float) and value != value for row in rows for value in row.values()):
+        raise ValueError(f"a NaN does not go into {path}")
+    with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, names, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def read_csv(path: Path | str, hint: str = "Check the path in the settings.") -> list[dict[str, str]]:
+    """Read a CSV file with a header; a missing or damaged one is a `UserError`."""
+    path = require_file(path, hint)
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            return list(csv.DictReader(file))
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not CSV ({error}). {hint}") from error
 
 
 def _plain(value: Any) -> Any:

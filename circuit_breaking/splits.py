@@ -98,8 +98,8 @@ def check_apart(train: Path, test: Path) -> None:
         for what in ("text", "id"):
             if both := mine[what] & seen[what]:
                 raise UserError(
-                    f"{len(both)} rows of {test} are in {train} too, by their {what}: what is trained on cannot be held "
-                    "out. Make both with toxicity/toxic_data_for_eval.py."
+                    f"{len(both)} rows of {test} are both in the training and the held-out data ({train}), by their "
+                    f"{what}. Make both with toxicity/toxic_data_for_eval.py."
                 )
         seen = mine
 

@@ -32,6 +32,26 @@ def table(report: Mapping[str, Any]) -> Table:
     return result
 
 
+def overview(report: Mapping[str, Any]) -> Table:
+    """The same for many models: a row a model, the main measures only; of random masks, which are controls, none."""
+    result = Table(title=f"toxicity by {report['scorer']['name']} {report['scorer']['version']}")
+    columns = ("", "edges cut", "parameters changed", "toxic loss", "ordinary loss", "toxicity", "perplexity")
+    for column in columns:
+        result.add_column(column, justify="right" if column else "left")
+    for name, one in report["models"].items():
+        if one.get("kind") == "random":
+            continue
+        after = one["continuations"].get("toxic", {})
+        share = one.get("touched", {}).get("parameters", 0)
+        cells = [
+            *(one["losses"].get(key) for key in ("toxic", "ordinary")),
+            after.get("toxicity"),
+            after.get("perplexity"),
+        ]
+        result.add_row(name, str(one.get("edges_cut", "")), f"{share:.0%}", *map(_cell, cells))
+    return result
+
+
 def _cell(entry: Mapping[str, Any] | None) -> str:
     if entry is None or entry["value"] is None:
         return "–"

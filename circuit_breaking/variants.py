@@ -1,4 +1,4 @@
-"""Models that are compared: the original, masks over it, ablated models, fine-tuned ones, each from its folder (layer 3).
+"""Models that are compared: the original, masks over it, ablated and fine-tuned models, by their folders (layer 3).
 
 A folder is told by what is in it:
 
@@ -9,9 +9,10 @@ A folder is told by what is in it:
 A folder without any of these stands for the folders in it.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from circuit_breaking.models import load_hf_model, load_model
 
 MASK, EDGES, CONFIG, FINETUNING = "mask.safetensors", "edges.json", "config.json", "finetuning.json"
 ORIGINAL = "original"
+Engines = Callable[[bool], Any]  # by whether query, key and value read apart
 HINT = "Give folders of train_mask.py, sweep_masks.py, finetune_gpt2.py or save_ablated."
 
 
@@ -50,6 +52,12 @@ class Variant:
     edges: list[str] = field(default_factory=list)
     means: Tensor | None = None
     about: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def file(self) -> Path | None:
+        """The file that tells this model from others."""
+        names = (MASK, EDGES) if self.kind != "finetuned" else ("model.safetensors",)
+        return next((self.folder / name for name in names if self.folder and (self.folder / name).is_file()), None)
 
     @contextmanager
     def opened(self, hf: nn.Module) -> Iterator[nn.Module]:
@@ -95,23 +103,22 @@ def _is_model(path: Path) -> bool:
     return (path / EDGES).is_file() and isinstance(read_json(path / EDGES), dict)
 
 
-def read_variants(folders: dict[str, Path], hf: nn.Module) -> list[Variant]:
+def engines_of(hf: nn.Module) -> Engines:
+    """Edge-masked transformers of a model, with and without query, key and value apart, each made once."""
+    return cache(lambda split_qkv: load_model(hf, split_qkv, str(hf.device), hf.dtype))
+
+
+def read_variants(folders: Mapping[str, Path], hf: nn.Module) -> list[Variant]:
     """The variants of some folders, checked against the original `hf`, in the order of the folders.
 
     Raises:
         UserError: a file is missing or damaged, or belongs to a model of another shape.
     """
-    engines: dict[bool, Any] = {}
-
-    def engine(split_qkv: bool) -> Any:
-        if split_qkv not in engines:
-            engines[split_qkv] = load_model(hf, split_qkv, str(hf.device), hf.dtype)
-        return engines[split_qkv]
-
+    engine = engines_of(hf)
     return [_read(name, folder, engine) for name, folder in folders.items()]
 
 
-def _read(name: str, folder: Path, engine: Any) -> Variant:
+def _read(name: str, folder: Path, engine: Engines) -> Variant:
     if (folder / MASK).is_file():
         return read_mask(name, folder / MASK, engine)
     if (folder / CONFIG).is_file():
@@ -125,7 +132,7 @@ def _read(name: str, folder: Path, engine: Any) -> Variant:
     return Variant(name, "mask", folder, record["edges"], means, about)
 
 
-def read_mask(name: str, path: Path, engine: Any, means: Path | None = None) -> Variant:
+def read_mask(name: str, path: Path, engine: Engines, means: Path | None = None) -> Variant:
     """The variant of a mask's file. `means` are those of the mask's own record where None."""
     about = read_tensors(path, HINT)[1]
     settings = about.get("settings") or {}

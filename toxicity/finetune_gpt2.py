@@ -24,6 +24,7 @@ from typing import Any
 from utils import FOLDER, check_counts, default_data, files_of, fill_in
 
 from circuit_breaking.cli import UserError, run_script
+from circuit_breaking.comparison_figures import draw_finetuning
 from circuit_breaking.costs import COST_FILE, cost
 from circuit_breaking.files import provenance, write_json, write_jsonl
 from circuit_breaking.finetuning import Finetuned, FinetuneSettings, describe, finetune
@@ -115,6 +116,7 @@ def main(settings: Settings) -> None:
         )
         if notes:
             print(f"note: {method}: {notes}.")
+    draw_finetuning(folder)
     print(f"written to {folder}")
 
 

@@ -39,7 +39,7 @@ class Settings:
     stable_budget: int = 12  # budget whose masks are trained with several seeds; 0: none
     seeds: int = 3  # masks at that budget, the first with the setting seed
     random_seeds: int = 5  # random masks for each budget, as a control
-    mask: MaskSettings = field(default_factory=MaskSettings)  # of training; max_edges is not used here
+    training: MaskSettings = field(default_factory=MaskSettings)  # of every mask; its max_edges is not used
     toxic_train: Path | None = None  # toxic texts to learn from; None: shipped for tiny, else posts/train.jsonl
     toxic_test: Path | None = None  # toxic texts held out, only to make sure none is trained on; None: as above
     ordinary: str | None = None  # "tiny", a text file, or a data set's hub name; None: tiny, else NeelNanda/pile-10k
@@ -108,7 +108,7 @@ def main(settings: Settings) -> None:
             load_means(means_of[carry], model)
         toxic, ordinary = splits[seed].tasks(seed)
         with cost(model.device) as spent:
-            result = train_mask(model, toxic, ordinary, replace(settings.mask, max_edges=budget))
+            result = train_mask(model, toxic, ordinary, replace(settings.training, max_edges=budget))
         cut.setdefault((carry, budget), len(result.edges))
         save_mask(
             folder / "masks" / name / "mask.safetensors", model, about(record, "mask", means_of[carry], budget, seed)
