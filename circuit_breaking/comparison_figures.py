@@ -13,6 +13,8 @@ from circuit_breaking.files import read_csv, read_json, read_jsonl
 from circuit_breaking.uniform import running_mean
 
 UNIFORM = "uniform.csv"  # a row a text: its toxicity, and each model's loss per token
+EVIDENCE = "evidence.json"
+RELEARNING = "relearning.json"
 GREY = "#8C8C8C"
 FAMILY_STYLES = {  # of what is drawn as a line over budgets
     "mask, zero ablation": {"color": COLOURS[0], "marker": "o"},
@@ -224,3 +226,97 @@ def draw_finetuning(folder: Path | str) -> Path:
         unique = dict(zip(labels, handles, strict=True))
         drawn.legend(unique.values(), unique.keys(), loc="outside lower center", ncols=len(unique))
     return path
+
+
+def draw_evidence(folder: Path | str) -> Path:
+    """What each cut does to both losses, within its mask and alone, and how alike masks of other seeds are.
+
+    Reads `evidence.json`, writes `evidence.png`.
+    """
+    folder = Path(folder)
+    report = read_json(folder / EVIDENCE, "Make it with toxicity/edge_evidence.py.")
+    masks, stable = report["masks"], report["stability"]
+    path = folder / "evidence.png"
+    longest = max((len(one["edges"]) for one in masks.values()), default=1)
+    with figure(path, 2.6 * max(len(masks), 1) + (2.6 if stable else 0), 1.5 + 0.24 * max(longest, 4)) as drawn:
+        axes = drawn.subplots(1, len(masks) + bool(stable), squeeze=False)[0]
+        for place, (name, one) in zip(axes, masks.items(), strict=False):
+            _edge_effects(place, one["edges"])
+            place.set_title(name.replace("_", " "))
+        handles, labels = axes[0].get_legend_handles_labels()
+        drawn.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=7)
+        if stable:
+            rows = [f"{row['carry']}, {row['budget']} edges\n{len(row['masks'])} seeds" for row in stable]
+            axes[-1].barh(range(len(rows)), [row["jaccard"] for row in stable], height=0.5, color=COLOURS[0])
+            axes[-1].plot([row["by_chance"] for row in stable], range(len(rows)), "|", color="#000000", markersize=14)
+            axes[-1].set_yticks(range(len(rows)), rows)
+            axes[-1].set(xlim=(0, 1), ylim=(len(rows) - 0.5, -0.5), title="same edges over seeds")
+            axes[-1].set_xlabel("Jaccard similarity (bar: by chance)")
+            axes[-1].grid(axis="y", visible=False)
+    return path
+
+
+def _edge_effects(axes: Any, edges: list[Mapping[str, Any]]) -> None:
+    edges = sorted(edges, key=lambda row: -row["within"]["toxic"]["value"])
+    for at, (way, kind) in enumerate((w, k) for k in ("toxic", "ordinary") for w in ("within", "alone")):
+        entries = [row[way][kind] for row in edges]
+        axes.errorbar(
+            [entry["value"] for entry in entries],
+            np.arange(len(edges)) + 0.16 * (at - 1.5),
+            xerr=np.concatenate([_ends(entry) for entry in entries], 1),
+            fmt="o" if way == "within" else "x",
+            color=COLOURS[1 if kind == "toxic" else 0],
+            markersize=3,
+            elinewidth=0.8,
+            label=f"{kind} loss, cut {'with the others' if way == 'within' else 'alone'}",
+        )
+    axes.axvline(0, color="#000000", linewidth=0.6)
+    axes.set_yticks(range(len(edges)), [row["edge"] for row in edges])
+    axes.set_ylim(len(edges) - 0.5, -0.5)
+    axes.set_xlabel("change of the loss, nats")
+    axes.grid(axis="y", visible=False)
+
+
+def draw_relearning(folder: Path | str) -> Path:
+    """Toxicity by step of relearning, a panel for each number of examples; and with examples in the context.
+
+    Reads `relearning.json`, writes `relearning.png`.
+    """
+    folder = Path(folder)
+    models = read_json(folder / RELEARNING, "Make it with toxicity/relearn.py.")["models"]
+    counts = list(dict.fromkeys(count for one in models.values() for count in one["relearning"]))
+    few = {name: one["few_shot"] for name, one in models.items() if one.get("few_shot")}
+    path = folder / "relearning.png"
+    with figure(path, 2.4 * len(counts) + (2.6 if few else 0), 3.3 + 0.1 * len(models)) as drawn:
+        axes = drawn.subplots(1, len(counts) + bool(few), squeeze=False)[0]
+        for number, (name, one) in enumerate(models.items()):
+            style = _style(number, one["kind"])
+            for place, count in zip(axes, counts, strict=False):
+                rows = [row for row in one["relearning"].get(count, []) if row["toxicity"]["value"] is not None]
+                steps, values = [row["step"] for row in rows], [row["toxicity"]["value"] for row in rows]
+                place.plot(steps, values, markersize=3.5, linewidth=1.1, label=name.replace("_", " "), **style)
+            if name in few:
+                for at, way in enumerate(("without", "with")):
+                    entry, place = few[name][way], axes[-1]
+                    if entry["value"] is not None:
+                        place.errorbar(
+                            at + 0.05 * (number - len(models) / 2), entry["value"], yerr=_ends(entry), markersize=4,
+                            elinewidth=0.8, linestyle="none", **style,
+                        )  # fmt: skip
+        for place, count in zip(axes, counts, strict=False):
+            place.set(xlabel="step", title=f"relearning from {count} examples", ylim=(-0.03, 1.03))
+        if few:
+            axes[-1].set(title="toxic examples in the context", xlim=(-0.6, 1.6), ylim=(-0.03, 1.03))
+            axes[-1].set_xticks([0, 1], ["prompt alone", "after examples"])
+        axes[0].set_ylabel("toxicity after toxic prompts, mean")
+        handles, labels = axes[0].get_legend_handles_labels()
+        drawn.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=7)
+    return path
+
+
+def _style(number: int, kind: str) -> dict[str, str]:
+    if kind == "original":
+        return {"color": "#000000", "marker": "*"}
+    if kind == "mask":
+        return {"color": COLOURS[0 if number % 2 else 5], "marker": "o"}
+    return other_style(number)
