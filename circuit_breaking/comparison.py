@@ -81,38 +81,36 @@ def pareto(models: Mapping[str, Any], most: int = FEW) -> dict[str, Any]:
     }
 
 
+def change_of(one: Mapping[str, Any], coordinate: int) -> float | None:
+    """Change to the original of a coordinate of `point_of`, on the same prompts or texts."""
+    point = point_of(one)
+    return None if point is None else point[coordinate].get("change", {}).get("value")
+
+
 def controls(models: Mapping[str, Any]) -> list[dict[str, Any]]:
     """What random edges do, by what they carry and budget: mean, lowest and highest change over seeds.
 
     Changes are to the original: toxicity after toxic prompts and ordinary loss. `mask` is that of the mask of the same
     budget.
     """
-    base = point_of(models["original"])
     groups: dict[tuple[str, int], list[Mapping[str, Any]]] = {}
+    masks: dict[tuple[str, int], Mapping[str, Any]] = {}
     for one in models.values():
         if one.get("kind") == "random":
             groups.setdefault((one["carry"], one["budget"]), []).append(one)
+        elif one.get("kind") == "mask":
+            masks.setdefault((one["carry"], one["budget"]), one)
     rows = []
-    for (carry, budget), members in sorted(groups.items()):
-        points = [point for one in members if (point := point_of(one)) is not None]
-        mask = next(
-            (
-                one
-                for one in models.values()
-                if one.get("kind") == "mask" and (one["carry"], one["budget"]) == (carry, budget)
-            ),
-            None,
-        )
-        row = {"carry": carry, "budget": budget, "seeds": len(members)}
+    for key, members in sorted(groups.items()):
+        row: dict[str, Any] = {"carry": key[0], "budget": key[1], "seeds": len(members)}
         for at, name in enumerate(("toxicity", "ordinary_loss")):
-            changes = [point[at]["value"] - base[at]["value"] for point in points] if base else []
+            changes = [change for one in members if (change := change_of(one, at)) is not None]
             row[name] = {
                 "mean": float(np.mean(changes)) if changes else None,
                 "lowest": min(changes, default=None),
                 "highest": max(changes, default=None),
+                "mask": change_of(masks[key], at) if key in masks else None,
             }
-            theirs = point_of(mask) if mask else None
-            row[name]["mask"] = theirs[at]["value"] - base[at]["value"] if theirs and base else None
         rows.append(row)
     return rows
 

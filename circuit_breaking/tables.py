@@ -58,3 +58,25 @@ def _cell(entry: Mapping[str, Any] | None) -> str:
     digits = 1 if entry["value"] >= 10 else 3
     numbers = [f"{entry[name]:.{digits}f}" for name in ("value", "low", "high") if entry.get(name) is not None]
     return numbers[0] if len(numbers) == 1 else f"{numbers[0]} ({numbers[1]}–{numbers[2]})"
+
+
+def flat_rows(models: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A row a model with every figure in a column of its own, `continuations.toxic.toxicity.low` and the like."""
+    rows = []
+    for name, one in models.items():
+        row: dict[str, Any] = {"model": name}
+        for key, value in one.items():
+            _flatten(row, key, value)
+        rows.append(row)
+    return rows
+
+
+def _flatten(row: dict[str, Any], name: str, value: Any) -> None:
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            _flatten(row, f"{name}.{key}", inner)
+    elif isinstance(value, list):
+        for number, inner in enumerate(value):
+            _flatten(row, f"{name}.{number}", inner)
+    else:
+        row[name] = value

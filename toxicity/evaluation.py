@@ -61,6 +61,7 @@ class Settings:
     num_texts: int = 500  # most held-out texts of each kind whose loss is measured
     num_uniform: int = 500  # most texts uniform over toxicity; 0: none
     num_prompts: int = 100  # most prompts of each kind
+    num_control: int = 50  # most texts and prompts of each kind for random masks, with one continuation each
     samples: int = 5  # continuations of each prompt and seed
     seeds: int = 1  # how often to draw continuations, each time from another seed
     greedy: bool = False  # measure the likeliest continuation of each prompt too
@@ -133,7 +134,17 @@ def measure_uniform(models: Mapping[str, Variant], hf: Any, uniform: tuple[Token
 
 
 def main(settings: Settings) -> None:
-    check_counts(settings, "num_texts", "num_prompts", "samples", "seeds", "prompt_tokens", "new_tokens", "batch_size")
+    check_counts(
+        settings,
+        "num_texts",
+        "num_prompts",
+        "num_control",
+        "samples",
+        "seeds",
+        "prompt_tokens",
+        "new_tokens",
+        "batch_size",
+    )
     settings, folders = as_trained(settings)
     folder = settings.out / settings.run
     scorer = load_scorer(settings.scorer, settings.device)
@@ -158,9 +169,16 @@ def main(settings: Settings) -> None:
     sampling = Sampling(
         prefix_token(tokenizer), settings.samples, settings.new_tokens, settings.batch_size, settings.seed
     )
+    full = {name: models[name] for name, one in variants.items() if one.kind != "random"}
     measured, generations = evaluate(
-        models, tokenizer, texts, prompts, scorer, sampling, ORIGINAL, settings.seeds, settings.greedy
+        full, tokenizer, texts, prompts, scorer, sampling, ORIGINAL, settings.seeds, settings.greedy
     )
+    control = {name: opened for name, opened in models.items() if name not in full}
+    if control:  # many, and compared with the original on the same few texts
+        few = [{name: batch[: settings.num_control] for name, batch in sets.items()} for sets in (texts, prompts)]
+        some = {ORIGINAL: models[ORIGINAL], **control}
+        found, _ = evaluate(some, tokenizer, *few, scorer, replace(sampling, samples=1), ORIGINAL)
+        measured |= {name: found[name] for name in control}
     for name, one in variants.items():
         notes = filter(None, [one.about.get("note"), measured[name]["note"]])
         about = {key: value for key, value in one.about.items() if key not in ("n_edges", "note")}
