@@ -238,13 +238,13 @@ def draw_evidence(folder: Path | str) -> Path:
     masks, stable = report["masks"], report["stability"]
     path = folder / "evidence.png"
     longest = max((len(one["edges"]) for one in masks.values()), default=1)
-    with figure(path, 2.6 * max(len(masks), 1) + (2.6 if stable else 0), 1.5 + 0.24 * max(longest, 4)) as drawn:
+    with figure(path, 2.6 * max(len(masks), 1) + (2.6 if stable else 0), 1.7 + 0.28 * max(longest, 4)) as drawn:
         axes = drawn.subplots(1, len(masks) + bool(stable), squeeze=False)[0]
         for place, (name, one) in zip(axes, masks.items(), strict=False):
             _edge_effects(place, one["edges"])
             place.set_title(name.replace("_", " "))
         handles, labels = axes[0].get_legend_handles_labels()
-        drawn.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=7)
+        drawn.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=7)
         if stable:
             rows = [f"{row['carry']}, {row['budget']} edges\n{len(row['masks'])} seeds" for row in stable]
             axes[-1].barh(range(len(rows)), [row["jaccard"] for row in stable], height=0.5, color=COLOURS[0])

@@ -38,12 +38,12 @@ def reset_peak() -> bool:
 
 @contextmanager
 def cost(device: torch.device | str = "cpu") -> Iterator[dict[str, float | None]]:
-    """Measure the block: a dict that holds, when it ends, `seconds` and `peak_gb`.
+    """Measure the block: a dict that holds, when it ends, `seconds`, `cpu_seconds` (of all threads) and `peak_gb`.
 
     `peak_gb` is the highest memory above what was in use at the beginning: of the device on CUDA, else of the process,
     and None where the system does not tell (elsewhere than on Linux).
     """
-    measured: dict[str, float | None] = {"seconds": None, "peak_gb": None}
+    measured: dict[str, float | None] = {"seconds": None, "cpu_seconds": None, "peak_gb": None}
     on_cuda = torch.device(device).type == "cuda"
     if on_cuda:
         torch.cuda.synchronize(device)
@@ -51,13 +51,14 @@ def cost(device: torch.device | str = "cpu") -> Iterator[dict[str, float | None]
         base = torch.cuda.memory_allocated(device)
     else:
         base = resident("VmRSS") if reset_peak() else None
-    begin = time.perf_counter()
+    begin, worked = time.perf_counter(), time.process_time()
     try:
         yield measured
     finally:
         if on_cuda:
             torch.cuda.synchronize(device)
         measured["seconds"] = round(time.perf_counter() - begin, 2)
+        measured["cpu_seconds"] = round(time.process_time() - worked, 2)
         peak = torch.cuda.max_memory_allocated(device) if on_cuda else resident()
         if base is not None and peak is not None:
             measured["peak_gb"] = round(max(peak - base, 0) / 1e9, 3)

@@ -81,8 +81,8 @@ def statement(models: Mapping[str, Any]) -> str:
         lines.append("No fine-tuned model was measured, so there is nothing to compare the masks with.")
     elif on := [name for name, one in found["masks"].items() if not one["beaten_by"]]:
         lines.append(
-            f"**On the Pareto front of toxicity against ordinary loss: {', '.join(on)}** (masks of at most {FEW} edges; "
-            "no fine-tuned model has both lower toxicity and lower ordinary loss)."
+            f"**On the Pareto front of toxicity against ordinary loss: {', '.join(on)}** (masks of at most {FEW} "
+            "edges; no fine-tuned model has both lower toxicity and lower ordinary loss)."
         )
         if off := [name for name in found["masks"] if name not in on]:
             lines.append(f"Not on it: {', '.join(off)}.")
@@ -229,8 +229,10 @@ def _evidence(evidence: Mapping[str, Any]) -> str:
             grid(["edge", "toxic, within", "toxic, alone", "ordinary, within", "ordinary, alone"], rows),
         ]
     rows = [
-        [row["carry"], str(row["budget"]), str(len(row["masks"])), number(row["jaccard"], 2), number(row["by_chance"], 2),
-         str(sum(count == len(row["masks"]) for count in row["chosen_by"].values()))]
+        [
+            row["carry"], str(row["budget"]), str(len(row["masks"])), number(row["jaccard"], 2),
+            number(row["by_chance"], 2), str(sum(count == len(row["masks"]) for count in row["chosen_by"].values())),
+        ]
         for row in evidence["stability"]
     ]  # fmt: skip
     if rows:
@@ -257,11 +259,15 @@ def _relearning(relearning: Mapping[str, Any]) -> str:
 
 def _costs(costs: Mapping[str, Any]) -> str:
     rows = [
-        [name, number(one.get("seconds"), 1), number(one.get("seconds_with_tuning"), 1), number(one.get("peak_gb"))]
+        [
+            name,
+            *(number(one.get(key), 1) for key in ("seconds", "cpu_seconds", "seconds_with_tuning")),
+            number(one.get("peak_gb")),
+        ]
         for name, one in costs.items()
     ]
     return (
-        "Wall-clock seconds of making each model and peak memory above what was held before, GB; with tuning: all "
-        "learning rates. Measured, and so not the same twice.\n\n"
-        + grid(["model", "seconds", "with tuning", "peak memory, GB"], rows)
+        "Seconds of making each model, by the clock and of the CPU, and peak memory above what was held before; with "
+        "tuning: all learning rates, by the clock. Measured, and so not the same twice.\n\n"
+        + grid(["model", "seconds", "CPU seconds", "with tuning", "peak memory, GB"], rows)
     )

@@ -49,7 +49,7 @@ def load_splits(
     ordinary: str,
     length: int = 50,
     examples: int | None = 100,
-    validation: int = 100,
+    validation: int = 50,
     seed: int = 0,
 ) -> Splits:
     """Read and split the texts of an experiment.

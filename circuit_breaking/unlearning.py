@@ -52,7 +52,8 @@ def prediction_losses_of(model: nn.Module, batch: TokenBatch) -> tuple[Tensor, T
     batch = batch.to(model.device)
     where = batch.predicted
     hidden = model.base_model(input_ids=batch.tokens, use_cache=False).last_hidden_state[where]
-    logits = model.get_output_embeddings()(hidden).float()
+    logits = model.get_output_embeddings()(hidden)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     losses = F.cross_entropy(logits, batch.tokens.roll(-1, 1)[where], reduction="none")
     return losses, where.nonzero()[:, 0]
 
@@ -125,7 +126,7 @@ def activations(model: nn.Module, batch: TokenBatch, layer: int) -> Tensor:
 
 def rmu_layer(model: nn.Module, settings: LossSettings) -> int:
     layers = model.config.num_hidden_layers
-    layer = settings.rmu_layer if settings.rmu_layer >= 0 else layers // 2
+    layer = settings.rmu_layer if settings.rmu_layer >= 0 else min(layers // 2, layers - 2)
     # the last entry of Hugging Face's hidden states is behind the final norm
     if not 0 <= layer < layers - 1:
         raise UserError(f"rmu_layer is {layer}; give one between 0 and {layers - 2}, or -1.")

@@ -42,7 +42,7 @@ class Settings:
     seeds: int = 3  # masks at that budget; draws of continuations
     random_seeds: int = 5  # random masks for each budget
     methods: tuple[str, ...] = ("joint", "ascent", "task_arithmetic", "npo", "rmu")  # ways to fine-tune
-    lrs: tuple[float, ...] = (1e-5, 1e-4, 1e-3)  # learning rates of each; the best on validation texts is kept
+    lrs: tuple[float, ...] = ()  # learning rates of each, the best is kept; none: two each, see finetune_gpt2.py
     steps: int = 200  # most steps of each
     num_texts: int = 500  # most held-out texts of each kind
     num_prompts: int = 100  # most prompts of each kind
@@ -78,7 +78,8 @@ def stages(settings: Settings) -> list[list[Part]]:
     ]  # fmt: skip
     making = [(f"masks_{carry}", "sweep_masks.py", [*model, *masks, "--carries", carry]) for carry in ("zero", "mean")]
     if settings.methods:
-        chosen = ["--methods", *settings.methods, "--lrs", *map(str, settings.lrs), f"--steps={settings.steps}"]
+        chosen = ["--methods", *settings.methods, f"--steps={settings.steps}"]
+        chosen += ["--lrs", *map(str, settings.lrs)] if settings.lrs else []
         making.append(("finetuned", "finetune_gpt2.py", [*model, *chosen]))
     parts = [
         making,

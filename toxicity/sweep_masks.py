@@ -48,7 +48,7 @@ class Settings:
 
     length: int = 50  # tokens a text is cut to
     examples: int = 100  # toxic texts to learn from; 0: all that do not validate
-    validation: int = 100  # most texts of each kind that are left to choose fine-tuned checkpoints by
+    validation: int = 50  # most texts of each kind that are left to choose fine-tuned checkpoints by
     split_qkv: bool = False  # let each head's query, key and value read for themselves
     seed: int = 0  # of the choice and the order of texts, and of random edges
     device: str = "auto"  # auto, cpu, cuda, mps
