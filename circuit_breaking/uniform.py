@@ -44,9 +44,11 @@ def running_mean(x: np.ndarray, y: np.ndarray, at: np.ndarray, width: float, res
     few = (weights > 0).sum(0) < 5
     draws = np.random.default_rng(0).multinomial(len(x), np.full(len(x), 1 / len(x)), resamples)
     counts = np.concatenate([np.ones((1, len(x))), draws])
-    with np.errstate(invalid="ignore", divide="ignore"):
-        means = (counts * y) @ weights / (counts @ weights)
-        low, high = np.nanquantile(means[1:], [0.025, 0.975], axis=0) if len(x) else (means[0], means[0])
-    result = np.stack([means[0], low, high])
-    result[:, few] = np.nan
+    result = np.full((3, len(at)), np.nan)
+    if not few.all():
+        near = weights[:, ~few]
+        totals = counts @ near
+        # a resample without a single text near a point says nothing there
+        means = np.divide((counts * y) @ near, totals, out=np.full_like(totals, np.nan), where=totals > 0)
+        result[:, ~few] = np.stack([means[0], *np.nanquantile(means[1:], [0.025, 0.975], axis=0)])
     return result
