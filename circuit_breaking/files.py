@@ -147,7 +147,7 @@ def read_jsonl(path: Path | str, hint: str = "Check the path in the settings.") 
 
 def write_tensors(path: Path | str, tensors: dict[str, Tensor], about: dict[str, Any] | None = None) -> None:
     """Write tensors and a JSON-able `about` (kept in the header's metadata) to a safetensors file atomically."""
-    header = {"about": json.dumps(about or {}, default=_plain), "format": "pt"}
+    header = {"about": json.dumps(about or {}, default=_plain)}  # of two entries the order would be left to chance
     with atomic_path(path) as temporary:
         save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, temporary, header)
 

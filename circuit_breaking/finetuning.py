@@ -143,8 +143,8 @@ class _Run:
         self.state: State = start(method, model, settings, settings.seed)
         self.model = model
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.before = self._weights()
-        self.kept: Weights = self.before
+        self.kept: Weights = self._weights()
+        self.before: Weights = self.kept if method.subtracts else {}  # only those need the original to the end
         self.best: dict[str, Any] = {}
         self.stale = 0
         self.optimizer = torch.optim.AdamW(self.trained.values(), lr=settings.lr, weight_decay=0.0)

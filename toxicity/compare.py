@@ -85,12 +85,22 @@ def stages(settings: Settings) -> list[list[Part]]:
         making,
         [
             ("evaluation", "evaluation.py", [*model, *measured]),
-            ("relearning", "relearn.py", [*model, "--models", *judged, *tuned, scorer]),
-            ("evidence", "edge_evidence.py", [*model, "--masks", *judged, "--similar", folder / "masks"]),
+            ("relearning", "relearn.py", [*model, "--models", *judged, *tuned, scorer, *fewer(settings, 5, 2)]),
+            (
+                "evidence",
+                "edge_evidence.py",
+                [*model, "--masks", *judged, "--similar", folder / "masks", *fewer(settings, 2)],
+            ),
         ],
         [("report", "report.py", [*common[:2], *(["--examples"] if settings.save_generations else [])])],
     ]
     return [[(name, script, list(map(str, options))) for name, script, options in stage] for stage in parts]
+
+
+def fewer(settings: Settings, texts: int, prompts: int = 0) -> list[str]:
+    """Options for a part that measures many times: so much fewer texts, and prompts if it takes any."""
+    options = [f"--num-texts={max(1, settings.num_texts // texts)}"]
+    return options + ([f"--num-prompts={max(1, settings.num_prompts // prompts)}"] if prompts else [])
 
 
 def run_part(part: Part, settings: Settings) -> float:
