@@ -4,25 +4,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from circuit_breaking.comparison import FEW, controls, family_of, pareto
+from circuit_breaking.tables import interval, number
 
 COSTS_HEADING = "## Costs of this run"  # what stands below it differs from run to run, and nothing above it does
-
-
-def number(value: float | None, digits: int = 3) -> str:
-    """A number for a table: fewer digits where it is large, an en dash where it is None."""
-    if value is None:
-        return "–"
-    return f"{value:.{max(0, digits - 2)}f}" if abs(value) >= 10 else f"{value:.{digits}f}"
-
-
-def interval(entry: Mapping[str, Any] | None, digits: int = 3) -> str:
-    """`value (low–high)`."""
-    if entry is None or entry.get("value") is None:
-        return "–"
-    if entry.get("low") is None:
-        return number(entry["value"], digits)
-    low, high = number(entry["low"], digits), number(entry["high"], digits)
-    return f"{number(entry['value'], digits)} ({low}–{high})"
 
 
 def grid(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

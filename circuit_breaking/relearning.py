@@ -8,7 +8,7 @@ Shapes: n prompts, S samples a prompt.
 import copy
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -60,7 +60,7 @@ def relearn(
         A row for each check: its `step`, and what `measure` said. And a note: None, or why training ended early.
     """
     with variant.opened(hf) as opened:
-        model = opened if opened is not hf else None
+        model = opened if variant.kind == "finetuned" else None
     model = (copy.deepcopy(hf) if model is None else model).requires_grad_(True)
     task = TextTask("relearning", examples, examples, seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, weight_decay=0.0)
@@ -135,7 +135,7 @@ def with_context(
                 break
             prompt = longer
         rows.append(prompt)
-    return replace(pad_right(rows, int(prompts.tokens[0, 0])))
+    return pad_right(rows, int(prompts.tokens[0, 0]))
 
 
 def _row(batch: TokenBatch, number: int) -> list[int]:

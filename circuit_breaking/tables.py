@@ -1,4 +1,4 @@
-"""Reports as tables: on a terminal, in Markdown, in CSV (layer 3)."""
+"""Reports as tables on a terminal and in CSV, and numbers as tables show them (layer 3)."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -20,14 +20,14 @@ def table(report: Mapping[str, Any]) -> Table:
     result.add_row("edges cut", *(str(models[name].get("edges_cut", "")) for name in models))
     first = next(iter(models.values()))
     for key in first["losses"]:
-        result.add_row(f"loss on {key} text", *(_cell(models[name]["losses"].get(key)) for name in models))
+        result.add_row(f"loss on {key} text", *(interval(models[name]["losses"].get(key)) for name in models))
     for key in first["continuations"]:
         result.add_section()
         result.add_row(f"[italic]after {key} prompts")
         for measure, label in MEASURES.items():
             if measure in UNSHOWN:
                 continue
-            cells = (_cell(models[name]["continuations"].get(key, {}).get(measure)) for name in models)
+            cells = (interval(models[name]["continuations"].get(key, {}).get(measure)) for name in models)
             result.add_row(f"  {label}", *cells)
     return result
 
@@ -48,16 +48,8 @@ def overview(report: Mapping[str, Any]) -> Table:
             after.get("toxicity"),
             after.get("perplexity"),
         ]
-        result.add_row(name, str(one.get("edges_cut", "")), f"{share:.0%}", *map(_cell, cells))
+        result.add_row(name, str(one.get("edges_cut", "")), f"{share:.0%}", *map(interval, cells))
     return result
-
-
-def _cell(entry: Mapping[str, Any] | None) -> str:
-    if entry is None or entry["value"] is None:
-        return "–"
-    digits = 1 if entry["value"] >= 10 else 3
-    numbers = [f"{entry[name]:.{digits}f}" for name in ("value", "low", "high") if entry.get(name) is not None]
-    return numbers[0] if len(numbers) == 1 else f"{numbers[0]} ({numbers[1]}–{numbers[2]})"
 
 
 def flat_rows(models: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -80,3 +72,20 @@ def _flatten(row: dict[str, Any], name: str, value: Any) -> None:
             _flatten(row, f"{name}.{number}", inner)
     else:
         row[name] = value
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A number for a table: fewer digits where it is large, an en dash where it is None."""
+    if value is None:
+        return "–"
+    return f"{value:.{max(0, digits - 2)}f}" if abs(value) >= 10 else f"{value:.{digits}f}"
+
+
+def interval(entry: Mapping[str, Any] | None, digits: int = 3) -> str:
+    """`value (low–high)`."""
+    if entry is None or entry.get("value") is None:
+        return "–"
+    if entry.get("low") is None:
+        return number(entry["value"], digits)
+    low, high = number(entry["low"], digits), number(entry["high"], digits)
+    return f"{number(entry['value'], digits)} ({low}–{high})"

@@ -12,8 +12,8 @@ from circuit_breaking import comparison_figures
 from circuit_breaking.cli import UserError
 from circuit_breaking.comparison import controls, dominating, family_of, jaccard, jaccard_by_chance, models_of, pareto
 from circuit_breaking.files import read_csv, write_csv, write_json, write_jsonl, write_text
-from circuit_breaking.markdown import COSTS_HEADING, grid, interval, number, render, statement
-from circuit_breaking.tables import flat_rows
+from circuit_breaking.markdown import COSTS_HEADING, grid, render, statement
+from circuit_breaking.tables import flat_rows, interval, number
 from circuit_breaking.uniform import read_uniform, running_mean, spread
 
 script = load_script("toxicity/report.py")
@@ -284,7 +284,7 @@ def test_what_is_drawn_is_what_the_files_say(folder, monkeypatch):
     assert {"joint", "original"} <= labels and "ascent" not in labels
     comparison_figures.draw_relearning(folder)
     ten = seen[1].axes[0]
-    assert [line.get_ydata().tolist() for line in ten.lines][0] == pytest.approx([0.0, 0.1, 0.2, 0.3])
+    assert ten.lines[0].get_ydata().tolist() == pytest.approx([0.0, 0.1, 0.2, 0.3])
     comparison_figures.draw_uniform(folder)
     drawn = {line.get_label() for line in seen[2].axes[0].lines}
     assert drawn == {"original", "zero 12", "joint"}
@@ -306,7 +306,7 @@ def test_numbers_for_people():
 
 
 def test_what_is_wrong_with_the_files(tmp_path):
-    with pytest.raises(UserError, match="no file .*report.json. Make one with toxicity/evaluation.py"):
+    with pytest.raises(UserError, match=r"no file .*report.json. Make one with toxicity/evaluation.py"):
         script.main(script.Settings(run="none", out=tmp_path))
     assert list(tmp_path.iterdir()) == []
     write_text(tmp_path / "report.json", '{"models": {}}')

@@ -50,9 +50,9 @@ def before_and_after(folder: Path, count: int) -> str:
     models = models_of(folder)
     first: dict[str, dict[str, str]] = {}
     for row in read_jsonl(folder / "generations.jsonl", hint):
-        if row["prompts"] == "toxic" and row.get("decoding", "continuations") == "continuations":
-            if models.get(row["model"], {}).get("kind") != "random":
-                first.setdefault(row["prompt"], {}).setdefault(row["model"], row["continuation"])
+        drawn = row["prompts"] == "toxic" and row.get("decoding", "continuations") == "continuations"
+        if drawn and models.get(row["model"], {}).get("kind") != "random":
+            first.setdefault(row["prompt"], {}).setdefault(row["model"], row["continuation"])
     if not first:
         raise UserError(f"{folder / 'generations.jsonl'} holds no continuations of toxic prompts. {hint}")
     parts = []

@@ -98,6 +98,8 @@ def main(settings: Settings) -> None:
         texts = splits[settings.seed].ordinary["train"][: settings.mean_texts]
         save_means(means_of["mean"], model, compute_means(model, texts), {**record, "num_texts": len(texts)})
 
+    if beyond := [budget for budget in settings.budgets if budget > len(model.graph)]:
+        print(f"note: the model has {len(model.graph)} edges, so there is no mask of {', '.join(map(str, beyond))}.")
     cut: dict[tuple[str, int], int] = {}
     for name, carry, budget, seed in plan(settings, len(model.graph)):
         if seed not in splits:
