@@ -13,7 +13,7 @@ from circuit_breaking.cli import UserError
 from circuit_breaking.costs import cost, resident
 from circuit_breaking.edge_evidence import leave_one_out, stability
 from circuit_breaking.evaluation import text_losses
-from circuit_breaking.files import write_json
+from circuit_breaking.files import read_tensors, write_json, write_tensors
 from circuit_breaking.masks import save_mask
 from circuit_breaking.means import save_means
 from circuit_breaking.models import load_hf_model, load_model
@@ -141,7 +141,16 @@ def test_stability_groups_masks_that_differ_in_seed():
     assert row["by_chance"] == pytest.approx((1 * 1 + 16 * (1 / 3) + 28 * 0) / 45)  # of 45 pairs of edges
 
 
-# Costs
+# Files and costs
+
+
+def test_tensors_are_written_the_same_each_time(tmp_path):
+    contents = set()
+    for number in range(8):
+        write_tensors(tmp_path / f"{number}.safetensors", {"b": torch.ones(2), "a": torch.zeros(1)}, {"x": 1, "y": [2]})
+        contents.add((tmp_path / f"{number}.safetensors").read_bytes())
+    assert len(contents) == 1
+    assert read_tensors(tmp_path / "0.safetensors")[1] == {"x": 1, "y": [2]}
 
 
 def test_costs_are_measured():
