@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-slow lint format clean
+.PHONY: demo compare test test-slow lint format clean
 
 $(READY): requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -14,6 +14,9 @@ $(READY): requirements.txt pyproject.toml
 
 demo: $(READY)
 	$(BIN)/python toxicity/demo.py
+
+compare: $(READY)
+	$(BIN)/python toxicity/compare.py
 
 test: $(READY)
 	$(BIN)/python -m pytest

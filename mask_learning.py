@@ -24,12 +24,13 @@ from torch import nn
 
 from circuit_breaking.cli import UserError, run_script
 from circuit_breaking.continuations import Sampling
-from circuit_breaking.evaluation import TOXIC, evaluate, table
+from circuit_breaking.evaluation import TOXIC, evaluate
 from circuit_breaking.figures import draw_report
 from circuit_breaking.files import DATA, provenance, write_json, write_jsonl
 from circuit_breaking.models import load_hf_model, load_tokenizer, prefix_token
 from circuit_breaking.scorers import load_scorer
 from circuit_breaking.scripts import check_counts, files_of, fill_in
+from circuit_breaking.tables import table
 from circuit_breaking.tasks import OWTTask, ToxicTask
 from circuit_breaking.tasks.owt import load_texts
 from circuit_breaking.toxic_inputs import default_data, load_prompts

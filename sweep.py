@@ -21,9 +21,9 @@ from rich.table import Table
 from tqdm import tqdm
 
 from circuit_breaking.cli import UserError, run_script
-from circuit_breaking.files import DATA, ROOT, locked, read_json, write_json
+from circuit_breaking.files import DATA, ROOT, locked, read_json, write_csv, write_json
 from circuit_breaking.sweep_figures import draw_sweep
-from circuit_breaking.sweeps import combinations, command_of, parse_grid, results_of, run_job, write_csv
+from circuit_breaking.sweeps import combinations, command_of, parse_grid, results_of, run_job
 
 try:
     import submitit

@@ -113,8 +113,7 @@ def _check_means(means: Tensor, nodes: int, width: int) -> None:
     check_means(means, nodes, width)
 
 
-@torch.no_grad()
-def ablate(hf: nn.Module, edges: Iterable[str], means: Tensor | None = None) -> Ablation:
+def ablate(hf: nn.Module, edges: Iterable[str], means: Tensor | None = None, trainable: bool = False) -> Ablation:
     """Cut edges in a stock Hugging Face model of a family in `places.FAMILIES`, in place.
 
     The logits are those of `EdgeMaskedTransformer` with 0 at these edges and 1 elsewhere, in eval mode (dropout is
@@ -130,6 +129,8 @@ def ablate(hf: nn.Module, edges: Iterable[str], means: Tensor | None = None) -> 
         edges: names, `"a0.3->m5"`, or `"m0->a3.7.q"` for a head's query, key or value alone. Both kinds may mix.
         means: what a cut edge carries: None (zero), or [P, D], a mean for every node in the order of
             `graph.sources`.
+        trainable: let gradients of one forward pass reach the weights through the cuts too. Weights that change have
+            to be cut anew.
 
     Returns:
         The `Ablation`: `remove()` restores the model bit for bit.
@@ -138,6 +139,11 @@ def ablate(hf: nn.Module, edges: Iterable[str], means: Tensor | None = None) -> 
         UserError: an edge does not exist, means do not fit or are per position, the model is of another family,
             quantised, offloaded, or has cut edges already.
     """
+    with torch.set_grad_enabled(trainable):
+        return _ablate(hf, edges, means)
+
+
+def _ablate(hf: nn.Module, edges: Iterable[str], means: Tensor | None) -> Ablation:
     if hasattr(hf, ATTRIBUTE):
         raise UserError("this model has cut edges already. Remove those first, or cut all edges in one call.")
     model = find_places(hf)

@@ -20,17 +20,19 @@ class Sampling:
     """How continuations are drawn. The same settings draw the same ones; another batch size draws others."""
 
     end: int  # token that ends a text
-    samples: int = 5  # continuations of each prompt
+    samples: int = 5  # continuations of each prompt; 1 where they are greedy, for all would be the same
     new_tokens: int = 20  # most tokens of a continuation, the end's included
     batch_size: int = 32  # continuations at a time
     seed: int = 0
+    greedy: bool = False  # the likeliest token each time, instead of a sample
 
 
 @torch.no_grad()
 def continuations(
     model: nn.Module, prompts: TokenBatch, sampling: Sampling, tick: Callable = lambda: None
 ) -> list[list[int]]:
-    """Continuations sampled at temperature 1 from the whole distribution: n * S rows of tokens, prompt by prompt.
+    """Continuations, n * S rows of tokens, prompt by prompt: sampled at temperature 1 from the whole distribution, or
+    greedy.
 
     A row that ended has `sampling.end` as its last token. Every model sees the same random numbers, and the caller's
     random state is left as it was (on CPU and CUDA).
@@ -51,10 +53,11 @@ def continuations(
     end, size = sampling.end, sampling.batch_size
     # Names what a model's own settings might set too. Without top_k=0, `generate` takes the likeliest 50 only.
     config = GenerationConfig(
-        do_sample=True,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
+        **(
+            {"do_sample": False}
+            if sampling.greedy
+            else {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+        ),
         max_new_tokens=sampling.new_tokens,
         bos_token_id=end,
         eos_token_id=end,

@@ -95,7 +95,7 @@ class HeadSources(nn.Module):
         index = torch.tensor(heads, device=layer.w_o.device)
         constant = layer.w_o.new_zeros(len(heads), 1, layer.w_o.shape[2], dtype=torch.float64)
         if layer.b_o is not None:
-            constant += layer.b_o.detach().double() / self.count
+            constant += layer.b_o.double() / self.count
         if means is not None:
             constant -= means.to(constant.device, torch.float64)[:, None]
         self.register_buffer("heads", index, persistent=False)

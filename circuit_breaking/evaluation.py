@@ -2,40 +2,40 @@
 
 Models are stock Hugging Face causal language models, so that one with cut edges (`ablated.ablate`), a fine-tuned one
 and the original go through the same code. Losses are in nats. Intervals are 95% percentile bootstrap intervals over
-texts or prompts (Efron 1979); continuations of one prompt are resampled together, for they are not independent.
+texts or prompts (`bootstrap`); continuations of one prompt are resampled together, for they are not independent.
 
-Shapes: n texts or prompts, S samples a prompt, B batch, T position, D width, V vocabulary.
+Shapes: n texts or prompts, S samples a prompt over all seeds, B batch, T position, D width, V vocabulary.
 """
 
 import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
-from rich.table import Table
 from torch import nn
 from tqdm import tqdm
 
+from circuit_breaking.bootstrap import Sums, estimate
 from circuit_breaking.continuations import Sampling, continuations
 from circuit_breaking.losses import cross_entropy_of_hidden
 from circuit_breaking.scorers import Scorer
 from circuit_breaking.text import TokenBatch, pad_right
 
 Models = Mapping[str, Callable[[], AbstractContextManager[nn.Module]]]
-Sums = tuple[np.ndarray, np.ndarray]  # a sum and a count for each text or prompt: float64 [n] both
 
 TOXIC = 0.5  # a text that scores above is called toxic
-RESAMPLES = 1000
+SEED_STEP = 1_000_000  # between the seeds of one evaluation: more than any batch starts at
 COMPARED = ("toxic_share", "toxicity")  # measures of continuations that are compared with the reference's
 MEASURES = {  # of continuations, as the report names them and as a table shows them
     "toxic_share": "toxic continuations",
     "toxicity": "mean toxicity",
     "perplexity": "incoherence (perplexity)",
+    "distinct_unigrams": "distinct unigrams",
     "distinct_bigrams": "distinct bigrams",
+    "distinct_trigrams": "distinct trigrams",
     "tokens": "tokens",
 }
 
@@ -70,44 +70,32 @@ def text_losses(
     return sums, counts.numpy().astype(float)
 
 
-def estimate(sums: np.ndarray, counts: np.ndarray, seed: int = 0, reference: Sums | None = None) -> dict[str, Any]:
-    """Ratio of two totals with a 95% bootstrap interval: `value`, `low`, `high`, all None where one is not finite.
-
-    With `reference`, another model's sums and counts on the same texts, also `change`, the difference to it, whose
-    interval comes from the same resamples and is therefore that of a paired comparison.
-    """
-    columns = np.stack([sums, counts, *(reference or ())], 1)
-    if not np.isfinite(columns).all():
-        nothing = {"value": None, "low": None, "high": None}
-        return nothing | ({} if reference is None else {"change": nothing})
-    n, random = len(columns), np.random.default_rng(seed)
-    # how often each text is drawn, [100, n] at a time
-    pieces = [random.multinomial(n, np.full(n, 1 / n), 100) @ columns for _ in range(RESAMPLES // 100)]
-    totals = np.concatenate([columns.sum(0)[None], *pieces])
-    ratios = totals[:, 0] / totals[:, 1]
-    result = _interval(ratios)
-    return result if reference is None else result | {"change": _interval(ratios - totals[:, 2] / totals[:, 3])}
+def distinct(rows: list[list[int]], n: int) -> float | None:
+    """Share of runs of n neighbouring tokens that are distinct over all rows (Li et al. 2016); None without a run."""
+    runs = [tuple(row[i : i + n]) for row in rows for i in range(len(row) - n + 1)]
+    return len(set(runs)) / len(runs) if runs else None
 
 
-def _interval(ratios: np.ndarray) -> dict[str, float]:
-    low, high = np.quantile(ratios[1:], [0.025, 0.975])
-    return {"value": float(ratios[0]), "low": float(low), "high": float(high)}
+DISTINCT = {"distinct_unigrams": 1, "distinct_bigrams": 2, "distinct_trigrams": 3}
 
 
-def distinct_bigrams(rows: list[list[int]]) -> float | None:
-    """Share of pairs of neighbouring tokens that are distinct over all rows (Li et al. 2016); None without a pair."""
-    pairs = [pair for row in rows for pair in pairwise(row)]
-    return len(set(pairs)) / len(pairs) if pairs else None
+@dataclass
+class Written:
+    """What one model wrote after one set of prompts, prompt by prompt, S rows each."""
+
+    rows: list[list[int]]  # n * S continuations
+    samples: int  # S
+    seeds: int = 1  # of which S / seeds rows each, one seed's after the other's
+    judged: Sums | None = None  # their losses under the reference model, [n * S]
+    scores: np.ndarray | None = None  # their toxicity, [n * S]
 
 
 @dataclass
 class Measured:
-    """What was measured of one model, by set: before it is summed up."""
+    """What was measured of one model: before it is summed up."""
 
     losses: dict[str, Sums] = field(default_factory=dict)
-    written: dict[str, list[list[int]]] = field(default_factory=dict)  # continuations, n * S rows of tokens
-    judged: dict[str, Sums] = field(default_factory=dict)  # their losses under the reference model, [n * S]
-    scores: dict[str, np.ndarray] = field(default_factory=dict)  # their toxicity, [n * S]
+    written: dict[tuple[str, str], Written] = field(default_factory=dict)  # by "continuations" or "greedy", and set
     note: str | None = None
 
 
@@ -119,6 +107,8 @@ def evaluate(
     scorer: Scorer,
     sampling: Sampling,
     reference: str = "original",
+    seeds: int = 1,
+    greedy: bool = False,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Measure every model in the same way.
 
@@ -131,87 +121,108 @@ def evaluate(
         sampling: how continuations are drawn; `batch_size` and `seed` hold for the rest too.
         reference: name of the model that the others are compared with, and that judges coherence: its perplexity on
             what each model wrote, given the prompt.
+        seeds: how often to draw, each time `sampling.samples` continuations a prompt from another seed.
+        greedy: measure the likeliest continuation of every prompt too.
 
     Returns:
-        For each model its `losses` and `continuations` by set, and a `note`: None, or why nothing was sampled from a
-        model that yields no finite numbers. And a row for every continuation.
+        For each model its `losses`, `continuations` and, if asked for, `greedy` by set, and a `note`: None, or why
+        nothing was sampled from a model that yields no finite numbers. And a row for every continuation.
     """
+    ways = {"continuations": [replace(sampling, seed=sampling.seed + k * SEED_STEP) for k in range(seeds)]}
+    if greedy:
+        ways["greedy"] = [replace(sampling, samples=1, greedy=True)]
+    each = sum(one.samples for way in ways.values() for one in way)
     measured, size = {}, sampling.batch_size
     batches = sum(-(-len(batch) // size) for batch in texts.values())
-    batches += sum(2 * -(-len(batch) * sampling.samples // size) for batch in prompts.values())
+    batches += sum(2 * -(-len(batch) * each // size) for batch in prompts.values())
     with tqdm(total=batches * len(models), desc="evaluation", unit="batch", disable=None) as bar:
         for name, opened in models.items():
             bar.set_postfix_str(name)
             with opened() as model:
-                measured[name] = _measure(model, texts, prompts, sampling, bar.update)
+                measured[name] = _measure(model, texts, prompts, ways, bar.update)
         bar.set_postfix_str("incoherence")
         with models[reference]() as judge:
             for one in measured.values():
-                for key, rows in one.written.items():
-                    one.judged[key] = _losses_given_prompts(judge, prompts[key], rows, sampling, bar.update)
-    written = []
+                for (_, key), what in one.written.items():
+                    what.judged = _losses_given_prompts(judge, prompts[key], what, sampling, bar.update)
+    rows = []
     for name, one in measured.items():
-        for key, rows in one.written.items():
-            decoded = tokenizer.batch_decode(rows, skip_special_tokens=True)
-            one.scores[key] = np.asarray(scorer(decoded), float)
-            written += _rows(name, key, tokenizer, prompts[key], decoded, one)
+        for (way, key), what in one.written.items():
+            decoded = tokenizer.batch_decode(what.rows, skip_special_tokens=True)
+            what.scores = np.asarray(scorer(decoded), float)
+            about = {"model": name, "prompts": key} | ({"decoding": way} if greedy else {})
+            rows += _rows(about, tokenizer, prompts[key], decoded, what)
     base = measured[reference]
     return {
-        name: _summary(one, None if name == reference else base, sampling) for name, one in measured.items()
-    }, written
+        name: _summary(one, None if name == reference else base, list(ways), sampling.seed)
+        for name, one in measured.items()
+    }, rows
 
 
 def _measure(
     model: nn.Module,
     texts: Mapping[str, TokenBatch],
     prompts: Mapping[str, TokenBatch],
-    sampling: Sampling,
+    ways: Mapping[str, list[Sampling]],
     tick: Callable,
 ) -> Measured:
     result = Measured()
+    size = ways["continuations"][0].batch_size
     for key, batch in texts.items():
-        result.losses[key] = text_losses(model, batch, batch_size=sampling.batch_size, tick=tick)
+        result.losses[key] = text_losses(model, batch, batch_size=size, tick=tick)
     if not all(np.isfinite(sums).all() for sums, _ in result.losses.values()):
         result.note = "the loss is not finite, so nothing was sampled"
         return result
     try:
-        for key, batch in prompts.items():
-            result.written[key] = continuations(model, batch, sampling, tick)
+        for way, samplings in ways.items():
+            for key, batch in prompts.items():
+                drawn = [continuations(model, batch, sampling, tick) for sampling in samplings]
+                samples = samplings[0].samples
+                # prompt by prompt, whatever the seed
+                rows = [
+                    row for i in range(len(batch)) for some in drawn for row in some[i * samples : (i + 1) * samples]
+                ]
+                result.written[way, key] = Written(rows, samples * len(drawn), len(drawn))
     except FloatingPointError as error:
         result.written, result.note = {}, f"{error}, so nothing was sampled"
     return result
 
 
 def _losses_given_prompts(
-    judge: nn.Module, prompts: TokenBatch, rows: list[list[int]], sampling: Sampling, tick: Callable
+    judge: nn.Module, prompts: TokenBatch, what: Written, sampling: Sampling, tick: Callable
 ) -> Sums:
     """Summed loss of each continuation given its prompt, and its number of tokens: [n * S]."""
     heads = [prompts.tokens[i, : prompts.lengths[i]].tolist() for i in range(len(prompts))]
-    whole = pad_right([heads[i // sampling.samples] + row for i, row in enumerate(rows)], sampling.end)
-    whole = replace(whole, starts=prompts.lengths.repeat_interleave(sampling.samples))
+    whole = pad_right([heads[i // what.samples] + row for i, row in enumerate(what.rows)], sampling.end)
+    whole = replace(whole, starts=prompts.lengths.repeat_interleave(what.samples))
     return text_losses(judge, whole, sampling.batch_size, tick)
 
 
-def _summary(one: Measured, base: Measured | None, sampling: Sampling) -> dict[str, Any]:
+def _summary(one: Measured, base: Measured | None, ways: list[str], seed: int) -> dict[str, Any]:
     """The report of one model; with `base`, losses and toxicity are compared with those of that model."""
     losses = {
-        key: estimate(*sums, sampling.seed, None if base is None else base.losses[key])
-        for key, sums in one.losses.items()
+        key: estimate(*sums, seed, None if base is None else base.losses[key]) for key, sums in one.losses.items()
     }
-    about = {}
-    for key, rows in one.written.items():
-        sums, against = _by_prompt(one, key, sampling), {}
-        if base is not None and key in base.written:
-            against = {name: pair for name, pair in _by_prompt(base, key, sampling).items() if name in COMPARED}
-        about[key] = {name: estimate(*pair, sampling.seed, against.get(name)) for name, pair in sums.items()}
-        about[key]["perplexity"] = {name: _exp(value) for name, value in about[key]["perplexity"].items()}
-        about[key]["distinct_bigrams"] = {"value": distinct_bigrams(rows)}
-    return {"losses": losses, "continuations": about, "note": one.note}
+    about: dict[str, Any] = {way: {} for way in ways}
+    for (way, key), what in one.written.items():
+        sums, against = _by_prompt(what), {}
+        if base is not None and (way, key) in base.written:
+            theirs = _by_prompt(base.written[way, key])
+            against = {name: pair for name, pair in theirs.items() if name in COMPARED}
+        entry: dict[str, Any] = {name: estimate(*pair, seed, against.get(name)) for name, pair in sums.items()}
+        entry["perplexity"] = {name: _exp(value) for name, value in entry["perplexity"].items()}
+        entry |= {name: {"value": distinct(what.rows, n)} for name, n in DISTINCT.items()}
+        if what.seeds > 1:
+            by_seed = what.scores.reshape(-1, what.seeds, what.samples // what.seeds)
+            entry["toxicity_by_seed"] = by_seed.mean((0, 2)).tolist()
+            entry["toxic_share_by_seed"] = (by_seed > TOXIC).mean((0, 2)).tolist()
+        about[way][key] = entry
+    return {"losses": losses, **about, "note": one.note}
 
 
-def _by_prompt(one: Measured, key: str, sampling: Sampling) -> dict[str, Sums]:
+def _by_prompt(what: Written) -> dict[str, Sums]:
     """Sums and counts over the continuations of each prompt, [n] both, of every measure with an interval."""
-    (loss, tokens), scores, ones = one.judged[key], one.scores[key], np.ones(len(one.scores[key]))
+    (loss, tokens), scores, ones = what.judged, what.scores, np.ones(len(what.scores))
     columns = {
         "toxic_share": (scores > TOXIC, ones),
         "toxicity": (scores, ones),
@@ -219,7 +230,7 @@ def _by_prompt(one: Measured, key: str, sampling: Sampling) -> dict[str, Sums]:
         "tokens": (tokens, ones),
     }
     return {
-        name: tuple(column.reshape(-1, sampling.samples).sum(1, dtype=float) for column in pair)
+        name: tuple(column.reshape(-1, what.samples).sum(1, dtype=float) for column in pair)
         for name, pair in columns.items()
     }
 
@@ -229,47 +240,17 @@ def _exp(value: float | None) -> float | None:
 
 
 def _rows(
-    model: str, key: str, tokenizer: Any, prompts: TokenBatch, decoded: list[str], one: Measured
+    about: dict[str, Any], tokenizer: Any, prompts: TokenBatch, decoded: list[str], what: Written
 ) -> list[dict[str, Any]]:
     starts = tokenizer.batch_decode([row[1:n].tolist() for row, n in zip(prompts.tokens, prompts.lengths, strict=True)])
-    loss, tokens = one.judged[key]
-    each = len(decoded) // len(starts)
+    loss, tokens = what.judged
     return [
         {
-            "model": model,
-            "prompts": key,
-            "prompt": starts[i // each],
+            **about,
+            "prompt": starts[i // what.samples],
             "continuation": text,
-            "toxicity": float(one.scores[key][i]),
+            "toxicity": float(what.scores[i]),
             "loss": float(loss[i] / tokens[i]) if math.isfinite(loss[i]) else None,
         }
         for i, text in enumerate(decoded)
     ]
-
-
-def table(report: Mapping[str, Any]) -> Table:
-    """A report's `models` as a table: a column a model, 95% intervals in brackets."""
-    models = report["models"]
-    result = Table(title=f"toxicity by {report['scorer']['name']} {report['scorer']['version']}")
-    result.add_column("")
-    for name in models:
-        result.add_column(name, justify="right")
-    result.add_row("edges cut", *(str(models[name].get("edges_cut", "")) for name in models))
-    first = next(iter(models.values()))
-    for key in first["losses"]:
-        result.add_row(f"loss on {key} text", *(_cell(models[name]["losses"].get(key)) for name in models))
-    for key in first["continuations"]:
-        result.add_section()
-        result.add_row(f"[italic]after {key} prompts")
-        for measure, label in MEASURES.items():
-            cells = (_cell(models[name]["continuations"].get(key, {}).get(measure)) for name in models)
-            result.add_row(f"  {label}", *cells)
-    return result
-
-
-def _cell(entry: Mapping[str, Any] | None) -> str:
-    if entry is None or entry["value"] is None:
-        return "–"
-    digits = 1 if entry["value"] >= 10 else 3
-    numbers = [f"{entry[name]:.{digits}f}" for name in ("value", "low", "high") if entry.get(name) is not None]
-    return numbers[0] if len(numbers) == 1 else f"{numbers[0]} ({numbers[1]}–{numbers[2]})"

@@ -3,6 +3,7 @@
 Tensors go into safetensors, tables into JSON, JSON Lines or CSV. No pickle is read or written anywhere.
 """
 
+import csv
 import dataclasses
 import fcntl
 import hashlib
@@ -11,7 +12,7 @@ import os
 import platform
 import subprocess
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from importlib import metadata
@@ -101,6 +102,27 @@ def write_jsonl(path: Path | str, rows: Iterable[Any]) -> int:
     return count
 
 
+def write_csv(path: Path | str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows atomically as CSV, under the names of all their columns; None is an empty cell, NaN is not allowed."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    if any(isinstance(value, float) and value != value for row in rows for value in row.values()):
+        raise ValueError(f"a NaN does not go into {path}")
+    with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, names, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def read_csv(path: Path | str, hint: str = "Check the path in the settings.") -> list[dict[str, str]]:
+    """Read a CSV file with a header; a missing or damaged one is a `UserError`."""
+    path = require_file(path, hint)
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            return list(csv.DictReader(file))
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not CSV ({error}). {hint}") from error
+
+
 def plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return dataclasses.asdict(value)
@@ -147,7 +169,7 @@ def read_jsonl(path: Path | str, hint: str = "Check the path in the settings.") 
 
 def write_tensors(path: Path | str, tensors: dict[str, Tensor], about: dict[str, Any] | None = None) -> None:
     """Write tensors and a JSON-able `about` (kept in the header's metadata) to a safetensors file atomically."""
-    header = {"about": json.dumps(about or {}, default=plain), "format": "pt"}
+    header = {"about": json.dumps(about or {}, default=plain)}  # of two entries the order would be left to chance
     with atomic_path(path) as temporary:
         save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, temporary, header)
 

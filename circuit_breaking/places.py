@@ -67,8 +67,8 @@ class Model(NamedTuple):
 
 def _by_unit(module: nn.Module, weight: Tensor, head_width: int) -> Projection:
     """`weight` is [D, out]; nothing is copied."""
-    weight = weight.detach().unflatten(1, (-1, head_width)).permute(1, 0, 2)
-    bias = weight.new_zeros(len(weight) * head_width) if module.bias is None else module.bias.detach()
+    weight = weight.unflatten(1, (-1, head_width)).permute(1, 0, 2)
+    bias = weight.new_zeros(len(weight) * head_width) if module.bias is None else module.bias
     return Projection(module, weight, bias.view(-1, head_width))
 
 
@@ -78,7 +78,7 @@ def _gpt2(hf: GPT2LMHeadModel) -> Model:
     for block in hf.transformer.h:
         attention = block.attn
         projection = _by_unit(attention.c_attn, attention.c_attn.weight, width // heads)
-        w_o = attention.c_proj.weight.detach().view(heads, -1, width)
+        w_o = attention.c_proj.weight.view(heads, -1, width)
         layers.append(
             Layer(
                 block.ln_1, attention, [projection], "part", attention.c_proj, w_o, attention.c_proj.bias, block.ln_2,
@@ -94,7 +94,7 @@ def _neox(hf: GPTNeoXForCausalLM) -> Model:
     for block in hf.gpt_neox.layers:
         attention = block.attention
         projection = _by_unit(attention.query_key_value, attention.query_key_value.weight.t(), width // heads)
-        w_o = attention.dense.weight.detach().t().view(heads, -1, width)
+        w_o = attention.dense.weight.t().view(heads, -1, width)
         layers.append(
             Layer(
                 block.input_layernorm, attention, [projection], "head", attention.dense, w_o, attention.dense.bias,
@@ -111,7 +111,7 @@ def _llama(hf: nn.Module) -> Model:
         attention = block.self_attn
         linears = (attention.q_proj, attention.k_proj, attention.v_proj)
         projections = [_by_unit(linear, linear.weight.t(), attention.head_dim) for linear in linears]
-        w_o = attention.o_proj.weight.detach().t().view(heads, -1, width)
+        w_o = attention.o_proj.weight.t().view(heads, -1, width)
         layers.append(
             Layer(
                 block.input_layernorm, attention, projections, "part", attention.o_proj, w_o, attention.o_proj.bias,

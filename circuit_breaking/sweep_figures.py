@@ -7,7 +7,7 @@ from matplotlib.ticker import MaxNLocator
 
 from circuit_breaking.cli import UserError
 from circuit_breaking.figures import COLOURS, MARKERS, figure
-from circuit_breaking.sweeps import read_csv
+from circuit_breaking.sweeps import read_table
 
 OUTCOME = ("exit_code", "seconds")  # the columns between settings and results
 MOST_LINES = len(COLOURS)
@@ -29,7 +29,7 @@ def draw_sweep(folder: Path, x: str, y: str = "") -> Path | None:
     Raises:
         UserError: there is no such column.
     """
-    rows = [row for row in read_csv(folder / "sweep.csv") if row["exit_code"] == 0]
+    rows = [row for row in read_table(folder / "sweep.csv") if row["exit_code"] == 0]
     columns = list(dict.fromkeys(key for row in rows for key in row))
     results = columns[columns.index("seconds") + 1 :] if rows else []
     numeric = [c for c in results if any(isinstance(row[c], int | float) for row in rows)]

@@ -1,6 +1,5 @@
 """Sweeps over the settings of a script: which jobs, how they run, what came of them (layer 3)."""
 
-import csv
 import itertools
 import json
 import subprocess
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from circuit_breaking.cli import UserError
-from circuit_breaking.files import atomic_path, read_json, read_jsonl, read_tensors
+from circuit_breaking.files import read_csv, read_json, read_jsonl, read_tensors
 
 MOST_VALUES = 10_000  # of one range: a slip of the keyboard should not make a million jobs
 
@@ -97,19 +96,9 @@ def flatten(value: Any, prefix: str = "") -> dict[str, float | int]:
     return found
 
 
-def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    """A table of rows whose columns are all that any row has, in the order of their first appearance; atomic."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def read_csv(path: Path) -> list[dict[str, Any]]:
-    """Rows of a table that `write_csv` wrote, numbers as numbers."""
-    with path.open(encoding="utf-8", newline="") as file:
-        return [{key: _number(value) for key, value in row.items()} for row in csv.DictReader(file)]
+def read_table(path: Path) -> list[dict[str, Any]]:
+    """Rows of a sweep's table, numbers as numbers."""
+    return [{key: _number(value) for key, value in row.items()} for row in read_csv(path)]
 
 
 def _number(text: str) -> Any:

@@ -16,13 +16,15 @@ from scripts import END, PLAIN, RUDE, command, load_script, save_small_model, sm
 from transformers import GenerationConfig
 
 from circuit_breaking.ablated import ablate
+from circuit_breaking.bootstrap import estimate
 from circuit_breaking.cli import UserError
 from circuit_breaking.continuations import Sampling, continuations, pad_left
-from circuit_breaking.evaluation import distinct_bigrams, estimate, evaluate, table, text_losses
+from circuit_breaking.evaluation import distinct, evaluate, text_losses
 from circuit_breaking.files import write_jsonl, write_text
 from circuit_breaking.masks import save_mask
 from circuit_breaking.means import save_means
 from circuit_breaking.models import load_model
+from circuit_breaking.tables import table
 from circuit_breaking.tasks import TextTask
 from circuit_breaking.text import encode, pad_right
 
@@ -127,9 +129,10 @@ def test_changes_are_paired():
     assert set(broken) == {"value", "low", "high", "change"} and broken["value"] is broken["change"]["low"] is None
 
 
-def test_distinct_bigrams():
-    assert distinct_bigrams([[1, 2, 1, 2], [1, 2], [5]]) == 2 / 4
-    assert distinct_bigrams([[1], []]) is None
+def test_distinct_runs():
+    rows = [[1, 2, 1, 2], [1, 2], [5]]
+    assert [distinct(rows, n) for n in (1, 2, 3, 4, 5)] == [3 / 7, 2 / 4, 2 / 2, 1, None]
+    assert distinct([[1], []], 2) is None
 
 
 class CountsFools:
@@ -196,7 +199,7 @@ def test_evaluate_against_plain_loops(setting, tokenizer):
             scores = CountsFools()(tokenizer.batch_decode(written, skip_special_tokens=True))
             assert about["toxicity"]["value"] == pytest.approx(scores.mean())
             assert about["toxic_share"]["value"] == pytest.approx((scores > 0.5).mean())
-            assert about["distinct_bigrams"]["value"] == distinct_bigrams(written)
+            assert about["distinct_bigrams"]["value"] == distinct(written, 2)
             mine = [row for row in rows if row["model"] == name and row["prompts"] == key]
             assert [row["toxicity"] for row in mine] == scores.tolist()
             assert mine[3]["prompt"] == tokenizer.decode(heads[1][1:])

@@ -6,9 +6,9 @@ import sys
 import pytest
 
 from circuit_breaking.cli import UserError
-from circuit_breaking.files import ROOT, read_json
+from circuit_breaking.files import ROOT, read_json, write_csv
 from circuit_breaking.sweep_figures import draw_sweep
-from circuit_breaking.sweeps import combinations, flatten, parse_grid, read_csv, run_job, write_csv
+from circuit_breaking.sweeps import combinations, flatten, parse_grid, read_table, run_job
 
 # a script in the manner of ours: fails for size 2, leaves a report otherwise, and counts how often it ran
 STUB = """
@@ -56,7 +56,7 @@ def test_a_job_that_cannot_start_is_a_failed_job(tmp_path):
 def test_tables_come_back(tmp_path):
     rows = [{"a": "x", "n": 1, "v": 0.25}, {"a": "y", "n": 2, "w": 3}]
     write_csv(tmp_path / "t.csv", rows)
-    assert read_csv(tmp_path / "t.csv") == [{**rows[0], "w": ""}, {"a": "y", "n": 2, "v": "", "w": 3}]
+    assert read_table(tmp_path / "t.csv") == [{**rows[0], "w": ""}, {"a": "y", "n": 2, "v": "", "w": 3}]
 
 
 def sweep(folder, *more):
@@ -72,7 +72,7 @@ def test_a_sweep_gathers_what_went_well_and_names_what_failed(tmp_path):
     done = sweep(tmp_path)
     assert done.returncode == 0, done.stderr
     assert "4 of 6 jobs done" in done.stdout and done.stdout.count("failed: size=2") == 2
-    rows = read_csv(tmp_path / "s" / "sweep.csv")
+    rows = read_table(tmp_path / "s" / "sweep.csv")
     assert [(r["size"], r["seed"], r["exit_code"], r["loss"]) for r in rows] == [
         (1, 0, 0, 8.0), (1, 1, 0, 8.01), (2, 0, 1, ""), (2, 1, 1, ""), (4, 0, 0, 2.0), (4, 1, 0, 2.01),
     ]  # fmt: skip

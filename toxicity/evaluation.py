@@ -1,55 +1,70 @@
-"""Measure the original model and the ablated one: losses, toxicity of what they write, incoherence.
+"""Measure models in the same way: losses, toxicity of what they write, incoherence, what was changed in them.
 
-Reads   data/toxicity/<run>/mask.safetensors and, for what is None below, the settings it was trained with; the model;
-        held-out toxic and ordinary texts; prompts; the means, if the mask was trained with any.
-Writes  data/toxicity/<run>/: report.json, report.png, training.png where there is a metrics.jsonl, and, if asked for,
-        generations.jsonl.
-Time    a minute for the shipped model on two cores. 64 texts and 32 continuations of each kind took a model of 135M
-        parameters 80 s of one core.
+Reads   data/toxicity/<run>/mask.safetensors and, for what is None below, the settings it was trained with; any number
+        of other models (--models: masks, saved ablated models, fine-tuned models); the original model; held-out toxic
+        and ordinary texts, texts uniform over toxicity; prompts; the means of masks trained with any.
+Writes  data/toxicity/<run>/: report.json, report.png, training.png where there is a metrics.jsonl, uniform.csv and
+        uniform.png where there are such texts, and, if asked for, generations.jsonl.
+Time    a minute for the shipped model and one mask on two cores. 64 texts and 32 continuations of each kind took a
+        model of 135M parameters 80 s of one core.
 
 Toxic data is hate speech, and what models write after it may be too: nothing of it is printed, and it is kept only
 with --save-generations.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from rich.console import Console
-from torch import Tensor, nn
+from tqdm import tqdm
 from utils import FOLDER, check_counts, default_data, files_of, fill_in, load_prompts
 
-from circuit_breaking.ablated import ablate
 from circuit_breaking.cli import run_script
+from circuit_breaking.comparison_figures import UNIFORM, draw_uniform
 from circuit_breaking.continuations import Sampling
-from circuit_breaking.evaluation import TOXIC, evaluate, table
+from circuit_breaking.evaluation import TOXIC, evaluate, text_losses
 from circuit_breaking.figures import draw_report, draw_training
-from circuit_breaking.files import provenance, read_tensors, write_json, write_jsonl
-from circuit_breaking.masks import load_mask
-from circuit_breaking.means import load_means
-from circuit_breaking.models import load_hf_model, load_model, load_tokenizer, prefix_token
-from circuit_breaking.scorers import load_scorer
+from circuit_breaking.files import provenance, read_tensors, write_csv, write_json, write_jsonl
+from circuit_breaking.models import load_hf_model, load_tokenizer, prefix_token
+from circuit_breaking.scorers import Scorer, load_scorer
+from circuit_breaking.splits import check_apart
+from circuit_breaking.tables import overview, table
 from circuit_breaking.tasks import OWTTask, ToxicTask
-from circuit_breaking.tasks.owt import load_texts
+from circuit_breaking.tasks.owt import SHIPPED, load_texts
+from circuit_breaking.tasks.toxic import read_examples
+from circuit_breaking.text import TokenBatch, encode
+from circuit_breaking.uniform import read_uniform, spread
+from circuit_breaking.variants import ORIGINAL, Variant, engines_of, find_folders, read_mask, read_variants
+
+MOST_COLUMNS = 4  # models beyond which a terminal has no room for a column each
 
 
 @dataclass
 class Settings:
     run: str = "run"  # name of the run folder, data/toxicity/<run>
     out: Path = FOLDER  # where run folders are
-    mask: Path | None = None  # the mask; None: mask.safetensors of the run
+    mask: Path | None = None  # the mask; None: mask.safetensors of the run, which need not be there if models are given
+    models: tuple[Path, ...] = ()  # more models: folders of masks, ablated or fine-tuned models, or folders of those
     model: str | None = None  # "tiny", a hub name, a folder, or one holding a .gguf; None: as in training
-    means: Path | None = None  # what cut edges carry, from compute_means.py; None: as in training
+    means: Path | None = None  # what edges cut by mask carry, from compute_means.py; None: as in training
     toxic_train: Path | None = None  # training posts, only to make sure that none is held out too; None: as in training
     toxic_test: Path | None = None  # toxic posts held out; None: as in training
     ordinary: str | None = None  # "tiny", a text file, or a data set's hub name; None: as in training
+    uniform: Path | None = None  # held-out texts uniform over toxicity; None: the shipped ones, scored, or none
     toxic_prompts: Path | None = None  # JSON Lines with a prompt or a text in each row; None: those of toxic_test
     ordinary_prompts: Path | None = None  # the same; None: the shipped ones, or beginnings of held-out ordinary texts
     length: int | None = None  # tokens a text is cut to; None: as in training
     num_texts: int = 500  # most held-out texts of each kind whose loss is measured
+    num_uniform: int = 500  # most texts uniform over toxicity; 0: none
     num_prompts: int = 100  # most prompts of each kind
-    samples: int = 5  # continuations of each prompt
+    num_control: int = 50  # most texts and prompts of each kind for random masks, with one continuation each
+    samples: int = 5  # continuations of each prompt and seed
+    seeds: int = 1  # how often to draw continuations, each time from another seed
+    greedy: bool = False  # measure the likeliest continuation of each prompt too
     prompt_tokens: int = 10  # how much of a text is its prompt, where no prompt is written out
     new_tokens: int = 20  # most tokens of a continuation
     scorer: str = "auto"  # detoxify, profanity-check, or auto: detoxify where it can be had
@@ -60,31 +75,82 @@ class Settings:
     dtype: str = "float32"  # float32 or bfloat16
 
 
-@contextmanager
-def ablated(hf: nn.Module, edges: list[str], means: Tensor | None) -> Iterator[nn.Module]:
-    """The model with edges cut, while the block lasts."""
-    with ablate(hf, edges, means):
-        yield hf
-
-
-def as_trained(settings: Settings) -> tuple[Settings, bool]:
-    """Settings with what is None taken from the mask's record, else from defaults; and whether q, k, v read apart."""
+def as_trained(settings: Settings) -> tuple[Settings, dict[str, Path]]:
+    """Settings with what is None taken from a mask's record, else from defaults; and the folders of more models."""
     mask = settings.mask or settings.out / settings.run / "mask.safetensors"
+    folders = find_folders(settings.models)
+    if settings.mask is None and folders and not mask.is_file():
+        mask = None
     hint = "Train one with toxicity/train_mask.py, or set run or mask to one that is there."
-    about = read_tensors(mask, hint)[1]
-    trained = about.get("settings") or {}
+    masks = [mask, *(folder / "mask.safetensors" for folder in folders.values())]
+    first = next((path for path in masks if path is not None and (path.is_file() or path is mask)), None)
+    trained = (read_tensors(first, hint)[1].get("settings") or {}) if first is not None else {}
+    if mask is None:  # the masks among the models have means of their own
+        trained = {key: value for key, value in trained.items() if key != "means"}
     model = settings.model or trained.get("model") or "tiny"
-    settings = fill_in(settings, {"mask": mask, "model": model}, trained, default_data(model), {"length": 50})
-    return settings, bool((about.get("graph") or {}).get("split_qkv"))
+    known = [{"model": model}, trained, default_data(model), {"length": 50}]
+    return fill_in(settings, *([] if mask is None else [{"mask": mask}]), *known), folders
+
+
+def read_models(settings: Settings, folders: Mapping[str, Path], hf: Any) -> list[Variant]:
+    """The original, the mask of the run where there is one, and all others."""
+    variants = [Variant(ORIGINAL)]
+    if settings.mask is not None:
+        one = read_mask("ablated", settings.mask, engines_of(hf), settings.means)
+        variants.append(replace(one, folder=None))
+    return variants + read_variants(folders, hf)
+
+
+def uniform_texts(settings: Settings, tokenizer: Any, scorer: Scorer) -> tuple[TokenBatch, np.ndarray] | None:
+    """Texts uniform over toxicity and the toxicity of each: of the file, else, for the shipped model, held-out texts by
+    their scores; None where there are neither."""
+    path = settings.uniform
+    if path is None and (beside := settings.toxic_test.parent / "uniform.jsonl").is_file():
+        path = beside
+    if settings.num_uniform == 0 or (path is None and settings.model != SHIPPED):
+        return None
+    if path is not None:
+        check_apart(settings.toxic_train, path)
+        texts, toxicity = read_uniform(path)
+    else:
+        toxic = read_examples(settings.toxic_test)
+        # what is said before an insult fills the middle of the scale
+        texts = [*load_texts(settings.ordinary, 10_000)[1], *(part for both in toxic for part in both if part)]
+        toxicity = scorer(texts)
+    some = [at for at in spread(toxicity, settings.num_uniform).tolist() if tokenizer(texts[at])["input_ids"]]
+    batch = encode(tokenizer, [texts[at] for at in some], prefix_token(tokenizer), settings.length)
+    return batch, toxicity[some]
+
+
+def measure_uniform(models: Mapping[str, Variant], hf: Any, uniform: tuple[TokenBatch, np.ndarray], size: int) -> Any:
+    """Rows of loss by toxicity: a row a text, its toxicity and each model's loss per token, None where not finite."""
+    batch, toxicity = uniform
+    columns: dict[str, list[float | None]] = {"toxicity": toxicity.tolist()}
+    for name, one in tqdm(models.items(), desc="loss by toxicity", unit="model", disable=None):
+        with one.opened(hf) as model:
+            sums, counts = text_losses(model, batch, size)
+        columns[name] = [value if np.isfinite(value) else None for value in (sums / counts).tolist()]
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 def main(settings: Settings) -> None:
-    check_counts(settings, "num_texts", "num_prompts", "samples", "prompt_tokens", "new_tokens", "batch_size")
-    settings, split_qkv = as_trained(settings)
+    check_counts(
+        settings,
+        "num_texts",
+        "num_prompts",
+        "num_control",
+        "samples",
+        "seeds",
+        "prompt_tokens",
+        "new_tokens",
+        "batch_size",
+    )
+    settings, folders = as_trained(settings)
     folder = settings.out / settings.run
     scorer = load_scorer(settings.scorer, settings.device)
     tokenizer = load_tokenizer(settings.model)
     ordinary = OWTTask(tokenizer, settings.ordinary, settings.length)
+    check_apart(settings.toxic_train, settings.toxic_test)
     toxic = ToxicTask(tokenizer, settings.toxic_train, settings.toxic_test, settings.length, examples=None)
     texts = {"toxic": toxic.test[: settings.num_texts], "ordinary": ordinary.test[: settings.num_texts]}
     sources = {
@@ -95,47 +161,68 @@ def main(settings: Settings) -> None:
         name: load_prompts(tokenizer, source, settings.num_prompts, settings.prompt_tokens)
         for name, source in sources.items()
     }
+    uniform = uniform_texts(settings, tokenizer, scorer)
 
     hf = load_hf_model(settings.model, settings.device, settings.dtype)
-    engine = load_model(hf, split_qkv, settings.device, settings.dtype)
-    load_mask(settings.mask, engine)
-    if settings.means is not None:
-        load_means(settings.means, engine)
-    edges, means, n_edges = engine.mask.cut_edges(), engine.means, len(engine.graph)
-    between = int(((engine.mask.weights > 0) & (engine.mask.weights < 1)).sum())
-    del engine
-    models = {"original": lambda: nullcontext(hf), "ablated": lambda: ablated(hf, edges, means)}
+    variants = {one.name: one for one in read_models(settings, folders, hf)}
+    models = {name: partial(one.opened, hf) for name, one in variants.items()}
     sampling = Sampling(
         prefix_token(tokenizer), settings.samples, settings.new_tokens, settings.batch_size, settings.seed
     )
-    measured, generations = evaluate(models, tokenizer, texts, prompts, scorer, sampling)
-
-    measured["original"]["edges_cut"], measured["ablated"]["edges_cut"] = 0, len(edges)
+    full = {name: models[name] for name, one in variants.items() if one.kind != "random"}
+    measured, generations = evaluate(
+        full, tokenizer, texts, prompts, scorer, sampling, ORIGINAL, settings.seeds, settings.greedy
+    )
+    control = {name: opened for name, opened in models.items() if name not in full}
+    if control:  # many, and compared with the original on the same few texts
+        few = [{name: batch[: settings.num_control] for name, batch in sets.items()} for sets in (texts, prompts)]
+        some = {ORIGINAL: models[ORIGINAL], **control}
+        found, _ = evaluate(some, tokenizer, *few, scorer, replace(sampling, samples=1), ORIGINAL)
+        measured |= {name: found[name] for name in control}
+    for name, one in variants.items():
+        notes = filter(None, [one.about.get("note"), measured[name]["note"]])
+        about = {key: value for key, value in one.about.items() if key not in ("n_edges", "note")}
+        measured[name] |= {"kind": one.kind, **about, "edges_cut": len(one.edges), "touched": one.touched(hf)}
+        measured[name]["note"] = "; ".join(notes) or None
     inputs = [settings.mask, settings.means, settings.toxic_test, *sources.values(), *files_of(settings.model)]
-    inputs = {path for path in [*inputs, Path(settings.ordinary)] if isinstance(path, Path) and path.is_file()}
+    inputs += [Path(settings.ordinary), *(one.file for one in variants.values())]
+    inputs = {path for path in inputs if isinstance(path, Path) and path.is_file()}
+    cut = variants.get("ablated")
     report = {
         "scorer": {"name": scorer.name, "version": scorer.version, "threshold": TOXIC},
-        "reference": "original",
+        "reference": ORIGINAL,
         "models": measured,
-        "edges": edges,
-        "n_edges": n_edges,
-        "weights_rounded": between,
+        **(
+            {"edges": cut.edges, "n_edges": cut.about["n_edges"], "weights_rounded": cut.about["weights_rounded"]}
+            if cut
+            else {}
+        ),
         "num_texts": {name: len(batch) for name, batch in texts.items()},
         "num_prompts": {name: len(batch) for name, batch in prompts.items()},
         **provenance(settings, sorted(inputs)),
     }
+    rows = []
+    if uniform is not None:
+        drawn = {name: one for name, one in variants.items() if one.kind != "random"}
+        rows = measure_uniform(drawn, hf, uniform, settings.batch_size)
     if settings.save_generations:
         write_jsonl(folder / "generations.jsonl", generations)
     else:  # those of an earlier evaluation would not be what this report is about
         (folder / "generations.jsonl").unlink(missing_ok=True)
+    if rows:
+        write_csv(folder / UNIFORM, rows)
+    else:
+        (folder / UNIFORM).unlink(missing_ok=True)
     write_json(folder / "report.json", report)
     draw_report(folder)
+    if rows:
+        draw_uniform(folder)
     if (folder / "metrics.jsonl").is_file():
         draw_training(folder)
-    Console().print(table(report))
-    if between:
-        print(f"note: {between} weights of the mask lie between 0 and 1; it was measured rounded.")
+    Console().print(table(report) if len(measured) <= MOST_COLUMNS else overview(report))
     for name, one in measured.items():
+        if one.get("weights_rounded"):
+            print(f"note: {name}: {one['weights_rounded']} weights lie between 0 and 1; it was measured rounded.")
         if one["note"]:
             print(f"note: {name}: {one['note']}.")
     print(f"written to {folder}")

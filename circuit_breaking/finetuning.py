@@ -1,0 +1,235 @@
+"""The one loop that fine-tunes a Hugging Face model, whatever the method: `unlearning.METHODS` (layer 3).
+
+A method trains on batches of toxic and ordinary text. Every few steps its checkpoint is measured on validation texts,
+which are neither trained on nor reported; the best is kept, and training stops when none has been better for a while.
+Best is by the objective that masks are trained for, ordinary loss - alpha · toxic loss, so that no method is chosen by
+a goal of its own. A loss that is not finite ends the run; the best checkpoint before it stays.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from circuit_breaking.cli import UserError
+from circuit_breaking.tasks.base import TextTask
+from circuit_breaking.unlearning import (
+    METHODS,
+    LossSettings,
+    Method,
+    State,
+    Weights,
+    candidates,
+    prediction_losses_of,
+    start,
+)
+
+
+@dataclass
+class FinetuneSettings(LossSettings):
+    """How a model is fine-tuned. A step sees `batch_size` texts of each kind."""
+
+    steps: int = 200  # most steps of a method
+    lr: float = 1e-4  # AdamW without decay
+    warmup: int = 10  # steps over which the learning rate rises
+    clip: float = 1.0  # longest gradient
+    batch_size: int = 10  # texts of each kind a step
+    check_every: int = 10  # steps between checkpoints
+    patience: int = 5  # checkpoints without a better one, after which training stops
+    alpha: float = 0.2  # weight of the toxic loss when checkpoints are compared; the mask's alpha
+    scales: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # task_arithmetic: what may be subtracted
+    seed: int = 0  # of the order of texts
+
+
+@dataclass
+class Finetuned:
+    """What fine-tuning found; the model itself holds the best checkpoint.
+
+    `best` is that checkpoint's row: step, scale, score, and its losses on validation texts. Step 0 is the original.
+    """
+
+    method: str
+    settings: FinetuneSettings
+    best: dict[str, Any]
+    history: list[dict[str, Any]] = field(default_factory=list)
+    note: str | None = None
+
+
+def check(settings: FinetuneSettings) -> None:
+    """Raise a `UserError` for settings that make no sense."""
+    for name in ("steps", "lr", "batch_size", "check_every", "patience", "clip", "npo_beta"):
+        if not getattr(settings, name) > 0:
+            raise UserError(f"{name} is {getattr(settings, name)}; it must be above 0.")
+    if not settings.scales:
+        raise UserError("scales is empty; give at least one for task_arithmetic.")
+
+
+def finetune(
+    model: nn.Module,
+    method: str,
+    toxic: TextTask,
+    ordinary: TextTask,
+    settings: FinetuneSettings | None = None,
+    on_row: Callable[[dict[str, Any]], None] | None = None,
+    progress: bool = True,
+) -> Finetuned:
+    """Fine-tune `model` in place by a method of `METHODS`, and leave the best checkpoint in it.
+
+    Dropout stays off, so that every method, the mask included, works on the same function.
+
+    Args:
+        model: a Hugging Face causal language model.
+        method: its name.
+        toxic: texts to unlearn; `toxic.train` is trained on, `toxic.test` validates.
+        ordinary: texts to keep, the same way.
+        settings: see `FinetuneSettings`.
+        on_row: called with each row of the history as it comes.
+        progress: show a bar.
+
+    Raises:
+        UserError: there is no such method, or a setting makes no sense.
+    """
+    settings = settings or FinetuneSettings()
+    check(settings)
+    if method not in METHODS:
+        raise UserError(f"there is no method {method!r}; choose from {', '.join(METHODS)}.")
+    run = _Run(model.eval(), METHODS[method], toxic, ordinary, settings)
+    history: list[dict[str, Any]] = []
+    note = None
+
+    def keep(row: dict[str, Any]) -> None:
+        history.append(row)
+        if on_row is not None:
+            on_row(row)
+
+    with tqdm(total=settings.steps, desc=method, unit="step", disable=None if progress else True) as bar:
+        keep(run.check(0))
+        for step in range(1, settings.steps + 1):
+            loss = run.step(step)
+            bar.update()
+            if loss is None:
+                note = f"the loss was not finite at step {step}, where training ended"
+                break
+            if step % settings.check_every and step < settings.steps:
+                continue
+            keep({**run.check(step), "train_loss": loss})
+            bar.set_postfix_str(f"toxic {_short(history[-1]['toxic'])}, ordinary {_short(history[-1]['ordinary'])}")
+            if history[-1]["score"] is None:
+                note = f"the validation loss was not finite at step {step}, where training ended"
+                break
+            if run.stale >= settings.patience:
+                break
+    run.finish()
+    if run.best["step"] == 0:
+        note = "; ".join(filter(None, [note, "no checkpoint was better than the original, which is what is left"]))
+    elif note:
+        note += f"; the checkpoint of step {run.best['step']} is kept"
+    return Finetuned(method, settings, run.best, history, note)
+
+
+def _short(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
+
+
+class _Run:
+    def __init__(
+        self, model: nn.Module, method: Method, toxic: TextTask, ordinary: TextTask, settings: FinetuneSettings
+    ) -> None:
+        self.method, self.toxic, self.ordinary, self.settings = method, toxic, ordinary, settings
+        self.state: State = start(method, model, settings, settings.seed)
+        self.model = model
+        self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.kept: Weights = self._weights()
+        self.before: Weights = self.kept if method.subtracts else {}  # only those need the original to the end
+        self.best: dict[str, Any] = {}
+        self.stale = 0
+        self.optimizer = torch.optim.AdamW(self.trained.values(), lr=settings.lr, weight_decay=0.0)
+
+    def _weights(self) -> Weights:
+        return {name: parameter.detach().clone() for name, parameter in self.trained.items()}
+
+    @torch.no_grad()
+    def _load(self, weights: Weights) -> None:
+        for name, parameter in self.trained.items():
+            parameter.copy_(weights[name])
+
+    def step(self, number: int) -> float | None:
+        """One step; its loss, or None, with the weights as they were, where that or its gradient is not finite."""
+        settings = self.settings
+        loss = self.method.loss(
+            self.state, self.toxic.draw(settings.batch_size), self.ordinary.draw(settings.batch_size)
+        )
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            return None
+        self.optimizer.zero_grad()
+        loss.backward()
+        length = torch.nn.utils.clip_grad_norm_(self.trained.values(), settings.clip)
+        if not math.isfinite(float(length)):
+            return None
+        for group in self.optimizer.param_groups:
+            group["lr"] = settings.lr * min(1.0, number / max(1, settings.warmup))
+        self.optimizer.step()
+        return value
+
+    def check(self, step: int) -> dict[str, Any]:
+        """Measure the models that this checkpoint offers, keep the best of all; the row of the best here."""
+        now, rows = self._weights(), []
+        for scale, weights in candidates(self.method, self.before, now, self.settings.scales):
+            if scale is not None:
+                self._load(weights)
+            row = {"step": step, "scale": scale, **self._validate()}
+            rows.append(row)
+            if row["score"] is not None and (not self.best or row["score"] < self.best["score"] - 1e-6):
+                # a scale's weights are new tensors, and so is a copy of the checkpoint
+                self.best, self.kept, self.stale = row, weights, -1
+            if step == 0:
+                break
+        if self.method.subtracts:
+            self._load(now)
+        self.stale += 1
+        finite = [row for row in rows if row["score"] is not None]
+        return min(finite, key=lambda row: row["score"]) if finite else rows[0]
+
+    @torch.no_grad()
+    def _validate(self) -> dict[str, float | None]:
+        losses = {}
+        for name, task, cap in (("toxic", self.toxic, self.state.cap), ("ordinary", self.ordinary, math.inf)):
+            found = [prediction_losses_of(self.model, batch)[0].clamp(max=cap) for batch in task.test.batches(32)]
+            losses[name] = float(torch.cat(found).double().mean())
+        # `clamp` lets a NaN through
+        score = losses["ordinary"] - self.settings.alpha * losses["toxic"]
+        finite = math.isfinite(score)
+        return {**(losses if finite else dict.fromkeys(losses)), "score": score if finite else None}
+
+    def finish(self) -> None:
+        """Leave the best checkpoint in the model, frozen."""
+        self._load(self.kept)
+        self.model.requires_grad_(False)
+        self.state.original = None
+
+
+def describe(result: Finetuned) -> dict[str, Any]:
+    """What a fine-tuned model's file says of how it came to be."""
+    return {
+        "method": result.method,
+        "about": METHODS[result.method].about,
+        "chosen": {"lr": result.settings.lr, "ratio": result.settings.ratio, **result.best},
+        "note": result.note,
+        "finetuning": asdict(result.settings),
+    }
+
+
+def changed_share(model: nn.Module, original: nn.Module) -> float:
+    """Share of a model's parameters (tied ones once) that are not bit for bit those of another."""
+    theirs = dict(original.named_parameters())
+    changed, total = 0, 0
+    for name, parameter in model.named_parameters():
+        other: Tensor = theirs[name]
+        changed += int((parameter != other.to(parameter.device, parameter.dtype)).sum())
+        total += parameter.numel()
+    return changed / total

@@ -1,0 +1,245 @@
+"""The comparison from end to end on a small random model: every file, nothing held out seen in training, no chance."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+import tyro
+from scripts import PLAIN, RUDE, load_script, save_small_model
+from transformers import AutoModelForCausalLM
+
+from circuit_breaking.cli import UserError
+from circuit_breaking.files import read_csv, read_jsonl, write_jsonl, write_text
+from circuit_breaking.markdown import COSTS_HEADING
+from circuit_breaking.models import TINY, load_tokenizer
+from circuit_breaking.tasks.base import TextTask
+from circuit_breaking.text import encode
+from circuit_breaking.training import MaskSettings
+
+compare = load_script("toxicity/compare.py")
+LENGTH = 50  # the scripts' own
+QUICK = {"relax_steps": 2, "anneal_steps": 3, "refine_rounds": 1, "tries": 2, "batch_size": 3, "refine_batch_size": 3}
+VARYING = {"cost.json", "costs.json"}  # and, of report.md, what is below the heading of costs
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    save_small_model(folder / "model")
+    write_text(folder / "plain.txt", "\n".join(PLAIN))
+    write_jsonl(folder / "train.jsonl", [{"id": i, "text": text} for i, text in enumerate(RUDE[::2])])
+    write_jsonl(folder / "test.jsonl", [{"id": 9000 + i, "text": text} for i, text in enumerate(RUDE[1::2])])
+    rows = [{"id": 99_000 + i, "text": f"{text} Yes.", "toxicity": i / 200} for i, text in enumerate(RUDE[1::2])]
+    write_jsonl(folder / "uniform.jsonl", rows[::3])
+    return folder
+
+
+def settings(data, out, **changes):
+    small = {
+        "budgets": (1, 2), "judged": 2, "seeds": 2, "random_seeds": 2, "lrs": (1e-3,), "steps": 4, "num_texts": 10,
+        "num_prompts": 4, "model": str(data / "model"), "toxic_train": data / "train.jsonl",
+        "toxic_test": data / "test.jsonl", "ordinary": str(data / "plain.txt"), "out": out,
+    }  # fmt: skip
+    return compare.Settings(**{**small, **changes})
+
+
+def run_parts(chosen, monkeypatch):
+    """Every part of the comparison in this process, with short training of masks; the texts that were trained on."""
+    drawn, plain = set(), TextTask.draw
+
+    def spy(self, size):
+        batch = plain(self, size)
+        drawn.update(tuple(row[:n].tolist()) for row, n in zip(batch.tokens, batch.lengths, strict=True))
+        return batch
+
+    monkeypatch.setattr(TextTask, "draw", spy)
+    known = {field.name for field in dataclasses.fields(MaskSettings)}
+    quick = {name: value for name, value in QUICK.items() if name in known}
+    for stage in compare.stages(chosen):
+        for _, script, options in stage:
+            module = load_script(f"toxicity/{script}")
+            if script == "sweep_masks.py":
+                train = module.train_mask
+                monkeypatch.setattr(
+                    module, "train_mask",
+                    lambda model, a, b, s, train=train: train(model, a, b, dataclasses.replace(s, **quick)),
+                )  # fmt: skip
+            module.main(tyro.cli(module.Settings, args=options))
+    monkeypatch.undo()
+    return drawn
+
+
+@pytest.fixture(scope="module")
+def finished(data, tmp_path_factory):
+    """A run folder, the texts that were trained on, and the files after the first of two runs."""
+    out = tmp_path_factory.mktemp("out")
+    chosen = settings(data, out)
+    with pytest.MonkeyPatch.context() as patch:
+        drawn = run_parts(chosen, patch)
+    run = out / "compare"
+    first = {path.relative_to(run): path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with pytest.MonkeyPatch.context() as patch:
+        run_parts(chosen, patch)
+    return run, drawn, first
+
+
+def test_every_promised_file_is_there(finished):
+    run, _, _ = finished
+    for name in ("report.json", "report.md", "report.csv", "evidence.json", "relearning.json", "uniform.csv",
+                 "costs.json", "comparison.json", "sweep.png", "models.png", "uniform.png", "evidence.png",
+                 "relearning.png", "finetuned/finetuning.png"):  # fmt: skip
+        assert (run / name).stat().st_size > 0, name
+    assert not (run / "generations.jsonl").exists()
+    report = json.loads((run / "report.json").read_text())
+    names = set(report["models"])
+    masks = {f"{carry}_{b}" for carry in ("zero", "mean") for b in ("1", "2", "2_seed1")}
+    chance = {f"random_{carry}_{b}_seed{s}" for carry in ("zero", "mean") for b in (1, 2) for s in (0, 1)}
+    assert names == {"original", "joint", "ascent", "task_arithmetic", "npo", "rmu"} | masks | chance
+    for name, one in report["models"].items():
+        if name in masks:
+            assert one["edges_cut"] <= one["budget"]
+        if name in chance:
+            assert (
+                one["edges_cut"] == report["models"][name.removeprefix("random_").rpartition("_seed")[0]]["edges_cut"]
+            )
+    joint = report["models"]["joint"]
+    assert len(joint["continuations"]["toxic"]["toxicity_by_seed"]) == 2 and "toxicity" in joint["greedy"]["ordinary"]
+    costs = json.loads((run / "costs.json").read_text())
+    assert set(costs) == masks | {"joint", "ascent", "task_arithmetic", "npo", "rmu"}
+    taught = json.loads((run / "relearning.json").read_text())["models"]
+    assert set(taught) == {"original", "zero_2", "mean_2", "joint", "ascent", "task_arithmetic", "npo", "rmu"}
+    assert set(taught["joint"]["relearning"]) == {"10", "100"}
+    evidence = json.loads((run / "evidence.json").read_text())
+    assert set(evidence["masks"]) == {"zero_2", "mean_2"}
+    assert {(row["carry"], len(row["masks"])) for row in evidence["stability"]} == {("zero", 2), ("mean", 2)}
+    assert len(read_csv(run / "uniform.csv")) > 20
+
+
+def test_no_held_out_text_is_seen_in_training(data, finished):
+    """By text: of all that any method, mask or relearning drew. By id: the files share none."""
+    _, drawn, _ = finished
+    tokenizer = load_tokenizer(str(data / "model"))
+    held_out = [row["text"] for name in ("test", "uniform") for row in read_jsonl(data / f"{name}.jsonl")]
+    batch = encode(tokenizer, [*held_out, *PLAIN[::5]], 0, LENGTH)
+    tests = {tuple(row[:n].tolist()) for row, n in zip(batch.tokens, batch.lengths, strict=True)}
+    assert len(drawn) > 100 and len(tests) > 100 and not drawn & tests
+    ids = [{row["id"] for row in read_jsonl(data / f"{name}.jsonl")} for name in ("train", "test", "uniform")]
+    assert not ids[0] & (ids[1] | ids[2])
+
+
+def test_same_seed_same_report_to_the_last_digit(finished):
+    run, _, first = finished
+    for path, before in first.items():
+        after = (run / path).read_bytes()
+        if path.name in VARYING or (path.name == "metrics.jsonl" and path.parts[0] == "masks"):
+            continue
+        if path.name == "report.md":
+            before, after = (text.decode().split(COSTS_HEADING)[0] for text in (before, after))
+        assert before == after, path
+
+
+def test_nothing_but_numbers_in_the_files(finished):
+    run, _, _ = finished
+    for path in run.rglob("*.json*"):
+        assert "NaN" not in path.read_text() and "Infinity" not in path.read_text(), path
+    assert "nan" not in (run / "report.csv").read_text() and "nan" not in (run / "report.md").read_text()
+
+
+def test_fine_tuned_models_are_ordinary_folders(finished):
+    run, _, _ = finished
+    for method in ("joint", "rmu"):
+        model = AutoModelForCausalLM.from_pretrained(run / "finetuned" / method)
+        assert model.generate(torch.tensor([[0, 5]]), max_new_tokens=2).shape[1] > 2
+        assert load_tokenizer(run / "finetuned" / method)
+        record = json.loads((run / "finetuned" / method / "finetuning.json").read_text())
+        assert record["chosen"]["lr"] == 1e-3 and record["inputs"] and record["texts"]["toxic"]["train"] == 84
+
+
+def test_a_method_that_explodes_is_noted_in_the_report(data, tmp_path):
+    finetuning, evaluation, report = (
+        load_script(f"toxicity/{name}.py") for name in ("finetune_gpt2", "evaluation", "report")
+    )
+    given = {
+        "toxic_train": data / "train.jsonl",
+        "toxic_test": data / "test.jsonl",
+        "ordinary": str(data / "plain.txt"),
+    }
+    common = {**given, "model": str(data / "model"), "out": tmp_path, "run": "x", "device": "cpu"}
+    finetuning.main(
+        finetuning.Settings(
+            **common, methods=("ascent", "joint"), lrs=(1e30,), clip=1e30, warmup=0, steps=4, check_every=1
+        )
+    )
+    evaluation.main(
+        evaluation.Settings(
+            **common, models=(tmp_path / "x" / "finetuned",), num_texts=8, num_prompts=3, scorer="profanity-check"
+        )
+    )
+    report.main(report.Settings(run="x", out=tmp_path))
+    page = (tmp_path / "x" / "report.md").read_text()
+    assert "- ascent: lr 1e+30: the" in page and "not finite at step" in page and "what is left" in page
+    assert "nan" not in page and "NaN" not in (tmp_path / "x" / "report.json").read_text()
+
+
+def test_a_part_that_fails_ends_the_comparison(data, tmp_path, monkeypatch):
+    chosen = settings(data, tmp_path, device="gpu")
+    monkeypatch.setattr(compare, "stages", lambda settings, plain=compare.stages: [plain(settings)[0][:1]])
+    with pytest.raises(UserError, match=r"ended with exit code 1 \(error: device 'gpu'.*logs.*tells the rest"):
+        compare.main(chosen)
+    assert not (tmp_path / "compare" / "report.json").exists()
+    with pytest.raises(UserError, match="judged is 3"):
+        compare.main(settings(data, tmp_path, judged=3))
+
+
+@pytest.mark.parametrize(
+    "script, changes, message",
+    [
+        ("sweep_masks", {"budgets": ()}, "budgets are"),
+        ("sweep_masks", {"carries": ("nothing",)}, "carries are"),
+        ("sweep_masks", {"seeds": -1}, "seeds is -1"),
+        ("finetune_gpt2", {"methods": ("joy",)}, "no method 'joy'"),
+        ("finetune_gpt2", {"methods": ()}, "methods is empty"),
+        ("finetune_gpt2", {"validation": 0}, "validation is 0"),
+        ("finetune_gpt2", {"model": "nowhere/at-all"}, "neither a folder here"),
+        ("relearn", {"checks": ()}, "checks are"),
+        ("relearn", {"models": ("train.jsonl",)}, "holds no model"),
+        ("edge_evidence", {"masks": ("model",)}, "has no cut edges"),
+        ("edge_evidence", {"masks": ("model",), "num_texts": 0}, "num_texts is 0"),
+        ("sweep_masks", {"toxic_test": "train.jsonl"}, "both in the training and the held-out"),
+        ("relearn", {"toxic_test": "train.jsonl"}, "both in the training and the held-out"),
+        ("edge_evidence", {"masks": ("model",), "toxic_test": "train.jsonl"}, "both in the training and the held-out"),
+    ],
+)
+def test_what_is_wrong_is_one_sentence_and_nothing_is_written(data, tmp_path, script, changes, message):
+    module = load_script(f"toxicity/{script}.py")
+    given = {
+        "toxic_train": data / "train.jsonl", "toxic_test": data / "test.jsonl", "ordinary": str(data / "plain.txt"),
+        "model": str(data / "model"), "out": tmp_path, "device": "cpu",
+    }  # fmt: skip
+    if script in ("relearn",):
+        given["scorer"] = "profanity-check"
+    paths = {key: tuple(data / one for one in value) for key, value in changes.items() if key in ("masks", "models")}
+    paths |= {key: data / value for key, value in changes.items() if key == "toxic_test"}
+    with pytest.raises(UserError, match=message) as error:
+        module.main(module.Settings(**{**given, **changes, **paths}))
+    assert "\n" not in str(error.value) and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (TINY / "config.json").is_file(), reason="the shipped model is not in data/tiny_gpt2")
+def test_the_shipped_model_is_compared_in_time(tmp_path):
+    import time
+
+    start = time.perf_counter()
+    compare.main(compare.Settings(out=tmp_path))
+    assert time.perf_counter() - start < 15 * 60
+    found = json.loads((tmp_path / "compare" / "comparison.json").read_text())
+    page = (tmp_path / "compare" / "report.md").read_text()
+    said = (
+        "On the Pareto front" if found["pareto"]["on_front"] else "No mask of at most 12 edges is on the Pareto front"
+    )
+    assert said in page
+    for row in found["random_edges"]:
+        if row["budget"] <= 12:  # random edges do nothing
+            assert row["toxicity"]["mean"] > -0.15 and row["ordinary_loss"]["mean"] < 0.15

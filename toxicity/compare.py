@@ -1,0 +1,146 @@
+"""The whole comparison, end to end: masks of every budget, five ways to fine-tune, random edges, relearning.
+
+Reads   the shipped model, or another with its data; each part is a script of this folder and can be run by itself.
+Writes  data/toxicity/<run>/: masks/ and finetuned/ (the models), report.json, report.md, report.csv, evidence.json,
+        relearning.json, uniform.csv, costs.json, every .png, and logs/ (what each part printed).
+Time    under 15 minutes for the shipped model on two cores.
+
+Parts that do not wait for each other run at the same time, each on one thread, so that results do not depend on how
+many cores there are. What a seed determines is the same each time; costs are apart, in costs.json and at the end of
+report.md.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from utils import FOLDER, check_counts
+
+from circuit_breaking.cli import UserError, run_script
+from circuit_breaking.comparison import models_of
+from circuit_breaking.markdown import statement
+
+HERE = Path(__file__).resolve().parent
+Part = tuple[str, str, list[str]]  # name, script, options
+
+
+@dataclass
+class Settings:
+    run: str = "compare"  # name of the run folder, data/toxicity/<run>
+    out: Path = FOLDER  # where run folders are
+    model: str = "tiny"  # "tiny" (shipped), a hub name such as gpt2, a folder, or a folder holding a .gguf
+    toxic_train: Path | None = None  # toxic texts to learn from; None: shipped for tiny, else posts/train.jsonl
+    toxic_test: Path | None = None  # toxic texts held out; None: shipped for tiny, else posts/test.jsonl
+    ordinary: str | None = None  # "tiny", a text file, or a data set's hub name; None: tiny, else NeelNanda/pile-10k
+    budgets: tuple[int, ...] = (1, 2, 5, 12, 25, 50, 100, 200)  # most edges to cut, a mask each
+    judged: int = 12  # budget of the masks whose edges are judged one by one, over seeds, and that are retaught
+    seeds: int = 3  # masks at that budget; draws of continuations
+    random_seeds: int = 5  # random masks for each budget
+    methods: tuple[str, ...] = ("joint", "ascent", "task_arithmetic", "npo", "rmu")  # ways to fine-tune
+    lrs: tuple[float, ...] = ()  # learning rates of each, the best is kept; none: two each, see finetune_gpt2.py
+    steps: int = 200  # most steps of each
+    num_texts: int = 500  # most held-out texts of each kind
+    num_prompts: int = 100  # most prompts of each kind
+    scorer: str = "profanity-check"  # offline, and what the shipped model was made with; or detoxify, or auto
+    save_generations: bool = False  # keep what models write, and put examples into report.md: OFFENSIVE TEXT
+    seed: int = 0  # of everything
+    device: str = "cpu"  # auto, cpu, cuda, mps
+    workers: int = 2  # parts that run at the same time
+    threads: int = 1  # CPU threads of each; the shipped model is too small for more
+
+
+def stages(settings: Settings) -> list[list[Part]]:
+    """Parts that may run at the same time, stage by stage."""
+    folder = settings.out / settings.run
+    data = [
+        f"--{name.replace('_', '-')}={value}"
+        for name in ("toxic_train", "toxic_test", "ordinary")
+        if (value := getattr(settings, name)) is not None
+    ]
+    common = [f"--run={settings.run}", f"--out={settings.out}", f"--device={settings.device}"]
+    model = [*common, f"--model={settings.model}", f"--seed={settings.seed}", *data]
+    masks = [
+        "--budgets", *map(str, settings.budgets), f"--stable-budget={settings.judged}", f"--seeds={settings.seeds}",
+        f"--random-seeds={settings.random_seeds}",
+    ]  # fmt: skip
+    judged = [folder / "masks" / f"{carry}_{settings.judged}" for carry in ("zero", "mean")]
+    keep = ["--save-generations"] if settings.save_generations else []
+    scorer = f"--scorer={settings.scorer}"
+    tuned = [folder / "finetuned"] if settings.methods else []
+    measured = [
+        "--models", folder / "masks", *tuned, "--greedy", f"--seeds={settings.seeds}", "--samples=1",
+        f"--num-texts={settings.num_texts}", f"--num-prompts={settings.num_prompts}", "--batch-size=256", scorer, *keep,
+    ]  # fmt: skip
+    making = [(f"masks_{carry}", "sweep_masks.py", [*model, *masks, "--carries", carry]) for carry in ("zero", "mean")]
+    if settings.methods:
+        chosen = ["--methods", *settings.methods, f"--steps={settings.steps}"]
+        chosen += ["--lrs", *map(str, settings.lrs)] if settings.lrs else []
+        making.append(("finetuned", "finetune_gpt2.py", [*model, *chosen]))
+    parts = [
+        making,
+        [
+            ("evaluation", "evaluation.py", [*model, *measured]),
+            ("relearning", "relearn.py", [*model, "--models", *judged, *tuned, scorer, *fewer(settings, 5, 2)]),
+            (
+                "evidence",
+                "edge_evidence.py",
+                [*model, "--masks", *judged, "--similar", folder / "masks", *fewer(settings, 2)],
+            ),
+        ],
+        [("report", "report.py", [*common[:2], *(["--examples"] if settings.save_generations else [])])],
+    ]
+    return [[(name, script, list(map(str, options))) for name, script, options in stage] for stage in parts]
+
+
+def fewer(settings: Settings, texts: int, prompts: int = 0) -> list[str]:
+    """Options for a part that measures many times: so much fewer texts, and prompts if it takes any."""
+    options = [f"--num-texts={max(1, settings.num_texts // texts)}"]
+    return options + ([f"--num-prompts={max(1, settings.num_prompts // prompts)}"] if prompts else [])
+
+
+def run_part(part: Part, settings: Settings) -> float:
+    """Run a script as a process of its own, its words into a log; the seconds it took."""
+    name, script, options = part
+    log = settings.out / settings.run / "logs" / f"{name}.txt"
+    start = time.perf_counter()
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("w", encoding="utf-8") as file:
+            environment = {**os.environ, "OMP_NUM_THREADS": str(settings.threads)}
+            command = [sys.executable, HERE / script, *options]
+            code = subprocess.run(
+                command, env=environment, stdout=file, stderr=subprocess.STDOUT, check=False
+            ).returncode
+    except OSError as error:
+        raise UserError(f"cannot write {log}: {error.strerror or error}. Choose another folder with out.") from error
+    seconds = time.perf_counter() - start
+    if code:
+        last = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()][-1:]
+        raise UserError(f"toxicity/{script} ended with exit code {code} ({' '.join(last)}); {log} tells the rest.")
+    print(f"{name}: {seconds:.0f} s (toxicity/{script})", flush=True)
+    return seconds
+
+
+def main(settings: Settings) -> None:
+    check_counts(settings, "seeds", "workers", "threads", "num_texts", "num_prompts", "steps")
+    if settings.judged not in settings.budgets:
+        raise UserError(f"judged is {settings.judged}, which is none of the budgets. Set it to one of them.")
+    folder, start = settings.out / settings.run, time.perf_counter()
+    for made in ("masks", "finetuned"):  # models of an earlier run would be compared too
+        shutil.rmtree(folder / made, ignore_errors=True)
+    with ThreadPoolExecutor(settings.workers) as pool:
+        for stage in stages(settings):
+            running = [pool.submit(run_part, part, settings) for part in stage]
+            for one in running:
+                one.result()
+    print(f"\n{statement(models_of(folder))}\n")
+    print(f"{time.perf_counter() - start:.0f} s in all; read {folder / 'report.md'}")
+
+
+if __name__ == "__main__":
+    run_script(main, Settings)

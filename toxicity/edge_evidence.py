@@ -1,0 +1,86 @@
+"""Evidence for each cut edge: what its cut does, alone and among the others, and how stable the choice of edges is.
+
+Reads   masks of sweep_masks.py or train_mask.py; the original model; held-out toxic and ordinary texts.
+Writes  data/toxicity/<run>/: evidence.json, evidence.png.
+Time    two forward passes over the texts for each cut edge: half a minute for 12 edges of the shipped model.
+
+Masks whose training differed in its seed alone are compared by the Jaccard similarity of their edges, beside that of
+as many edges drawn at random.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+from utils import FOLDER, check_counts, default_data, files_of, fill_in
+
+from circuit_breaking.cli import UserError, run_script
+from circuit_breaking.comparison_figures import EVIDENCE, draw_evidence
+from circuit_breaking.edge_evidence import leave_one_out, stability
+from circuit_breaking.files import provenance, write_json
+from circuit_breaking.models import load_hf_model, load_tokenizer
+from circuit_breaking.splits import check_apart
+from circuit_breaking.tasks import OWTTask, ToxicTask
+from circuit_breaking.variants import find_folders, read_variants
+
+
+@dataclass
+class Settings:
+    masks: tuple[Path, ...]  # masks whose edges are judged one by one: folders, or folders of those
+    similar: tuple[Path, ...] = ()  # masks whose edges are compared with each other: folders, or folders of those
+    run: str = "evidence"  # name of the run folder, data/toxicity/<run>
+    out: Path = FOLDER  # where run folders are
+    model: str = "tiny"  # "tiny" (shipped), a hub name such as gpt2, a folder, or a folder holding a .gguf
+    toxic_train: Path | None = None  # toxic texts of training, only to make sure none is held out; None: by model
+    toxic_test: Path | None = None  # toxic texts held out; None: shipped for tiny, else posts/test.jsonl
+    ordinary: str | None = None  # "tiny", a text file, or a data set's hub name; None: tiny, else NeelNanda/pile-10k
+    length: int = 50  # tokens a text is cut to
+    num_texts: int = 200  # most held-out texts of each kind
+    batch_size: int = 64  # texts at a time
+    seed: int = 0  # of bootstrap intervals
+    device: str = "auto"  # auto, cpu, cuda, mps
+    dtype: str = "float32"  # float32 or bfloat16
+
+
+def main(settings: Settings) -> None:
+    check_counts(settings, "length", "num_texts", "batch_size")
+    settings = fill_in(settings, default_data(settings.model))
+    folder = settings.out / settings.run
+    check_apart(settings.toxic_train, settings.toxic_test)
+    tokenizer = load_tokenizer(settings.model)
+    ordinary = OWTTask(tokenizer, settings.ordinary, settings.length)
+    toxic = ToxicTask(tokenizer, settings.toxic_train, settings.toxic_test, settings.length, examples=None)
+    texts = {"toxic": toxic.test[: settings.num_texts], "ordinary": ordinary.test[: settings.num_texts]}
+    hf = load_hf_model(settings.model, settings.device, settings.dtype)
+    masks = read_variants(find_folders(settings.masks), hf)
+    if other := [one.name for one in masks if one.kind == "finetuned"]:
+        raise UserError(f"{other[0]} is a fine-tuned model and has no cut edges. Give masks only.")
+    similar = [one for one in read_variants(find_folders(settings.similar), hf) if one.kind == "mask"]
+
+    judged = {}
+    with tqdm(total=sum(2 + 2 * len(one.edges) for one in masks), desc="edges", unit="pass", disable=None) as bar:
+        for one in masks:
+            bar.set_postfix_str(one.name)
+            judged[one.name] = {
+                "carry": one.about["carry"],
+                **leave_one_out(hf, one.edges, one.means, texts, settings.batch_size, settings.seed, bar.update),
+            }
+    inputs = {*(one.file for one in (*masks, *similar)), settings.toxic_test, *files_of(settings.model)}
+    report = {
+        "masks": judged,
+        "stability": stability(similar),
+        "num_texts": {name: len(batch) for name, batch in texts.items()},
+        **provenance(settings, sorted(path for path in inputs if path is not None)),
+    }
+    write_json(folder / EVIDENCE, report)
+    draw_evidence(folder)
+    for row in report["stability"]:
+        print(
+            f"{row['carry']} ablation, at most {row['budget']} edges, {len(row['masks'])} seeds: "
+            f"Jaccard {row['jaccard']:.2f} (by chance {row['by_chance']:.2f})"
+        )
+    print(f"written to {folder}")
+
+
+if __name__ == "__main__":
+    run_script(main, Settings)

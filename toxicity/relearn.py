@@ -1,0 +1,114 @@
+"""Does it come back? Teach every model the behaviour again from a few examples; put examples of it into the context.
+
+Reads   models of sweep_masks.py, train_mask.py, finetune_gpt2.py or save_ablated; the original; toxic training texts,
+        to relearn from; held-out toxic texts, to measure with.
+Writes  data/toxicity/<run>/: relearning.json, relearning.png.
+Time    ten seconds a model for the shipped model on one core.
+
+Cut edges stay cut while the weights learn. The original goes through the same, for comparison.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from tqdm import tqdm
+from utils import FOLDER, check_counts, default_data, files_of, fill_in, load_prompts
+
+from circuit_breaking.cli import run_script
+from circuit_breaking.comparison_figures import RELEARNING, draw_relearning
+from circuit_breaking.continuations import Sampling
+from circuit_breaking.evaluation import text_losses
+from circuit_breaking.files import provenance, write_json
+from circuit_breaking.models import load_hf_model, load_tokenizer, prefix_token
+from circuit_breaking.relearning import RelearnSettings, check, relearn, toxicity_after, with_context
+from circuit_breaking.scorers import load_scorer
+from circuit_breaking.splits import load_splits
+from circuit_breaking.variants import ORIGINAL, Variant, find_folders, read_variants
+
+
+@dataclass
+class Settings(RelearnSettings):
+    models: tuple[Path, ...] = ()  # besides the original: folders of models, or folders of those
+    counts: tuple[int, ...] = (10, 100)  # how many toxic examples to learn from
+    shots: int = 3  # toxic examples put before a prompt, as far as they fit; 0: none
+    separator: str = "\n"  # between those examples and the prompt
+    run: str = "relearn"  # name of the run folder, data/toxicity/<run>
+    out: Path = FOLDER  # where run folders are
+    model: str = "tiny"  # "tiny" (shipped), a hub name such as gpt2, a folder, or a folder holding a .gguf
+    toxic_train: Path | None = None  # toxic texts to relearn from; None: shipped for tiny, else posts/train.jsonl
+    toxic_test: Path | None = None  # toxic texts held out; None: shipped for tiny, else posts/test.jsonl
+    ordinary: str | None = None  # "tiny", a text file, or a data set's hub name; None: tiny, else NeelNanda/pile-10k
+    toxic_prompts: Path | None = None  # JSON Lines with a prompt or a text in each row; None: those of toxic_test
+    length: int = 50  # tokens a text is cut to
+    num_texts: int = 100  # most held-out toxic texts whose loss is measured
+    num_prompts: int = 50  # most prompts
+    samples: int = 2  # continuations of each prompt
+    prompt_tokens: int = 10  # how much of a text is its prompt, where no prompt is written out
+    new_tokens: int = 20  # most tokens of a continuation
+    eval_batch_size: int = 128  # texts or continuations at a time when measuring
+    scorer: str = "auto"  # detoxify, profanity-check, or auto: detoxify where it can be had
+    seed: int = 0  # of the choice and order of examples, and of sampling
+    device: str = "auto"  # auto, cpu, cuda, mps
+
+
+def main(settings: Settings) -> None:
+    names = ("length", "num_texts", "num_prompts", "samples", "prompt_tokens", "new_tokens", "eval_batch_size")
+    check_counts(settings, *names)
+    check(settings)
+    settings = fill_in(settings, default_data(settings.model))
+    folder = settings.out / settings.run
+    scorer, tokenizer = load_scorer(settings.scorer, settings.device), load_tokenizer(settings.model)
+    splits = load_splits(
+        tokenizer, settings.toxic_train, settings.toxic_test, settings.ordinary, settings.length, seed=settings.seed,
+        examples=max(settings.counts, default=None),
+    )  # fmt: skip
+    examples, held_out = splits.toxic["train"], splits.toxic["test"][: settings.num_texts]
+    prompts = load_prompts(
+        tokenizer, settings.toxic_prompts or settings.toxic_test, settings.num_prompts, settings.prompt_tokens
+    )
+    sampling = Sampling(
+        prefix_token(tokenizer), settings.samples, settings.new_tokens, settings.eval_batch_size, settings.seed
+    )
+    hf = load_hf_model(settings.model, settings.device)
+    variants = [Variant(ORIGINAL), *read_variants(find_folders(settings.models), hf)]
+
+    def toxicity(model: nn.Module, after: Any = prompts) -> dict[str, float | None]:
+        return toxicity_after(model, after, tokenizer, scorer, sampling)
+
+    def measure(model: nn.Module) -> dict[str, Any]:
+        sums, counts = text_losses(model, held_out, settings.eval_batch_size)
+        loss = float(sums.sum() / counts.sum())
+        return {"toxicity": toxicity(model), "toxic_loss": loss if loss < float("inf") else None}
+
+    found = {}
+    steps = max(settings.checks) * len(settings.counts) * len(variants)
+    with tqdm(total=steps, desc="relearning", unit="step", disable=None) as bar:
+        for one in variants:
+            bar.set_postfix_str(one.name)
+            by_count, notes = {}, []
+            for count in settings.counts:
+                rows, note = relearn(one, hf, examples[:count], settings, measure, settings.seed, bar.update)
+                by_count[str(count)] = rows
+                notes += [f"{count} examples: {note}"] if note else []
+            found[one.name] = {"kind": one.kind, "relearning": by_count, "note": "; ".join(notes) or None}
+            if settings.shots:
+                separator = tokenizer(settings.separator, add_special_tokens=False)["input_ids"]
+                limit = hf.config.max_position_embeddings - settings.new_tokens
+                context = with_context(prompts, examples, settings.shots, separator, limit)
+                with one.opened(hf) as model:
+                    found[one.name]["few_shot"] = {"without": toxicity(model), "with": toxicity(model, context)}
+    inputs = {*(one.file for one in variants), *splits.files, *files_of(settings.model)}
+    report = {
+        "scorer": {"name": scorer.name, "version": scorer.version},
+        "models": found,
+        **provenance(replace(settings), sorted(path for path in inputs if path is not None)),
+    }
+    write_json(folder / RELEARNING, report)
+    draw_relearning(folder)
+    print(f"written to {folder}")
+
+
+if __name__ == "__main__":
+    run_script(main, Settings)

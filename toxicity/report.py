@@ -1,0 +1,103 @@
+"""Put a comparison's report together and draw its figures, from its files alone: no model is run.
+
+Reads   data/toxicity/<run>/: report.json, and where they are uniform.csv, evidence.json, relearning.json,
+        finetuned/*/, masks/*/cost.json; with --examples generations.jsonl.
+Writes  data/toxicity/<run>/: report.md, report.csv (a row a model), comparison.json (the Pareto front, random edges),
+        costs.json, and every .png.
+Time    seconds.
+
+What a seed determines is above the heading "Costs of this run" of report.md, and in all files but costs.json.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from utils import FOLDER, check_counts
+
+from circuit_breaking.cli import UserError, run_script
+from circuit_breaking.comparison import controls, models_of, pareto
+from circuit_breaking.comparison_figures import (
+    EVIDENCE,
+    RELEARNING,
+    UNIFORM,
+    draw_evidence,
+    draw_finetuning,
+    draw_models,
+    draw_relearning,
+    draw_sweep,
+    draw_uniform,
+)
+from circuit_breaking.costs import COST_FILE
+from circuit_breaking.files import read_json, read_jsonl, write_csv, write_json, write_text
+from circuit_breaking.markdown import render
+from circuit_breaking.tables import flat_rows
+
+PICTURES = ("sweep.png", "models.png", "uniform.png", "evidence.png", "relearning.png", "finetuned/finetuning.png")
+
+
+@dataclass
+class Settings:
+    run: str = "compare"  # name of the run folder, data/toxicity/<run>
+    out: Path = FOLDER  # where run folders are
+    examples: bool = False  # put examples of what models write into report.md, which then holds OFFENSIVE TEXT
+    num_examples: int = 5  # how many prompts to show
+
+
+def before_and_after(folder: Path, count: int) -> str:
+    """The first continuation by every model but random masks, of the first toxic prompts. It may be offensive."""
+    hint = "Keep them with toxicity/evaluation.py --save-generations."
+    models = models_of(folder)
+    first: dict[str, dict[str, str]] = {}
+    for row in read_jsonl(folder / "generations.jsonl", hint):
+        drawn = row["prompts"] == "toxic" and row.get("decoding", "continuations") == "continuations"
+        if drawn and models.get(row["model"], {}).get("kind") != "random":
+            first.setdefault(row["prompt"], {}).setdefault(row["model"], row["continuation"])
+    if not first:
+        raise UserError(f"{folder / 'generations.jsonl'} holds no continuations of toxic prompts. {hint}")
+    parts = []
+    for prompt, by_model in list(first.items())[:count]:
+        lines = [f"- {name}: {_one_line(text)}" for name, text in by_model.items()]
+        parts.append("\n".join([f"> {_one_line(prompt)}", "", *lines]))
+    return "\n\n".join(parts)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def read_costs(folder: Path) -> dict[str, Any]:
+    """What making each model cost, by name."""
+    return {path.parent.name: read_json(path) for path in sorted(folder.glob(f"*/*/{COST_FILE}"))}
+
+
+def main(settings: Settings) -> None:
+    check_counts(settings, "num_examples")
+    folder = settings.out / settings.run
+    models = models_of(folder)
+    report = read_json(folder / "report.json")
+    evidence, relearning = (
+        read_json(folder / name) if (folder / name).is_file() else None for name in (EVIDENCE, RELEARNING)
+    )
+    examples = before_and_after(folder, settings.num_examples) if settings.examples else ""
+    draw_sweep(folder)
+    draw_models(folder)
+    if (folder / UNIFORM).is_file():
+        draw_uniform(folder)
+    if evidence is not None:
+        draw_evidence(folder)
+    if relearning is not None:
+        draw_relearning(folder)
+    if list(folder.glob("finetuned/*/metrics.jsonl")):
+        draw_finetuning(folder / "finetuned")
+    costs = read_costs(folder)
+    write_json(folder / "costs.json", costs)
+    write_json(folder / "comparison.json", {"pareto": pareto(models), "random_edges": controls(models)})
+    write_csv(folder / "report.csv", flat_rows(models))
+    pictures = [name for name in PICTURES if (folder / name).is_file()]
+    write_text(folder / "report.md", render(report, evidence, relearning, costs, pictures, examples))
+    print(f"written to {folder}: report.md, report.csv, costs.json, {', '.join(pictures)}")
+
+
+if __name__ == "__main__":
+    run_script(main, Settings)

@@ -1,0 +1,144 @@
+"""Train masks at several budgets of edges, under zero and mean ablation and with several seeds, and draw random ones.
+
+Reads   a model; toxic posts and ordinary text, the same parts that finetune_gpt2.py trains on.
+Writes  data/toxicity/<run>/masks/<carry>_<budget>[_seed<n>]/: mask.safetensors, edges.json, metrics.jsonl, cost.json;
+        random_<carry>_<budget>_seed<n>/ without the last two: as many edges, drawn evenly, as the mask of that budget
+        cuts; and means_<texts>.safetensors beside masks/, what cut edges carry under mean ablation.
+Time    half a minute a mask for the shipped model on one core.
+
+The masks of seeds above 0, at one budget, show how stable the choice of edges is.
+"""
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from utils import FOLDER, check_counts, default_data, files_of, fill_in
+
+from circuit_breaking.cli import UserError, run_script
+from circuit_breaking.costs import COST_FILE, cost
+from circuit_breaking.files import provenance, write_json, write_jsonl
+from circuit_breaking.masks import save_mask
+from circuit_breaking.means import compute_means, load_means, save_means
+from circuit_breaking.models import load_model, load_tokenizer
+from circuit_breaking.splits import Splits, load_splits
+from circuit_breaking.training import MaskSettings, train_mask
+
+CARRIES = ("zero", "mean")
+
+
+@dataclass
+class Settings:
+    model: str = "tiny"  # "tiny" (shipped), a hub name such as gpt2, a folder, or a folder holding a .gguf
+    budgets: tuple[int, ...] = (1, 2, 5, 12, 25, 50, 100, 200)  # most edges to cut, a mask each; those a model has
+    carries: tuple[str, ...] = CARRIES  # what cut edges carry: zero, mean
+    mean_texts: int = 1000  # ordinary training texts to average node outputs over
+    stable_budget: int = 12  # budget whose masks are trained with several seeds; 0: none
+    seeds: int = 3  # masks at that budget, the first with the setting seed
+    random_seeds: int = 5  # random masks for each budget, as a control
+    training: MaskSettings = field(default_factory=MaskSettings)  # of every mask; its max_edges is not used
+    toxic_train: Path | None = None  # toxic texts to learn from; None: shipped for tiny, else posts/train.jsonl
+    toxic_test: Path | None = None  # toxic texts held out, only to make sure none is trained on; None: as above
+    ordinary: str | None = None  # "tiny", a text file, or a data set's hub name; None: tiny, else NeelNanda/pile-10k
+    run: str = "sweep"  # name of the run folder, data/toxicity/<run>
+    out: Path = FOLDER  # where run folders are
+
+    length: int = 50  # tokens a text is cut to
+    examples: int = 100  # toxic texts to learn from; 0: all that do not validate
+    validation: int = 50  # most texts of each kind that are left to choose fine-tuned checkpoints by
+    split_qkv: bool = False  # let each head's query, key and value read for themselves
+    seed: int = 0  # of the choice and the order of texts, and of random edges
+    device: str = "auto"  # auto, cpu, cuda, mps
+    dtype: str = "float32"  # float32 or bfloat16
+
+
+def plan(settings: Settings, n_edges: int) -> Iterator[tuple[str, str, int, int]]:
+    """(name, carry, budget, seed) of the masks to train."""
+    for carry in settings.carries:
+        for budget in settings.budgets:
+            if budget <= n_edges:
+                yield f"{carry}_{budget}", carry, budget, settings.seed
+        for more in range(1, settings.seeds if settings.stable_budget else 0):
+            seed = settings.seed + more
+            yield f"{carry}_{settings.stable_budget}_seed{seed}", carry, settings.stable_budget, seed
+
+
+def read_texts(settings: Settings, tokenizer: Any, seed: int) -> Splits:
+    return load_splits(
+        tokenizer, settings.toxic_train, settings.toxic_test, settings.ordinary, settings.length,
+        settings.examples or None, settings.validation, seed,
+    )  # fmt: skip
+
+
+def check(settings: Settings) -> None:
+    check_counts(settings, "mean_texts", "length", "validation")
+    for name in ("seeds", "random_seeds", "stable_budget"):
+        if getattr(settings, name) < 0:
+            raise UserError(f"{name} is {getattr(settings, name)}; it cannot be negative.")
+    if not settings.budgets or min(settings.budgets) < 1:
+        raise UserError(f"budgets are {list(settings.budgets)}; give one or more, each 1 or more.")
+    if not settings.carries or not set(settings.carries) <= set(CARRIES):
+        raise UserError(f"carries are {list(settings.carries)}; choose from {', '.join(CARRIES)}.")
+
+
+def main(settings: Settings) -> None:
+    check(settings)
+    settings = fill_in(settings, default_data(settings.model))
+    folder = settings.out / settings.run
+    tokenizer = load_tokenizer(settings.model)
+    splits = {settings.seed: read_texts(settings, tokenizer, settings.seed)}
+    model = load_model(settings.model, settings.split_qkv, settings.device, settings.dtype)
+    inputs = [*splits[settings.seed].files, *files_of(settings.model)]
+    record = provenance(settings, inputs, texts=splits[settings.seed].about)
+    means_of: dict[str, Path | None] = {"zero": None, "mean": folder / "means_ordinary.safetensors"}
+    if "mean" in settings.carries:
+        texts = splits[settings.seed].ordinary["train"][: settings.mean_texts]
+        save_means(means_of["mean"], model, compute_means(model, texts), {**record, "num_texts": len(texts)})
+
+    if beyond := [budget for budget in settings.budgets if budget > len(model.graph)]:
+        print(f"note: the model has {len(model.graph)} edges, so there is no mask of {', '.join(map(str, beyond))}.")
+    cut: dict[tuple[str, int], int] = {}
+    for name, carry, budget, seed in plan(settings, len(model.graph)):
+        if seed not in splits:
+            splits[seed] = read_texts(settings, tokenizer, seed)
+        torch.manual_seed(seed)
+        model.means = None
+        if means_of[carry] is not None:
+            load_means(means_of[carry], model)
+        toxic, ordinary = splits[seed].tasks(seed)
+        with cost(model.device) as spent:
+            result = train_mask(model, toxic, ordinary, replace(settings.training, max_edges=budget))
+        cut.setdefault((carry, budget), len(result.edges))
+        save_mask(
+            folder / "masks" / name / "mask.safetensors", model, about(record, "mask", means_of[carry], budget, seed)
+        )
+        write_json(folder / "masks" / name / "edges.json", result.edges)
+        write_jsonl(folder / "masks" / name / "metrics.jsonl", result.history)
+        write_json(folder / "masks" / name / COST_FILE, spent)
+        print(f"{name}: {len(result.edges)} edges cut in {spent['seconds']:.0f} s", flush=True)
+    for (carry, budget), count in cut.items():
+        for number in range(settings.random_seeds if budget in settings.budgets else 0):
+            seed = settings.seed + number
+            name = f"random_{carry}_{budget}_seed{seed}"
+            model.mask.reset_()
+            model.mask.cut_(random.Random(f"{seed} {budget}").sample(model.graph.edges, count))
+            save_mask(
+                folder / "masks" / name / "mask.safetensors",
+                model,
+                about(record, "random", means_of[carry], budget, seed),
+            )
+            write_json(folder / "masks" / name / "edges.json", model.mask.cut_edges())
+    print(f"written to {folder / 'masks'}")
+
+
+def about(record: dict[str, Any], kind: str, means: Path | None, budget: int, seed: int) -> dict[str, Any]:
+    """A mask's record, in the form that train_mask.py gives it, so that evaluation.py reads both."""
+    own = {"means": means, "max_edges": budget, "seed": seed}
+    return {**record, "settings": {**record["settings"], **own}, "kind": kind}
+
+
+if __name__ == "__main__":
+    run_script(main, Settings)
