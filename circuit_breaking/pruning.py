@@ -23,7 +23,7 @@ from circuit_breaking.masks import lowest_cut
 class PruneSettings:
     """How edges are pruned."""
 
-    rounds: int = 15  # rounds of a stage, each with one gradient
+    rounds: int = 20  # rounds of a stage, each with one gradient
     shrink: float = 0.8  # edges kept after a stage, of those kept before
     memory: float = 0.9  # weight of older gradients in an edge's worth
     batch_size: int = 20  # examples of a round
@@ -32,7 +32,7 @@ class PruneSettings:
 
 @dataclass
 class Stage:
-    """A binary mask [E] that keeps `kept` edges, and the loss on the last batch before it was chosen."""
+    """A binary mask [E] that keeps `kept` edges, and its loss on one batch."""
 
     mask: Tensor
     kept: int
@@ -64,7 +64,7 @@ def prune(model: Any, task: Any, settings: PruneSettings) -> Iterator[Stage]:
     cost: Tensor | None = None  # minus an edge's worth
     while kept > settings.fewest:
         target = max(settings.fewest, min(kept - 1, round(settings.shrink * kept)))
-        loss = float("nan")
+        best, lowest = mask, float("inf")
         for number in range(1, settings.rounds + 1):
             batch = task.draw(settings.batch_size)
             values: list[Tensor] = []
@@ -76,14 +76,19 @@ def prune(model: Any, task: Any, settings: PruneSettings) -> Iterator[Stage]:
             gradient = edge_gradients(loss_of, mask)
             if not gradient.isfinite().all():
                 raise UserError("a gradient is not finite, so edges cannot be pruned. Use float32, or other means.")
-            cost = gradient if cost is None else settings.memory * cost + (1 - settings.memory) * gradient
+            # masks differ from round to round, some much worse than others: a stage gives the best of its size
             loss = float(values[0].detach())
-            # the last third of a stage stays at its count and lets edges be exchanged
-            progress = min(1.0, 1.5 * number / settings.rounds)
+            if int(mask.sum()) == target and loss < lowest:
+                best, lowest = mask, loss
+            cost = gradient if cost is None else settings.memory * cost + (1 - settings.memory) * gradient
+            # the second half of a stage stays at its count and lets edges be exchanged
+            progress = min(1.0, 2 * number / settings.rounds)
             now = round(kept * (target / kept) ** progress)
             mask = lowest_cut(-cost, every - now)
-        kept = target
-        yield Stage(mask.clone(), kept, loss)
+        if int(best.sum()) != target:  # too few rounds to measure one
+            best = mask
+        kept, mask = target, best.clone()
+        yield Stage(best.clone(), kept, lowest)
 
 
 def smallest(

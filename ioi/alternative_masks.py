@@ -51,7 +51,7 @@ class Settings(MaskSettings):
     broken: float = 0.5  # covering: a mask counts that leaves at most this share of the logit difference
     faithful: float = 0.9  # sufficient: share of the logit difference that must stay
     shrink: float = 0.8  # sufficient: edges kept after a stage of pruning, of those before it
-    prune_rounds: int = 15  # sufficient: rounds of a stage, each with one gradient
+    prune_rounds: int = 20  # sufficient: rounds of a stage, each with one gradient
     prune_batch_size: int = 20  # sufficient: prompts of a round
     num_measured: int = 100  # sufficient: training prompts on which that share is measured
     max_edges: int = 10  # most edges that a mask may cut: a promise; not for sufficient
