@@ -2,13 +2,16 @@
 
 import dataclasses
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import Tensor
 
+from circuit_breaking.checkpoints import Checkpoints
 from circuit_breaking.cli import UserError
+from circuit_breaking.files import locked, read_jsonl, write_jsonl
 from circuit_breaking.models import TINY
 from circuit_breaking.tasks.owt import SHIPPED
 from circuit_breaking.training import MaskResult, MaskSettings, train_mask
@@ -46,19 +49,49 @@ def train_into(
     keep_task: Any,
     settings: MaskSettings,
     allowed: Tensor | None = None,
+    run: Mapping[str, Any] | None = None,
+    resume: bool = True,
+    every: int = 50,
 ) -> MaskResult:
-    """`train_mask`, each step's row written to `metrics.jsonl` of a run folder as it comes."""
+    """`train_mask`, each step's row written to `metrics.jsonl` of a run folder as it comes.
+
+    Args:
+        folder: the run folder; held against other processes while training.
+        model, break_task, keep_task, settings, allowed: as for `train_mask`.
+        run: the run's provenance. With it, checkpoints are kept in the folder, and a run that was interrupted goes on
+            from there if settings, data and code are the same.
+        resume: go on from a checkpoint, if there is one.
+        every: steps between checkpoints.
+    """
     path = folder / "metrics.jsonl"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with path.open("w", encoding="utf-8") as metrics:
-            return train_mask(
-                model,
-                break_task,
-                keep_task,
-                settings,
-                allowed,
-                on_step=lambda row: print(json.dumps(row), file=metrics, flush=True),
-            )
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}.") from error
+    checkpoints = None if run is None else Checkpoints(folder, _identity(run), every)
+    with locked(folder):
+        saved = checkpoints.load() if checkpoints is not None and resume else None
+        rows = read_jsonl(path)[: saved.step] if saved is not None and path.is_file() else []
+        if saved is not None and [row.get("step") for row in rows] != list(range(saved.step)):
+            print(f"{path} lacks steps before the checkpoint: starting anew.", file=sys.stderr)
+            saved, rows = None, []
+        if saved is not None:
+            print(f"going on from step {saved.step}", file=sys.stderr)
+        write_jsonl(path, rows)  # without what came after the checkpoint
+        try:
+            with path.open("a", encoding="utf-8") as metrics:
+                return train_mask(
+                    model,
+                    break_task,
+                    keep_task,
+                    settings,
+                    allowed,
+                    on_step=lambda row: print(json.dumps(row), file=metrics, flush=True),
+                    checkpoints=checkpoints,
+                    resume_from=saved,
+                )
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror}.") from error
+
+
+def _identity(run: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a run's provenance must be the same for it to go on: all but where results go."""
+    elsewhere = ("resume", "checkpoint_every", "run", "out")
+    kept = {name: value for name, value in run["settings"].items() if name not in elsewhere}
+    return {**run, "settings": kept}

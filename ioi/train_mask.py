@@ -35,6 +35,8 @@ class Settings(MaskSettings):
     length: int = 50  # tokens an ordinary text is cut to
     split_qkv: bool = False  # let each head's query, key and value read for themselves
     seed: int = 0  # another seed, another order of texts
+    resume: bool = True  # go on from the run folder's checkpoint, if it is of the same settings, data and code
+    checkpoint_every: int = 50  # steps between checkpoints; 0: only when told to stop (SIGTERM, SIGUSR1)
     num_test: int = 400  # held-out prompts and texts that are measured
     device: str = "auto"  # auto, cpu, cuda, mps
     dtype: str = "float32"  # float32 or bfloat16
@@ -44,7 +46,10 @@ def main(settings: Settings) -> None:
     setting: Setting = open_setting(settings)
     folder = settings.out / settings.run
     before = setting.summary()
-    result = train_into(folder, setting.model, setting.ioi, setting.ordinary, settings)
+    result = train_into(
+        folder, setting.model, setting.ioi, setting.ordinary, settings, None, setting.record, settings.resume,
+        settings.checkpoint_every,
+    )  # fmt: skip
     after = setting.summary()
     write_run(folder, setting, {"before": before, "after": after})
     draw_run(folder)

@@ -118,8 +118,9 @@ def test_errors_are_sentences(run, tmp_path, capsys, monkeypatch):
             generate.main(changed)
     write_json(run / "settings.json", {"settings": {}})
     monkeypatch.setattr(sys, "argv", ["generate.py", "--ablated", str(run), "--prompt", "a"])
-    with pytest.raises(SystemExit, match="neither a run"):
+    with pytest.raises(SystemExit) as stopped:
         run_script(generate.main, generate.Settings)
+    assert stopped.value.code == 1 and "neither a run" in capsys.readouterr().err
 
 
 def test_generate_time_writes_its_plot_and_numbers(tmp_path, capsys):

@@ -86,7 +86,8 @@ def test_rmu_by_hand(family):
     hf = family()
     loss, state = loss_of("rmu", hf, rmu_steer=3.0, rmu_retain=10.0)
     layer = 1  # of three
-    blocks = hf.transformer.h if hf.config.model_type == "gpt2" else hf.model.layers
+    blocks = {"gpt2": "transformer.h", "gpt_neox": "gpt_neox.layers"}
+    blocks = hf.get_submodule(blocks.get(hf.config.model_type, "model.layers"))
     seen = []
     hook = blocks[layer].register_forward_hook(lambda module, args, output: seen.append(output))
     batch = texts(1, 5)
@@ -100,7 +101,9 @@ def test_rmu_by_hand(family):
     assert (target > 0).all()  # of one sign, as in the paper's draw from [0, 1)
     assert float(loss.detach()) == pytest.approx(float((stream - target).square().mean()), rel=1e-5)  # nothing else yet
     trained = [name for name, p in hf.named_parameters() if p.requires_grad]
-    assert len(trained) == 2 and all(".mlp." in name and name.endswith("proj.weight") for name in trained)
+    assert len(trained) == 2 and all(
+        ".mlp." in name and name.endswith(("proj.weight", "dense_4h_to_h.weight")) for name in trained
+    )
     with pytest.raises(UserError, match="rmu_layer is 2"):
         loss_of("rmu", hf, rmu_layer=2)
 

@@ -49,7 +49,8 @@ def test_breaking_with_few_edges_spares_ordinary_text(runs):
     before, after = about["results"]["before"], about["results"]["after"]
     assert before["accuracy"] >= 0.95 and len(read_json(runs / "run" / "edges.json")) <= 10
     assert after["logit_difference"] < 0 and after["ordinary_loss"] - before["ordinary_loss"] <= 0.1
-    assert {path.name for path in (runs / "run").iterdir()} == {
+    left = {path.name for path in (runs / "run").iterdir() if "checkpoint" not in path.name and path.name != ".lock"}
+    assert left == {
         "settings.json", "metrics.jsonl", "mask.safetensors", "edges.json", "graph.json", "next_tokens.json",
         "training.png", *PICTURES,
     }  # fmt: skip
