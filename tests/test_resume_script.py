@@ -1,0 +1,57 @@
+"""A training script killed outright at random moments and started again each time."""
+
+import json
+import random
+import subprocess
+import sys
+import time
+
+import pytest
+from scripts import PLAIN, RUDE, save_small_model
+
+from circuit_breaking.files import ROOT, read_jsonl, read_tensors
+
+PHASES = ["--relax-steps=40", "--anneal-steps=40", "--sift-steps=20", "--refine-rounds=30", "--tries=4"]
+
+
+def command(folder, name):
+    options = {
+        "model": folder / "model", "toxic-train": folder / "train.jsonl", "toxic-test": folder / "test.jsonl",
+        "ordinary": folder / "plain.txt", "out": folder, "run": name, "checkpoint-every": 3, "max-edges": 5,
+        "test-texts": 10, "device": "cpu",
+    }  # fmt: skip
+    return [
+        sys.executable, str(ROOT / "toxicity" / "train_mask.py"), *PHASES,
+        *(f"--{key}={value}" for key, value in options.items()),
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_five_kills_leave_the_same_mask(tmp_path):
+    save_small_model(tmp_path / "model")
+    for name, texts in (("train", RUDE[:100]), ("test", RUDE[100:120])):
+        rows = [json.dumps({"id": i, "text": text}) for i, text in enumerate(texts, 1000 * (name == "test"))]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
+    (tmp_path / "plain.txt").write_text("\n".join(PLAIN))
+    subprocess.run(command(tmp_path, "whole"), check=True, capture_output=True)
+
+    moments, folder, resumed = random.Random(0), tmp_path / "killed", 0
+    for _ in range(5):
+        process = subprocess.Popen(command(tmp_path, "killed"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        path = folder / "metrics.jsonl"
+        there = len(path.read_text().splitlines()) if path.is_file() else 0
+        target = there + moments.randrange(2, 25)
+        while process.poll() is None and not (path.is_file() and len(path.read_text().splitlines()) >= target):
+            time.sleep(0.005)
+        assert process.poll() is None, "the run ended before it could be killed"
+        process.kill()
+        process.wait()
+    done = subprocess.run(command(tmp_path, "killed"), capture_output=True, text=True, check=True)
+    resumed = "going on from step" in done.stderr
+    assert resumed
+
+    masks = [read_tensors(tmp_path / name / "mask.safetensors")[0]["weights"] for name in ("whole", "killed")]
+    assert masks[0].equal(masks[1])
+    rows = [read_jsonl(tmp_path / name / "metrics.jsonl") for name in ("whole", "killed")]
+    assert [row["step"] for row in rows[1]] == list(range(130))
+    assert [{**row, "seconds": 0} for row in rows[0]] == [{**row, "seconds": 0} for row in rows[1]]
