@@ -51,7 +51,7 @@ def draw_comparison(folder: Path | str) -> Path:
                     lows, highs = [each.min() for each in values], [each.max() for each in values]
                     axes.fill_between(counts, lows, highs, color=COLOURS[number], alpha=0.18, linewidth=0)
             axes.set_xscale("log")
-            counts = np.unique(np.concatenate([rows[:, 0] for rows in methods.values()])) if methods else [1]
+            counts = np.unique(max(methods.values(), key=len)[:, 0]) if methods else [1]  # those of the most masks
             axes.xaxis.set_major_locator(FixedLocator(_apart(counts)))
             axes.xaxis.set_minor_locator(NullLocator())
             axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0f}")
