@@ -118,9 +118,13 @@ def read_csv(path: Path | str, hint: str = "Check the path in the settings.") ->
     path = require_file(path, hint)
     try:
         with path.open(encoding="utf-8", newline="") as file:
-            return list(csv.DictReader(file))
+            rows = list(csv.DictReader(file))
     except (csv.Error, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not CSV ({error}). {hint}") from error
+    for number, row in enumerate(rows, 2):
+        if None in row or None in row.values():
+            raise UserError(f"{path}, row {number}: not as many cells as there are columns. {hint}")
+    return rows
 
 
 def plain(value: Any) -> Any:

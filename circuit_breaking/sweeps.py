@@ -1,7 +1,6 @@
 """Sweeps over the settings of a script: which jobs, how they run, what came of them (layer 3)."""
 
 import itertools
-import json
 import subprocess
 import sys
 import time
@@ -102,7 +101,9 @@ def read_table(path: Path) -> list[dict[str, Any]]:
 
 
 def _number(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
