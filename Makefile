@@ -18,8 +18,9 @@ demo: $(READY)
 compare: $(READY)
 	$(BIN)/python toxicity/compare.py
 
+# two processes, a file of tests at a time; models that small gain nothing from threads
 test: $(READY)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
