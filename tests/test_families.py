@@ -129,7 +129,7 @@ def test_llama_variants(changes):
         (small_gpt2, {"scale_attn_by_inverse_layer_idx": True}),
         (small_gpt2, {"reorder_and_upcast_attn": True, "attn_implementation": "eager"}),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_family_variants_whole_and_masked(make, changes):
     hf = make(**changes)
