@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from circuit_breaking.bootstrap import Sums, estimate
@@ -64,10 +64,15 @@ def text_losses(
         hidden = model.base_model(input_ids=batch.tokens, use_cache=False).last_hidden_state[where]
         targets = batch.tokens.roll(-1, 1)[where]
         losses = cross_entropy_of_hidden(hidden, head.weight, getattr(head, "bias", None), targets)
-        of = where.nonzero()[:, 0].cpu()
-        sums[rows] = torch.zeros(len(batch), dtype=torch.float64).index_add_(0, of, losses.cpu().double()).numpy()
+        sums[rows] = sum_by_text(losses, where)
         tick()
     return sums, counts.numpy().astype(float)
+
+
+def sum_by_text(losses: Tensor, predicted: Tensor) -> np.ndarray:
+    """Losses [M] of the predictions of a batch, marked in `predicted` [B, T], summed over each text: float64 [B]."""
+    sums = torch.zeros(len(predicted), dtype=torch.float64)
+    return sums.index_add_(0, predicted.nonzero()[:, 0].cpu(), losses.cpu().double()).numpy()
 
 
 def distinct(rows: list[list[int]], n: int) -> float | None:

@@ -40,9 +40,8 @@ def node_of(reader: str) -> str:
 
 
 class LayerSlice(NamedTuple):
-    """Where one layer's edges lie in the flat order: a [rows, sources] block, then the MLP's reads of its own heads."""
+    """One layer's edges, as they lie in the flat order: a [rows, sources] block, then its heads into its own MLP."""
 
-    start: int  # first edge of the block
     rows: int  # readers of the block: head readers, then the MLP
     sources: int  # nodes of earlier layers, which every row reads
     own: int  # edges from the layer's own heads into its MLP, after the block; 0 where both run in parallel
@@ -92,12 +91,11 @@ class EdgeGraph:
     @cached_property
     def layers(self) -> list[LayerSlice]:
         """Where each layer's edges lie; the edges into `output` are the last `len(sources)`."""
-        slices, start = [], 0
+        slices = []
         rows, own = self.head_readers + 1, 0 if self.parallel else self.n_heads
         for layer in range(self.n_layers):
             sources = 1 + layer * (self.n_heads + 1)
-            slices.append(LayerSlice(start, rows, sources, own, layer * rows))
-            start += rows * sources + own
+            slices.append(LayerSlice(rows, sources, own, layer * rows))
         return slices
 
     @cached_property

@@ -14,16 +14,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 from utils import FOLDER, default_data
 
 from circuit_breaking.cli import UserError, run_script
 from circuit_breaking.files import provenance, write_json, write_jsonl
-from circuit_breaking.models import load_hf_model, load_tokenizer
+from circuit_breaking.models import StockModel, load_hf_model, load_tokenizer
 from circuit_breaking.scripts import check_counts, files_of, fill_in
 from circuit_breaking.tasks import IOITask, OWTTask
+from circuit_breaking.unlearning import prediction_losses_of
 
 
 @dataclass
@@ -45,22 +45,6 @@ class Settings:
     seed: int = 0  # another seed, another order of texts
     device: str = "auto"  # auto, cpu, cuda, mps
     dtype: str = "float32"  # float32 or bfloat16
-
-
-class Stock:
-    """A stock model behind the part of an `EdgeMaskedTransformer` that the prompt task uses."""
-
-    def __init__(self, hf: nn.Module) -> None:
-        self.hf = hf
-
-    @property
-    def device(self) -> torch.device:
-        return self.hf.device
-
-    def __call__(self, tokens: Tensor, at: Tensor, mask: None = None) -> Tensor:
-        """Next-token logits [B, V] at one position of each text."""
-        hidden = self.hf.base_model(input_ids=tokens, use_cache=False).last_hidden_state
-        return self.hf.get_output_embeddings()(hidden[torch.arange(len(tokens), device=tokens.device), at])
 
 
 def main(settings: Settings) -> None:
@@ -90,14 +74,11 @@ def main(settings: Settings) -> None:
 def finetune(hf: nn.Module, ioi: IOITask, ordinary: OWTTask, settings: Settings) -> list[dict[str, Any]]:
     """Train all weights in place; dropout stays off. Returns a row a step."""
     hf.requires_grad_(True)
-    stock, rows = Stock(hf), []
+    stock, rows = StockModel(hf), []
     optimizer = torch.optim.AdamW(hf.parameters(), lr=settings.lr, weight_decay=0.0)
     with tqdm(range(settings.steps), desc="fine-tuning", unit="step", disable=None) as bar:
         for step in bar:
-            texts = ordinary.draw(settings.batch_size).to(hf.device)
-            where = texts.predicted
-            logits = hf(input_ids=texts.tokens, use_cache=False).logits[where]
-            keep = F.cross_entropy(logits.float(), texts.tokens.roll(-1, 1)[where])
+            keep = prediction_losses_of(hf, ordinary.draw(settings.batch_size))[0].mean()
             broken = ioi.loss(stock, ioi.draw(settings.batch_size), cap=settings.break_cap)
             loss = keep - settings.alpha * broken
             if not math.isfinite(float(loss.detach())):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from circuit_breaking.attribution import Metric, eap_ig
 from circuit_breaking.cli import UserError
-from circuit_breaking.evaluation import Sums
+from circuit_breaking.evaluation import Sums, sum_by_text
 from circuit_breaking.figures import draw_training
 from circuit_breaking.files import DATA, provenance, write_json
 from circuit_breaking.graph_figures import draw_graph, draw_heat_map, draw_next_tokens, graph_record
@@ -159,12 +159,9 @@ def prompt_measures(task: IOITask, model: Any, num_data: int) -> dict[str, Sums]
 @torch.no_grad()
 def text_measures(task: TextTask, model: Any, num_data: int) -> Sums:
     """Summed next-token loss and number of predictions of each held-out text."""
-    texts, sums = task.test[:num_data], []
-    for batch in texts.batches(EVALUATION_BATCH):
-        of = batch.predicted.nonzero()[:, 0]
-        losses = prediction_losses(model, batch).cpu().double()
-        sums.append(torch.zeros(len(batch), dtype=torch.float64).index_add_(0, of, losses))
-    return torch.cat(sums).numpy(), texts.predicted.sum(1).numpy().astype(float)
+    texts = task.test[:num_data]
+    sums = [sum_by_text(prediction_losses(model, batch), batch.predicted) for batch in texts.batches(EVALUATION_BATCH)]
+    return np.concatenate(sums), texts.predicted.sum(1).numpy().astype(float)
 
 
 def check_layout(rows: list[dict[str, Any]], path: Path) -> None:

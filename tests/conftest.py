@@ -1,6 +1,7 @@
 """What the tests share: small random models of every family, made once."""
 
 import os
+from contextlib import contextmanager
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test waits for a hub; read when transformers is imported
@@ -88,3 +89,21 @@ FAMILIES = {
 @pytest.fixture(params=FAMILIES)
 def family(request):
     return FAMILIES[request.param]
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that were drawn, for a look at what is in them."""
+    from circuit_breaking import comparison_figures, figures, graph_figures, ioi_figures
+
+    seen, plain = [], figures.figure
+
+    @contextmanager
+    def spy(*arguments):
+        with plain(*arguments) as one:
+            yield one
+            seen.append(one)
+
+    for module in (figures, graph_figures, ioi_figures, comparison_figures):
+        monkeypatch.setattr(module, "figure", spy)
+    return seen

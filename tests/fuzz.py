@@ -9,7 +9,6 @@ import io
 import json
 import random
 import resource
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -178,5 +177,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parent))
     run_script(main, Settings)

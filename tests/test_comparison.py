@@ -262,20 +262,9 @@ def test_costs_are_the_only_thing_that_changes(folder):
     assert first != second and first.split(COSTS_HEADING)[0] == second.split(COSTS_HEADING)[0]
 
 
-def test_what_is_drawn_is_what_the_files_say(folder, monkeypatch):
-    seen, plain = [], comparison_figures.figure
-
-    from contextlib import contextmanager
-
-    @contextmanager
-    def spy(*arguments):
-        with plain(*arguments) as one:
-            yield one
-            seen.append(one)
-
-    monkeypatch.setattr(comparison_figures, "figure", spy)
+def test_what_is_drawn_is_what_the_files_say(folder, drawn):
     comparison_figures.draw_sweep(folder)
-    axes = seen[0].axes[0]
+    axes = drawn[0].axes[0]
     lines = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
     assert lines["mask, zero ablation"] == [[1.02, 0.6], [1.05, 0.2], [1.3, 0.1]]
     np.testing.assert_allclose(lines["random edges, zero ablation"][1], [1.012, 0.89])
@@ -283,11 +272,11 @@ def test_what_is_drawn_is_what_the_files_say(folder, monkeypatch):
     labels = {container.get_label() for container in axes.containers}
     assert {"joint", "original"} <= labels and "ascent" not in labels
     comparison_figures.draw_relearning(folder)
-    ten = seen[1].axes[0]
+    ten = drawn[1].axes[0]
     assert ten.lines[0].get_ydata().tolist() == pytest.approx([0.0, 0.1, 0.2, 0.3])
     comparison_figures.draw_uniform(folder)
-    drawn = {line.get_label() for line in seen[2].axes[0].lines}
-    assert drawn == {"original", "zero 12", "joint"}
+    labels = {line.get_label() for line in drawn[2].axes[0].lines}
+    assert labels == {"original", "zero 12", "joint"}
 
 
 def test_numbers_for_people():

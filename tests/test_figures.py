@@ -1,14 +1,12 @@
 """Figures are drawn from result files alone: that they are PNGs, show what the files say, and say what is wrong."""
 
 import json
-from contextlib import contextmanager
 
 import matplotlib.image
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from circuit_breaking import figures
 from circuit_breaking.cli import UserError
 from circuit_breaking.figures import draw_report, draw_training
 from circuit_breaking.files import write_json, write_jsonl, write_text
@@ -41,21 +39,6 @@ def metrics(steps=90):
         {"step": i, "phase": phase, "keep_loss": 3 + 0.1 * (i % 3), "break_loss": 4 + i / 50, "n_cut": max(90 - i, 12)}
         for i, phase in rows
     ]
-
-
-@pytest.fixture
-def drawn(monkeypatch):
-    """The figures that were drawn, for a look at what is in them."""
-    seen, plain = [], figures.figure
-
-    @contextmanager
-    def spy(*arguments):
-        with plain(*arguments) as one:
-            yield one
-            seen.append(one)
-
-    monkeypatch.setattr(figures, "figure", spy)
-    return seen
 
 
 def bars(axes):

@@ -1,7 +1,5 @@
 """Pictures of masks, and the published circuit: drawn from files alone, saying what the files say."""
 
-from contextlib import contextmanager
-
 import matplotlib.image
 import numpy as np
 import pytest
@@ -13,22 +11,6 @@ from circuit_breaking.graph import EdgeGraph
 from circuit_breaking.graph_figures import draw_graph, draw_heat_map, draw_next_tokens, graph_record, read_graph
 from circuit_breaking.ioi_figures import draw_comparison, draw_models, draw_stages
 from circuit_breaking.known_circuits import HEADS, circuit_edges, overlap
-
-
-@pytest.fixture
-def drawn(monkeypatch):
-    """The figures that were drawn, for a look at what is in them."""
-    seen, plain = [], graph_figures.figure
-
-    @contextmanager
-    def spy(*arguments):
-        with plain(*arguments) as one:
-            yield one
-            seen.append(one)
-
-    for module in (graph_figures, ioi_figures):
-        monkeypatch.setattr(module, "figure", spy)
-    return seen
 
 
 def some_edges(graph, count, seed=0):
