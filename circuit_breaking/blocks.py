@@ -4,8 +4,8 @@ Shapes: B batch, T position, N tokens = B * T, H heads, R head readers (H, or 3H
 width, F MLP width, V vocabulary.
 
 A block stops short of its two output projections, `w_o` and `w_down`: the engine applies those itself, straight into
-its stack of node outputs, so that nothing is copied and autograd keeps nothing for them. The gain and bias of the norm
-before attention are folded into the projections, because every reader has a residual stream of its own to normalise.
+its stack of node outputs, so that nothing is copied and autograd keeps nothing for them. It also calls `qkv`, the norm
+before attention and the projections after it, itself.
 """
 
 from collections.abc import Callable
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from circuit_breaking.cli import UserError
+from circuit_breaking.norms import NormedProjection, rms_norm
 
 # One fused kernel instead of the chain of elementwise products that Hugging Face writes out
 FUSED_ACTIVATIONS = {
@@ -85,12 +86,12 @@ class LayerNormBlock(nn.Module):
         super().__init__()
         first, second = norms
         _, heads, d, width = weights.shape
-        self.split, self.eps, self.shape, self.scale = split_qkv, first.eps, (d,), scale
+        self.split, self.eps, self.shape, self.scale = split_qkv, second.eps, (d,), scale
         self.act = activation(act)
         biases = biases + first.bias.detach()[None] @ weights
         weights = first.weight.detach()[:, None] * weights
-        self.register_buffer("w_qkv", reader_weights(list(weights), split_qkv))
-        self.register_buffer("b_qkv", reader_weights(list(biases), split_qkv))
+        weight, bias = (reader_weights(list(parts), split_qkv) for parts in (weights, biases))
+        self.qkv = NormedProjection(weight, bias, first.eps, centred=True)
         self.register_buffer("w_o", out[0].reshape(heads, width, d))
         self.register_buffer("b_o", out[1] / heads)
         self.register_buffer("g_2", second.weight.detach())
@@ -100,11 +101,10 @@ class LayerNormBlock(nn.Module):
         self.register_buffer("w_down", down[0])
         self.register_buffer("b_down", down[1])
 
-    def heads(self, read: Tensor, batch: int, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
-        """Attention-weighted values of every head, before its output projection: [R, N, D] -> [H, N, K]."""
-        x = F.layer_norm(read, self.shape, eps=self.eps)
+    def attention(self, qkv: Tensor, batch: int, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
+        """Attention-weighted values of every head, before its output projection, from its queries, keys and values."""
         place = None if rotary is None else partial(rotate_both, cos=rotary[0], sin=rotary[1])
-        return attend(torch.baddbmm(self.b_qkv, x, self.w_qkv), batch, self.split, place, self.scale)
+        return attend(qkv, batch, self.split, place, self.scale)
 
     def mlp(self, read: Tensor) -> Tensor:
         """Hidden layer of the MLP, before its output projection: [N, D] -> [N, F]."""
@@ -152,7 +152,7 @@ class LlamaBlock(nn.Module):
         attention, mlp = layer.self_attn, layer.mlp
         d, heads = config.hidden_size, config.num_attention_heads
         width = attention.head_dim
-        self.split, self.eps, self.shape = split_qkv, config.rms_norm_eps, (d,)
+        self.split, self.eps = split_qkv, config.rms_norm_eps
         self.scale = attention.scaling
         self.act = activation(config.hidden_act)
         gain = layer.input_layernorm.weight.detach()
@@ -165,8 +165,8 @@ class LlamaBlock(nn.Module):
         projections = [attention.q_proj, attention.k_proj, attention.v_proj]
         weights = [gain[:, None] * per_query_head(linear, linear.weight) for linear in projections]  # [H, D, K]
         biases = [per_query_head(linear, linear.bias) for linear in projections]  # [H, 1, K]
-        self.register_buffer("w_qkv", reader_weights(weights, split_qkv))
-        self.register_buffer("b_qkv", reader_weights(biases, split_qkv))
+        weight, bias = (reader_weights(parts, split_qkv) for parts in (weights, biases))
+        self.qkv = NormedProjection(weight, bias, config.rms_norm_eps, centred=False)
         self.register_buffer("g_q", attention.q_norm.weight.detach() if hasattr(attention, "q_norm") else None)
         self.register_buffer("g_k", attention.k_norm.weight.detach() if hasattr(attention, "k_norm") else None)
         self.register_buffer("w_o", attention.o_proj.weight.detach().t().reshape(heads, width, d))
@@ -179,20 +179,19 @@ class LlamaBlock(nn.Module):
         self.register_buffer("w_down", mlp.down_proj.weight.detach().t())
         self.register_buffer("b_down", bias_of(mlp.down_proj))
 
-    def heads(self, read: Tensor, batch: int, rotary: tuple[Tensor, Tensor]) -> Tensor:
-        """Attention-weighted values of every head, before its output projection: [R, N, D] -> [H, N, K]."""
-        x = F.rms_norm(read, self.shape, eps=self.eps)
+    def attention(self, qkv: Tensor, batch: int, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        """Attention-weighted values of every head, before its output projection, from its queries, keys and values."""
 
         def place(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
             if self.g_q is not None:
-                q, k = (F.rms_norm(x, gain.shape, gain, self.eps) for x, gain in ((q, self.g_q), (k, self.g_k)))
+                q, k = (rms_norm(x, gain, self.eps) for x, gain in ((q, self.g_q), (k, self.g_k)))
             return rotate_both(q, k, *rotary)
 
-        return attend(torch.baddbmm(self.b_qkv, x, self.w_qkv), batch, self.split, place, self.scale)
+        return attend(qkv, batch, self.split, place, self.scale)
 
     def mlp(self, read: Tensor) -> Tensor:
         """Hidden layer of the MLP, before its output projection: [N, D] -> [N, F]."""
-        x = F.rms_norm(read, self.shape, self.g_2, self.eps)
+        x = rms_norm(read, self.g_2, self.eps)
         return self.act(F.linear(x, self.w_gate, self.b_gate)) * F.linear(x, self.w_up, self.b_up)
 
 
@@ -232,7 +231,7 @@ class Norm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Normalise [..., D]."""
         if self.kind == "rms":
-            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+            return rms_norm(x, self.weight, self.eps)
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
 
 

@@ -7,10 +7,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-LOGITS_AT_ONCE = 1 << 24  # logits held at a time: 64 MB in float32
+# Logits held at a time: at most 64 MB in float32. Whole multiples of a cache line keep matrix products at full speed.
+WORDS_AT_ONCE = PREDICTIONS_AT_ONCE = 1 << 12
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
+    """The vocabulary is taken in chunks, with a running peak and sum, as attention may be over keys.
+
+    All predictions meet a chunk of the unembedding while it is in the cache: much faster than a chunk of predictions
+    at a time, each of which would meet it all.
+    """
+
     @staticmethod
     def forward(ctx, hidden: Tensor, unembedding: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
         # The loss of a prediction depends on its own hidden state alone, so the gradient at unit weight can be
@@ -18,20 +25,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         want = ctx.needs_input_grad[0]
         losses = hidden.new_empty(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
         gradient = torch.empty_like(hidden) if want else None
-        size = max(1, LOGITS_AT_ONCE // len(unembedding))
-        for start in range(0, len(hidden), size):
-            part = slice(start, start + size)
-            logits = F.linear(hidden[part], unembedding, bias).to(losses.dtype)
-            chosen = logits.gather(1, targets[part, None])
-            # logsumexp by hand: the exponentials are reused for the gradient
-            peak = logits.amax(1, keepdim=True)
-            exponentials = logits.sub_(peak).exp_()
-            total = exponentials.sum(1, keepdim=True)
-            losses[part] = (total.log() + peak - chosen)[:, 0]
-            if want:
-                probabilities = exponentials.div_(total)
-                probabilities.scatter_add_(1, targets[part, None], probabilities.new_full(chosen.shape, -1.0))
-                torch.mm(probabilities.to(hidden.dtype), unembedding, out=gradient[part])
+        for start in range(0, len(hidden), PREDICTIONS_AT_ONCE):
+            part = slice(start, start + PREDICTIONS_AT_ONCE)
+            at = None if gradient is None else gradient[part]
+            losses[part] = losses_of_part(hidden[part], unembedding, bias, targets[part], losses.dtype, at)
         ctx.save_for_backward(gradient)
         return losses
 
@@ -40,6 +37,40 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx, weights: Tensor):
         (gradient,) = ctx.saved_tensors
         return gradient * weights[:, None].to(gradient.dtype), None, None, None
+
+
+def losses_of_part(
+    hidden: Tensor,
+    unembedding: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    dtype: torch.dtype,
+    gradient: Tensor | None,
+) -> Tensor:
+    """Losses [M] of predictions few enough to be taken at once; sets `gradient` [M, D] to that of each in its state."""
+    peak = hidden.new_full((len(hidden), 1), float("-inf"), dtype=dtype)
+    total, chosen = torch.zeros_like(peak), torch.zeros_like(peak)
+    mean = None if gradient is None else torch.zeros_like(gradient, dtype=dtype)  # unembedding, by probability * total
+    for start in range(0, len(unembedding), WORDS_AT_ONCE):
+        words = slice(start, start + WORDS_AT_ONCE)
+        logits = F.linear(hidden, unembedding[words], None if bias is None else bias[words]).to(dtype)
+        place = targets[:, None] - start
+        here = (place >= 0) & (place < logits.shape[1])
+        chosen = torch.where(here, logits.gather(1, place.clamp(0, logits.shape[1] - 1)), chosen)
+        higher = torch.maximum(peak, logits.amax(1, keepdim=True))
+        shrink = (peak - higher).exp_()
+        exponentials = logits.sub_(higher).exp_()
+        total = total * shrink + exponentials.sum(1, keepdim=True)
+        peak = higher
+        if mean is not None:
+            mean *= shrink
+            if dtype == hidden.dtype:
+                mean.addmm_(exponentials, unembedding[words])
+            else:
+                mean += exponentials.to(hidden.dtype) @ unembedding[words]
+    if mean is not None:
+        torch.sub((mean / total).to(hidden.dtype), unembedding[targets], out=gradient)
+    return (total.log() + peak - chosen)[:, 0]
 
 
 def cross_entropy_of_hidden(hidden: Tensor, unembedding: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:

@@ -8,9 +8,9 @@ How it is fast:
   [R, P'] · [P', N * D] over the P' nodes before the group; what they read of each other's layers is added on the way.
 - Where most weights are 1, as in a mask that can be saved, a running sum of the nodes takes the place of the product,
   and only the edges whose weight differs are added apart. The backward does the same with the readers' gradients.
-- Walking the layers in reverse, the gradient of all edges into a group is one product. Once a layer is done, nothing
-  reads its node outputs again, so the gradients of its readers take their place: one stack serves both passes.
-- Autograd keeps what attention and the MLP's nonlinearity need, nothing else. Model weights are frozen.
+- Walking the layers in reverse, the gradient of all edges into a group is one product. The gradients of a layer's
+  readers take the place of what they read. Nodes and readers are rows of one memory, which the next pass uses again.
+- Autograd keeps what attention and the MLP need, nothing else. Model weights are frozen.
 """
 
 from typing import Any
@@ -39,13 +39,36 @@ class OutputRead(torch.autograd.Function):
     @staticmethod
     def forward(ctx, weights: Tensor, means: Tensor | None, model: Any, tokens: Tensor) -> Tensor:
         run = Pass(model, weights.detach(), tokens, keep=any(ctx.needs_input_grad[:2]))
-        ctx.run = run
-        return run.forward()
+        read = run.forward()
+        if run.keep:
+            ctx.run = run
+        else:
+            run.release()
+        return read
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: Tensor):
         return *ctx.run.backward(gradient, means=ctx.needs_input_grad[1]), None, None
+
+
+class Workspace:
+    """Memory that one pass after another uses: on a CPU, pages that are new cost as much as what is written to them."""
+
+    def __init__(self) -> None:
+        self.free: Tensor | None = None
+
+    def take(self, count: int, like: Tensor) -> Tensor:
+        """At least `count` numbers of any value, of the type of `like`; nobody else's until they are given back."""
+        free, self.free = self.free, None
+        if free is None or len(free) < count or free.dtype != like.dtype or free.device != like.device:
+            return like.new_empty(count)
+        return free
+
+    def give_back(self, memory: Tensor) -> None:
+        """Take back what `take` gave. (A GPU's memory goes to torch, which hands it out again at no cost.)"""
+        if memory.device.type == "cpu":
+            self.free = memory
 
 
 class Exceptions:
@@ -95,7 +118,7 @@ class Pass:
         differing = (weights != 1).nonzero()[:, 0]
         few = len(differing) <= len(self.mask)
         self.exceptions = Exceptions(model, weights, differing) if few else None
-        self.stack: Tensor | None = None
+        self.memory: Tensor | None = None
 
     def _matrix(self, weights: Tensor | None = None) -> Tensor:
         """[R, P], zero where there is no edge; with the weights [E] of those that there are, if given."""
@@ -105,16 +128,36 @@ class Pass:
         return matrix
 
     def _fill(self, rows: Tensor, constants: Tensor) -> None:
-        """Set [k, N, D] to constants [k, 1 or max T, D], which may differ by position."""
+        """Set [k, N, D] or [k, N * D] to constants [k, 1 or max T, D], which may differ by position."""
         rows = rows.view(rows.shape[0], self.batch, self.length, self.width)
         rows.copy_(constants[:, None, : self.length])
+
+    def _allocate(self) -> None:
+        """Take the memory of the pass: a row [N * D] for each node and reader, and the gradients of a group's nodes.
+
+        Without a backward the readers of one group are all there are at a time.
+        """
+        graph = self.graph
+        largest = max((len(group) for group in self.model.groups), default=0)
+        sources = len(graph.sources)
+        readers = len(graph.readers) if self.keep else largest * (graph.head_readers + 1)
+        scratch = largest * (graph.n_heads + 1) if self.keep else 0
+        rows = sources + readers + scratch
+        self.memory = self.model.workspace.take(rows * self.flat, self.model.embedding)
+        parts = self.memory[: rows * self.flat].view(rows, self.flat).split([sources, readers, scratch])
+        self.rows, self.reads, self.scratch = parts
+        self.stack = self.rows.view(sources, -1, self.width)
+
+    def release(self) -> None:
+        """Give the memory of the pass back."""
+        self.model.workspace.give_back(self.memory)
+        self.memory = self.stack = self.rows = self.reads = self.scratch = None
 
     def forward(self) -> Tensor:
         model, graph, sources = self.model, self.graph, len(self.graph.sources)
         n_tokens, heads = self.tokens.numel(), graph.n_heads
-        # one row more than there are nodes: the backward keeps the gradient of `output` there
-        self.stack = stack = model.embedding.new_empty(sources + 1, n_tokens, self.width)
-        self.rows = rows = stack.view(sources + 1, self.flat)
+        self._allocate()
+        stack, rows = self.stack, self.rows
         self.total, self.counted = rows.new_zeros(self.flat), 0
         self._fill(stack[:1], model.offsets[:1])
         embedding = F.embedding(self.tokens, model.embedding)
@@ -124,16 +167,20 @@ class Pass:
         rotary = model.rotary_tables(self.length, self.tokens.device)
         self.saved: list[tuple[Tensor, ...] | None] = []
         for group in model.groups:
+            start, end = group[0].reader, group[-1].reader + group[-1].rows
+            reads = self.reads[start:end] if self.keep else self.reads[: end - start]
             if self.exceptions is None:
-                reads = self._read(group[0].reader, group[-1].reader + group[-1].rows, group[0].sources)
+                self._read(reads, start, group[0].sources)
             for part in group:
                 block, first, mlp = model.blocks[len(self.saved)], part.sources, part.sources + heads
+                read = reads[part.reader - start :][: part.rows]
                 if self.exceptions is None:
-                    read = reads[part.reader - group[0].reader :][: part.rows]
                     self._add_group(read, part, group[0].sources)
                 else:
-                    read = self._read_sum(part.reader, part.rows, first, len(self.saved))
-                z, read_heads = self._traced(lambda x, block=block: block.heads(x, self.batch, rotary), read[:-1])
+                    self._read_sum(read, part.reader, first, len(self.saved))
+                read = read.view(part.rows, n_tokens, self.width)
+                qkv, inverse = block.qkv(read[:-1])
+                z, qkv = self._traced(lambda x, block=block: block.attention(x, self.batch, rotary), qkv)
                 self._fill(stack[first:mlp], model.offsets[first:mlp])
                 stack[first:mlp].baddbmm_(z.detach(), block.w_o)
                 if part.own:
@@ -141,11 +188,13 @@ class Pass:
                 hidden, read_mlp = self._traced(block.mlp, read[-1])
                 self._fill(stack[mlp : mlp + 1], model.offsets[mlp : mlp + 1])
                 stack[mlp].addmm_(hidden.detach(), block.w_down)
-                self.saved.append((read_heads, z, read_mlp, hidden) if self.keep else None)
-        readers = len(self.mask)
+                self.saved.append((inverse, qkv, z, read_mlp, hidden) if self.keep else None)
+        output, reader = rows.new_empty(1, self.flat), len(self.mask) - 1  # not in the workspace, as others will see it
         if self.exceptions is None:
-            return self._read(readers - 1, readers, sources)[0]
-        return self._read_sum(readers - 1, 1, sources, graph.n_layers)[0]
+            self._read(output, reader, sources)
+        else:
+            self._read_sum(output, reader, sources, graph.n_layers)
+        return output.view(n_tokens, self.width)
 
     def _traced(self, function, read: Tensor) -> tuple[Tensor, Tensor]:
         """`function(read)` with its graph from `read` on, where a backward is to come."""
@@ -154,62 +203,57 @@ class Pass:
             read = read.data.requires_grad_(self.keep)
             return function(read), read
 
-    def _read(self, start: int, end: int, sources: int) -> Tensor:
-        """What the readers from `start` to `end` get from the first `sources` nodes, and all their means: [., N, D]."""
-        out = self.stack.new_empty(end - start, self.tokens.numel(), self.width)
-        flat, weights, nodes = out.view(len(out), -1), self.mask[start:end, :sources], self.rows[:sources]
+    def _read(self, out: Tensor, start: int, sources: int) -> None:
+        """Set `out` [k, N * D] to what k readers from `start` on get: the first `sources` nodes, and means."""
+        weights, nodes = self.mask[start : start + len(out), :sources], self.rows[:sources]
         if self.model.base is None:
-            torch.mm(weights, nodes, out=flat)
+            torch.mm(weights, nodes, out=out)
         else:
-            self._fill(out, self.model.base[self.model.sources_read[start:end]])
-            flat.addmm_(weights, nodes)
-        return out
+            self._fill_base(out, start)
+            out.addmm_(weights, nodes)
+
+    def _fill_base(self, out: Tensor, start: int) -> None:
+        """Set `out` [k, N * D] to the sum of the means of all nodes that k readers from `start` on read."""
+        self._fill(out, self.model.base[self.model.sources_read[start : start + len(out)]])
 
     def _add_group(self, read: Tensor, part: LayerSlice, before: int) -> None:
-        """Add to a layer's reads [R, N, D] the nodes of its group's earlier layers, from node `before` on."""
+        """Add to a layer's reads [R, N * D] the nodes of its group's earlier layers, from node `before` on."""
         if before < part.sources:
             weights = self.mask[part.reader : part.reader + part.rows, before : part.sources]
-            read.view(part.rows, -1).addmm_(weights, self.rows[before : part.sources])
+            read.addmm_(weights, self.rows[before : part.sources])
 
-    def _read_sum(self, start: int, count: int, sources: int, layer: int) -> Tensor:
-        """As `_read` for `count` readers of one layer, by the running sum of the nodes: [count, N, D]."""
+    def _read_sum(self, out: Tensor, start: int, sources: int, layer: int) -> None:
+        """As `_read` for readers of one layer, by the running sum of the nodes."""
         self.total += self.rows[self.counted : sources].sum(0)
         self.counted = sources
-        out = self.stack.new_empty(count, self.tokens.numel(), self.width)
-        flat = out.view(count, -1)
         if self.model.base is None:
-            flat.copy_(self.total.expand_as(flat))
+            out.copy_(self.total.expand_as(out))
         else:
-            self._fill(out, self.model.base[self.model.sources_read[start : start + count]])
-            flat += self.total
+            self._fill_base(out, start)
+            out += self.total
         readers, nodes, excess = self.exceptions.into(layer)
         if len(excess):
-            flat.index_add_(0, readers - start, self.rows[nodes].mul_(excess[:, None]))
-        return out
+            out.index_add_(0, readers - start, self.rows[nodes].mul_(excess[:, None]))
 
     def backward(self, gradient: Tensor, means: bool) -> tuple[Tensor, Tensor | None]:
         """Gradients of the mask weights [E] and, if wanted, of the means [P, D]."""
-        if self.stack is None:
+        if self.memory is None:
             self.forward()
-        graph, mask, stack, flat, heads = self.graph, self.mask, self.stack, self.flat, self.graph.n_heads
-        rows, self.stack, self.rows = self.rows, None, None
+        graph, mask, rows, reads, heads = self.graph, self.mask, self.rows, self.reads, self.graph.n_heads
         readers, sources = mask.shape
         edge_gradient = self._matrix()
         edge_gradient[-1] = rows[:sources] @ gradient.reshape(-1)
-        # Gradients of the readers. Row for row they fit where the outputs of the same layer's nodes were, unless
-        # queries, keys and values read apart.
-        self.reads = reads = stack.new_empty(readers, flat) if graph.split_qkv else rows[1:]
         reads[-1] = gradient.reshape(-1)
-        self.total, self.counted = rows.new_zeros(flat), readers
+        self.total, self.counted = rows.new_zeros(self.flat), readers
         layer = graph.n_layers
         for group in reversed(self.model.groups):
             before, end = group[0].sources, group[-1].reader + group[-1].rows
             nodes = len(group) * (heads + 1)
             if self.exceptions is None:
-                at_group = torch.mm(mask[end:, before : before + nodes].t(), reads[end:])
+                at_group = torch.mm(mask[end:, before : before + nodes].t(), reads[end:], out=self.scratch[:nodes])
             for part in reversed(group):
                 layer -= 1
-                block, (read_heads, z, read_mlp, hidden) = self.model.blocks[layer], self.saved[layer]
+                block, (inverse, qkv, z, read_mlp, hidden) = self.model.blocks[layer], self.saved[layer]
                 first, mlp, after = part.sources, part.sources + heads, part.reader + part.rows
                 if self.exceptions is not None:
                     at_nodes = self._at_nodes_sum(first, after, layer)
@@ -224,28 +268,30 @@ class Pass:
                     edge_gradient[after - 1, first:mlp] = rows[first:mlp] @ at_mlp_read.view(-1)
                     at_heads.addr_(mask[after - 1, first:mlp], at_mlp_read.view(-1))
                 at_z = torch.bmm(at_heads.view(heads, -1, self.width), block.w_o.transpose(1, 2))
-                (at_head_reads,) = torch.autograd.grad(z, read_heads, at_z)
+                (at_qkv,) = torch.autograd.grad(z, qkv, at_z)
                 self.saved[layer] = None
 
                 here = reads[part.reader : after]
-                here[:-1] = at_head_reads.view(-1, flat)
+                block.qkv.backward_(here[:-1].view(len(qkv), -1, self.width), inverse, qkv.detach(), at_qkv)
                 here[-1] = at_mlp_read.view(-1)
                 if before < first:
                     edge_gradient[part.reader : after, before:first] = here @ rows[before:first].t()
             start = group[0].reader
             edge_gradient[start:end, :before] = reads[start:end] @ rows[:before].t()
-        self.reads = None
         at_edges = edge_gradient[self.model.edge_readers, self.model.edge_sources].to(self.mask_dtype)
-        if not means:
-            return at_edges, None
-        cut = self._matrix(torch.ones_like(at_edges, dtype=mask.dtype)) - mask  # 1 - m where there is an edge
-        return at_edges, cut.t() @ reads.view(readers, -1, self.width).sum(1)
+        at_means = None
+        if means:
+            cut = self._matrix(torch.ones_like(at_edges, dtype=mask.dtype)) - mask  # 1 - m where there is an edge
+            at_means = cut.t() @ reads.view(readers, -1, self.width).sum(1)
+        self.release()
+        return at_edges, at_means
 
     def _at_nodes_sum(self, first: int, after: int, layer: int) -> Tensor:
         """Gradient at a layer's nodes by the running sum of the gradients of all later readers: [H + 1, N * D]."""
         self.total += self.reads[after : self.counted].sum(0)
         self.counted = after
-        at_nodes = self.total.expand(self.graph.n_heads + 1, -1).clone()
+        at_nodes = self.scratch[: self.graph.n_heads + 1]
+        at_nodes.copy_(self.total.expand_as(at_nodes))
         readers, nodes, excess = self.exceptions.out_of(layer)
         if len(excess):
             at_nodes.index_add_(0, nodes - first, self.reads[readers].mul_(excess[:, None]))

@@ -18,7 +18,7 @@ from circuit_breaking.blocks import take_apart
 from circuit_breaking.cli import UserError
 from circuit_breaking.graph import EdgeGraph
 from circuit_breaking.masks import EdgeMask
-from circuit_breaking.passes import OutputRead, Pass, layer_groups
+from circuit_breaking.passes import OutputRead, Pass, Workspace, layer_groups
 
 
 def select_positions(hidden: Tensor, at: Tensor) -> Tensor:
@@ -69,6 +69,7 @@ class EdgeMaskedTransformer(nn.Module):
         self.register_buffer("edge_sources", self.graph.edge_sources)
         self.register_buffer("sources_read", self.graph.edge_readers.bincount(minlength=len(self.graph.readers)))
         self.groups = layer_groups(self.graph)
+        self.workspace = Workspace()
         # at least float32, so that a step of the optimizer is not lost in bfloat16's rounding
         self.mask = EdgeMask(self.graph, dtype=torch.promote_types(self.dtype, torch.float32))
         self.register_buffer("offsets", None)
@@ -174,7 +175,7 @@ class EdgeMaskedTransformer(nn.Module):
         self._check(tokens)
         run = Pass(self, self.mask.weights.detach(), tokens, keep=False)
         run.forward()
-        outputs = run.stack[:-1].view(len(self.graph.sources), *tokens.shape, -1)
+        outputs = run.stack.view(len(self.graph.sources), *tokens.shape, -1)
         if self._means is not None:
             means = self._means if self._means.dim() == 2 else self._means[: tokens.shape[1]].transpose(0, 1)
             outputs += means[:, None, None] if self._means.dim() == 2 else means[:, None]

@@ -153,6 +153,25 @@ def test_backward_can_run_again(family):
     torch.testing.assert_close(model.mask.weights.grad, 2 * first)
 
 
+def test_passes_that_overlap_do_not_disturb_each_other(family):
+    model = load_model(family(), device="cpu")
+    with torch.no_grad():
+        model.mask.weights.uniform_(0.5, 1)
+
+    def gradient(tokens):
+        return torch.autograd.grad(model(tokens).square().sum(), model.mask.weights)[0]
+
+    one, two = gradient(TOKENS), gradient(TOKENS[:2, :5])
+    for order in ((0, 1), (1, 0)):
+        losses = [model(tokens).square().sum() for tokens in (TOKENS, TOKENS[:2, :5])]
+        with torch.no_grad():
+            logits = model(TOKENS)
+        for index in order:
+            found = torch.autograd.grad(losses[index], model.mask.weights)[0]
+            torch.testing.assert_close(found, (one, two)[index], rtol=0, atol=0)
+        torch.testing.assert_close(model(TOKENS), logits, rtol=0, atol=0)
+
+
 def test_the_given_model_is_left_alone(family):
     hf = family()
     before = {name: value.clone() for name, value in hf.state_dict().items()}
