@@ -17,7 +17,18 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
-from steps import SHAPES, binary_mask, dense_mask, engine_step, make_hf, make_tokens, plain_step, seconds
+from steps import (
+    SHAPES,
+    added_at_peak,
+    binary_mask,
+    dense_mask,
+    engine_step,
+    make_engine,
+    make_hf,
+    make_tokens,
+    plain_step,
+    seconds,
+)
 
 from circuit_breaking.cli import UserError, run_script
 from circuit_breaking.models import load_model
@@ -33,6 +44,7 @@ class Settings:
     length: int = 50  # tokens a text
     rounds: int = 5  # steps of each variant; the median counts
     split_qkv: bool = False  # masks for query, key and value apart
+    recompute: bool = False  # the engine computes parts of each layer again in the backward, to save memory
     cut: int = 50  # edges that the binary mask cuts
     naive: bool = True  # time the naive formulation too (slow, and a lot of memory)
     threads: int = 2  # CPU threads
@@ -54,12 +66,12 @@ def naive_step(settings: Settings) -> Callable[[torch.Tensor], None]:
 
 
 def binary_step(settings: Settings) -> Callable[[torch.Tensor], None]:
-    model = load_model(make_hf(settings), settings.split_qkv, settings.device, settings.dtype)
+    model = make_engine(settings)
     return engine_step(model, binary_mask(len(model.graph), settings.cut))
 
 
 def dense_step(settings: Settings) -> Callable[[torch.Tensor], None]:
-    model = load_model(make_hf(settings), settings.split_qkv, settings.device, settings.dtype)
+    model = make_engine(settings)
     return engine_step(model, dense_mask(len(model.graph)))
 
 
@@ -71,27 +83,11 @@ STEPS = {
 }
 
 
-def resident_peak() -> int:
-    """Highest resident memory of this process since the last reset, bytes (Linux)."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    raise UserError("peak memory is measured on Linux only")
-
-
 def peak_memory(settings: Settings, name: str) -> float:
     """What one step adds to the loaded model at its peak, GB; run in a process of its own."""
     torch.set_num_threads(settings.threads)
     step, tokens = STEPS[name](settings), make_tokens(settings)
-    if tokens.is_cuda:
-        base = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        step(tokens)
-        return (torch.cuda.max_memory_allocated() - base) / 1e9
-    Path("/proc/self/clear_refs").write_text("5")  # reset the peak to what is resident now
-    base = resident_peak()
-    step(tokens)
-    return (resident_peak() - base) / 1e9
+    return added_at_peak(step, tokens)
 
 
 def main(settings: Settings) -> None:

@@ -1,11 +1,13 @@
 """What the benchmarks share: models of known shapes with random weights, and one step of each kind.
 
 A step is a forward over the batch and a backward from its next-token loss: to the mask for the engine, to the
-embeddings for plain Hugging Face. `settings` are a script's own, with shape, batch, length, device and dtype.
+embeddings for plain Hugging Face. `settings` are a script's own, with shape, batch, length, device and dtype, and for
+the engine split_qkv and recompute.
 """
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,8 +15,10 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig, Qwen2Config, Qwen3Config
 
+from circuit_breaking.cli import UserError
 from circuit_breaking.devices import pick_device, pick_dtype
 from circuit_breaking.losses import cross_entropy_of_hidden
+from circuit_breaking.models import load_model
 from circuit_breaking.transformer import EdgeMaskedTransformer
 
 SHAPES = {
@@ -56,6 +60,13 @@ def make_hf(settings: Any) -> nn.Module:
     return hf.to(pick_device(settings.device), pick_dtype(settings.dtype)).eval()
 
 
+def make_engine(settings: Any) -> EdgeMaskedTransformer:
+    """The engine on such a model."""
+    return load_model(
+        make_hf(settings), settings.split_qkv, settings.device, settings.dtype, recompute=settings.recompute
+    )
+
+
 def make_tokens(settings: Any) -> torch.Tensor:
     """Random tokens [batch, length] of the vocabulary of `settings.shape`."""
     generator = torch.Generator().manual_seed(0)
@@ -70,6 +81,27 @@ def seconds(step: Step, tokens: torch.Tensor) -> float:
     if tokens.is_cuda:
         torch.cuda.synchronize()
     return time.perf_counter() - start
+
+
+def resident_peak() -> int:
+    """Highest resident memory of this process since the last reset, bytes (Linux)."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    raise UserError("peak memory is measured on Linux only")
+
+
+def added_at_peak(step: Step, tokens: torch.Tensor) -> float:
+    """What one step adds to what there is, at its peak, GB. On a CPU to be called in a fresh process."""
+    if tokens.is_cuda:
+        base = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step(tokens)
+        return (torch.cuda.max_memory_allocated() - base) / 1e9
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak to what is resident now
+    base = resident_peak()
+    step(tokens)
+    return (resident_peak() - base) / 1e9
 
 
 def plain_step(hf: nn.Module) -> Step:

@@ -76,6 +76,7 @@ def load_model(
     split_qkv: bool = False,
     device: str = "auto",
     dtype: str | torch.dtype = "float32",
+    recompute: bool = False,
 ) -> EdgeMaskedTransformer:
     """An edge-masked transformer with all edges whole.
 
@@ -85,18 +86,19 @@ def load_model(
         split_qkv: let each head's query, key and value read for themselves.
         device: `"auto"`, or a name that torch knows.
         dtype: `"float32"`, `"bfloat16"` or `"float64"`.
+        recompute: save memory by computing parts of each layer again in the backward.
 
     Raises:
         UserError: the model cannot be found, read, or is of a family that is not supported.
     """
     if isinstance(model, nn.Module):
         hf, name = model, getattr(model.config, "name_or_path", "") or type(model).__name__
-        engine = EdgeMaskedTransformer(hf, split_qkv).to(pick_device(device))
+        engine = EdgeMaskedTransformer(hf, split_qkv, recompute).to(pick_device(device))
         engine.to_dtype_(pick_dtype(dtype))
     else:
         name = str(model)
         hf = load_hf_model(model, device, dtype)
-        engine = EdgeMaskedTransformer(hf, split_qkv)
+        engine = EdgeMaskedTransformer(hf, split_qkv, recompute)
     engine.name = name
     return engine
 

@@ -61,11 +61,15 @@ class NormedProjection(nn.Module):
         self.register_buffer("weight", weight)
         self.register_buffer("bias", bias)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Project [R, N, D] to [R, N, K]; x is centred in place. Also 1 / the norm's divisor, [R, N, 1]."""
-        if self.centred:
-            x.sub_(x.mean(-1, keepdim=True))
-        inverse = inverse_size(x, self.eps)
+    def forward(self, x: Tensor, inverse: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Project [R, N, D] to [R, N, K]; x is centred in place. Also 1 / the norm's divisor, [R, N, 1].
+
+        With the divisor of an earlier call, x is taken to be as that call left it.
+        """
+        if inverse is None:
+            if self.centred:
+                x.sub_(x.mean(-1, keepdim=True))
+            inverse = inverse_size(x, self.eps)
         out = torch.bmm(x, self.weight)
         return out.mul_(inverse).add_(self.bias), inverse
 

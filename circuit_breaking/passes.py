@@ -10,7 +10,8 @@ How it is fast:
   and only the edges whose weight differs are added apart. The backward does the same with the readers' gradients.
 - Walking the layers in reverse, the gradient of all edges into a group is one product. The gradients of a layer's
   readers take the place of what they read. Nodes and readers are rows of one memory, which the next pass uses again.
-- Autograd keeps what attention and the MLP need, nothing else. Model weights are frozen.
+- Autograd keeps what attention and the MLP need, nothing else, and not even that with `model.recompute`: what the
+  readers read is there in the backward, so one layer at a time is computed again. Model weights are frozen.
 """
 
 from typing import Any
@@ -164,7 +165,7 @@ class Pass:
         if model.positions is not None:
             embedding += model.positions[: self.length]
         stack[0] += embedding.view(n_tokens, -1)
-        rotary = model.rotary_tables(self.length, self.tokens.device)
+        self.rotary = model.rotary_tables(self.length, self.tokens.device)
         self.saved: list[tuple[Tensor, ...] | None] = []
         for group in model.groups:
             start, end = group[0].reader, group[-1].reader + group[-1].rows
@@ -172,15 +173,15 @@ class Pass:
             if self.exceptions is None:
                 self._read(reads, start, group[0].sources)
             for part in group:
-                block, first, mlp = model.blocks[len(self.saved)], part.sources, part.sources + heads
+                layer, first, mlp = len(self.saved), part.sources, part.sources + heads
+                block = model.blocks[layer]
                 read = reads[part.reader - start :][: part.rows]
                 if self.exceptions is None:
                     self._add_group(read, part, group[0].sources)
                 else:
-                    self._read_sum(read, part.reader, first, len(self.saved))
+                    self._read_sum(read, part.reader, first, layer)
                 read = read.view(part.rows, n_tokens, self.width)
-                qkv, inverse = block.qkv(read[:-1])
-                z, qkv = self._traced(lambda x, block=block: block.attention(x, self.batch, rotary), qkv)
+                inverse, qkv, z = self._heads(layer, read)
                 self._fill(stack[first:mlp], model.offsets[first:mlp])
                 stack[first:mlp].baddbmm_(z.detach(), block.w_o)
                 if part.own:
@@ -188,13 +189,34 @@ class Pass:
                 hidden, read_mlp = self._traced(block.mlp, read[-1])
                 self._fill(stack[mlp : mlp + 1], model.offsets[mlp : mlp + 1])
                 stack[mlp].addmm_(hidden.detach(), block.w_down)
-                self.saved.append((inverse, qkv, z, read_mlp, hidden) if self.keep else None)
+                kept = (inverse, None if model.recompute else (qkv, z, read_mlp, hidden))
+                self.saved.append(kept if self.keep else None)
         output, reader = rows.new_empty(1, self.flat), len(self.mask) - 1  # not in the workspace, as others will see it
         if self.exceptions is None:
             self._read(output, reader, sources)
         else:
             self._read_sum(output, reader, sources, graph.n_layers)
         return output.view(n_tokens, self.width)
+
+    def _heads(self, layer: int, read: Tensor, inverse: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """1 / the divisors of the norms of a layer's reads [R, N, D], what they are projected to, and the heads' z.
+
+        With the divisors of the first time the reads are taken as that left them, and all is computed again.
+        """
+        block = self.model.blocks[layer]
+        qkv, inverse = block.qkv(read[:-1], inverse)
+        z, qkv = self._traced(lambda x: block.attention(x, self.batch, self.rotary), qkv)
+        return inverse, qkv, z
+
+    def _saved_of(self, layer: int, part: LayerSlice) -> tuple[Tensor, ...]:
+        """What the backward of a layer needs of its forward, computed again where it was not kept."""
+        inverse, kept = self.saved[layer]
+        self.saved[layer] = None
+        if kept is not None:
+            return inverse, *kept
+        read = self.reads[part.reader : part.reader + part.rows].view(part.rows, -1, self.width)
+        hidden, read_mlp = self._traced(self.model.blocks[layer].mlp, read[-1])
+        return *self._heads(layer, read, inverse), read_mlp, hidden
 
     def _traced(self, function, read: Tensor) -> tuple[Tensor, Tensor]:
         """`function(read)` with its graph from `read` on, where a backward is to come."""
@@ -253,7 +275,8 @@ class Pass:
                 at_group = torch.mm(mask[end:, before : before + nodes].t(), reads[end:], out=self.scratch[:nodes])
             for part in reversed(group):
                 layer -= 1
-                block, (inverse, qkv, z, read_mlp, hidden) = self.model.blocks[layer], self.saved[layer]
+                block = self.model.blocks[layer]
+                inverse, qkv, z, read_mlp, hidden = self._saved_of(layer, part)
                 first, mlp, after = part.sources, part.sources + heads, part.reader + part.rows
                 if self.exceptions is not None:
                     at_nodes = self._at_nodes_sum(first, after, layer)
@@ -269,7 +292,6 @@ class Pass:
                     at_heads.addr_(mask[after - 1, first:mlp], at_mlp_read.view(-1))
                 at_z = torch.bmm(at_heads.view(heads, -1, self.width), block.w_o.transpose(1, 2))
                 (at_qkv,) = torch.autograd.grad(z, qkv, at_z)
-                self.saved[layer] = None
 
                 here = reads[part.reader : after]
                 block.qkv.backward_(here[:-1].view(len(qkv), -1, self.width), inverse, qkv.detach(), at_qkv)

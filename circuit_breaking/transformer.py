@@ -49,10 +49,13 @@ class EdgeMaskedTransformer(nn.Module):
         mask: the `EdgeMask`; `mask.weights` is the one trainable parameter [E].
         means: what a cut edge carries: None (zero), [P, D], or [T, P, D] by position. Settable; checked. Means [P, D]
             that require a gradient get one, so that they can be learned (optimal ablation; Li and Janson 2024).
+        recompute: compute attention and MLPs again in the backward, a layer at a time, in place of keeping what their
+            backward needs: less memory, about a third more time, the same numbers.
     """
 
-    def __init__(self, hf: nn.Module, split_qkv: bool = False) -> None:
+    def __init__(self, hf: nn.Module, split_qkv: bool = False, recompute: bool = False) -> None:
         super().__init__()
+        self.recompute = recompute
         parts = take_apart(hf, split_qkv)
         heads = len(parts.blocks[0].w_o)
         self.graph = EdgeGraph(len(parts.blocks), heads, split_qkv, parts.parallel)

@@ -153,6 +153,24 @@ def test_backward_can_run_again(family):
     torch.testing.assert_close(model.mask.weights.grad, 2 * first)
 
 
+@pytest.mark.parametrize("split", [False, True])
+def test_recomputing_changes_no_bit(family, split):
+    hf = family()
+    for kind in ("zero", "mean"):
+        kept, again = (load_model(hf, split, device="cpu", recompute=recompute) for recompute in (False, True))
+        kept.means = again.means = make_means(kept, kind)
+        for mask in make_masks(len(kept.graph)):
+            found = []
+            for model in (kept, again):
+                weights = mask.clone().requires_grad_()
+                logits = model(TOKENS, mask=weights)
+                loss = logits.square().mean()
+                first = torch.autograd.grad(loss, weights, retain_graph=True)[0]
+                found.append((logits, first, torch.autograd.grad(loss, weights)[0]))
+            for one, other in zip(*found, strict=True):
+                torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
 def test_passes_that_overlap_do_not_disturb_each_other(family):
     model = load_model(family(), device="cpu")
     with torch.no_grad():

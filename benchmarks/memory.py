@@ -1,0 +1,152 @@
+"""Memory that one mask-training step needs, for models of several sizes: computed, and measured where it fits.
+
+Computed from the shape alone: the weights; the engine's memory of node and reader rows; what autograd keeps of one
+layer, counted on a model of that one layer, times the layers (or once, with recomputation); and the largest of what
+exists for a moment. So that one knows before a job is queued whether it fits, and with which settings.
+Measured in a fresh process, on random weights, where the computed sum is below `limit_gb`.
+Writes data/benchmarks/memory.json. Minutes a size on two cores.
+"""
+
+import copy
+import multiprocessing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from steps import SHAPES, added_at_peak, engine_step, make_engine, make_tokens
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from circuit_breaking.cli import UserError, run_script
+from circuit_breaking.devices import pick_dtype
+from circuit_breaking.files import DATA, write_json
+from circuit_breaking.graph import EdgeGraph
+from circuit_breaking.losses import PREDICTIONS_AT_ONCE, WORDS_AT_ONCE
+from circuit_breaking.models import load_model
+from circuit_breaking.passes import layer_groups
+
+SIZES = {"10 x 50": (10, 50), "32 x 64": (32, 64)}
+
+
+@dataclass
+class Settings:
+    shapes: tuple[str, ...] = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # of steps.SHAPES
+    dtypes: tuple[str, ...] = ("float32", "bfloat16")  # of weights and activations
+    sizes: tuple[str, ...] = tuple(SIZES)  # texts x tokens a step: 10 x 50, 32 x 64
+    recompute: tuple[bool, ...] = (False, True)  # compute parts of each layer again in the backward
+    split_qkv: bool = False  # masks for query, key and value apart
+    limit_gb: float = 12.0  # most that is tried out, of weights and step together; 0: nothing is measured
+    threads: int = 2  # CPU threads
+    device: str = "cpu"  # where it is measured: cpu or cuda
+    out: Path = DATA / "benchmarks" / "memory.json"  # file to write
+
+
+def layers_of(config) -> str:
+    """The name under which a configuration keeps its number of layers."""
+    return "n_layer" if hasattr(config, "n_layer") else "num_hidden_layers"
+
+
+def size_of(module: nn.Module, item: int) -> int:
+    """Bytes of a module's buffers and parameters, once each, at `item` bytes a number."""
+    tensors = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
+    return sum(tensor.numel() for tensor in tensors.values()) * item
+
+
+def kept_by_layer(block: nn.Module, rows: int, width: int, length: int, rotary) -> float:
+    """Bytes a token that a layer keeps for its backward, but for what its readers read, in float32."""
+    weights = {tensor.untyped_storage().data_ptr() for tensor in block.buffers()}
+    read = torch.randn(rows, length, width)
+    seen: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights | {read.untyped_storage().data_ptr()}:
+            seen[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    qkv, inverse = block.qkv(read[:-1])
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        z = block.attention(qkv.requires_grad_(), 1, rotary)
+        hidden = block.mlp(read[-1].requires_grad_())
+    for tensor in (qkv, inverse, z, hidden):
+        note(tensor)
+    return sum(seen.values()) / length
+
+
+def computed(shape: str, dtype: str, batch: int, length: int, recompute: bool, split_qkv: bool) -> dict[str, float]:
+    """GB that weights and step need: {"weights", "step"}."""
+    config = copy.deepcopy(SHAPES[shape])
+    layers = getattr(config, layers_of(config))
+    setattr(config, layers_of(config), 1)
+    engine = load_model(AutoModelForCausalLM.from_config(config).eval(), split_qkv, device="cpu")
+    block, item = engine.blocks[0], torch.empty(0, dtype=pick_dtype(dtype)).element_size()
+    graph = EdgeGraph(layers, engine.graph.n_heads, split_qkv, engine.graph.parallel)
+    width, tokens, at_once = engine.embedding.shape[1], batch * length, len(layer_groups(graph)[0])
+    per_layer = graph.head_readers + 1
+    rows = len(graph.sources) + len(graph.readers) + at_once * (graph.n_heads + 1)
+    kept = kept_by_layer(block, per_layer, width, length, engine.rotary_tables(length, torch.device("cpu")))
+    kept *= tokens * item / 4  # counted in float32
+    tied = engine.unembedding.data_ptr() == engine.embedding.data_ptr()
+    outer = size_of(engine, item) - size_of(block, item) - (engine.unembedding.numel() * item if tied else 0)
+    # for a moment: chunks of logits beside the states and their gradients, or the gradients within a layer
+    chunk = min(tokens, PREDICTIONS_AT_ONCE) * WORDS_AT_ONCE * 4 * 3 + 4 * tokens * width * 4
+    moment = max(chunk, kept)
+    step = (rows + 4) * tokens * width * item + (1 if recompute else layers) * kept + moment
+    return {"weights": (outer + layers * size_of(block, item)) / 1e9, "step": step / 1e9}
+
+
+def measured(settings: SimpleNamespace) -> float:
+    """GB that a step adds to the loaded model; run in a process of its own."""
+    torch.set_num_threads(settings.threads)
+    engine = make_engine(settings)
+    mask = torch.full((len(engine.graph),), 0.9)
+    return added_at_peak(engine_step(engine, mask), make_tokens(settings))
+
+
+def main(settings: Settings) -> None:
+    for names, known in ((settings.shapes, SHAPES), (settings.sizes, SIZES)):
+        for name in names:
+            if name not in known:
+                raise UserError(f"{name!r} is not one of {', '.join(known)}.")
+    context, rows = multiprocessing.get_context("spawn"), []
+    for shape in settings.shapes:
+        for size in settings.sizes:
+            batch, length = SIZES[size]
+            for dtype in settings.dtypes:
+                for recompute in settings.recompute:
+                    row = {"shape": shape, "size": size, "dtype": dtype, "recompute": recompute}
+                    row |= computed(shape, dtype, batch, length, recompute, settings.split_qkv)
+                    row["measured"] = None
+                    if row["weights"] * 2 + row["step"] < settings.limit_gb:
+                        one = SimpleNamespace(
+                            shape=shape, dtype=dtype, batch=batch, length=length, recompute=recompute,
+                            split_qkv=settings.split_qkv, threads=settings.threads, device=settings.device,
+                        )  # fmt: skip
+                        with context.Pool(1) as pool:
+                            row["measured"] = pool.apply(measured, (one,))
+                    rows.append(row)
+                    print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
+    write_json(settings.out, {"settings": replace(settings), "rows": rows})
+    Console().print(table_of(rows))
+
+
+def table_of(rows: list[dict]) -> Table:
+    """A row a shape, type and size; a pair of columns with and without recomputation."""
+    table = Table(title="GB, weights + step (measured step)")
+    for column in ("", "tokens", "type", "weights", "step", "recomputing"):
+        table.add_column(column, justify="right" if column in ("weights", "step", "recomputing") else "left")
+    cells: dict[tuple, dict[bool, str]] = {}
+    for row in rows:
+        key = (row["shape"], row["size"], row["dtype"], f"{row['weights']:.2f}")
+        found = "" if row["measured"] is None else f" ({row['measured']:.2f})"
+        cells.setdefault(key, {})[row["recompute"]] = f"{row['step']:.2f}{found}"
+    for key, pair in cells.items():
+        table.add_row(*key, pair.get(False, "–"), pair.get(True, "–"))
+    return table
+
+
+if __name__ == "__main__":
+    run_script(main, Settings)
