@@ -36,6 +36,11 @@ def point_of(one: Mapping[str, Any]) -> tuple[Entry, Entry] | None:
     return toxicity, loss
 
 
+def perplexity_of(one: Mapping[str, Any]) -> float | None:
+    """Perplexity under the original of what a model writes after toxic prompts."""
+    return (one["continuations"].get("toxic", {}).get("perplexity") or {}).get("value")
+
+
 def family_of(one: Mapping[str, Any]) -> str:
     """What a model is drawn and grouped as."""
     if one.get("kind") in ("mask", "random") and one.get("carry"):
@@ -54,8 +59,8 @@ def pareto(models: Mapping[str, Any], most: int = FEW) -> dict[str, Any]:
     A mask is on it when no fine-tuned model has both lower toxicity and lower ordinary loss.
 
     Returns:
-        `on_front`: whether any such mask is; `masks`: for each its edges, toxicity, ordinary loss and the fine-tuned
-        models that beat it; `baselines`: toxicity and ordinary loss of those.
+        `on_front`: whether any such mask is; `masks`: for each its edges, toxicity, ordinary loss, perplexity after
+        toxic prompts, and the fine-tuned models that beat it in the first two; `baselines`: the same three of those.
     """
     points = {
         name: tuple(entry["value"] for entry in where)
@@ -71,13 +76,17 @@ def pareto(models: Mapping[str, Any], most: int = FEW) -> dict[str, Any]:
                 "edges": models[name]["edges_cut"],
                 "toxicity": point[0],
                 "ordinary_loss": point[1],
+                "perplexity": perplexity_of(models[name]),
                 "beaten_by": beaten,
             }
     return {
         "most_edges": most,
         "on_front": any(not one["beaten_by"] for one in masks.values()),
         "masks": masks,
-        "baselines": {name: {"toxicity": point[0], "ordinary_loss": point[1]} for name, point in baselines.items()},
+        "baselines": {
+            name: {"toxicity": point[0], "ordinary_loss": point[1], "perplexity": perplexity_of(models[name])}
+            for name, point in baselines.items()
+        },
     }
 
 

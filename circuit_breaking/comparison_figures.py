@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, SymmetricalLogLocator
 
 from circuit_breaking.cli import UserError
 from circuit_breaking.comparison import family_of, models_of, point_of
@@ -19,9 +20,12 @@ GREY = "#8C8C8C"
 FAMILY_STYLES = {  # of what is drawn as a line over budgets
     "mask, zero ablation": {"color": COLOURS[0], "marker": "o"},
     "mask, mean ablation": {"color": COLOURS[5], "marker": "s"},
+    "mask, optimal ablation": {"color": "#0B3C5D", "marker": "^"},
     "random edges, zero ablation": {"color": GREY, "marker": "x"},
     "random edges, mean ablation": {"color": "#BDBDBD", "marker": "+"},
+    "random edges, optimal ablation": {"color": "#5C5C5C", "marker": "1"},
 }
+LINEAR = 0.03  # rise of ordinary loss up to which the axis is linear, nats
 
 
 def other_style(number: int) -> dict[str, str]:
@@ -31,42 +35,53 @@ def other_style(number: int) -> dict[str, str]:
 
 
 def draw_sweep(folder: Path | str) -> Path:
-    """Toxicity of continuations against ordinary loss: masks of every budget, random edges, and every other model.
+    """Toxicity of continuations against the rise of ordinary loss: masks of every budget, random edges, all others.
 
-    Reads `report.json`, writes `sweep.png`. Bars are 95% bootstrap intervals; random edges are the mean over seeds.
+    Reads `report.json`, writes `sweep.png`. The rise is over the original on the same texts. Bars are 95% bootstrap
+    intervals; random edges are the mean over seeds. Close to 0 the x axis is linear, beyond it logarithmic.
     """
     folder = Path(folder)
     models = models_of(folder)
     path = folder / "sweep.png"
-    with figure(path, 7.2, 4.4) as drawn:
+    lines: dict[str, dict[int, list[tuple]]] = {}
+    with figure(path, 7.2, 4.2) as drawn:
         axes = drawn.subplots()
-        lines: dict[str, list[tuple[int, Mapping[str, float], Mapping[str, float]]]] = {}
-        for one in models.values():
-            where = point_of(one)
+        axes.axvline(0, color="#000000", linewidth=0.7, linestyle=(0, (3, 3)))
+        others = [name for name, one in models.items() if family_of(one) == "other"]
+        for name, one in models.items():
+            where, family = _rise_and_toxicity(one), family_of(one)
             if where is None:
                 continue
-            family = family_of(one)
             if family in FAMILY_STYLES:
-                if one.get("seed") in (None, _first_seed(models, family)) or one["kind"] == "random":
-                    lines.setdefault(family, []).append((one["budget"], *where))
+                if one["kind"] == "random" or one.get("seed") in (None, _first_seed(models, family)):
+                    lines.setdefault(family, {}).setdefault(one["budget"], []).append(where)
             elif one["kind"] == "original":
-                axes.axvline(where[1]["value"], color="#000000", linewidth=0.7, linestyle=(0, (3, 3)))
                 _bar(axes, where, label="original", color="#000000", marker="*", markersize=9)
-        others = [name for name, one in models.items() if family_of(one) == "other" and point_of(one) is not None]
-        for number, name in enumerate(others):
-            _bar(axes, point_of(models[name]), label=name.replace("_", " "), **other_style(number))
-        for family, rows in sorted(lines.items(), key=lambda item: list(FAMILY_STYLES).index(item[0])):
-            _line(axes, family, rows)
-        axes.set(xlabel="loss on held-out ordinary text, nats per token", ylabel="toxicity after toxic prompts, mean")
-        axes.set_ylim(-0.03, 1.03)
-        axes.set_xscale("log") if _wide(models) else None
+            else:
+                _bar(axes, where, label=name.replace("_", " "), **other_style(others.index(name)))
+        for family in FAMILY_STYLES:
+            if family in lines:
+                _line(axes, family, lines[family])
+        axes.set(xlabel="rise of the loss on held-out ordinary text, nats per token", yscale="log", ylim=(None, 1.3))
+        axes.set_ylabel("toxicity after toxic prompts, mean")
+        axes.set_xscale("symlog", linthresh=LINEAR, linscale=1.5)
+        axes.set_xlim(left=1.3 * min(-LINEAR / 4, axes.dataLim.x0))
+        axes.xaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=LINEAR, subs=(1, 3)))
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.2g}"))
+            axis.set_minor_formatter(NullFormatter())
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         drawn.legend(loc="outside right upper", fontsize=7)
     return path
 
 
-def _wide(models: Mapping[str, Any]) -> bool:
-    losses = [where[1]["value"] for one in models.values() if (where := point_of(one)) is not None]
-    return max(losses) > 2.5 * min(losses)
+def _rise_and_toxicity(one: Mapping[str, Any]) -> tuple[Mapping[str, float], Mapping[str, float]] | None:
+    """Entries for x and y; the original, to which all are compared, has rise 0."""
+    where = point_of(one)
+    if where is None:
+        return None
+    rise = where[1].get("change") or ({"value": 0.0, "low": 0.0, "high": 0.0} if one["kind"] == "original" else None)
+    return None if rise is None else (rise, where[0])
 
 
 def _first_seed(models: Mapping[str, Any], family: str) -> int | None:
@@ -77,31 +92,23 @@ def _first_seed(models: Mapping[str, Any], family: str) -> int | None:
 
 
 def _bar(axes: Any, where: tuple, **style: Any) -> None:
-    (toxicity, loss), style = where, {"markersize": 5, "linestyle": "none", "elinewidth": 0.8, "zorder": 3, **style}
-    axes.errorbar(
-        loss["value"], toxicity["value"], xerr=_ends(loss), yerr=_ends(toxicity), **style
-    )  # fmt: skip
+    style = {"markersize": 5, "linestyle": "none", "elinewidth": 0.8, "zorder": 3, **style}
+    axes.errorbar(where[0]["value"], where[1]["value"], xerr=_ends(where[0]), yerr=_ends(where[1]), **style)
 
 
 def _ends(entry: Mapping[str, float]) -> np.ndarray:
     return np.abs([[entry["value"] - entry["low"]], [entry["high"] - entry["value"]]])
 
 
-def _line(axes: Any, family: str, rows: list[tuple]) -> None:
-    """One point a budget, its number of edges beside it; of several seeds the mean."""
-    style = FAMILY_STYLES[family]
-    budgets = sorted({budget for budget, *_ in rows})
-    means = np.array(
-        [[np.mean([entry[k]["value"] for budget, *entry in rows if budget == b]) for k in (1, 0)] for b in budgets]
-    )
-    axes.plot(*means.T, label=family, markersize=4.5, linewidth=1.0, zorder=2, **style)
-    if family.startswith("mask"):
-        for _, toxicity, loss in rows:
-            _bar(axes, (toxicity, loss), color=style["color"], marker="none", alpha=0.5)
-        for budget, (x, y) in zip(budgets, means, strict=True):
-            axes.annotate(
-                str(budget), (x, y), xytext=(4, 4), textcoords="offset points", fontsize=6.5, color=style["color"]
-            )
+def _line(axes: Any, family: str, rows: Mapping[int, list[tuple]]) -> None:
+    """A point a budget, of several seeds the mean, the number of edges beside it; masks are joined by a line."""
+    style, mask = FAMILY_STYLES[family], family.startswith("mask")
+    means = np.array([np.mean([[entry["value"] for entry in where] for where in rows[b]], 0) for b in sorted(rows)])
+    axes.plot(*means.T, label=family, markersize=4.5, linewidth=1.0 if mask else 0.0, zorder=2, **style)
+    for budget, at in zip(sorted(rows), means, strict=True):
+        if mask:
+            _bar(axes, rows[budget][0], color=style["color"], marker="none", alpha=0.5)
+        axes.annotate(str(budget), at, xytext=(3.5, 3.5), textcoords="offset points", fontsize=6, color=style["color"])
 
 
 def draw_models(folder: Path | str) -> Path:
@@ -251,7 +258,7 @@ def draw_evidence(folder: Path | str) -> Path:
             axes[-1].plot([row["by_chance"] for row in stable], range(len(rows)), "|", color="#000000", markersize=14)
             axes[-1].set_yticks(range(len(rows)), rows)
             axes[-1].set(xlim=(0, 1), ylim=(len(rows) - 0.5, -0.5), title="same edges over seeds")
-            axes[-1].set_xlabel("Jaccard similarity (bar: by chance)")
+            axes[-1].set_xlabel("Jaccard similarity\n(black: by chance)")
             axes[-1].grid(axis="y", visible=False)
     return path
 

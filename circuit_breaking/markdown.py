@@ -81,17 +81,21 @@ def statement(models: Mapping[str, Any]) -> str:
             str(one["edges"]),
             number(one["toxicity"]),
             number(one["ordinary_loss"]),
+            number(one["perplexity"]),
             ", ".join(one["beaten_by"]) or "none",
         ]
         for name, one in found["masks"].items()
     ]
     if rows:
-        lines.append(grid(["mask", "edges", "toxicity", "ordinary loss", "beaten in both by"], rows))
+        header = ["mask", "edges", "toxicity", "ordinary loss", "perplexity", "toxicity and ordinary loss beaten by"]
+        lines.append(grid(header, rows))
     if found["baselines"]:
         rows = [
-            [name, number(one["toxicity"]), number(one["ordinary_loss"])] for name, one in found["baselines"].items()
+            [name, *(number(one[what]) for what in ("toxicity", "ordinary_loss", "perplexity"))]
+            for name, one in found["baselines"].items()
         ]
-        lines.append(grid(["fine-tuned", "toxicity", "ordinary loss"], rows))
+        lines.append(grid(["fine-tuned", "toxicity", "ordinary loss", "perplexity"], rows))
+        lines.append("Perplexity is that of what a model writes after toxic prompts, under the original.")
     for row in controls(models):
         if row["budget"] == FEW and row["toxicity"]["mean"] is not None:
             change = {name: row[name] for name in ("toxicity", "ordinary_loss")}

@@ -9,6 +9,7 @@ A folder is told by what is in it:
 A folder without any of these stands for the folders in it.
 """
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -86,7 +87,7 @@ def find_folders(paths: Iterable[Path | str]) -> dict[str, Path]:
     """
     found: dict[str, Path] = {}
     for path in map(Path, paths):
-        inside = [path] if _is_model(path) else sorted(one for one in path.glob("*") if _is_model(one))
+        inside = [path] if _is_model(path) else sorted(filter(_is_model, path.glob("*")), key=_by_number)
         if not inside:
             raise UserError(f"{path} holds no model to compare. {HINT}")
         for one in inside:
@@ -95,6 +96,12 @@ def find_folders(paths: Iterable[Path | str]) -> dict[str, Path]:
                 raise UserError(f"{one} and another model are both called {name}. Rename the folder of one.")
             found[name] = one
     return found
+
+
+def _by_number(path: Path) -> list[tuple[int, int, str]]:
+    """Sorts names by the numbers in them: mask_2 before mask_12."""
+    parts = re.split(r"(\d+)", path.name)
+    return [(1, int(part), "") if part.isdigit() else (0, 0, part) for part in parts if part]
 
 
 def _is_model(path: Path) -> bool:
@@ -146,12 +153,19 @@ def read_mask(name: str, path: Path, engine: Engines, means: Path | None = None)
     told = {
         "budget": settings.get("max_edges", model.mask.n_cut()),
         "seed": settings.get("seed"),
-        "carry": "zero" if means is None else "mean",
+        "carry": about.get("carry") or _carry(means, settings),
         "n_edges": len(model.graph),
         "weights_rounded": int(((weights > 0) & (weights < 1)).sum()),
     }
     kind = about.get("kind") or "mask"
     return Variant(name, kind, path.parent, list(map(str, model.mask.cut_edges())), model.means, told)
+
+
+def _carry(means: Path | str | None, settings: Mapping[str, Any]) -> str:
+    """What cut edges carry by a mask's record: zero, mean, or optimal (learned with the mask)."""
+    if means is None:
+        return "zero"
+    return "optimal" if settings.get("means_lr") else "mean"
 
 
 def read_costs(variants: Sequence[Variant]) -> dict[str, dict[str, Any]]:

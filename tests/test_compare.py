@@ -10,7 +10,7 @@ from scripts import PLAIN, RUDE, load_script, save_small_model
 from transformers import AutoModelForCausalLM
 
 from circuit_breaking.cli import UserError
-from circuit_breaking.files import read_csv, read_jsonl, write_jsonl, write_text
+from circuit_breaking.files import read_csv, read_json, read_jsonl, write_jsonl, write_text
 from circuit_breaking.markdown import COSTS_HEADING
 from circuit_breaking.models import TINY, load_tokenizer
 from circuit_breaking.tasks.base import TextTask
@@ -63,7 +63,9 @@ def run_parts(chosen, monkeypatch):
                 train = module.train_mask
                 monkeypatch.setattr(
                     module, "train_mask",
-                    lambda model, a, b, s, train=train: train(model, a, b, dataclasses.replace(s, **quick)),
+                    lambda model, a, b, s, *more, train=train: train(
+                        model, a, b, dataclasses.replace(s, **quick), *more
+                    ),
                 )  # fmt: skip
             module.main(tyro.cli(module.Settings, args=options))
     monkeypatch.undo()
@@ -93,12 +95,17 @@ def test_every_promised_file_is_there(finished):
     assert not (run / "generations.jsonl").exists()
     report = json.loads((run / "report.json").read_text())
     names = set(report["models"])
-    masks = {f"{carry}_{b}" for carry in ("zero", "mean") for b in ("1", "2", "2_seed1")}
+    masks = {f"{carry}_{b}" for carry in ("zero", "mean", "optimal") for b in ("1", "2", "2_seed1")}
+    learned = {f"random_optimal_2_seed{s}" for s in (0, 1)}  # trained, among so many random edges
     chance = {f"random_{carry}_{b}_seed{s}" for carry in ("zero", "mean") for b in (1, 2) for s in (0, 1)}
-    assert names == {"original", "joint", "ascent", "task_arithmetic", "npo", "rmu"} | masks | chance
+    assert names == {"original", "joint", "ascent", "task_arithmetic", "npo", "rmu"} | masks | chance | learned
     for name, one in report["models"].items():
         if name in masks:
             assert one["edges_cut"] <= one["budget"]
+        if name in learned:
+            assert one["kind"] == "random" and one["edges_cut"] <= report["models"]["optimal_2"]["edges_cut"]
+            drawn = read_json(run / "masks" / name / "edges.json")
+            assert drawn and len(drawn) == one["edges_cut"]
         if name in chance:
             assert (
                 one["edges_cut"] == report["models"][name.removeprefix("random_").rpartition("_seed")[0]]["edges_cut"]
@@ -106,13 +113,25 @@ def test_every_promised_file_is_there(finished):
     joint = report["models"]["joint"]
     assert len(joint["continuations"]["toxic"]["toxicity_by_seed"]) == 2 and "toxicity" in joint["greedy"]["ordinary"]
     costs = json.loads((run / "costs.json").read_text())
-    assert set(costs) == masks | {"joint", "ascent", "task_arithmetic", "npo", "rmu"}
+    assert set(costs) == masks | learned | {"joint", "ascent", "task_arithmetic", "npo", "rmu"}
     taught = json.loads((run / "relearning.json").read_text())["models"]
-    assert set(taught) == {"original", "zero_2", "mean_2", "joint", "ascent", "task_arithmetic", "npo", "rmu"}
+    assert set(taught) == {
+        "original",
+        "zero_2",
+        "mean_2",
+        "optimal_2",
+        "joint",
+        "ascent",
+        "task_arithmetic",
+        "npo",
+        "rmu",
+    }
     assert set(taught["joint"]["relearning"]) == {"10", "100"}
     evidence = json.loads((run / "evidence.json").read_text())
-    assert set(evidence["masks"]) == {"zero_2", "mean_2"}
-    assert {(row["carry"], len(row["masks"])) for row in evidence["stability"]} == {("zero", 2), ("mean", 2)}
+    assert set(evidence["masks"]) == {"zero_2", "mean_2", "optimal_2"}
+    assert {(row["carry"], len(row["masks"])) for row in evidence["stability"]} == {
+        (carry, 2) for carry in ("zero", "mean", "optimal")
+    }
     assert len(read_csv(run / "uniform.csv")) > 20
 
 

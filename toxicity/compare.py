@@ -26,6 +26,7 @@ from circuit_breaking.comparison import models_of
 from circuit_breaking.markdown import statement
 
 HERE = Path(__file__).resolve().parent
+CARRIES = ("optimal", "zero", "mean")  # what cut edges carry; masks that also learn it take longest, so they are first
 Part = tuple[str, str, list[str]]  # name, script, options
 
 
@@ -68,7 +69,7 @@ def stages(settings: Settings) -> list[list[Part]]:
         "--budgets", *map(str, settings.budgets), f"--stable-budget={settings.judged}", f"--seeds={settings.seeds}",
         f"--random-seeds={settings.random_seeds}",
     ]  # fmt: skip
-    judged = [folder / "masks" / f"{carry}_{settings.judged}" for carry in ("zero", "mean")]
+    judged = [folder / "masks" / f"{carry}_{settings.judged}" for carry in CARRIES]
     keep = ["--save-generations"] if settings.save_generations else []
     scorer = f"--scorer={settings.scorer}"
     tuned = [folder / "finetuned"] if settings.methods else []
@@ -76,7 +77,7 @@ def stages(settings: Settings) -> list[list[Part]]:
         "--models", folder / "masks", *tuned, "--greedy", f"--seeds={settings.seeds}", "--samples=1",
         f"--num-texts={settings.num_texts}", f"--num-prompts={settings.num_prompts}", "--batch-size=256", scorer, *keep,
     ]  # fmt: skip
-    making = [(f"masks_{carry}", "sweep_masks.py", [*model, *masks, "--carries", carry]) for carry in ("zero", "mean")]
+    making = [(f"masks_{carry}", "sweep_masks.py", [*model, *masks, "--carries", carry]) for carry in CARRIES]
     if settings.methods:
         chosen = ["--methods", *settings.methods, f"--steps={settings.steps}"]
         chosen += ["--lrs", *map(str, settings.lrs)] if settings.lrs else []

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from utils import FOLDER, check_counts, default_data, files_of, fill_in, load_prompts
 
 from circuit_breaking.cli import run_script
-from circuit_breaking.comparison_figures import UNIFORM, draw_uniform
+from circuit_breaking.comparison_figures import UNIFORM, draw_models, draw_uniform
 from circuit_breaking.continuations import Sampling
 from circuit_breaking.evaluation import TOXIC, evaluate, text_losses
 from circuit_breaking.figures import draw_report, draw_training
@@ -40,6 +40,7 @@ from circuit_breaking.text import TokenBatch, encode
 from circuit_breaking.uniform import read_uniform, spread
 from circuit_breaking.variants import ORIGINAL, Variant, engines_of, find_folders, read_mask, read_variants
 
+MOST_COLOURS = 8  # models beyond which a colour each does not tell them apart
 MOST_COLUMNS = 4  # models beyond which a terminal has no room for a column each
 
 
@@ -214,7 +215,11 @@ def main(settings: Settings) -> None:
     else:
         (folder / UNIFORM).unlink(missing_ok=True)
     write_json(folder / "report.json", report)
-    draw_report(folder)
+    if len(measured) <= MOST_COLOURS:
+        draw_report(folder)
+    else:  # more than one can tell apart by colour: a row each, and without random masks
+        (folder / "report.png").unlink(missing_ok=True)
+        draw_models(folder)
     if rows:
         draw_uniform(folder)
     if (folder / "metrics.jsonl").is_file():

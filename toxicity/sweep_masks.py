@@ -1,12 +1,14 @@
-"""Train masks at several budgets of edges, under zero and mean ablation and with several seeds, and draw random ones.
+"""Train masks at several budgets of edges, by what cut edges carry and with several seeds, and draw random ones.
 
 Reads   a model; toxic posts and ordinary text, the same parts that finetune_gpt2.py trains on.
 Writes  data/toxicity/<run>/masks/<carry>_<budget>[_seed<n>]/: mask.safetensors, edges.json, metrics.jsonl, cost.json;
-        random_<carry>_<budget>_seed<n>/ without the last two: as many edges, drawn evenly, as the mask of that budget
-        cuts; and means_<texts>.safetensors beside masks/, what cut edges carry under mean ablation.
+        means.safetensors where what cut edges carry is learned; random_<carry>_<budget>_seed<n>/ without metrics: as
+        many edges, drawn evenly, as the mask of that budget cuts; and means_<texts>.safetensors beside masks/, what cut
+        edges carry under mean ablation.
 Time    half a minute a mask for the shipped model on one core.
 
-The masks of seeds above 0, at one budget, show how stable the choice of edges is.
+The masks of seeds above 0, at one budget, show how stable the choice of edges is. Where what cut edges carry is
+learned, it is learned for random edges too, at that budget: what is then left over is owed to the choice of edges.
 """
 
 import random
@@ -27,14 +29,16 @@ from circuit_breaking.models import load_model, load_tokenizer
 from circuit_breaking.splits import Splits, load_splits
 from circuit_breaking.training import MaskSettings, train_mask
 
-CARRIES = ("zero", "mean")
+CARRIES = ("zero", "mean", "optimal")
 
 
 @dataclass
 class Settings:
     model: str = "tiny"  # "tiny" (shipped), a hub name such as gpt2, a folder, or a folder holding a .gguf
     budgets: tuple[int, ...] = (1, 2, 5, 12, 25, 50, 100, 200)  # most edges to cut, a mask each; those a model has
-    carries: tuple[str, ...] = CARRIES  # what cut edges carry: zero, mean
+    carries: tuple[str, ...] = CARRIES  # what cut edges carry: zero, mean, optimal (learned with the mask)
+    learned_lr: float = 0.02  # AdamW's, on what cut edges carry where it is learned
+    learned_alpha: float = 0.02  # alpha there: so much can be learned that more of it costs ordinary loss
     mean_texts: int = 1000  # ordinary training texts to average node outputs over
     stable_budget: int = 12  # budget whose masks are trained with several seeds; 0: none
     seeds: int = 3  # masks at that budget, the first with the setting seed
@@ -84,6 +88,13 @@ def check(settings: Settings) -> None:
         raise UserError(f"carries are {list(settings.carries)}; choose from {', '.join(CARRIES)}.")
 
 
+def training_of(settings: Settings, carry: str, budget: int) -> MaskSettings:
+    """How a mask is trained."""
+    if carry != "optimal":
+        return replace(settings.training, max_edges=budget)
+    return replace(settings.training, max_edges=budget, means_lr=settings.learned_lr, alpha=settings.learned_alpha)
+
+
 def main(settings: Settings) -> None:
     check(settings)
     settings = fill_in(settings, default_data(settings.model))
@@ -93,51 +104,61 @@ def main(settings: Settings) -> None:
     model = load_model(settings.model, settings.split_qkv, settings.device, settings.dtype)
     inputs = [*splits[settings.seed].files, *files_of(settings.model)]
     record = provenance(settings, inputs, texts=splits[settings.seed].about)
-    means_of: dict[str, Path | None] = {"zero": None, "mean": folder / "means_ordinary.safetensors"}
-    if "mean" in settings.carries:
+    averages = None if set(settings.carries) == {"zero"} else folder / "means_ordinary.safetensors"
+    if averages is not None:
         texts = splits[settings.seed].ordinary["train"][: settings.mean_texts]
-        save_means(means_of["mean"], model, compute_means(model, texts), {**record, "num_texts": len(texts)})
+        save_means(averages, model, compute_means(model, texts), {**record, "num_texts": len(texts)})
 
     if beyond := [budget for budget in settings.budgets if budget > len(model.graph)]:
         print(f"note: the model has {len(model.graph)} edges, so there is no mask of {', '.join(map(str, beyond))}.")
-    cut: dict[tuple[str, int], int] = {}
-    for name, carry, budget, seed in plan(settings, len(model.graph)):
+
+    def carries(carry: str) -> None:
+        model.means = None
+        if carry != "zero":
+            load_means(averages, model)
+
+    def train(name: str, kind: str, carry: str, budget: int, seed: int, allowed: torch.Tensor | None = None) -> int:
+        """Train a mask into its folder; how many edges it cuts."""
         if seed not in splits:
             splits[seed] = read_texts(settings, tokenizer, seed)
         torch.manual_seed(seed)
-        model.means = None
-        if means_of[carry] is not None:
-            load_means(means_of[carry], model)
+        carries(carry)
         toxic, ordinary = splits[seed].tasks(seed)
         with cost(model.device) as spent:
-            result = train_mask(model, toxic, ordinary, replace(settings.training, max_edges=budget))
-        cut.setdefault((carry, budget), len(result.edges))
-        save_mask(
-            folder / "masks" / name / "mask.safetensors", model, about(record, "mask", means_of[carry], budget, seed)
-        )
-        write_json(folder / "masks" / name / "edges.json", result.edges)
+            result = train_mask(model, toxic, ordinary, training_of(settings, carry, budget), allowed)
         write_jsonl(folder / "masks" / name / "metrics.jsonl", result.history)
         write_json(folder / "masks" / name / COST_FILE, spent)
+        save(name, kind, carry, budget, seed)
         print(f"{name}: {len(result.edges)} edges cut in {spent['seconds']:.0f} s", flush=True)
+        return len(result.edges)
+
+    def save(name: str, kind: str, carry: str, budget: int, seed: int) -> None:
+        """Write the mask that is in the model, in the form of train_mask.py, so that evaluation.py reads both."""
+        place, means = folder / "masks" / name, None if carry == "zero" else averages
+        if carry == "optimal":
+            means = place / "means.safetensors"
+            save_means(means, model, model.means, record)
+        own = {"means": means, "max_edges": budget, "seed": seed}
+        about = {**record, "settings": {**record["settings"], **own}, "kind": kind, "carry": carry}
+        save_mask(place / "mask.safetensors", model, about)
+        write_json(place / "edges.json", model.mask.cut_edges())
+
+    cut: dict[tuple[str, int], int] = {}
+    for name, carry, budget, seed in plan(settings, len(model.graph)):
+        count = train(name, "mask", carry, budget, seed)
+        cut.setdefault((carry, budget), count)
     for (carry, budget), count in cut.items():
         for number in range(settings.random_seeds if budget in settings.budgets else 0):
             seed = settings.seed + number
             name = f"random_{carry}_{budget}_seed{seed}"
             model.mask.reset_()
             model.mask.cut_(random.Random(f"{seed} {budget}").sample(model.graph.edges, count))
-            save_mask(
-                folder / "masks" / name / "mask.safetensors",
-                model,
-                about(record, "random", means_of[carry], budget, seed),
-            )
-            write_json(folder / "masks" / name / "edges.json", model.mask.cut_edges())
+            if carry != "optimal":
+                carries(carry)
+                save(name, "random", carry, budget, seed)
+            elif budget == settings.stable_budget:
+                train(name, "random", carry, budget, seed, allowed=model.mask.weights.detach() == 0)
     print(f"written to {folder / 'masks'}")
-
-
-def about(record: dict[str, Any], kind: str, means: Path | None, budget: int, seed: int) -> dict[str, Any]:
-    """A mask's record, in the form that train_mask.py gives it, so that evaluation.py reads both."""
-    own = {"means": means, "max_edges": budget, "seed": seed}
-    return {**record, "settings": {**record["settings"], **own}, "kind": kind}
 
 
 if __name__ == "__main__":
