@@ -32,6 +32,12 @@ def edge_gradients(metric: Metric, mask: Tensor) -> Tensor:
         return torch.autograd.grad(metric(mask), mask)[0]
 
 
+def line_points(steps: int) -> list[tuple[float, float]]:
+    """Places in (0, 1) and weights that add up to 1, whose weighted sum stands for an integral (Gauss-Legendre)."""
+    nodes, weights = np.polynomial.legendre.leggauss(steps)  # on [-1, 1]
+    return [((node + 1) / 2, weight / 2) for node, weight in zip(nodes.tolist(), weights.tolist(), strict=True)]
+
+
 def eap(metrics: Iterable[Metric], model: Any) -> Tensor:
     """First-order scores of all edges, averaged over metrics (one a batch): [E].
 
@@ -64,12 +70,12 @@ def eap_ig(
     ones = torch.ones_like(model.mask.weights)
     start = torch.zeros_like(ones) if start is None else start.detach()
     change = (ones if end is None else end.detach()) - start
-    nodes, weights = np.polynomial.legendre.leggauss(steps)  # on [-1, 1]
+    points = line_points(steps)
 
     def integrated(metric: Metric) -> Tensor:
         total = torch.zeros_like(change)
-        for node, weight in zip(nodes.tolist(), weights.tolist(), strict=True):
-            total += weight / 2 * edge_gradients(metric, start + (node + 1) / 2 * change)
+        for place, weight in points:
+            total += weight * edge_gradients(metric, start + place * change)
         return total * change
 
     return _average((integrated(metric) for metric in metrics), model)

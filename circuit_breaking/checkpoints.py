@@ -115,6 +115,19 @@ def set_random_states(states: dict[str, Tensor]) -> None:
             torch.cuda.set_rng_state(state, int(name.removeprefix("cuda")))
 
 
+def optimizer_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
+    """What an optimizer of one parameter keeps of it (Adam: two moments and the number of steps)."""
+    return dict(optimizer.state.get(parameter, {}))
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, parameter: Tensor, state: dict[str, Tensor]) -> None:
+    """Go on from what `optimizer_state` gave; the number of steps stays on the CPU, as torch has it."""
+    if state:
+        optimizer.state[parameter] = {
+            name: value if name == "step" else value.to(parameter) for name, value in state.items()
+        }
+
+
 def _digest(tensors: dict[str, Tensor], about: dict[str, Any]) -> str:
     digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
     for name in sorted(tensors):

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from circuit_breaking.checkpoints import optimizer_state, restore_optimizer
+
 
 class LearnedMeans:
     """The constants of a model, [P, D], from its own means or zero on, with their optimizer (AdamW without decay)."""
@@ -34,12 +36,11 @@ class LearnedMeans:
 
     def state(self) -> dict[str, Tensor]:
         """All that further steps depend on."""
-        return {"constants": self.constants.detach(), **self.optimizer.state.get(self.constants, {})}
+        return {"constants": self.constants.detach(), **optimizer_state(self.optimizer, self.constants)}
 
     def restore(self, state: dict[str, Tensor], device: torch.device) -> None:
         """Go on from what `state` gave."""
-        state = {name: value if name == "step" else value.to(device) for name, value in state.items()}
         with torch.no_grad():
-            self.constants.copy_(state.pop("constants"))
-        if state:
-            self.optimizer.state[self.constants] = state
+            self.constants.copy_(state["constants"])
+        kept = {name: value for name, value in state.items() if name != "constants"}
+        restore_optimizer(self.optimizer, self.constants, kept)

@@ -3,14 +3,12 @@
 Minimises  keep_weight · L_keep(m) - alpha · L_break(m) + sparsity(m)  over masks m that cut at most `max_edges` edges
 (Li, Davies, Nadeau 2023, section 3.2), in phases:
 
-relax    The paper's: weights in [0, 1], AdamW, a sparsity price that ramps up, rounding on a schedule.
-anneal   The forward sees a binary mask, at most the k lowest weights cut; gradients pass straight through to all
-         weights, so that what is learned is learned about masks that can be saved. k falls geometrically to the
-         budget, and the price follows it.
+find     `relax_steps` and `anneal_steps`, used as the method says: the paper's clamped weights, hard-concrete gates, or
+         attribution (`edge_methods`).
 sift     Few edges are tried at a time, and kept cut by the mean of the gradients at both ends of their weight (`sift`).
 refine   Single edges are cut, restored or exchanged by their measured effect on fresh batches (`search`).
 
-The forward sees binary masks from the second phase on, so nothing is left for a last rounding to harm.
+The forward sees binary masks from there on, so nothing is left for a last rounding to harm.
 """
 
 import math
@@ -18,7 +16,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -26,25 +24,25 @@ from tqdm import tqdm
 
 from circuit_breaking.checkpoints import Checkpoints, Saved, Stopped, told_to_stop
 from circuit_breaking.cli import UserError
+from circuit_breaking.edge_methods import METHODS
 from circuit_breaking.graph import Edge
 from circuit_breaking.learned_means import LearnedMeans
 from circuit_breaking.masks import lowest_cut
 from circuit_breaking.search import MeasuredSearch
 from circuit_breaking.sift import Sift
 
-PRICE_STEP = 1.1  # factor by which the price of a cut edge moves at each step of the anneal phase
-
 
 @dataclass
 class MaskSettings:
     """How a mask is trained. Losses are in nats; a step sees `batch_size` texts of each task."""
 
+    method: Literal["clamped", "hard-concrete", "attribution"] = "clamped"  # how edges are found, before refinement
     max_edges: int = 12  # most edges that the mask may cut: a promise
     alpha: float = 0.2  # weight of the loss to raise (paper: 0.2); negative to lower it too
     keep_weight: float = 1.0  # weight of the loss to keep low; 0 finds edges that the behaviour needs
     break_cap: float = 0.0  # most that one prediction counts towards the broken loss; 0: log of the vocabulary
     relax_steps: int = 100  # steps with weights in [0, 1], as in the paper
-    anneal_steps: int = 100  # steps with binary masks whose number of cut edges falls to the budget
+    anneal_steps: int = 100  # steps in which the number of cut edges falls to the budget; attribution takes both alike
     sift_steps: int = 0  # steps that try a few edges each and average gradients; for large models, instead of the above
     refine_rounds: int = 60  # rounds of single changes by measured effect
     batch_size: int = 5  # texts of each task a step
@@ -57,6 +55,8 @@ class MaskSettings:
     round_every: int = 50  # steps between roundings in the relax phase; 0: never
     explore: int = 6  # edges that a step of sifting tries
     candidates: int = 3  # edges cut at the start of annealing, as a multiple of the budget
+    chance: float = 0.5  # hard-concrete: of each edge to be cut at all, be it in part, before anything is learned
+    ig_steps: int = 0  # points where attribution takes gradients, from all edges cut on (EAP-IG); 0: all kept (EAP)
     means_lr: float = 0.0  # AdamW's, on what cut edges carry, learned with the mask (optimal ablation); 0: it stays
 
 
@@ -125,8 +125,7 @@ def train_mask(
             if checkpoints is None:
                 continue
             if signals or (checkpoints.every and trainer.done % checkpoints.every == 0):
-                tensors, values = trainer.state()
-                checkpoints.save(trainer.done, tensors, {**values, "seconds": row["seconds"]})
+                checkpoints.save(trainer.done, trainer.state(), {"seconds": row["seconds"]})
             if signals:
                 raise Stopped(f"told to stop by signal {signals[0]} after step {trainer.done}; run it again to go on.")
     model.mask.keep_budget_(trainer.settings.max_edges)
@@ -151,14 +150,12 @@ class _Trainer:
         self.means = LearnedMeans(model, settings.means_lr) if settings.means_lr and settings.max_edges else None
         self.done = 0
         self.phases = [
-            (self._relax, settings.relax_steps),
-            (self._anneal, settings.anneal_steps),
+            (self._find, settings.relax_steps + settings.anneal_steps),
             (self._sift, settings.sift_steps),
             (self._refine, settings.refine_rounds),
         ]
         self.total = sum(steps for _, steps in self.phases) if settings.max_edges else 0
-        self.optimizer = self._optimizer()
-        self.price, self.start = settings.sparsity, 0  # of the anneal phase: price of a cut edge, edges cut at first
+        self.method = METHODS[settings.method](model, settings, self.allowed, self._next_objective, self._backward)
         self.sift = Sift(settings.max_edges, self.allowed, settings.refine_price, settings.explore)
         self.search = MeasuredSearch(settings.max_edges, self.allowed, settings.refine_price, settings.tries)
         model.mask.reset_()
@@ -173,37 +170,30 @@ class _Trainer:
             number -= steps
         raise IndexError(f"there are no more than {self.total} steps")
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """All that the next steps depend on: tensors, and JSON-able values."""
+    def state(self) -> dict[str, Tensor]:
+        """All that the next steps depend on."""
         tensors = {"weights": self.weights.detach()}
-        for name, value in self.optimizer.state.get(self.weights, {}).items():
-            tensors[f"optimizer.{name}"] = value
         for name, part in self._parts().items():
             tensors |= {f"{name}.{key}": value for key, value in part.state().items()}
-        return tensors, {"price": self.price, "start": self.start}
+        return tensors
 
     def restore(self, saved: Saved) -> None:
         """Go on from what `state` gave."""
         self.done = saved.step
-        self.price, self.start = saved.values["price"], saved.values["start"]
-        parts: dict[str, dict[str, Tensor]] = {name: {} for name in ("optimizer", *self._parts())}
+        parts: dict[str, dict[str, Tensor]] = {name: {} for name in self._parts()}
         for name, tensor in saved.tensors.items():
             part, _, key = name.partition(".")
             if key:
                 parts[part][key] = tensor
         with torch.no_grad():
             self.weights.copy_(saved.tensors["weights"])
-        state = {
-            name: value if name == "step" else value.to(self.weights) for name, value in parts["optimizer"].items()
-        }
-        if state:
-            self.optimizer.state[self.weights] = state
         for name, part in self._parts().items():
             part.restore(parts[name], self.weights.device)
 
     def _parts(self) -> dict[str, Any]:
         """What has a state of its own."""
-        parts = {"sift": self.sift, "search": self.search, "break": self.break_task, "keep": self.keep_task}
+        parts = {"method": self.method, "sift": self.sift, "search": self.search}
+        parts |= {"break": self.break_task, "keep": self.keep_task}
         return parts if self.means is None else {**parts, "means": self.means}
 
     def _next_objective(self, batch_size: int) -> Callable[[Tensor], Tensor]:
@@ -235,42 +225,12 @@ class _Trainer:
         keep, broken = self.losses
         return {"phase": phase, "loss": loss, "keep_loss": keep, "break_loss": broken, "n_cut": n_cut}
 
-    def _optimizer(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW([self.weights], lr=self.settings.lr, weight_decay=0.0)
-
-    def _descend(self, loss: Tensor) -> None:
-        self.optimizer.zero_grad()
+    def _backward(self, loss: Tensor) -> None:
+        """The backward of a loss, with a step of what cut edges carry where that is learned."""
         loss.backward() if self.means is None else self.means.descend(loss)
-        if self.allowed is not None:
-            self.weights.grad[~self.allowed] = 0.0
-        self.optimizer.step()
-        self.model.mask.clamp_()
 
-    def _relax(self, number: int) -> dict[str, Any]:
-        settings = self.settings
-        objective = self._next_objective(settings.batch_size)(self.weights)
-        price = settings.sparsity * min(1.0, number / max(1.0, settings.ramp * settings.relax_steps))
-        self._descend(objective + price * (1 - self.weights).sum())
-        rounds = settings.round_every and (number + 1) % settings.round_every == 0
-        if rounds and number + 1 < settings.relax_steps:
-            self.model.mask.round_()
-        return self._row("relax", float(objective.detach()), self.model.mask.n_cut())
-
-    def _anneal(self, number: int) -> dict[str, Any]:
-        settings, weights = self.settings, self.weights
-        if number == 0:
-            self.optimizer = self._optimizer()
-            self.start = max(self.model.mask.n_cut(), settings.candidates * settings.max_edges)
-        # the budget is reached for the last quarter, so that the masks that can be saved are learned longest
-        progress = min(1.0, number / max(1.0, 0.75 * settings.anneal_steps))
-        count = round(self.start * (settings.max_edges / self.start) ** progress)
-        binary = self._lowest(count)
-        objective = self._next_objective(settings.batch_size)(binary + (weights - weights.detach()))
-        # The price goes where it holds the number of edges at the count: it tells which effects are too small for
-        # the budget, which AdamW, blind to their size, would not
-        self.price *= PRICE_STEP if self.model.mask.n_cut() > count else 1 / PRICE_STEP
-        self._descend(objective + self.price * (1 - weights).sum())
-        return self._row("anneal", float(objective.detach()), int((binary == 0).sum()))
+    def _find(self, number: int) -> dict[str, Any]:
+        return self._row(*self.method.step(number))
 
     def _sift(self, number: int) -> dict[str, Any]:
         settings = self.settings
@@ -313,9 +273,19 @@ def check(settings: MaskSettings, n_edges: int) -> None:
     """Raise a `UserError` for settings that make no sense."""
     if not 0 <= settings.max_edges <= n_edges:
         raise UserError(f"max_edges {settings.max_edges} is not between 0 and the model's {n_edges:,} edges.")
-    for name in ("relax_steps", "anneal_steps", "sift_steps", "refine_rounds", "sparsity", "round_every", "means_lr"):
+    if settings.method not in METHODS:
+        raise UserError(f"method {settings.method!r} is not one of {', '.join(METHODS)}.")
+    counts = ("relax_steps", "anneal_steps", "sift_steps", "refine_rounds", "round_every", "ig_steps")
+    for name in (*counts, "sparsity", "means_lr"):
         if getattr(settings, name) < 0:
             raise UserError(f"{name} is {getattr(settings, name)}; it cannot be negative.")
     for name in ("batch_size", "refine_batch_size", "tries", "lr", "candidates", "explore"):
         if getattr(settings, name) <= 0:
             raise UserError(f"{name} is {getattr(settings, name)}; it must be above 0.")
+    if not 0 < settings.chance < 1:
+        raise UserError(f"chance is {settings.chance}; it must be above 0 and below 1.")
+    if settings.method == "attribution" and settings.ig_steps > settings.relax_steps + settings.anneal_steps:
+        raise UserError(
+            f"ig_steps {settings.ig_steps} are more than the {settings.relax_steps + settings.anneal_steps} steps of "
+            "relax_steps and anneal_steps, of which each takes one gradient. Give more of these, or fewer points."
+        )

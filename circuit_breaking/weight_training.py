@@ -28,13 +28,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from circuit_breaking.cli import UserError
-from circuit_breaking.gates import METHODS
+from circuit_breaking.gates import METHODS, falling_count, next_price
 from circuit_breaking.masks import lowest_cut
 from circuit_breaking.models import StockModel
 from circuit_breaking.weight_masks import Matrix, WeightMask, find_matrices
 
 PARTS = 6  # of the matrices, for which candidates are chosen one after the other
-PRICE_STEP = 1.1  # factor by which the price of a masked unit moves at each step of the anneal phase
 BUDGETS = {"weight": 0.0005, "neuron": 0.04, "head": 0.25}  # share of all units that may be masked by default
 
 
@@ -237,14 +236,11 @@ class _Trainer:
                     yield self._step("relax", candidates, method, optimizer, method.sample(), ramp * price)
                 first = max(self.budget, int((method.scores() < 0.5).sum()))
                 for step in range(settings.anneal_steps):
-                    # the budget is reached for the last quarter, so that masks that can be saved are learned longest
-                    progress = min(1.0, step / max(1.0, 0.75 * settings.anneal_steps))
-                    count = round(first * (self.budget / first) ** progress)
+                    count = falling_count(first, self.budget, step, settings.anneal_steps)
                     scores = method.scores()
                     binary = lowest_cut(scores.detach(), count, threshold=0.5)
                     values = binary + (scores - scores.detach())
-                    # the price goes where it holds the number of masked units at the count
-                    price *= PRICE_STEP if int((scores < 0.5).sum()) > count else 1 / PRICE_STEP
+                    price = next_price(price, int((scores < 0.5).sum()), count)
                     yield self._step("anneal", candidates, method, optimizer, values, price)
         finally:
             candidates.write(torch.ones_like(candidates.gradient))

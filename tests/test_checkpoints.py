@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from conftest import small_gpt2
 from test_training import QUICK, make_task
 
 from circuit_breaking.checkpoints import NEWEST, PREVIOUS, Checkpoints, Stopped, told_to_stop
+from circuit_breaking.edge_methods import METHODS
 from circuit_breaking.files import locked
 from circuit_breaking.models import load_model
 from circuit_breaking.training import MaskSettings, train_mask
@@ -22,7 +24,7 @@ class Killed(Exception):
     pass
 
 
-def run(checkpoints=None, die_at=None, how=None):
+def run(checkpoints=None, die_at=None, how=None, **changes):
     """Train anew or from the folder's checkpoint; at step `die_at`, call `how`. Returns the mask and the rows."""
     rows = []
 
@@ -34,7 +36,7 @@ def run(checkpoints=None, die_at=None, how=None):
     model = load_model(small_gpt2(), device="cpu")
     saved = checkpoints.load() if checkpoints else None
     tasks = make_task("break", 1), make_task("keep", 5)
-    result = train_mask(model, *tasks, SETTINGS, None, on_step, False, checkpoints, saved)
+    result = train_mask(model, *tasks, replace(SETTINGS, **changes), None, on_step, False, checkpoints, saved)
     return result.weights, rows
 
 
@@ -42,13 +44,16 @@ def die():
     raise Killed
 
 
+@pytest.mark.parametrize(
+    "changes", [{"method": method} for method in METHODS] + [{"method": "attribution", "ig_steps": 4}]
+)
 @pytest.mark.parametrize("die_at", range(1, 18))
-def test_a_killed_run_comes_out_the_same(tmp_path, die_at):
-    expected, expected_rows = run()
+def test_a_killed_run_comes_out_the_same(tmp_path, die_at, changes):
+    expected, expected_rows = run(**changes)
     checkpoints = Checkpoints(tmp_path, {"seed": 0}, every=3)
     with pytest.raises(Killed):
-        run(checkpoints, die_at, die)
-    mask, rows = run(checkpoints)
+        run(checkpoints, die_at, die, **changes)
+    mask, rows = run(checkpoints, **changes)
     assert torch.equal(mask, expected)
     assert rows == expected_rows[die_at // 3 * 3 :]
 

@@ -15,7 +15,7 @@ from circuit_breaking.files import read_json, write_jsonl, write_text
 from circuit_breaking.gates import METHODS, HardConcrete
 from circuit_breaking.models import TINY, StockModel, load_hf_model, load_model
 from circuit_breaking.tasks import TextTask
-from circuit_breaking.weight_masks import UNITS, find_matrices, load_weight_mask, mask_weights
+from circuit_breaking.weight_masks import UNITS, find_matrices, load_weight_mask, mask_weights, save_weight_mask
 from circuit_breaking.weight_training import (
     Candidates,
     WeightMaskSettings,
@@ -113,8 +113,10 @@ def test_one_gradient_at_a_time_and_none_left(family):
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
-    ("granularity", "max_masked"), [("weight", 1), ("weight", 40), ("neuron", 7), ("head", 1), ("head", 5)]
-)
+    ("granularity", "max_masked"),
+    [("weight", n) for n in (1, 2, 5, 12, 40, 20_736)] + [("neuron", n) for n in (1, 7, 12, 288)]
+    + [("head", n) for n in (1, 2, 5, 9)],
+)  # fmt: skip
 def test_budget_is_a_promise(granularity, max_masked, method):
     hf = small_gpt2()
     before, flags = copy.deepcopy(hf.state_dict()), [parameter.requires_grad for parameter in hf.parameters()]
@@ -130,13 +132,15 @@ def test_budget_is_a_promise(granularity, max_masked, method):
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("granularity", UNITS)
-def test_a_budget_of_nothing_leaves_the_model_as_it_was(granularity, method):
+def test_a_budget_of_nothing_leaves_the_model_as_it_was(granularity, method, tmp_path):
     hf, tokens = small_gpt2(), torch.arange(6)[None]
     before = hf(tokens).logits
     result = run(hf, granularity=granularity, max_masked=0, method=method)
     assert len(result.mask) == 0 and result.history == []
-    with mask_weights(hf, result.mask):
-        assert torch.equal(hf(tokens).logits, before)
+    save_weight_mask(tmp_path / "mask.safetensors", hf, result.mask)
+    for mask in (result.mask, load_weight_mask(tmp_path / "mask.safetensors", hf)):
+        with mask_weights(hf, mask):
+            assert torch.equal(hf(tokens).logits, before)
 
 
 def test_nothing_worth_masking_is_masked():
