@@ -50,6 +50,15 @@ def figure(path: Path, width: float, height: float) -> Iterator[Figure]:
             drawn.savefig(temporary, format="png")
 
 
+def apart(counts: Any) -> list[float]:
+    """Of rising numbers those that are far enough apart to stand on a log axis."""
+    kept: list[float] = []
+    for count in counts:
+        if not kept or count >= 1.4 * kept[-1]:
+            kept.append(float(count))
+    return kept
+
+
 def draw_report(folder: Path | str) -> Path:
     """Losses, toxic share and incoherence of every model of a report, with 95% intervals.
 

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator, PercentFormatter
 
 from circuit_breaking.cli import UserError
-from circuit_breaking.figures import COLOURS, MARKERS, figure
+from circuit_breaking.figures import COLOURS, MARKERS, apart, figure
 from circuit_breaking.files import read_json
 
 PANELS = {  # what a report shows, with its axis's label
@@ -52,7 +52,7 @@ def draw_comparison(folder: Path | str) -> Path:
                     axes.fill_between(counts, lows, highs, color=COLOURS[number], alpha=0.18, linewidth=0)
             axes.set_xscale("log")
             counts = np.unique(max(methods.values(), key=len)[:, 0]) if methods else [1]  # those of the most masks
-            axes.xaxis.set_major_locator(FixedLocator(_apart(counts)))
+            axes.xaxis.set_major_locator(FixedLocator(apart(counts)))
             axes.xaxis.set_minor_locator(NullLocator())
             axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0f}")
             axes.set(xlabel="edges cut", ylabel=label)
@@ -81,22 +81,13 @@ def draw_stages(folder: Path | str) -> Path:
         axes.axhline(least, color="#555555", linewidth=0.8, linestyle=(0, (4, 3)))
         axes.annotate(f"{least:.0%}", (1, least), xycoords=("axes fraction", "data"), fontsize=8, va="center")
         axes.set_xscale("log")
-        axes.xaxis.set_major_locator(FixedLocator(_apart(np.unique(rows[:, 0]))))
+        axes.xaxis.set_major_locator(FixedLocator(apart(np.unique(rows[:, 0]))))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
         axes.yaxis.set_major_formatter(PercentFormatter(1, 0))
         axes.invert_xaxis()
         axes.set(xlabel="edges kept", ylabel="logit difference left")
     return out
-
-
-def _apart(counts: Any) -> list[float]:
-    """Of rising numbers those that are far enough apart to stand on a log axis."""
-    kept: list[float] = []
-    for count in counts:
-        if not kept or count >= 1.4 * kept[-1]:
-            kept.append(float(count))
-    return kept
 
 
 def draw_models(folder: Path | str) -> Path:

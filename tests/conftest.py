@@ -94,7 +94,7 @@ def family(request):
 @pytest.fixture
 def drawn(monkeypatch):
     """The figures that were drawn, for a look at what is in them."""
-    from circuit_breaking import comparison_figures, figures, graph_figures, ioi_figures
+    from circuit_breaking import comparison_figures, figures, graph_figures, ioi_figures, method_figures
 
     seen, plain = [], figures.figure
 
@@ -104,6 +104,6 @@ def drawn(monkeypatch):
             yield one
             seen.append(one)
 
-    for module in (figures, graph_figures, ioi_figures, comparison_figures):
+    for module in (figures, graph_figures, ioi_figures, comparison_figures, method_figures):
         monkeypatch.setattr(module, "figure", spy)
     return seen
