@@ -14,6 +14,7 @@ from circuit_breaking.markdown import grid
 
 FILE = "methods.json"
 HINT = "Make it with toxicity/compare_methods.py."
+ALONE = " alone"  # end of the name of a method that was not refined
 GREY = "#8C8C8C"
 STYLES = {  # a method refined and alone have one colour
     "clamped": {"color": COLOURS[0], "marker": "o"},
@@ -43,23 +44,23 @@ def draw_methods(folder: Path | str) -> Path:
         "rise of ordinary loss, nats": lambda row: row["ordinary"] - original["ordinary"],
     }
     path = folder / "methods.png"
-    with figure(path, 7.4, 3.2) as drawn:
+    with figure(path, 7.4, 3.5) as drawn:
         for axes, (label, value) in zip(drawn.subplots(1, 3), panels.items(), strict=True):
             axes.set_yscale("symlog", linthresh=LINEAR, linscale=1.5)  # first, so that margins are those of this scale
             axes.axhline(0, color="#000000", linewidth=0.7)
             for name, rows in methods.items():
                 values = [[value(row) for row in rows[budget]] for budget in sorted(rows)]
                 style = {
-                    **STYLES[name.removesuffix(" alone")],
+                    **STYLES[name.removesuffix(ALONE)],
                     "markersize": 4,
                     "label": _label(name),
                     "clip_on": False,
                 }
-                if name.endswith(" alone"):
+                if name.endswith(ALONE):
                     style |= {"linestyle": (0, (4, 2)), "markerfacecolor": "white"}
                 axes.plot(sorted(rows), [np.mean(each) for each in values], **style)
                 ends = [[end(each) for each in values] for end in (min, max)]
-                axes.fill_between(sorted(rows), *ends, color=style["color"], alpha=0.15, linewidth=0)
+                axes.fill_between(sorted(rows), *ends, color=style["color"], alpha=0.1, linewidth=0)
             axes.set_xscale("log")
             axes.xaxis.set_major_locator(FixedLocator(apart(budgets)))
             axes.xaxis.set_minor_locator(NullLocator())
@@ -69,7 +70,12 @@ def draw_methods(folder: Path | str) -> Path:
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             axes.set(xlabel="edges cut at most", title=label)
         handles, labels = axes.get_legend_handles_labels()
-        drawn.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 5))
+        # a column a method, what it does refined above what it does alone
+        paired = [at for name in STYLES for at, label in enumerate(labels) if label.removesuffix(ALONE) == _label(name)]
+        columns = len({labels[at].removesuffix(ALONE) for at in paired})
+        drawn.legend(
+            [handles[at] for at in paired], [labels[at] for at in paired], loc="outside lower center", ncols=columns
+        )
     return path
 
 
@@ -95,7 +101,7 @@ def _read(folder: Path) -> tuple[Mapping[str, float], dict[str, dict[int, list[M
     try:
         original = {key: float(about["original"][key]) for key in ("toxic", "ordinary")}
         for row in about["masks"]:
-            if row["method"].removesuffix(" alone") not in STYLES or not {"toxic", "ordinary", "gain"} <= set(row):
+            if row["method"].removesuffix(ALONE) not in STYLES or not {"toxic", "ordinary", "gain"} <= set(row):
                 raise KeyError(row["method"])
             methods.setdefault(row["method"], {}).setdefault(row["budget"], []).append(row)
     except (KeyError, TypeError, AttributeError, ValueError) as error:

@@ -4,7 +4,7 @@ Reads   a model; toxic posts and ordinary text; means, where a cut edge carries 
 Writes  data/toxicity/<run>/: methods.json and methods.csv (a row a mask: budget, seed, edges cut, held-out losses,
         gain), methods.png, drawn from the first; masks/<method>_<budget>_seed<n>/: mask.safetensors, edges.json,
         metrics.jsonl, cost.json.
-Time    18 seconds a mask for the shipped model on one core, half an hour for the defaults.
+Time    17 seconds a mask for the shipped model on one core, half an hour for the defaults.
 
 A method finds edges and measured effects refine them. `alone` is the method without the refinement, for which it gets
 as many more steps as see the refinement's texts. A run that was interrupted goes on with the masks that are missing.
