@@ -13,7 +13,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    PretrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from circuit_breaking.cli import UserError
 from circuit_breaking.devices import pick_device, pick_dtype
@@ -55,9 +63,13 @@ Step = Callable[[torch.Tensor], None]
 
 def make_hf(settings: Any) -> nn.Module:
     """A model of `settings.shape` with random weights."""
+    return make_hf_of(SHAPES[settings.shape], settings.device, settings.dtype)
+
+
+def make_hf_of(config: PretrainedConfig, device: str, dtype: str) -> nn.Module:
+    """A model of a configuration with random weights."""
     torch.manual_seed(0)
-    hf = AutoModelForCausalLM.from_config(SHAPES[settings.shape])
-    return hf.to(pick_device(settings.device), pick_dtype(settings.dtype)).eval()
+    return AutoModelForCausalLM.from_config(config).to(pick_device(device), pick_dtype(dtype)).eval()
 
 
 def make_engine(settings: Any) -> EdgeMaskedTransformer:

@@ -1,0 +1,113 @@
+"""How a mask-training step grows with layers and with heads, against a plain step of the same model.
+
+GPT-2's width and vocabulary with random weights: 6 to 48 layers of 12 heads, and 12 layers of 6 to 48 heads. Edges grow
+with the square of both; what a step costs beside the plain model is the product of masks and node outputs, which grows
+like the edges, and reading, normalising and projecting a residual stream for every head, which grows like heads.
+
+Reads   nothing; with `--redraw`, its own earlier results.
+Writes  benchmarks/scaling.json and benchmarks/scaling.png, or beside `out`.
+Time    ten minutes on two cores.
+"""
+
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from steps import binary_mask, dense_mask, engine_step, make_hf_of, make_tokens, plain_step, seconds
+from transformers import GPT2Config
+
+from circuit_breaking.cli import run_script
+from circuit_breaking.figures import COLOURS, MARKERS, figure
+from circuit_breaking.files import provenance, read_json, write_json
+from circuit_breaking.models import load_model
+
+MASKS = {"binary": "binary mask (50 edges cut)", "any": "any mask (every weight below 1)"}
+
+
+@dataclass
+class Settings:
+    layers: tuple[int, ...] = (6, 12, 24, 48)  # at 12 heads
+    heads: tuple[int, ...] = (6, 12, 24, 48)  # at 12 layers; the width stays, heads get narrower
+    width: int = 768  # of the residual stream
+    batch: int = 10  # texts a step
+    length: int = 50  # tokens a text
+    rounds: int = 5  # steps of each variant, taking turns; the median counts
+    cut: int = 50  # edges that the binary mask cuts
+    threads: int = 2  # CPU threads
+    device: str = "auto"  # auto, cpu, cuda or mps
+    dtype: str = "float32"  # float32 or bfloat16
+    redraw: bool = False  # draw the results there are again; measure nothing
+    out: Path = Path(__file__).resolve().parent / "scaling.json"  # results; the picture goes beside
+
+
+def measure(settings: Settings, layers: int, heads: int) -> dict:
+    """Seconds of a plain step, and of steps with both kinds of mask as multiples of it."""
+    config = GPT2Config(n_layer=layers, n_head=heads, n_embd=settings.width)
+    hf = make_hf_of(config, settings.device, settings.dtype)
+    engine = load_model(hf, device=settings.device, dtype=settings.dtype)
+    tokens = make_tokens(
+        SimpleNamespace(shape="gpt2", batch=settings.batch, length=settings.length, device=settings.device)
+    )
+    steps = {
+        "plain": plain_step(hf),
+        "binary": engine_step(engine, binary_mask(len(engine.graph), settings.cut)),
+        "any": engine_step(engine, dense_mask(len(engine.graph))),
+    }
+    times = [{name: seconds(step, tokens) for name, step in steps.items()} for _ in range(settings.rounds + 1)]
+    middle = {name: statistics.median(row[name] for row in times[1:]) for name in steps}  # the first warms up
+    ratios = {name: middle[name] / middle["plain"] for name in MASKS}
+    return {"layers": layers, "heads": heads, "edges": len(engine.graph), "plain": middle["plain"], **ratios}
+
+
+def draw(rows: list[dict], path: Path) -> None:
+    """Ratio to the plain model by layers and by heads."""
+    with figure(path, 6.4, 2.9) as drawn:
+        panels = drawn.subplots(1, 2, sharey=True)
+        for axes, by, fixed in zip(panels, ("layers", "heads"), ("heads", "layers"), strict=True):
+            mine = sorted((row for row in rows if row["grows"] == by), key=lambda row: row[by])
+            for number, (name, label) in enumerate(MASKS.items()):
+                at = [row[by] for row in mine], [row[name] for row in mine]
+                axes.plot(*at, marker=MARKERS[number], markersize=4.5, color=COLOURS[number], label=label)
+            for row in mine:
+                axes.annotate(
+                    f"{row['edges']:,}\nedges", (row[by], 0.06), fontsize=6, color="#555555", ha="center", va="bottom"
+                )
+            axes.axhline(1, color="#000000", linewidth=0.7, linestyle=(0, (3, 3)))
+            axes.set_xscale("log", base=2)
+            axes.set_xticks([row[by] for row in mine], [str(row[by]) for row in mine])
+            axes.set_xlabel(f"{by}, at {mine[0][fixed]} {fixed}")
+            axes.margins(x=0.12)
+        panels[0].set(ylabel="step, multiple of plain GPT-2", ylim=(0, None))
+        drawn.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
+
+
+def main(settings: Settings) -> None:
+    torch.set_num_threads(settings.threads)
+    picture = settings.out.with_suffix(".png")
+    if settings.redraw:
+        draw(read_json(settings.out, "Measure first, without --redraw.")["rows"], picture)
+        return
+    shapes = [("layers", layers, 12) for layers in settings.layers] + [("heads", 12, heads) for heads in settings.heads]
+    known: dict[tuple[int, int], dict] = {}
+    rows, table = [], Table(title=f"{settings.batch} x {settings.length} tokens, {settings.dtype}")
+    for column in ("layers", "heads", "edges", "plain, s", *MASKS):
+        table.add_column(column, justify="right")
+    for grows, layers, heads in shapes:
+        if (layers, heads) not in known:
+            known[layers, heads] = measure(settings, layers, heads)
+        row = {"grows": grows, **known[layers, heads]}
+        rows.append(row)
+        table.add_row(
+            str(layers), str(heads), f"{row['edges']:,}", f"{row['plain']:.2f}", *(f"{row[name]:.2f}" for name in MASKS)
+        )
+    write_json(settings.out, {**provenance(settings), "rows": rows})
+    draw(rows, picture)
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    run_script(main, Settings)
