@@ -45,6 +45,7 @@ class Settings:
     rounds: int = 5  # steps of each variant; the median counts
     split_qkv: bool = False  # masks for query, key and value apart
     recompute: bool = False  # the engine computes parts of each layer again in the backward, to save memory
+    compile: bool = False  # torch.compile, of the plain model and of the engine; compiling itself is not timed
     cut: int = 50  # edges that the binary mask cuts
     naive: bool = True  # time the naive formulation too (slow, and a lot of memory)
     threads: int = 2  # CPU threads
@@ -67,16 +68,16 @@ def naive_step(settings: Settings) -> Callable[[torch.Tensor], None]:
 
 def binary_step(settings: Settings) -> Callable[[torch.Tensor], None]:
     model = make_engine(settings)
-    return engine_step(model, binary_mask(len(model.graph), settings.cut))
+    return engine_step(model, binary_mask(len(model.graph), settings.cut), settings.compile)
 
 
 def dense_step(settings: Settings) -> Callable[[torch.Tensor], None]:
     model = make_engine(settings)
-    return engine_step(model, dense_mask(len(model.graph)))
+    return engine_step(model, dense_mask(len(model.graph)), settings.compile)
 
 
 STEPS = {
-    "plain Hugging Face": lambda settings: plain_step(make_hf(settings)),
+    "plain Hugging Face": lambda settings: plain_step(make_hf(settings), settings.compile),
     "engine, binary mask": binary_step,
     "engine, any mask": dense_step,
     "naive formulation": naive_step,

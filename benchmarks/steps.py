@@ -116,24 +116,26 @@ def added_at_peak(step: Step, tokens: torch.Tensor) -> float:
     return (resident_peak() - base) / 1e9
 
 
-def plain_step(hf: nn.Module) -> Step:
-    """Plain Hugging Face, with the gradient of the embeddings."""
+def plain_step(hf: nn.Module, compiled: bool = False) -> Step:
+    """Plain Hugging Face, with the gradient of the embeddings; `compiled` by torch.compile."""
     hf.requires_grad_(False)
+    forward = torch.compile(hf) if compiled else hf
 
     def step(tokens: torch.Tensor) -> None:
         embeddings = hf.get_input_embeddings()(tokens).requires_grad_()
-        logits = hf(inputs_embeds=embeddings).logits
+        logits = forward(inputs_embeds=embeddings).logits
         F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten()).backward()
 
     return step
 
 
-def engine_step(model: EdgeMaskedTransformer, mask: torch.Tensor) -> Step:
-    """The engine, with a mask of its own."""
+def engine_step(model: EdgeMaskedTransformer, mask: torch.Tensor, compiled: bool = False) -> Step:
+    """The engine, with a mask of its own; `compiled` by torch.compile, as far as it can."""
     mask = mask.to(model.mask.weights).requires_grad_()
+    forward = torch.compile(model.hidden) if compiled else model.hidden
 
     def step(tokens: torch.Tensor) -> None:
-        hidden = model.hidden(tokens, mask=mask)[:, :-1].flatten(0, 1)
+        hidden = forward(tokens, mask=mask)[:, :-1].flatten(0, 1)
         targets = tokens[:, 1:].flatten()
         cross_entropy_of_hidden(hidden, model.unembedding, model.unembedding_bias, targets).mean().backward()
 

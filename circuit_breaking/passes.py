@@ -139,7 +139,7 @@ class Pass:
         Without a backward the readers of one group are all there are at a time.
         """
         graph = self.graph
-        largest = max((len(group) for group in self.model.groups), default=0)
+        largest = len(self.model.groups[0]) if self.model.groups else 0  # only the last one may be smaller
         sources = len(graph.sources)
         readers = len(graph.readers) if self.keep else largest * (graph.head_readers + 1)
         scratch = largest * (graph.n_heads + 1) if self.keep else 0
