@@ -101,10 +101,10 @@ class Learned(Method):
         """A step towards the budget."""
 
     def target(self, number: int, count: float) -> int:
-        """Number of cut edges to come to at a step of annealing, of which `count` are cut at its beginning."""
+        """Most edges to cut at a step of annealing, when `count` are cut at its beginning."""
         budget = self.settings.max_edges
         if number == 0:
-            self.start = max(round(count), self.settings.candidates * budget)
+            self.start = max(1, round(count), round(self.settings.candidates * budget))
         return falling_count(self.start, budget, number, self.settings.anneal_steps)
 
     def state(self) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ PRICE_STEP = 1.1  # factor by which the price of what is masked moves at each st
 
 
 def falling_count(first: int, budget: int, number: int, steps: int) -> int:
-    """Target at step `number` of `steps`: geometrically from `first` to `budget`."""
+    """Target at step `number` of `steps`: geometrically from `first` to `budget`, which may be more."""
     # the budget is reached for the last quarter, so that masks that can be saved are learned longest
     progress = min(1.0, number / max(1.0, 0.75 * steps))
     return round(first * (budget / first) ** progress)

@@ -157,6 +157,16 @@ def test_targets_fall_geometrically_and_stay_for_the_last_quarter():
     assert counts == sorted(counts, reverse=True)
 
 
+def test_with_few_candidates_the_number_of_cuts_rises_to_the_budget():
+    counts = [falling_count(3, 48, number, 80) for number in range(80)]
+    assert counts[0] == 3 and set(counts[60:]) == {48} and counts == sorted(counts)
+    changes = {"candidates": 0.01, "relax_steps": 8, "anneal_steps": 80, "sift_steps": 0, "refine_rounds": 0}
+    result, _ = run(small(), max_edges=12, alpha=5.0, **changes)
+    cut = [row["n_cut"] for row in result.history]
+    assert all(n <= falling_count(max(1, cut[7]), 12, number, 80) for number, n in enumerate(cut[8:]))
+    assert cut[8] < 4 < len(result.edges) <= 12
+
+
 @pytest.mark.parametrize("ig_steps", [0, 3])
 def test_attribution_cuts_what_scores_most(ig_steps):
     """Against `eap` and `eap_ig` on all texts at once, which every batch here is."""
