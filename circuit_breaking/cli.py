@@ -47,7 +47,10 @@ def run_script(main: Callable[[T], object], settings_class: type[T], parallel: b
             raise UserError("this script runs as one process. Start it with python alone, without a launcher.")
         main(settings)
     except UserError as error:
-        print(f"error: {error}" if rank == 0 else f"error in process {rank}: {error}", file=sys.stderr)
+        if rank == 0:
+            print(f"error: {error}", file=sys.stderr)
+        elif error.exit_code == UserError.exit_code:  # with any other all end alike, which is said once
+            print(f"error in process {rank}: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
