@@ -55,8 +55,8 @@ def is_main() -> bool:
 def share(count: int, mirrored: bool = False) -> slice:
     """Which of `count` texts are this process's: consecutive ones, numbers of which differ by 1 at most.
 
-    `mirrored` gives the first process what else is the last one's, so that of two batches which cannot be shared
-    evenly nobody gets the larger share of both.
+    `mirrored` gives the first process what else is the last one's, so that two batches which do not divide evenly make
+    for more even shares of both together.
     """
     here = world()
     rank = here.size - 1 - here.rank if mirrored else here.rank

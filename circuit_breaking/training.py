@@ -50,7 +50,7 @@ class MaskSettings:
     batch_size: int = 5  # texts of each task a step
     refine_batch_size: int = 20  # texts of each task a round of refinement
     micro_batch: int = 0  # texts computed at a time, gradients added up: less memory, same result; 0: a batch at once
-    recompute: bool = False  # compute parts of each layer again in the backward: less memory, a third more time
+    recompute: bool = False  # compute parts of each layer again in the backward: less memory, more time
     tries: int = 8  # most masks measured in a round of refinement
     lr: float = 0.05  # AdamW without decay, on weights in [0, 1]
     sparsity: float = 0.0005  # price of a cut edge in the relax phase, after its ramp, nats

@@ -112,7 +112,7 @@ class TextTask(Task):
         return (losses if cap is None else losses.clamp(max=cap)).mean()
 
     def predictions(self, batch: TokenBatch) -> int:
-        """Number of tokens in a batch whose prediction counts."""
+        """Number of tokens in a batch whose prediction counts. A `loss` that is a mean over others needs its own."""
         return int(batch.predicted.sum())
 
     @torch.no_grad()
