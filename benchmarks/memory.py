@@ -1,5 +1,7 @@
 """Memory that one mask-training step needs, for models of several sizes: computed, and measured where it fits.
 
+A step computes both its batches at a time (5 + 5 texts by default), with `micro_batch` so many texts.
+
 Computed from the shape alone: the weights; the engine's memory of node and reader rows; what autograd keeps of one
 layer, counted on a model of that one layer, times the layers (or once, with recomputation); and the largest of what
 exists for a moment. So that one knows before a job is queued whether it fits, and with which settings.
@@ -9,6 +11,7 @@ Writes data/benchmarks/memory.json. Minutes a size on two cores.
 
 import copy
 import multiprocessing
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,14 +31,14 @@ from circuit_breaking.losses import PREDICTIONS_AT_ONCE, WORDS_AT_ONCE
 from circuit_breaking.models import load_model
 from circuit_breaking.passes import layer_groups
 
-SIZES = {"10 x 50": (10, 50), "32 x 64": (32, 64)}
+SIZE = re.compile(r"([1-9]\d*) x ([1-9]\d*)")  # texts x tokens
 
 
 @dataclass
 class Settings:
     shapes: tuple[str, ...] = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # of steps.SHAPES
     dtypes: tuple[str, ...] = ("float32", "bfloat16")  # of weights and activations
-    sizes: tuple[str, ...] = tuple(SIZES)  # texts x tokens a step: 10 x 50, 32 x 64
+    sizes: tuple[str, ...] = ("10 x 50", "32 x 64")  # texts x tokens that are computed at a time
     recompute: tuple[bool, ...] = (False, True)  # compute parts of each layer again in the backward
     split_qkv: bool = False  # masks for query, key and value apart
     limit_gb: float = 12.0  # most that is tried out, of weights and step together; 0: nothing is measured
@@ -107,14 +110,16 @@ def measured(settings: SimpleNamespace) -> float:
 
 
 def main(settings: Settings) -> None:
-    for names, known in ((settings.shapes, SHAPES), (settings.sizes, SIZES)):
-        for name in names:
-            if name not in known:
-                raise UserError(f"{name!r} is not one of {', '.join(known)}.")
+    for name in settings.shapes:
+        if name not in SHAPES:
+            raise UserError(f"{name!r} is not one of {', '.join(SHAPES)}.")
+    for size in settings.sizes:
+        if not SIZE.fullmatch(size):
+            raise UserError(f"{size!r} is not a number of texts and of tokens in each, such as '10 x 50'.")
     context, rows = multiprocessing.get_context("spawn"), []
     for shape in settings.shapes:
         for size in settings.sizes:
-            batch, length = SIZES[size]
+            batch, length = map(int, SIZE.fullmatch(size).groups())
             for dtype in settings.dtypes:
                 for recompute in settings.recompute:
                     row = {"shape": shape, "size": size, "dtype": dtype, "recompute": recompute}

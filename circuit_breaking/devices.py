@@ -3,12 +3,19 @@
 import torch
 
 from circuit_breaking.cli import UserError, first_line
+from circuit_breaking.parallel import world
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
 def pick_device(device: str) -> torch.device:
-    """`"auto"` is CUDA where there is one, else Apple's MPS, else the CPU; any other value is torch's own name."""
+    """`"auto"` is CUDA where there is one, else Apple's MPS, else the CPU; any other value is torch's own name.
+
+    Of several processes that were launched together, each has a GPU of its own by `"auto"` or `"cuda"`.
+    """
+    own = world().device
+    if own is not None and device in ("auto", own.type):
+        return own
     if device == "auto":
         mps = torch.backends.mps.is_available()
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")

@@ -4,15 +4,18 @@ import dataclasses
 import json
 import sys
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
-from circuit_breaking.checkpoints import Checkpoints
+from circuit_breaking.checkpoints import Checkpoints, Saved
 from circuit_breaking.cli import UserError
 from circuit_breaking.files import locked, read_jsonl, write_jsonl
 from circuit_breaking.models import TINY
+from circuit_breaking.parallel import from_main, is_main, world
 from circuit_breaking.tasks.owt import SHIPPED
 from circuit_breaking.training import MaskResult, MaskSettings, train_mask
 
@@ -55,6 +58,8 @@ def train_into(
 ) -> MaskResult:
     """`train_mask`, each step's row written to `metrics.jsonl` of a run folder as it comes.
 
+    Of several processes that train together the main one writes; all go on from the same checkpoint.
+
     Args:
         folder: the run folder; held against other processes while training.
         model, break_task, keep_task, settings, allowed: as for `train_mask`.
@@ -65,29 +70,48 @@ def train_into(
     """
     path = folder / "metrics.jsonl"
     checkpoints = None if run is None else Checkpoints(folder, _identity(run), every)
-    with locked(folder):
-        saved = checkpoints.load() if checkpoints is not None and resume else None
-        rows = read_jsonl(path)[: saved.step] if saved is not None and path.is_file() else []
-        if saved is not None and [row.get("step") for row in rows] != list(range(saved.step)):
-            print(f"{path} lacks steps before the checkpoint: starting anew.", file=sys.stderr)
-            saved, rows = None, []
-        if saved is not None:
-            print(f"going on from step {saved.step}", file=sys.stderr)
-        write_jsonl(path, rows)  # without what came after the checkpoint
+    with locked(folder) if is_main() else nullcontext():
+        saved = _saved(path, checkpoints if resume else None)
         try:
-            with path.open("a", encoding="utf-8") as metrics:
+            with path.open("a", encoding="utf-8") if is_main() else nullcontext() as metrics:
                 return train_mask(
                     model,
                     break_task,
                     keep_task,
                     settings,
                     allowed,
-                    on_step=lambda row: print(json.dumps(row), file=metrics, flush=True),
+                    on_step=metrics and (lambda row: print(json.dumps(row), file=metrics, flush=True)),
                     checkpoints=checkpoints,
                     resume_from=saved,
                 )
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror}.") from error
+
+
+def _saved(path: Path, checkpoints: Checkpoints | None) -> Saved | None:
+    """What to go on from, the same in all processes. The main one leaves in `metrics.jsonl` the rows before it."""
+    saved = _begin(path, checkpoints) if is_main() else None
+    step = int(from_main(torch.tensor(0 if saved is None else saved.step)))
+    if step and not is_main():
+        saved = checkpoints.load()
+        if saved is None or saved.step != step:
+            raise UserError(
+                f"process {world().rank} does not find the checkpoint of step {step} in {path.parent}. Put the run "
+                "folder where all processes see it, or set resume to no."
+            )
+    return saved
+
+
+def _begin(path: Path, checkpoints: Checkpoints | None) -> Saved | None:
+    saved = None if checkpoints is None else checkpoints.load()
+    rows = read_jsonl(path)[: saved.step] if saved is not None and path.is_file() else []
+    if saved is not None and [row.get("step") for row in rows] != list(range(saved.step)):
+        print(f"{path} lacks steps before the checkpoint: starting anew.", file=sys.stderr)
+        saved, rows = None, []
+    if saved is not None:
+        print(f"going on from step {saved.step}", file=sys.stderr)
+    write_jsonl(path, rows)  # without what came after the checkpoint
+    return saved
 
 
 def _identity(run: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,8 +13,8 @@ The forward sees binary masks from there on, so nothing is left for a last round
 
 import math
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -28,6 +28,8 @@ from circuit_breaking.edge_methods import METHODS
 from circuit_breaking.graph import Edge
 from circuit_breaking.learned_means import LearnedMeans
 from circuit_breaking.masks import lowest_cut
+from circuit_breaking.objective import StepObjective
+from circuit_breaking.parallel import is_main, largest, same_random_states
 from circuit_breaking.search import MeasuredSearch
 from circuit_breaking.sift import Sift
 
@@ -47,6 +49,8 @@ class MaskSettings:
     refine_rounds: int = 60  # rounds of single changes by measured effect
     batch_size: int = 5  # texts of each task a step
     refine_batch_size: int = 20  # texts of each task a round of refinement
+    micro_batch: int = 0  # texts computed at a time, gradients added up: less memory, same result; 0: a batch at once
+    recompute: bool = False  # compute parts of each layer again in the backward: less memory, more time
     tries: int = 8  # most masks measured in a round of refinement
     lr: float = 0.05  # AdamW without decay, on weights in [0, 1]
     sparsity: float = 0.0005  # price of a cut edge in the relax phase, after its ramp, nats
@@ -83,6 +87,9 @@ def train_mask(
 ) -> MaskResult:
     """Learn which few edges to cut. The model's mask is trained from all ones and left binary.
 
+    Where several processes were launched (`parallel`), all call this alike, with the same tasks. Each computes its
+    share of every batch, and all come to the same mask; the main one saves checkpoints and shows the bar.
+
     Args:
         model: an `EdgeMaskedTransformer`; its `means` say what a cut edge carries, and are replaced where they are
             learned.
@@ -100,17 +107,19 @@ def train_mask(
         UserError: a setting makes no sense, or a loss is not finite.
         Stopped: a signal ended the run; its state is saved.
     """
-    trainer = _Trainer(model, break_task, keep_task, settings or MaskSettings(), allowed)
+    settings = settings or MaskSettings()
+    trainer = _Trainer(model, break_task, keep_task, settings, allowed)
     before = 0.0
     if resume_from is not None:
         trainer.restore(resume_from)
         before = resume_from.values["seconds"]
+    same_random_states(model.device)
     start, history = time.perf_counter(), []
+    hidden = None if progress and is_main() else True  # None: shown on a terminal
     with (
-        tqdm(
-            total=trainer.total, initial=trainer.done, desc="mask", unit="step", disable=None if progress else True
-        ) as bar,
+        tqdm(total=trainer.total, initial=trainer.done, desc="mask", unit="step", disable=hidden) as bar,
         told_to_stop() if checkpoints is not None else nullcontext(()) as signals,
+        recomputing(model, settings.recompute),
     ):
         while trainer.done < trainer.total:
             row = {"step": trainer.done, **trainer.step()}
@@ -124,15 +133,28 @@ def train_mask(
             bar.update()
             if checkpoints is None:
                 continue
-            if signals or (checkpoints.every and trainer.done % checkpoints.every == 0):
+            told = largest(signals[0] if signals else 0)  # any process may have been told
+            if is_main() and (told or (checkpoints.every and trainer.done % checkpoints.every == 0)):
                 checkpoints.save(trainer.done, trainer.state(), {"seconds": row["seconds"]})
-            if signals:
-                raise Stopped(f"told to stop by signal {signals[0]} after step {trainer.done}; run it again to go on.")
+            if told:
+                largest(0)  # the first process to leave may take the others with it: not before all is saved
+                raise Stopped(f"told to stop by signal {told} after step {trainer.done}; run it again to go on.")
     model.mask.keep_budget_(trainer.settings.max_edges)
     if trainer.means is not None:
         trainer.means.settle()
     seconds = before + time.perf_counter() - start
     return MaskResult(model.mask.weights.detach().clone(), model.mask.cut_edges(), history, seconds)
+
+
+@contextmanager
+def recomputing(model: Any, on: bool) -> Iterator[None]:
+    """Let the model's backward compute parts of each layer again, while the block lasts."""
+    before = model.recompute
+    model.recompute = before or on
+    try:
+        yield
+    finally:
+        model.recompute = before
 
 
 class _Trainer:
@@ -145,8 +167,7 @@ class _Trainer:
         self.model, self.break_task, self.keep_task, self.settings = model, break_task, keep_task, settings
         self.weights = model.mask.weights
         self.allowed = None if allowed is None else allowed.to(self.weights.device)
-        self.cap = settings.break_cap or math.log(len(model.unembedding))
-        self.losses = (0.0, 0.0)
+        self.objective = StepObjective(model, keep_task, break_task, settings)
         self.means = LearnedMeans(model, settings.means_lr) if settings.means_lr and settings.max_edges else None
         self.done = 0
         self.phases = [
@@ -155,7 +176,7 @@ class _Trainer:
             (self._refine, settings.refine_rounds),
         ]
         self.total = sum(steps for _, steps in self.phases) if settings.max_edges else 0
-        self.method = METHODS[settings.method](model, settings, self.allowed, self._next_objective, self._backward)
+        self.method = METHODS[settings.method](model, settings, self.allowed, self.objective.draw, self._backward)
         self.sift = Sift(settings.max_edges, self.allowed, settings.refine_price, settings.explore)
         self.search = MeasuredSearch(settings.max_edges, self.allowed, settings.refine_price, settings.tries)
         model.mask.reset_()
@@ -196,33 +217,8 @@ class _Trainer:
         parts |= {"break": self.break_task, "keep": self.keep_task}
         return parts if self.means is None else {**parts, "means": self.means}
 
-    def _next_objective(self, batch_size: int) -> Callable[[Tensor], Tensor]:
-        """The objective, as a function of the mask, on the next pair of batches."""
-        keep, broken = self.keep_task.draw(batch_size), self.break_task.draw(batch_size)
-
-        def objective(mask: Tensor) -> Tensor:
-            return self._weigh(
-                self.keep_task.loss(self.model, keep, mask), self.break_task.loss(self.model, broken, mask, self.cap)
-            )
-
-        return objective
-
-    def _weigh(self, keep: Tensor, broken: Tensor) -> Tensor:
-        """The objective without its sparsity term. The losses of the mask whose gradient is taken, one a step, are
-        noted for the record."""
-        loss = self.settings.keep_weight * keep - self.settings.alpha * broken
-        losses = (float(keep.detach()), float(broken.detach()))
-        if torch.is_grad_enabled():
-            self.losses = losses
-        if not math.isfinite(float(loss.detach())):
-            raise UserError(
-                f"the loss is not finite any more (keep {losses[0]}, break {losses[1]}). "
-                "Lower the learning rate or alpha."
-            )
-        return loss
-
     def _row(self, phase: str, loss: float, n_cut: int) -> dict[str, Any]:
-        keep, broken = self.losses
+        keep, broken = self.objective.losses
         return {"phase": phase, "loss": loss, "keep_loss": keep, "break_loss": broken, "n_cut": n_cut}
 
     def _backward(self, loss: Tensor) -> None:
@@ -239,7 +235,7 @@ class _Trainer:
         mask = self.weights.detach().clone()
         # half of the time to come to the budget, half to settle there
         budget = math.ceil(settings.max_edges * min(1.0, 2 * (number + 1) / settings.sift_steps))
-        following, loss = self.sift.step(mask, self._next_objective(settings.batch_size), budget)
+        following, loss = self.sift.step(mask, self.objective.draw(settings.batch_size), budget)
         if number + 1 == settings.sift_steps:
             following = self.sift.best()
         with torch.no_grad():
@@ -252,7 +248,7 @@ class _Trainer:
         if number == 0:
             self.weights.data.copy_(self._lowest(settings.max_edges))
         mask = self.weights.detach().clone()
-        changed, loss = self.search.round(mask, self._next_objective(settings.refine_batch_size))
+        changed, loss = self.search.round(mask, self.objective.draw(settings.refine_batch_size))
         with torch.no_grad():
             self.weights.copy_(changed)
         self._adapt_means()
@@ -261,7 +257,7 @@ class _Trainer:
     def _adapt_means(self) -> None:
         """A step of what cut edges carry, where that is learned, for the mask as it is now."""
         if self.means is not None:
-            self.means.descend(self._next_objective(self.settings.batch_size)(self.weights.detach()))
+            self.means.descend(self.objective.draw(self.settings.batch_size)(self.weights.detach()))
 
     @torch.no_grad()
     def _lowest(self, count: int) -> Tensor:
@@ -275,7 +271,7 @@ def check(settings: MaskSettings, n_edges: int) -> None:
         raise UserError(f"max_edges {settings.max_edges} is not between 0 and the model's {n_edges:,} edges.")
     if settings.method not in METHODS:
         raise UserError(f"method {settings.method!r} is not one of {', '.join(METHODS)}.")
-    counts = ("relax_steps", "anneal_steps", "sift_steps", "refine_rounds", "round_every", "ig_steps")
+    counts = ("relax_steps", "anneal_steps", "sift_steps", "refine_rounds", "round_every", "ig_steps", "micro_batch")
     for name in (*counts, "sparsity", "means_lr"):
         if getattr(settings, name) < 0:
             raise UserError(f"{name} is {getattr(settings, name)}; it cannot be negative.")

@@ -156,6 +156,8 @@ class EdgeMaskedTransformer(nn.Module):
         learned = self._learned[0] if self._learned else None
         if learned is not None:
             self.means = learned  # an optimizer may have changed them
+        if not torch.is_grad_enabled():  # which a custom function does not see: it would keep what a backward needs
+            weights, learned = weights.detach(), None
         read = OutputRead.apply(weights, learned, self, tokens).view(*tokens.shape, -1)
         return self.norm(read if at is None else select_positions(read, at))
 

@@ -4,6 +4,8 @@ Reads   a model; prompts (make_ioi_datasets.py); ordinary text; means (compute_m
 Writes  data/ioi/<run>/: settings.json, metrics.jsonl (a row a step), mask.safetensors, edges.json, graph.json,
         next_tokens.json, and, drawn from these, training.png, graph.png, heat_map.png, next_tokens.png.
 Time    half a minute for the shipped model on one core.
+
+`accelerate launch ioi/train_mask.py` trains on several GPUs, each with its share of every batch.
 """
 
 from dataclasses import dataclass
@@ -13,6 +15,7 @@ from typing import Literal
 from utils import FOLDER, Setting, draw_run, open_setting, write_run
 
 from circuit_breaking.cli import run_script
+from circuit_breaking.parallel import is_main
 from circuit_breaking.scripts import train_into
 from circuit_breaking.training import MaskSettings
 
@@ -50,6 +53,8 @@ def main(settings: Settings) -> None:
         folder, setting.model, setting.ioi, setting.ordinary, settings, None, setting.record, settings.resume,
         settings.checkpoint_every,
     )  # fmt: skip
+    if not is_main():
+        return
     after = setting.summary()
     write_run(folder, setting, {"before": before, "after": after})
     draw_run(folder)
@@ -61,4 +66,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, Settings)
+    run_script(main, Settings, parallel=True)

@@ -67,8 +67,13 @@ class Setting:
         return found | {"ordinary_loss": self.ordinary.get_test_loss(self.model, self.settings.num_test)}
 
     def metrics(self, num_data: int, batch_size: int) -> list[Metric]:
-        """The logit difference on batches of the first training prompts, as functions of the mask."""
-        return [difference_on(self.model, batch) for batch in self.ioi.train[:num_data].batches(batch_size)]
+        """The logit difference on batches of the first training prompts, as functions of the mask.
+
+        Where `micro_batch` asks for smaller ones, they divide `batch_size`, so that their mean stays that of the whole.
+        """
+        most = min(batch_size, self.settings.micro_batch or batch_size)
+        size = next(size for size in range(most, 0, -1) if batch_size % size == 0)
+        return [difference_on(self.model, batch) for batch in self.ioi.train[:num_data].batches(size)]
 
 
 def open_setting(settings: Any) -> Setting:
@@ -83,7 +88,9 @@ def open_setting(settings: Any) -> Setting:
     tokenizer = load_tokenizer(settings.model)
     ioi = IOITask(tokenizer, settings.train, settings.test, seed=settings.seed, objective=settings.objective)
     ordinary = OWTTask(tokenizer, settings.ordinary, settings.length, seed=settings.seed)
-    model = load_model(settings.model, settings.split_qkv, settings.device, settings.dtype)
+    for task in (ioi, ordinary):
+        task.evaluation_batch = settings.micro_batch or task.evaluation_batch
+    model = load_model(settings.model, settings.split_qkv, settings.device, settings.dtype, settings.recompute)
     if settings.means is not None:
         load_means(settings.means, model)
     inputs = [settings.train, settings.test, settings.means, Path(settings.ordinary), *files_of(settings.model)]

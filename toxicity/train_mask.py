@@ -5,6 +5,8 @@ Writes  data/toxicity/<run>/: settings.json, metrics.jsonl (a row a step), mask.
         means.safetensors, if what cut edges carry is learned too (--means-lr); checkpoints, from which a run that was
         interrupted goes on when it is started again.
 Time    a minute for the shipped model on two cores; a step of GPT-2 small takes seconds on two cores.
+
+`accelerate launch toxicity/train_mask.py` trains on several GPUs, each with its share of every batch.
 """
 
 from dataclasses import dataclass
@@ -18,6 +20,7 @@ from circuit_breaking.files import provenance, write_json
 from circuit_breaking.masks import save_mask
 from circuit_breaking.means import load_means, save_means
 from circuit_breaking.models import load_model, load_tokenizer
+from circuit_breaking.parallel import is_main
 from circuit_breaking.scripts import train_into
 from circuit_breaking.tasks import OWTTask, ToxicTask
 from circuit_breaking.training import MaskSettings
@@ -65,13 +68,18 @@ def main(settings: Settings) -> None:
     if Path(settings.ordinary).is_file():
         inputs.append(Path(settings.ordinary))
     record = provenance(settings, inputs, model=model.name)
-    write_json(folder / "settings.json", record)
+    if is_main():
+        write_json(folder / "settings.json", record)
 
     tasks = {"ordinary": ordinary, "toxic": toxic}
+    for task in tasks.values():
+        task.evaluation_batch = settings.micro_batch or task.evaluation_batch
     before = {name: task.get_test_loss(model, settings.test_texts) for name, task in tasks.items()}
     result = train_into(
         folder, model, toxic, ordinary, settings, None, record, settings.resume, settings.checkpoint_every
     )
+    if not is_main():
+        return
     after = {name: task.get_test_loss(model, settings.test_texts) for name, task in tasks.items()}
 
     if settings.means_lr and model.means is not None:  # evaluation.py finds them by the mask's record
@@ -87,4 +95,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, Settings)
+    run_script(main, Settings, parallel=True)

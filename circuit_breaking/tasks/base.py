@@ -46,6 +46,17 @@ class Task(ABC):
             cap: highest loss that one prediction counts with, so that none can dominate the mean.
         """
 
+    def predictions(self, batch: Any) -> int:
+        """How many predictions the `loss` of a batch is the mean of: by this the losses of its parts are weighed.
+
+        Needed where batches are taken in parts (`micro_batch`, or several processes), together with batches that have
+        a `len` and give the texts of a slice.
+        """
+        raise UserError(
+            f"the task {self.name} does not say how many predictions its loss is the mean of, so its batches cannot "
+            "be taken in parts. Define `predictions`, or set micro_batch to 0 and train in one process."
+        )
+
     def get_train_loss(
         self, model: Any, batch_size: int, mask: Tensor | None = None, cap: float | None = None
     ) -> Tensor:
@@ -66,7 +77,13 @@ class Task(ABC):
 
 
 class TextTask(Task):
-    """Next-token prediction on texts: training and held-out `TokenBatch`es, drawn in a seeded order."""
+    """Next-token prediction on texts: training and held-out `TokenBatch`es, drawn in a seeded order.
+
+    Attributes:
+        evaluation_batch: held-out texts that are measured at a time.
+    """
+
+    evaluation_batch = EVALUATION_BATCH
 
     def __init__(self, name: str, train: TokenBatch, test: TokenBatch, seed: int = 0) -> None:
         self.name, self.train, self.test = name, train, test
@@ -93,6 +110,10 @@ class TextTask(Task):
         """Mean loss over the predictions of a batch; see `Task`."""
         losses = prediction_losses(model, batch, mask)
         return (losses if cap is None else losses.clamp(max=cap)).mean()
+
+    def predictions(self, batch: TokenBatch) -> int:
+        """Number of tokens in a batch whose prediction counts. A `loss` that is a mean over others needs its own."""
+        return int(batch.predicted.sum())
 
     @torch.no_grad()
     def get_test_loss(self, model: Any, num_data: int | None = None) -> float:
@@ -121,7 +142,7 @@ class TextTask(Task):
     def _test_batches(self, num_data: int | None) -> Iterator[TokenBatch]:
         if num_data is not None and num_data < 1:
             raise UserError(f"{num_data} held-out texts are too few to measure anything.")
-        return self.test[: num_data or len(self.test)].batches(EVALUATION_BATCH)
+        return self.test[: num_data or len(self.test)].batches(self.evaluation_batch)
 
 
 def prediction_losses(model: Any, batch: TokenBatch, mask: Tensor | None = None) -> Tensor:

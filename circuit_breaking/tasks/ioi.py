@@ -140,6 +140,10 @@ class IOITask(TextTask):
             losses = -logit_difference(logits.float(), batch.io, batch.subject)
         return (losses if cap is None else losses.clamp(max=cap)).mean()
 
+    def predictions(self, batch: PromptBatch) -> int:
+        """One a prompt."""
+        return len(batch)
+
     @torch.no_grad()
     def measure(self, model: Any, num_data: int | None = None) -> dict[str, Tensor]:
         """What the model says at the end of each held-out prompt, float64 [n] each.

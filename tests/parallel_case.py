@@ -1,0 +1,51 @@
+"""What `test_parallel.py` runs in one process and in several: masks by every method, noted by each in a JSON file."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from conftest import small_gpt2
+from test_objective import FEW, make_prompts
+from test_training import QUICK, make_task
+
+from circuit_breaking.cli import run_script
+from circuit_breaking.edge_methods import METHODS
+from circuit_breaking.files import write_json
+from circuit_breaking.models import load_model
+from circuit_breaking.parallel import is_main, sum_, world
+from circuit_breaking.training import MaskSettings, train_mask
+
+CASES = {  # 3 and 4 texts of each task a batch: the first cannot be shared evenly by two
+    **{method: {"method": method} for method in METHODS},
+    "EAP-IG": {"method": "attribution", "ig_steps": 4},
+    "means": {"means_lr": 0.05},
+    "parts": {"micro_batch": 1, "means_lr": 0.05},
+    "few": {"batch_size": 1, "refine_batch_size": 1},  # so that one of two has none of a task
+    "IOI": {},
+}
+
+
+@dataclass
+class Settings:
+    out: Path  # folder for the files
+    processes: int  # how many there should be
+
+
+def main(settings: Settings) -> None:
+    assert world().size == settings.processes
+    assert float(sum_(torch.tensor(world().rank + 1.0))) == sum(range(1, settings.processes + 1))
+    found = {}
+    for name, changes in CASES.items():
+        torch.manual_seed(world().rank)  # gates are drawn as the first process draws them
+        model = load_model(small_gpt2(**FEW).double(), device="auto" if world().size > 1 else "cpu", dtype="float64")
+        broken = make_prompts("break", 1, "cross_entropy") if name == "IOI" else make_task("break", 1)
+        training = MaskSettings(**{**QUICK, **changes}, max_edges=9)
+        result = train_mask(model, broken, make_task("keep", 5), training, progress=False)
+        means = [] if model.means is None else model.means.flatten().tolist()
+        rows = [[row[key] for key in ("loss", "keep_loss", "break_loss", "n_cut")] for row in result.history]
+        found[name] = {"rows": rows, "weights": result.weights.tolist(), "means": means}
+    write_json(settings.out / f"{world().rank}_of_{world().size}.json", {"main": is_main(), "found": found})
+
+
+if __name__ == "__main__":
+    run_script(main, Settings, parallel=True)

@@ -1,0 +1,189 @@
+"""Batches taken in parts: the same objective, gradients and masks as at once, in the memory of a part."""
+
+import gc
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from conftest import small_gpt2, small_llama
+from test_training import make_task, run
+
+from circuit_breaking.cli import UserError
+from circuit_breaking.edge_methods import METHODS
+from circuit_breaking.models import load_model
+from circuit_breaking.objective import StepObjective
+from circuit_breaking.passes import Pass
+from circuit_breaking.tasks import IOITask, Task, TextTask
+from circuit_breaking.tasks.ioi import PromptBatch
+from circuit_breaking.training import MaskSettings
+
+SETTINGS = {"alpha": 0.7, "keep_weight": 1.3, "break_cap": 3.9}
+
+
+def make_prompts(name, seed, objective):
+    """An IOI task on random prompts of 3 to 8 tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    io, subject = torch.randint(0, 50, (2, 12), generator=generator)
+    lengths = torch.randint(3, 9, (12,), generator=generator)
+    task = IOITask.__new__(IOITask)
+    batch = PromptBatch(torch.randint(0, 50, (12, 8), generator=generator), lengths, io=io, subject=subject)
+    TextTask.__init__(task, name, batch, batch, seed)
+    task.objective = objective
+    return task
+
+
+BREAK = {
+    "text": lambda: make_task("break", 1),
+    "cross_entropy": lambda: make_prompts("break", 1, "cross_entropy"),
+    "logit_difference": lambda: make_prompts("break", 1, "logit_difference"),
+}
+
+
+FEW = {"n_layer": 2, "n_head": 2, "n_embd": 16}
+
+
+def double(make=small_gpt2, **changes):
+    return load_model(make(**changes).double(), device="cpu", dtype="float64")
+
+
+def measured(make, broken, micro_batch, learned, size=7):
+    """Value, its gradients and the losses noted, at a random mask."""
+    model = double(make)
+    if learned:
+        model.means = torch.randn(len(model.graph.sources), model.embedding.shape[1], dtype=torch.float64) * 0.1
+        model.means = model.means.requires_grad_()
+    mask = torch.rand(len(model.graph), dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    mask.requires_grad_()
+    settings = MaskSettings(**SETTINGS, micro_batch=micro_batch)
+    one = StepObjective(model, make_task("keep", 5), BREAK[broken](), settings)
+    objective = one.draw(size)
+    value = 3 * objective(mask)
+    gradients = torch.autograd.grad(value, [mask, model.means] if learned else [mask])
+    with torch.no_grad():
+        torch.testing.assert_close(3 * objective(mask.detach()), value.detach())
+    return value.detach(), *gradients, torch.tensor(one.losses)
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2, 3, 7, 50])
+@pytest.mark.parametrize("broken", BREAK)
+@pytest.mark.parametrize("learned", [False, True])
+def test_parts_add_up_to_the_whole(broken, micro_batch, learned):
+    close = {"atol": 1e-12, "rtol": 1e-10} if broken == "text" else {"atol": 2e-6, "rtol": 1e-6}  # float32 logits
+    for make in (small_gpt2, small_llama):
+        torch.manual_seed(0)
+        whole = measured(make, broken, 0, learned)
+        torch.manual_seed(0)
+        for found, expected in zip(measured(make, broken, micro_batch, learned), whole, strict=True):
+            torch.testing.assert_close(found, expected, **close)
+
+
+def test_by_hand():
+    """Each text's losses, summed and divided in numpy, with the cap on every prediction."""
+    model, keep, broken = double(), make_task("keep", 5), make_task("break", 1)
+    one = StepObjective(model, keep, broken, MaskSettings(**SETTINGS, micro_batch=2))
+    value = float(one.draw(5)(torch.ones(len(model.graph), dtype=torch.float64).requires_grad_()).detach())
+    means = []
+    for task, cap in ((make_task("keep", 5), np.inf), (make_task("break", 1), 3.9)):
+        losses = []
+        for tokens, length in zip(*(lambda batch: (batch.tokens, batch.lengths))(task.draw(5)), strict=True):
+            logits = model(tokens[None])[0].detach().numpy()
+            for at in range(int(length) - 1):
+                losses.append(np.log(np.exp(logits[at]).sum()) - logits[at, int(tokens[at + 1])])
+        means.append(np.minimum(losses, cap).mean())
+    assert one.losses == pytest.approx(tuple(means), rel=1e-10)
+    assert value == pytest.approx(1.3 * means[0] - 0.7 * means[1], rel=1e-10)
+
+
+@pytest.mark.parametrize("means_lr", [0.0, 0.05])
+@pytest.mark.parametrize("micro_batch", [1, 2])
+@pytest.mark.parametrize(
+    "changes", [{"method": method} for method in METHODS] + [{"method": "attribution", "ig_steps": 4}]
+)
+def test_every_method_comes_to_the_same_mask(changes, micro_batch, means_lr):
+    found = []
+    for size in (0, micro_batch):
+        torch.manual_seed(3)
+        result, model = run(double(**FEW), max_edges=9, micro_batch=size, means_lr=means_lr, **changes)
+        rows = [[row[key] for key in ("loss", "keep_loss", "break_loss", "n_cut")] for row in result.history]
+        assert len(rows) == 18
+        found.append((result.weights, torch.tensor(rows, dtype=torch.float64), model.means))
+    assert torch.equal(found[0][0], found[1][0])
+    torch.testing.assert_close(found[0][1], found[1][1], atol=1e-7, rtol=1e-7)
+    if means_lr:
+        torch.testing.assert_close(found[0][2], found[1][2], atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("means_lr", [0.0, 0.05])
+def test_no_more_than_a_part_is_in_memory(method, means_lr, monkeypatch):
+    """Tokens of all passes that are alive, forward to backward, through every phase."""
+    alive, peaks = weakref.WeakSet(), []
+    plain = Pass.forward
+
+    def spy(self):
+        alive.add(self)
+        peaks.append(sum(one.tokens.numel() for one in alive if one.memory is not None) + self.tokens.numel())
+        return plain(self)
+
+    monkeypatch.setattr(Pass, "forward", spy)
+    for micro_batch, most in ((0, 2 * 3 * 8), (1, 8)):
+        gc.collect()
+        peaks.clear()
+        run(double(**FEW), max_edges=9, method=method, micro_batch=micro_batch, means_lr=means_lr, refine_batch_size=3)
+        assert max(peaks) <= most and (micro_batch or max(peaks) > 8)
+
+
+def test_nothing_is_kept_for_a_backward_without_gradients(monkeypatch):
+    kept, plain = [], Pass.__init__
+
+    def spy(self, model, weights, tokens, keep):
+        kept.append(keep)
+        plain(self, model, weights, tokens, keep)
+
+    monkeypatch.setattr(Pass, "__init__", spy)
+    model = load_model(small_gpt2(), device="cpu")
+    model.means = torch.zeros(len(model.graph.sources), 24, requires_grad=True)
+    make_task("keep", 5).get_test_loss(model)
+    assert kept == [False]
+
+
+def test_recomputing_lasts_as_long_as_training():
+    plain, model = run(max_edges=6)
+    seen = []
+    model = double()
+    before = type(model).hidden
+    try:
+        type(model).hidden = lambda self, *words, **more: seen.append(self.recompute) or before(self, *words, **more)
+        run(model, max_edges=6, recompute=True)
+    finally:
+        type(model).hidden = before
+    assert set(seen) == {True} and not model.recompute
+    result, _ = run(max_edges=6, recompute=True, micro_batch=2)
+    assert torch.equal(result.weights, plain.weights)
+
+
+def test_a_task_that_does_not_count_its_predictions():
+    class Mine(TextTask):
+        predictions = Task.predictions
+
+    one = make_task("mine", 1)
+    one.__class__ = Mine
+    model = load_model(small_gpt2(), device="cpu")
+    mask = model.mask.weights
+    objective = StepObjective(model, one, one, MaskSettings())
+    assert objective.draw(3)(mask).requires_grad
+    objective = StepObjective(model, one, one, MaskSettings(micro_batch=2))
+    with pytest.raises(UserError, match="mine does not say how many predictions"):
+        objective.draw(3)(mask)
+    with pytest.raises(UserError, match="micro_batch is -1"):
+        run(micro_batch=-1)
+
+
+def test_a_loss_that_is_not_finite_is_said():
+    model = load_model(small_gpt2(), device="cpu")
+    for micro_batch in (0, 2):
+        with pytest.raises(UserError, match="not finite any more"):
+            StepObjective(
+                model, make_task("keep", 5), make_task("break", 1), MaskSettings(micro_batch=micro_batch)
+            ).draw(3)(torch.full_like(model.mask.weights, float("nan")))
