@@ -1,9 +1,13 @@
 """What scripts share: settings left open, files of a model, training into a run folder (layer 3)."""
 
 import dataclasses
+import hashlib
 import json
+import re
+import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,7 +15,7 @@ from torch import Tensor
 
 from circuit_breaking.checkpoints import Checkpoints
 from circuit_breaking.cli import UserError
-from circuit_breaking.files import locked, read_jsonl, write_jsonl
+from circuit_breaking.files import locked, plain, read_jsonl, write_jsonl
 from circuit_breaking.models import TINY
 from circuit_breaking.tasks.owt import SHIPPED
 from circuit_breaking.training import MaskResult, MaskSettings, train_mask
@@ -56,15 +60,30 @@ def train_into(
     """`train_mask`, each step's row written to `metrics.jsonl` of a run folder as it comes.
 
     Args:
-        folder: the run folder; held against other processes while training.
+        folder, run, resume, every: as for `recorded`.
         model, break_task, keep_task, settings, allowed: as for `train_mask`.
+    """
+    if run is not None and allowed is not None:
+        run = {**run, "allowed": hashlib.sha256(bytes(allowed.tolist())).hexdigest()}
+    with recorded(folder, run, resume, every) as how:
+        return train_mask(model, break_task, keep_task, settings, allowed, **how)
+
+
+@contextmanager
+def recorded(
+    folder: Path, run: Mapping[str, Any] | None = None, resume: bool = True, every: int = 50
+) -> Iterator[dict[str, Any]]:
+    """`on_step`, `checkpoints` and `resume_from` of a training loop, whose rows go into `metrics.jsonl` of a folder.
+
+    Args:
+        folder: the run folder; held against other processes while the block lasts.
         run: the run's provenance. With it, checkpoints are kept in the folder, and a run that was interrupted goes on
             from there if settings, data and code are the same.
         resume: go on from a checkpoint, if there is one.
         every: steps between checkpoints.
     """
     path = folder / "metrics.jsonl"
-    checkpoints = None if run is None else Checkpoints(folder, _identity(run), every)
+    checkpoints = None if run is None else Checkpoints(folder, identity(run), every)
     with locked(folder):
         saved = checkpoints.load() if checkpoints is not None and resume else None
         rows = read_jsonl(path)[: saved.step] if saved is not None and path.is_file() else []
@@ -76,22 +95,56 @@ def train_into(
         write_jsonl(path, rows)  # without what came after the checkpoint
         try:
             with path.open("a", encoding="utf-8") as metrics:
-                return train_mask(
-                    model,
-                    break_task,
-                    keep_task,
-                    settings,
-                    allowed,
-                    on_step=lambda row: print(json.dumps(row), file=metrics, flush=True),
-                    checkpoints=checkpoints,
-                    resume_from=saved,
-                )
+                yield {
+                    "on_step": lambda row: print(json.dumps(row), file=metrics, flush=True),
+                    "checkpoints": checkpoints,
+                    "resume_from": saved,
+                }
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror}.") from error
 
 
-def _identity(run: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a run's provenance must be the same for it to go on: all but where results go."""
-    elsewhere = ("resume", "checkpoint_every", "run", "out")
+@dataclasses.dataclass
+class Parts:
+    """The trainings of a run that has several, each with checkpoints in a folder of its own until the run is done.
+
+    A part that has come to its end has saved that end, so that the run goes on behind it.
+
+    Attributes:
+        folder: where the parts' folders are; whoever uses it holds the run folder (`files.locked`).
+        run, resume, every: as for `recorded`.
+        apart: settings that make no difference to a part.
+    """
+
+    folder: Path
+    run: Mapping[str, Any]
+    resume: bool = True
+    every: int = 50
+    apart: tuple[str, ...] = ()
+
+    def open(self, name: str, **more: Any) -> dict[str, Any]:
+        """`checkpoints` and `resume_from` of the part of a name; `more` is what tells it from other runs' parts."""
+        about = {**identity(self.run, *self.apart), "part": name, **more}
+        checkpoints = Checkpoints(self.folder / re.sub(r"[^\w.+-]+", "_", name), about, self.every)
+        saved = checkpoints.load() if self.resume else None
+        if saved is not None:
+            print(f"{name}: going on from step {saved.step}", file=sys.stderr)
+        return {"checkpoints": checkpoints, "resume_from": saved}
+
+    def remove(self) -> None:
+        """Delete all, once the run's results are written."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def identity(run: Mapping[str, Any], *apart: str) -> dict[str, Any]:
+    """What of a run's provenance must be the same for it to go on: all but where results go and settings `apart`."""
+    elsewhere = {"resume", "checkpoint_every", "run", "out", *apart}
     kept = {name: value for name, value in run["settings"].items() if name not in elsewhere}
-    return {**run, "settings": kept}
+    return json.loads(json.dumps({**run, "settings": kept}, default=plain))  # as it will be read
+
+
+def is_same_run(run: Mapping[str, Any], about: Any, *apart: str) -> bool:
+    """Whether the record of a result (`about`, which may hold more) is of the same settings, data and code as `run`."""
+    if not isinstance(about, dict) or not isinstance(about.get("settings"), dict):
+        return False
+    return identity({name: about.get(name) for name in run}, *apart) == identity(run, *apart)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from circuit_breaking.checkpoints import Checkpoints, Saved, Stopped, told_to_stop
+from circuit_breaking.checkpoints import Checkpoints, Saved, told_to_stop
 from circuit_breaking.cli import UserError
 from circuit_breaking.edge_methods import METHODS
 from circuit_breaking.graph import Edge
@@ -122,12 +122,9 @@ def train_mask(
                 f"{row['phase']}: keep {row['keep_loss']:.3f}, break {row['break_loss']:.3f}, {row['n_cut']} cut"
             )
             bar.update()
-            if checkpoints is None:
-                continue
-            if signals or (checkpoints.every and trainer.done % checkpoints.every == 0):
-                checkpoints.save(trainer.done, trainer.state(), {"seconds": row["seconds"]})
-            if signals:
-                raise Stopped(f"told to stop by signal {signals[0]} after step {trainer.done}; run it again to go on.")
+            if checkpoints is not None:
+                last = trainer.done == trainer.total
+                checkpoints.after(trainer.done, trainer.state, {"seconds": row["seconds"]}, signals, last)
     model.mask.keep_budget_(trainer.settings.max_edges)
     if trainer.means is not None:
         trainer.means.settle()
