@@ -60,13 +60,15 @@ def run_parts(chosen, monkeypatch):
         for _, script, options in stage:
             module = load_script(f"toxicity/{script}")
             if script == "sweep_masks.py":
-                train = module.train_mask
+                train = module.train_into
                 monkeypatch.setattr(
-                    module, "train_mask",
-                    lambda model, a, b, s, *more, train=train: train(
-                        model, a, b, dataclasses.replace(s, **quick), *more
+                    module, "train_into",
+                    lambda folder, model, a, b, s, *more, train=train: train(
+                        folder, model, a, b, dataclasses.replace(s, **quick), *more
                     ),
                 )  # fmt: skip
+            if script in ("sweep_masks.py", "finetune_gpt2.py"):
+                options = [*options, "--no-resume"]  # each run is to make everything
             module.main(tyro.cli(module.Settings, args=options))
     monkeypatch.undo()
     return drawn
