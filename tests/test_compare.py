@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 import torch
@@ -158,6 +159,22 @@ def test_same_seed_same_report_to_the_last_digit(finished):
         if path.name == "report.md":
             before, after = (text.decode().split(COSTS_HEADING)[0] for text in (before, after))
         assert before == after, path
+
+
+def test_models_that_are_there_are_not_made_again(data, finished, tmp_path, monkeypatch, capsys):
+    """A whole comparison's models stay what they are, byte for byte, when their scripts are started again."""
+    run = shutil.copytree(finished[0], tmp_path / "compare")
+    for script in ("sweep_masks.py", "finetune_gpt2.py"):
+        module = load_script(f"toxicity/{script}")
+        name = "train_into" if script == "sweep_masks.py" else "finetune"
+        monkeypatch.setattr(module, name, lambda *words, **more: pytest.fail("trained once more"))
+        folder = run / ("masks" if script == "sweep_masks.py" else "finetuned")
+        before = {path: path.read_bytes() for path in folder.rglob("*.safetensors") if "random_" not in str(path)}
+        for _, other, options in compare.stages(settings(data, tmp_path))[0]:
+            if other == script:
+                module.main(tyro.cli(module.Settings, args=options))
+        assert before and {path: path.read_bytes() for path in before} == before
+    assert capsys.readouterr().out.count("is there, of the same settings") == 9 + 2 + 5
 
 
 def test_nothing_but_numbers_in_the_files(finished):
