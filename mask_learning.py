@@ -3,7 +3,8 @@
 Reads   a model of any supported family; toxic texts (train and held out); ordinary text; prompts.
 Writes  data/mask_learning/<run>/: settings.json, metrics.jsonl (a row a step), weight_mask.safetensors (the numbers of
         the masked units, nothing dense), report.json and report.png (what toxicity/evaluation.py measures of edge
-        masks, in the same form), and, if asked for, model/ (a stock Hugging Face model, masked weights zero).
+        masks, in the same form), and, if asked for, model/ (a stock Hugging Face model, masked weights zero); and
+        checkpoints, from which a run that was interrupted goes on when it is started again.
 Time    a minute for the shipped model on one core.
 
     python mask_learning.py --model tiny                       # 0.05% of the weights of the shipped model
@@ -26,10 +27,10 @@ from circuit_breaking.cli import UserError, run_script
 from circuit_breaking.continuations import Sampling
 from circuit_breaking.evaluation import TOXIC, evaluate
 from circuit_breaking.figures import draw_report
-from circuit_breaking.files import DATA, provenance, write_json, write_jsonl
+from circuit_breaking.files import DATA, provenance, write_json
 from circuit_breaking.models import load_hf_model, load_tokenizer, prefix_token
 from circuit_breaking.scorers import load_scorer
-from circuit_breaking.scripts import check_counts, files_of, fill_in
+from circuit_breaking.scripts import check_counts, files_of, fill_in, recorded
 from circuit_breaking.tables import table
 from circuit_breaking.tasks import OWTTask, ToxicTask
 from circuit_breaking.tasks.owt import load_texts
@@ -61,6 +62,8 @@ class Settings(WeightMaskSettings):
     eval_batch: int = 32  # texts or continuations at a time when measuring
     save_model: bool = False  # write the masked model as a Hugging Face folder too
     seed: int = 0  # another seed, another order of texts
+    resume: bool = True  # go on from the run folder's checkpoint, if it is of the same settings, data and code
+    checkpoint_every: int = 50  # steps between checkpoints; 0: only at the end and when told to stop (SIGTERM, SIGUSR1)
     device: str = "auto"  # auto, cpu, cuda, mps
     dtype: str = "float32"  # float32 or bfloat16
 
@@ -113,11 +116,10 @@ def main(settings: Settings) -> None:
     hf = load_hf_model(settings.model, settings.device, settings.dtype)
     inputs = [settings.toxic_train, settings.toxic_test, Path(settings.ordinary), *files_of(settings.model)]
     record = provenance(settings, [path for path in inputs if path.is_file()], model=settings.model)
-    write_json(folder / "settings.json", record)
-
-    result = train_weight_mask(hf, tasks["toxic"], tasks["ordinary"], settings)
-    write_jsonl(folder / "metrics.jsonl", result.history)
-    save_weight_mask(folder / "weight_mask.safetensors", hf, result.mask, record)
+    with recorded(folder, record, settings.resume, settings.checkpoint_every) as how:
+        write_json(folder / "settings.json", record)
+        result = train_weight_mask(hf, tasks["toxic"], tasks["ordinary"], settings, **how)
+        save_weight_mask(folder / "weight_mask.safetensors", hf, result.mask, record)
     if settings.save_model:
         save_model(folder / "model", hf, tokenizer, result.mask)
 

@@ -9,9 +9,10 @@ import hashlib
 import json
 import signal
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from circuit_breaking.cli import UserError
 from circuit_breaking.files import plain, read_tensors, write_tensors
+from circuit_breaking.parallel import is_main, largest
 
 NEWEST, PREVIOUS = "checkpoint.safetensors", "checkpoint.previous.safetensors"
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # what SLURM sends before it takes a node away
@@ -47,18 +49,53 @@ class Checkpoints:
     Attributes:
         folder: the run folder.
         run: JSON-able description of the run (settings, input hashes); only a checkpoint of the same run is resumed.
-        every: steps between checkpoints; 0 saves only when told to stop.
+        every: steps between checkpoints; 0 saves only at the end and when told to stop.
     """
 
     folder: Path
     run: dict[str, Any]
     every: int = 50
+    _before: float = field(default=0.0, init=False)
+    _since: float = field(default_factory=time.perf_counter, init=False)
+
+    def seconds(self) -> float:
+        """Time since this was made, or since `load`, with what had passed before the checkpoint loaded."""
+        return self._before + time.perf_counter() - self._since
+
+    def after(
+        self,
+        step: int,
+        state: Callable[[], dict[str, Tensor]],
+        values: dict[str, Any],
+        signals: Sequence[int],
+        last: bool = False,
+    ) -> None:
+        """What a training loop does between steps: save where it is time to, and end where it was told to stop.
+
+        Of several processes that train together the main one saves, and all end where one was told to.
+
+        Args:
+            step: steps done.
+            state: gives the tensors that the next steps depend on.
+            values: what else they depend on, JSON-able.
+            signals: what `told_to_stop` gave.
+            last: whether there are no more steps; the end is saved too, so that it is not trained again.
+
+        Raises:
+            Stopped: a signal had arrived; the state is saved.
+        """
+        told = largest(signals[0] if signals else 0)
+        if is_main() and (told or last or (self.every and step % self.every == 0)):
+            self.save(step, state(), values)
+        if told:
+            largest(0)  # the first process to leave may take the others with it: not before all is saved
+            raise Stopped(f"told to stop by signal {told} after step {step}; run it again to go on.")
 
     def save(self, step: int, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
         """Write the state after `step` steps, with torch's random states, and keep the one before."""
         tensors = {**tensors, **{f"random.{name}": state for name, state in random_states().items()}}
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        about = {"run": self.run, "step": step, "values": values}
+        about = {"run": self.run, "step": step, "values": {"seconds": self.seconds(), **values}}
         about = json.loads(json.dumps(about, default=plain))  # what will be read is what is hashed
         newest, previous = self.folder / NEWEST, self.folder / PREVIOUS
         try:
@@ -89,6 +126,7 @@ class Checkpoints:
                 return None
             set_random_states({n.removeprefix("random."): t for n, t in tensors.items() if n.startswith("random.")})
             tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("random.")}
+            self._before, self._since = about["values"]["seconds"], time.perf_counter()
             return Saved(about["step"], tensors, about["values"])
         return None
 
@@ -128,6 +166,40 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, parameter: Tensor, state
         }
 
 
+def training_state(optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Parameters by name, and what their optimizer keeps of each."""
+    tensors = {f"parameters.{name}": parameter.detach() for name, parameter in parameters.items()}
+    for name, parameter in parameters.items():
+        kept = optimizer_state(optimizer, parameter)
+        tensors |= {f"optimizer.{key}.{name}": value for key, value in kept.items()}
+    return tensors
+
+
+@torch.no_grad()
+def restore_training(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
+) -> None:
+    """Go on from what `training_state` gave."""
+    kept: dict[str, dict[str, Tensor]] = {name: {} for name in parameters}
+    for full, tensor in tensors.items():
+        if full.startswith("optimizer."):
+            _, key, name = full.split(".", 2)
+            kept[name][key] = tensor
+    for name, parameter in parameters.items():
+        parameter.copy_(tensors[f"parameters.{name}"])
+        restore_optimizer(optimizer, parameter, kept[name])
+
+
+def state_of(**parts: Any) -> dict[str, Tensor]:
+    """The states of all that has a `state()`, each tensor named after its part."""
+    return {f"{name}.{key}": value for name, part in parts.items() for key, value in part.state().items()}
+
+
+def part_of(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    """The tensors of one part of `state_of`."""
+    return {key.removeprefix(f"{name}."): tensor for key, tensor in tensors.items() if key.startswith(f"{name}.")}
+
+
 def _digest(tensors: dict[str, Tensor], about: dict[str, Any]) -> str:
     digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
     for name in sorted(tensors):
@@ -137,13 +209,21 @@ def _digest(tensors: dict[str, Tensor], about: dict[str, Any]) -> str:
     return digest.hexdigest()
 
 
+_received: list[int] | None = None  # of the block of `told_to_stop` that is open, if one is
+
+
 @contextmanager
 def told_to_stop() -> Iterator[list[int]]:
     """A list that is empty until SIGTERM or SIGUSR1 arrives, and then holds the signal.
 
-    So that a step can end and its state be saved first. Outside the main thread signals cannot be caught, and the
-    list stays empty.
+    So that a step can end and its state be saved first. A block in another has the list of the outer one: a signal
+    that comes between two trainings of a run stops the second. Outside the main thread signals cannot be caught, and
+    the list stays empty.
     """
+    global _received
+    if _received is not None:
+        yield _received
+        return
     received: list[int] = []
     before = {}
     try:
@@ -151,8 +231,10 @@ def told_to_stop() -> Iterator[list[int]]:
             before[number] = signal.signal(number, lambda received_number, _: received.append(received_number))
     except ValueError:
         pass
+    _received = received
     try:
         yield received
     finally:
+        _received = None
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -208,7 +208,7 @@ def draw_finetuning(folder: Path | str) -> Path:
     that was kept.
     """
     folder = Path(folder)
-    methods = sorted(path.parent for path in folder.glob("*/metrics.jsonl"))
+    methods = sorted(path.parent for path in folder.glob("*/finetuning.json"))
     if not methods:
         raise UserError(f"{folder} holds no fine-tuned models. Make some with toxicity/finetune_gpt2.py.")
     rates = sorted({row["lr"] for method in methods for row in read_jsonl(method / "metrics.jsonl")})

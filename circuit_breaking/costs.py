@@ -62,3 +62,11 @@ def cost(device: torch.device | str = "cpu") -> Iterator[dict[str, float | None]
         peak = torch.cuda.max_memory_allocated(device) if on_cuda else resident()
         if base is not None and peak is not None:
             measured["peak_gb"] = round(max(peak - base, 0) / 1e9, 3)
+
+
+def with_earlier(spent: dict[str, float | None], seconds: float) -> dict[str, float | None]:
+    """The cost of work that went on after an interruption, `seconds` after it began; what CPU time that took is lost.
+
+    The peak stays that of the part after it.
+    """
+    return {**spent, "seconds": round(spent["seconds"] + seconds, 2), "cpu_seconds": None} if seconds > 0 else spent

@@ -7,7 +7,7 @@ a goal of its own. A loss that is not finite ends the run; the best checkpoint b
 """
 
 import math
-from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -15,6 +15,15 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from circuit_breaking.checkpoints import (
+    Checkpoints,
+    Saved,
+    part_of,
+    restore_training,
+    state_of,
+    told_to_stop,
+    training_state,
+)
 from circuit_breaking.cli import UserError
 from circuit_breaking.tasks.base import TextTask
 from circuit_breaking.unlearning import (
@@ -74,8 +83,9 @@ def finetune(
     toxic: TextTask,
     ordinary: TextTask,
     settings: FinetuneSettings | None = None,
-    on_row: Callable[[dict[str, Any]], None] | None = None,
     progress: bool = True,
+    checkpoints: Checkpoints | None = None,
+    resume_from: Saved | None = None,
 ) -> Finetuned:
     """Fine-tune `model` in place by a method of `METHODS`, and leave the best checkpoint in it.
 
@@ -87,48 +97,44 @@ def finetune(
         toxic: texts to unlearn; `toxic.train` is trained on, `toxic.test` validates.
         ordinary: texts to keep, the same way.
         settings: see `FinetuneSettings`.
-        on_row: called with each row of the history as it comes.
         progress: show a bar.
+        checkpoints: where the state goes every so many steps, and on SIGTERM or SIGUSR1, which then end the run.
+        resume_from: a state to go on from, of `checkpoints.load()`; `model` is the original all the same. What comes
+            out is what a run that was never interrupted gives (bit for bit on CPU).
 
     Raises:
         UserError: there is no such method, or a setting makes no sense.
+        Stopped: a signal ended the run; its state is saved.
     """
     settings = settings or FinetuneSettings()
     check(settings)
     if method not in METHODS:
         raise UserError(f"there is no method {method!r}; choose from {', '.join(METHODS)}.")
     run = _Run(model.eval(), METHODS[method], toxic, ordinary, settings)
-    history: list[dict[str, Any]] = []
-    note = None
-
-    def keep(row: dict[str, Any]) -> None:
-        history.append(row)
-        if on_row is not None:
-            on_row(row)
-
-    with tqdm(total=settings.steps, desc=method, unit="step", disable=None if progress else True) as bar:
-        keep(run.check(0))
-        for step in range(1, settings.steps + 1):
-            loss = run.step(step)
+    if resume_from is None:
+        run.history.append(run.check(0))
+    else:
+        run.restore(resume_from)
+    with (
+        tqdm(
+            total=settings.steps, initial=run.done, desc=method, unit="step", disable=None if progress else True
+        ) as bar,
+        told_to_stop() if checkpoints is not None else nullcontext(()) as signals,
+    ):
+        while not run.ended:
+            run.advance()
             bar.update()
-            if loss is None:
-                note = f"the loss was not finite at step {step}, where training ended"
-                break
-            if step % settings.check_every and step < settings.steps:
-                continue
-            keep({**run.check(step), "train_loss": loss})
-            bar.set_postfix_str(f"toxic {_short(history[-1]['toxic'])}, ordinary {_short(history[-1]['ordinary'])}")
-            if history[-1]["score"] is None:
-                note = f"the validation loss was not finite at step {step}, where training ended"
-                break
-            if run.stale >= settings.patience:
-                break
+            row = run.history[-1]
+            bar.set_postfix_str(f"toxic {_short(row['toxic'])}, ordinary {_short(row['ordinary'])}")
+            if checkpoints is not None:
+                checkpoints.after(run.done, run.tensors, run.values(), signals, run.ended)
     run.finish()
+    note = run.note
     if run.best["step"] == 0:
         note = "; ".join(filter(None, [note, "no checkpoint was better than the original, which is what is left"]))
     elif note:
         note += f"; the checkpoint of step {run.best['step']} is kept"
-    return Finetuned(method, settings, run.best, history, note)
+    return Finetuned(method, settings, run.best, run.history, note)
 
 
 def _short(value: float | None) -> str:
@@ -147,6 +153,9 @@ class _Run:
         self.before: Weights = self.kept if method.subtracts else {}  # only those need the original to the end
         self.best: dict[str, Any] = {}
         self.stale = 0
+        self.done, self.ended = 0, False
+        self.note: str | None = None
+        self.history: list[dict[str, Any]] = []
         self.optimizer = torch.optim.AdamW(self.trained.values(), lr=settings.lr, weight_decay=0.0)
 
     def _weights(self) -> Weights:
@@ -156,6 +165,51 @@ class _Run:
     def _load(self, weights: Weights) -> None:
         for name, parameter in self.trained.items():
             parameter.copy_(weights[name])
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors that what follows depends on, but for the original's: after the last step the best weights."""
+        kept = {f"kept.{name}": weights for name, weights in self.kept.items()}
+        if self.ended:
+            return kept
+        state = training_state(self.optimizer, self.trained) | state_of(toxic=self.toxic, ordinary=self.ordinary)
+        return kept | state | {f"more.{name}": tensor for name, tensor in self.state.more.items()}
+
+    def values(self) -> dict[str, Any]:
+        """All else that they depend on."""
+        names = ("best", "stale", "ended", "note", "history")
+        return {name: getattr(self, name) for name in names}
+
+    def restore(self, saved: Saved) -> None:
+        """Go on from what `tensors` and `values` gave."""
+        self.done = saved.step
+        for name in self.values():
+            setattr(self, name, saved.values[name])
+        kept = part_of(saved.tensors, "kept")
+        self.kept = {name: kept[name].to(parameter.device) for name, parameter in self.trained.items()}
+        if self.ended:
+            return
+        restore_training(self.optimizer, self.trained, saved.tensors)
+        self.toxic.restore(part_of(saved.tensors, "toxic"))
+        self.ordinary.restore(part_of(saved.tensors, "ordinary"))
+        more = part_of(saved.tensors, "more")
+        self.state.more = {name: tensor.to(self.model.device) for name, tensor in more.items()}
+
+    def advance(self) -> None:
+        """The next step and, where one is due, its checkpoint; afterwards `ended` says whether that was the last."""
+        settings = self.settings
+        self.done += 1
+        loss = self.step(self.done)
+        self.ended = self.done == settings.steps
+        if loss is None:
+            self.ended, self.note = True, f"the loss was not finite at step {self.done}, where training ended"
+            return
+        if self.done % settings.check_every and not self.ended:
+            return
+        self.history.append({**self.check(self.done), "train_loss": loss})
+        if self.history[-1]["score"] is None:
+            self.note = f"the validation loss was not finite at step {self.done}, where training ended"
+        if self.note or self.stale >= settings.patience:
+            self.ended = True
 
     def step(self, number: int) -> float | None:
         """One step; its loss, or None, with the weights as they were, where that or its gradient is not finite."""

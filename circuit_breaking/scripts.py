@@ -1,10 +1,13 @@
 """What scripts share: settings left open, files of a model, training into a run folder (layer 3)."""
 
 import dataclasses
+import hashlib
 import json
+import re
+import shutil
 import sys
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,7 +16,7 @@ from torch import Tensor
 
 from circuit_breaking.checkpoints import Checkpoints, Saved
 from circuit_breaking.cli import UserError
-from circuit_breaking.files import locked, read_jsonl, write_jsonl
+from circuit_breaking.files import locked, plain, read_jsonl, write_jsonl
 from circuit_breaking.models import TINY
 from circuit_breaking.parallel import from_main, is_main, world
 from circuit_breaking.tasks.owt import SHIPPED
@@ -61,29 +64,39 @@ def train_into(
     Of several processes that train together the main one writes; all go on from the same checkpoint.
 
     Args:
-        folder: the run folder; held against other processes while training.
+        folder, run, resume, every: as for `recorded`.
         model, break_task, keep_task, settings, allowed: as for `train_mask`.
+    """
+    if run is not None and allowed is not None:
+        run = {**run, "allowed": hashlib.sha256(bytes(allowed.tolist())).hexdigest()}
+    with recorded(folder, run, resume, every) as how:
+        return train_mask(model, break_task, keep_task, settings, allowed, **how)
+
+
+@contextmanager
+def recorded(
+    folder: Path, run: Mapping[str, Any] | None = None, resume: bool = True, every: int = 50
+) -> Iterator[dict[str, Any]]:
+    """`on_step`, `checkpoints` and `resume_from` of a training loop, whose rows go into `metrics.jsonl` of a folder.
+
+    Args:
+        folder: the run folder; held against other processes while the block lasts.
         run: the run's provenance. With it, checkpoints are kept in the folder, and a run that was interrupted goes on
             from there if settings, data and code are the same.
         resume: go on from a checkpoint, if there is one.
         every: steps between checkpoints.
     """
     path = folder / "metrics.jsonl"
-    checkpoints = None if run is None else Checkpoints(folder, _identity(run), every)
+    checkpoints = None if run is None else Checkpoints(folder, identity(run), every)
     with locked(folder) if is_main() else nullcontext():
         saved = _saved(path, checkpoints if resume else None)
         try:
             with path.open("a", encoding="utf-8") if is_main() else nullcontext() as metrics:
-                return train_mask(
-                    model,
-                    break_task,
-                    keep_task,
-                    settings,
-                    allowed,
-                    on_step=metrics and (lambda row: print(json.dumps(row), file=metrics, flush=True)),
-                    checkpoints=checkpoints,
-                    resume_from=saved,
-                )
+                yield {
+                    "on_step": metrics and (lambda row: print(json.dumps(row), file=metrics, flush=True)),
+                    "checkpoints": checkpoints,
+                    "resume_from": saved,
+                }
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror}.") from error
 
@@ -114,8 +127,47 @@ def _begin(path: Path, checkpoints: Checkpoints | None) -> Saved | None:
     return saved
 
 
-def _identity(run: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a run's provenance must be the same for it to go on: all but where results go."""
-    elsewhere = ("resume", "checkpoint_every", "run", "out")
+@dataclasses.dataclass
+class Parts:
+    """The trainings of a run that has several, each with checkpoints in a folder of its own until the run is done.
+
+    A part that has come to its end has saved that end, so that the run goes on behind it.
+
+    Attributes:
+        folder: where the parts' folders are; whoever uses it holds the run folder (`files.locked`).
+        run, resume, every: as for `recorded`.
+        apart: settings that make no difference to a part.
+    """
+
+    folder: Path
+    run: Mapping[str, Any]
+    resume: bool = True
+    every: int = 50
+    apart: tuple[str, ...] = ()
+
+    def open(self, name: str, **more: Any) -> dict[str, Any]:
+        """`checkpoints` and `resume_from` of the part of a name; `more` is what tells it from other runs' parts."""
+        about = {**identity(self.run, *self.apart), "part": name, **more}
+        checkpoints = Checkpoints(self.folder / re.sub(r"[^\w.+-]+", "_", name), about, self.every)
+        saved = checkpoints.load() if self.resume else None
+        if saved is not None:
+            print(f"{name}: going on from step {saved.step}", file=sys.stderr)
+        return {"checkpoints": checkpoints, "resume_from": saved}
+
+    def remove(self) -> None:
+        """Delete all, once the run's results are written."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def identity(run: Mapping[str, Any], *apart: str) -> dict[str, Any]:
+    """What of a run's provenance must be the same for it to go on: all but where results go and settings `apart`."""
+    elsewhere = {"resume", "checkpoint_every", "run", "out", *apart}
     kept = {name: value for name, value in run["settings"].items() if name not in elsewhere}
-    return {**run, "settings": kept}
+    return json.loads(json.dumps({**run, "settings": kept}, default=plain))  # as it will be read
+
+
+def is_same_run(run: Mapping[str, Any], about: Any, *apart: str) -> bool:
+    """Whether the record of a result (`about`, which may hold more) is of the same settings, data and code as `run`."""
+    if not isinstance(about, dict) or not isinstance(about.get("settings"), dict):
+        return False
+    return identity({name: about.get(name) for name in run}, *apart) == identity(run, *apart)

@@ -22,14 +22,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from circuit_breaking.checkpoints import Checkpoints, Saved, Stopped, told_to_stop
+from circuit_breaking.checkpoints import Checkpoints, Saved, told_to_stop
 from circuit_breaking.cli import UserError
 from circuit_breaking.edge_methods import METHODS
 from circuit_breaking.graph import Edge
 from circuit_breaking.learned_means import LearnedMeans
 from circuit_breaking.masks import lowest_cut
 from circuit_breaking.objective import StepObjective
-from circuit_breaking.parallel import is_main, largest, same_random_states
+from circuit_breaking.parallel import is_main, same_random_states
 from circuit_breaking.search import MeasuredSearch
 from circuit_breaking.sift import Sift
 
@@ -131,14 +131,9 @@ def train_mask(
                 f"{row['phase']}: keep {row['keep_loss']:.3f}, break {row['break_loss']:.3f}, {row['n_cut']} cut"
             )
             bar.update()
-            if checkpoints is None:
-                continue
-            told = largest(signals[0] if signals else 0)  # any process may have been told
-            if is_main() and (told or (checkpoints.every and trainer.done % checkpoints.every == 0)):
-                checkpoints.save(trainer.done, trainer.state(), {"seconds": row["seconds"]})
-            if told:
-                largest(0)  # the first process to leave may take the others with it: not before all is saved
-                raise Stopped(f"told to stop by signal {told} after step {trainer.done}; run it again to go on.")
+            if checkpoints is not None:
+                last = trainer.done == trainer.total
+                checkpoints.after(trainer.done, trainer.state, {"seconds": row["seconds"]}, signals, last)
     model.mask.keep_budget_(trainer.settings.max_edges)
     if trainer.means is not None:
         trainer.means.settle()

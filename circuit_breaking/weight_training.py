@@ -7,33 +7,37 @@ choose   First-order effect of masking each unit, from one batch of each task; t
 relax    Each candidate has a weight in [0, 1], learned by a method of `METHODS`, with a price that rises.
 anneal   The forward sees a binary mask of at most k units; gradients pass straight through. k falls to the budget.
 
-What is small: weights are changed in place and only those of candidates are remembered, and each matrix's gradient is
-reduced to its candidates as soon as autograd has it, so that no second copy of the model and no gradient of its size
-exists. (While candidates are chosen, autograd holds the gradients of a part of the matrices, one in `PARTS`.) When
-training ends, well or not, the weights are what they were, bit for bit.
-
-Shapes: C candidates, U units of a matrix, c candidates of a matrix.
+Candidates, and why this takes little memory, are in `weight_candidates`. When training ends, well or not, the weights
+are what they were, bit for bit.
 """
 
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from circuit_breaking.checkpoints import (
+    Checkpoints,
+    Saved,
+    part_of,
+    restore_training,
+    state_of,
+    told_to_stop,
+    training_state,
+)
 from circuit_breaking.cli import UserError
 from circuit_breaking.gates import METHODS, falling_count, next_price
 from circuit_breaking.masks import lowest_cut
 from circuit_breaking.models import StockModel
+from circuit_breaking.weight_candidates import Candidates, choose, gradients_taken
 from circuit_breaking.weight_masks import Matrix, WeightMask, find_matrices
 
-PARTS = 6  # of the matrices, for which candidates are chosen one after the other
 BUDGETS = {"weight": 0.0005, "neuron": 0.04, "head": 0.25}  # share of all units that may be masked by default
 
 
@@ -67,108 +71,6 @@ class WeightMaskResult:
     seconds: float = 0.0
 
 
-class Candidates:
-    """The units that are learned about, whose weights are scaled in place.
-
-    Args:
-        chosen: matrices, and in each the numbers of the units that were chosen.
-    """
-
-    def __init__(self, chosen: list[tuple[Matrix, Tensor]]) -> None:
-        self.chosen = chosen
-        self.kept = [matrix.by_unit(matrix.parameter.detach())[units] for matrix, units in chosen]  # [c, ...]
-        self.sizes = [len(units) for _, units in chosen]
-        self.gradient = torch.zeros(sum(self.sizes), device=chosen[0][0].parameter.device)
-
-    @torch.no_grad()
-    def write(self, values: Tensor) -> None:
-        """Scale the weights of each candidate by its value [C]."""
-        for (matrix, units), kept, part in zip(self.chosen, self.kept, values.split(self.sizes), strict=True):
-            matrix.by_unit(matrix.parameter)[units] = kept * part.to(kept.dtype).view(-1, *[1] * (kept.dim() - 1))
-
-    def take(self, number: int, parameter: nn.Parameter) -> None:
-        """Add what the gradient of a matrix means for the values of its candidates to `gradient` [C]."""
-        matrix, units = self.chosen[number]
-        effect = _sum_by_unit(matrix.by_unit(parameter.grad)[units] * self.kept[number])
-        self.gradient.split(self.sizes)[number].add_(effect)
-
-
-def _sum_by_unit(products: Tensor) -> Tensor:
-    """[c, ...] -> [c]."""
-    return products.flatten(1).sum(1) if products.dim() > 1 else products
-
-
-@contextmanager
-def gradients_taken(hf: nn.Module, matrices: list[Matrix], take: Callable[[int, nn.Parameter], None]) -> Iterator[None]:
-    """While the block lasts, only these matrices have gradients, each of which `take` gets and which is then dropped.
-
-    A matrix's gradient is complete when `take` gets it, and, if the backward is one through a single forward pass, gone
-    before the next one's is made.
-    """
-    required = [(parameter, parameter.requires_grad) for parameter in hf.parameters()]
-    training, handles = hf.training, []
-
-    def hook(number: int) -> Callable[[nn.Parameter], None]:
-        def taken(parameter: nn.Parameter) -> None:
-            with torch.no_grad():
-                take(number, parameter)
-            parameter.grad = None
-
-        return taken
-
-    try:
-        hf.eval().requires_grad_(False)
-        for number, matrix in enumerate(matrices):
-            matrix.parameter.requires_grad_(True)
-            handles.append(matrix.parameter.register_post_accumulate_grad_hook(hook(number)))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        for parameter, flag in required:
-            parameter.requires_grad_(flag)
-        hf.train(training)
-
-
-def choose(hf: nn.Module, granularity: str, count: int, backward: Callable[[], None]) -> list[tuple[Matrix, Tensor]]:
-    """The `count` units whose masking should lower an objective most, to first order; fewer if not so many should.
-
-    Args:
-        backward: makes the gradient of the objective in one backward; called for every part of the matrices, each time
-            on the same texts.
-
-    Returns:
-        matrices, and the numbers of their chosen units in rising order.
-    """
-    matrices = find_matrices(hf, granularity)
-    firsts = torch.tensor([0, *(matrix.count for matrix in matrices)]).cumsum(0).tolist()
-    device = matrices[0].parameter.device
-    gains, numbers = torch.empty(0, device=device), torch.empty(0, dtype=torch.long, device=device)  # the best so far
-
-    def take(start: int, which: int, parameter: nn.Parameter) -> None:
-        nonlocal gains, numbers
-        which += start
-        by_unit = matrices[which].by_unit
-        gain, unit = (
-            _sum_by_unit(by_unit(parameter.grad) * by_unit(parameter)).float().topk(min(count, matrices[which].count))
-        )
-        gains, numbers = torch.cat([gains, gain]), torch.cat([numbers, unit + firsts[which]])
-        gains, best = gains.topk(min(count, len(gains)))
-        numbers = numbers[best]
-
-    size = -(-len(matrices) // PARTS)
-    for start in range(0, len(matrices), size):
-        with gradients_taken(hf, matrices[start : start + size], partial(take, start)):
-            backward()
-    numbers = numbers[gains > 0].sort().values
-    chosen = []
-    for matrix, first in zip(matrices, firsts, strict=False):
-        units = numbers[(numbers >= first) & (numbers < first + matrix.count)] - first
-        if len(units):
-            chosen.append((matrix, units))
-    return chosen
-
-
 def train_weight_mask(
     hf: nn.Module,
     break_task: Any,
@@ -176,6 +78,8 @@ def train_weight_mask(
     settings: WeightMaskSettings | None = None,
     on_step: Callable[[dict[str, Any]], None] | None = None,
     progress: bool = True,
+    checkpoints: Checkpoints | None = None,
+    resume_from: Saved | None = None,
 ) -> WeightMaskResult:
     """Learn which few units of a stock Hugging Face model to mask. The model is left as it was.
 
@@ -186,21 +90,33 @@ def train_weight_mask(
         settings: see `WeightMaskSettings`.
         on_step: called with each row of the history as it comes.
         progress: show a bar with the losses and the number of masked units.
+        checkpoints: where the state goes every so many steps, and on SIGTERM or SIGUSR1, which then end the run.
+        resume_from: a state to go on from, of `checkpoints.load()`. The mask that comes out is that of a run that
+            was never interrupted (bit for bit on CPU); the result's history begins where it goes on.
 
     Raises:
         UserError: a setting makes no sense, the model's family is not known, or a loss is not finite.
+        Stopped: a signal ended the run; its state is saved.
     """
     settings = settings or WeightMaskSettings()
     budget = check(settings, sum(matrix.count for matrix in find_matrices(hf, settings.granularity)))
     start, history = time.perf_counter(), []
-    trainer = _Trainer(hf, break_task, keep_task, settings, budget)
-    total = settings.relax_steps + settings.anneal_steps
+    before = 0.0 if resume_from is None else resume_from.values["seconds"]
+    trainer = _Trainer(hf, break_task, keep_task, settings, budget, resume_from)
     with (
-        tqdm(total=total, desc="weight mask", unit="step", disable=None if progress else True) as bar,
+        tqdm(
+            total=trainer.total,
+            initial=trainer.done,
+            desc="weight mask",
+            unit="step",
+            disable=None if progress else True,
+        ) as bar,
+        told_to_stop() if checkpoints is not None else nullcontext(()) as signals,
         closing(trainer.rows()) as rows,  # whatever happens, the weights are put back at once
     ):
         for row in rows if budget else ():
-            row = {"step": len(history), **row, "seconds": round(time.perf_counter() - start, 3)}
+            seconds = round(before + time.perf_counter() - start, 3)
+            row = {"step": trainer.done - 1, **row, "seconds": seconds}
             history.append(row)
             if on_step is not None:
                 on_step(row)
@@ -208,51 +124,98 @@ def train_weight_mask(
                 f"{row['phase']}: keep {row['keep_loss']:.3f}, break {row['break_loss']:.3f}, {row['n_masked']} masked"
             )
             bar.update()
+            if checkpoints is not None:
+                values = {**trainer.values(), "seconds": seconds}
+                checkpoints.after(trainer.done, trainer.tensors, values, signals, trainer.done == trainer.total)
     mask = WeightMask(settings.granularity, trainer.units)
-    return WeightMaskResult(mask, history, time.perf_counter() - start)
+    return WeightMaskResult(mask, history, before + time.perf_counter() - start)
 
 
 class _Trainer:
+    """State of a training run: `tensors` and `values` carry it over an interruption."""
+
     def __init__(
-        self, hf: nn.Module, break_task: Any, keep_task: Any, settings: WeightMaskSettings, budget: int
+        self,
+        hf: nn.Module,
+        break_task: Any,
+        keep_task: Any,
+        settings: WeightMaskSettings,
+        budget: int,
+        saved: Saved | None = None,
     ) -> None:
         self.hf, self.model = hf, StockModel(hf)
         self.break_task, self.keep_task, self.settings, self.budget = break_task, keep_task, settings, budget
         self.cap = settings.break_cap or math.log(len(self.model.unembedding))
+        self.total = settings.relax_steps + settings.anneal_steps
         self.units: dict[str, Tensor] = {}  # the mask, once it is learned
+        self.saved, self.done = saved, 0 if saved is None else saved.step
+        self.price, self.first = settings.sparsity / max(1, budget), 0  # the latter: masked as annealing begins
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors that the next steps depend on: candidates, what is learned of them, the tasks' states."""
+        units = {f"units.{matrix.name}": units for matrix, units in self.candidates.chosen}
+        learned = training_state(self.optimizer, {"gates": self.method.parameter})
+        return {**units, **learned, **state_of(**{"break": self.break_task, "keep": self.keep_task})}
+
+    def values(self) -> dict[str, Any]:
+        """All else that they depend on."""
+        return {"price": self.price, "first": self.first}
+
+    def _start(self) -> bool:
+        """Choose candidates, or take those of the saved state; False if there are none."""
+        if self.saved is None:
+            chosen = self._choose()
+        else:
+            units = part_of(self.saved.tensors, "units")
+            matrices = [one for one in find_matrices(self.hf, self.settings.granularity) if one.name in units]
+            chosen = [(matrix, units[matrix.name].to(matrix.parameter.device)) for matrix in matrices]
+        if not chosen:
+            return False
+        self.candidates = Candidates(chosen)
+        self.method = METHODS[self.settings.method](len(self.candidates.gradient), self.candidates.gradient.device)
+        self.optimizer = torch.optim.Adam([self.method.parameter], lr=self.settings.lr)
+        if self.saved is not None:
+            restore_training(self.optimizer, {"gates": self.method.parameter}, self.saved.tensors)
+            for name, task in {"break": self.break_task, "keep": self.keep_task}.items():
+                task.restore(part_of(self.saved.tensors, name), self.method.parameter.device)
+            self.price, self.first = self.saved.values["price"], self.saved.values["first"]
+        return True
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        settings, candidates = self.settings, self._choose()
-        if candidates is None:
+        """The rows of the steps that are left, each done as its row is asked for; then the mask is in `units`."""
+        if not self._start():
             return
-        method = METHODS[settings.method](len(candidates.gradient), candidates.gradient.device)
-        optimizer = torch.optim.Adam([method.parameter], lr=settings.lr)
-        price = settings.sparsity / self.budget
-        matrices = [matrix for matrix, _ in candidates.chosen]
+        chosen = self.candidates.chosen
         try:
-            with gradients_taken(self.hf, matrices, candidates.take):
-                for step in range(settings.relax_steps):
-                    ramp = min(1.0, 2 * (step + 1) / settings.relax_steps)
-                    yield self._step("relax", candidates, method, optimizer, method.sample(), ramp * price)
-                first = max(self.budget, int((method.scores() < 0.5).sum()))
-                for step in range(settings.anneal_steps):
-                    count = falling_count(first, self.budget, step, settings.anneal_steps)
-                    scores = method.scores()
-                    binary = lowest_cut(scores.detach(), count, threshold=0.5)
-                    values = binary + (scores - scores.detach())
-                    price = next_price(price, int((scores < 0.5).sum()), count)
-                    yield self._step("anneal", candidates, method, optimizer, values, price)
+            with gradients_taken(self.hf, [matrix for matrix, _ in chosen], self.candidates.take):
+                while self.done < self.total:
+                    self.done += 1
+                    yield self._relax() if self.done <= self.settings.relax_steps else self._anneal()
         finally:
-            candidates.write(torch.ones_like(candidates.gradient))
-        masked = lowest_cut(method.scores().detach(), self.budget, threshold=0.5) == 0
+            self.candidates.write(torch.ones_like(self.candidates.gradient))
+        masked = lowest_cut(self.method.scores().detach(), self.budget, threshold=0.5) == 0
         self.units = {
             matrix.name: units[mine].cpu()
-            for (matrix, units), mine in zip(candidates.chosen, masked.split(candidates.sizes), strict=True)
+            for (matrix, units), mine in zip(chosen, masked.split(self.candidates.sizes), strict=True)
             if mine.any()
         }
 
-    def _choose(self) -> Candidates | None:
-        """None if masking anything would only harm, to first order."""
+    def _relax(self) -> dict[str, Any]:
+        ramp = min(1.0, 2 * self.done / self.settings.relax_steps)
+        return self._step("relax", self.method.sample(), ramp * self.price)
+
+    def _anneal(self) -> dict[str, Any]:
+        number, scores = self.done - self.settings.relax_steps - 1, self.method.scores()
+        lowest = int((scores < 0.5).sum())
+        if number == 0:
+            self.first = max(self.budget, lowest)
+        count = falling_count(self.first, self.budget, number, self.settings.anneal_steps)
+        binary = lowest_cut(scores.detach(), count, threshold=0.5)
+        self.price = next_price(self.price, lowest, count)
+        return self._step("anneal", binary + (scores - scores.detach()), self.price)
+
+    def _choose(self) -> list[tuple[Matrix, Tensor]]:
+        """Empty if masking anything would only harm, to first order."""
         keep_texts, break_texts = (task.draw(self.settings.choose_size) for task in (self.keep_task, self.break_task))
 
         def backward() -> None:
@@ -260,14 +223,10 @@ class _Trainer:
             broken = self.break_task.loss(self.model, break_texts, cap=self.cap)
             self._weigh(keep, broken).backward()
 
-        chosen = choose(self.hf, self.settings.granularity, self.settings.candidates * self.budget, backward)
-        return Candidates(chosen) if chosen else None
+        return choose(self.hf, self.settings.granularity, self.settings.candidates * self.budget, backward)
 
-    def _step(
-        self, phase: str, candidates: Candidates, method: Any, optimizer: torch.optim.Optimizer, values: Tensor,
-        price: float,
-    ) -> dict[str, Any]:  # fmt: skip
-        settings = self.settings
+    def _step(self, phase: str, values: Tensor, price: float) -> dict[str, Any]:
+        settings, candidates, method = self.settings, self.candidates, self.method
         candidates.write(values.detach())
         candidates.gradient.zero_()
         # one backward after the other: the activations of one task at a time
@@ -276,9 +235,9 @@ class _Trainer:
         broken = self.break_task.get_train_loss(self.model, settings.batch_size, cap=self.cap)
         (-settings.alpha * broken).backward()
         loss = float(self._weigh(keep, broken).detach())
-        optimizer.zero_grad()
+        self.optimizer.zero_grad()
         ((values * candidates.gradient).sum() + price * method.masked()).backward()
-        optimizer.step()
+        self.optimizer.step()
         method.settle_()
         n_masked = int((method.scores() < 0.5).sum())
         losses = {"loss": loss, "keep_loss": float(keep.detach()), "break_loss": float(broken.detach())}

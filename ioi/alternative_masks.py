@@ -9,7 +9,9 @@ covering    masks that break, one after another, each without the edges of those
 Reads   a model; prompts (make_ioi_datasets.py); ordinary text; means (compute_means.py), where a cut edge carries any;
         for `outside`, edges.json of a run, or the published circuit of GPT-2 small.
 Writes  data/ioi/<run>/: what train_mask.py writes, for `sufficient` stages.json and stages.png in place of training's;
-        for `covering` that of each mask in mask1/, mask2/, ... and of their union in the folder itself, covering.json.
+        for `covering` that of each mask in mask1/, mask2/, ... and of their union in the folder itself, covering.json;
+        and checkpoints, from which a mask that was interrupted goes on when the script is started again (`sufficient`
+        trains nothing and starts anew).
 Time    half a minute a mask for the shipped model on one core.
 """
 
@@ -21,6 +23,7 @@ import torch
 from torch import Tensor
 from utils import FOLDER, Setting, draw_run, open_setting, write_run
 
+from circuit_breaking.checkpoints import told_to_stop
 from circuit_breaking.cli import UserError, run_script
 from circuit_breaking.files import read_json, write_json
 from circuit_breaking.graph import EdgeGraph
@@ -61,6 +64,8 @@ class Settings(MaskSettings):
     length: int = 50  # tokens an ordinary text is cut to
     split_qkv: bool = False  # let each head's query, key and value read for themselves
     seed: int = 0  # another seed, another order of texts
+    resume: bool = True  # go on from the run folder's checkpoints, if they are of the same settings, data and code
+    checkpoint_every: int = 50  # steps between checkpoints; 0: only at the end and when told to stop (SIGTERM, SIGUSR1)
     num_test: int = 400  # held-out prompts and texts that are measured
     device: str = "auto"  # auto, cpu, cuda, mps
     dtype: str = "float32"  # float32 or bfloat16
@@ -78,7 +83,7 @@ def main(settings: Settings) -> None:
 def necessary(folder: Path, setting: Setting, before: dict[str, float]) -> None:
     """Break without a keep term."""
     alone = replace(setting.settings, keep_weight=0.0, alpha=1.0)
-    train_into(folder, setting.model, setting.ioi, setting.ordinary, alone)
+    train(folder, replace(setting, settings=alone))
     finish(folder, setting, before)
 
 
@@ -112,7 +117,7 @@ def sufficient(folder: Path, setting: Setting, before: dict[str, float]) -> None
 def outside(folder: Path, setting: Setting, before: dict[str, float]) -> None:
     """Break by edges that are not frozen."""
     frozen = read_frozen(setting.settings, setting.model.graph)
-    train_into(folder, setting.model, setting.ioi, setting.ordinary, setting.settings, allowed=without(setting, frozen))
+    train(folder, setting, without(setting, frozen))
     finish(folder, setting, before, more={"frozen": frozen})
 
 
@@ -120,24 +125,34 @@ def covering(folder: Path, setting: Setting, before: dict[str, float]) -> None:
     """Masks one after another, each without the edges of those before."""
     model, union, found = setting.model, [], []
     enough = setting.settings.broken * before["logit_difference"]
-    for number in range(1, setting.settings.masks + 1):
-        if not bool((allowed := without(setting, union)).any()):
-            break
-        one = folder / f"mask{number}"
-        train_into(one, model, setting.ioi, setting.ordinary, setting.settings, allowed)
-        after = finish(one, setting, before)
-        breaks = after["logit_difference"] <= enough
-        found.append({"edges": model.mask.cut_edges(), "breaks": breaks, **after})
-        if not breaks:
-            print(f"mask {number} leaves too much: without the {len(union)} edges before it nothing breaks")
-            break
-        union += model.mask.cut_edges()
+    with told_to_stop():
+        for number in range(1, setting.settings.masks + 1):
+            if not bool((allowed := without(setting, union)).any()):
+                break
+            one = folder / f"mask{number}"
+            train(one, setting, allowed)
+            after = finish(one, setting, before)
+            breaks = after["logit_difference"] <= enough
+            found.append({"edges": model.mask.cut_edges(), "breaks": breaks, **after})
+            if not breaks:
+                print(f"mask {number} leaves too much: without the {len(union)} edges before it nothing breaks")
+                break
+            union += model.mask.cut_edges()
     model.mask.reset_()
     model.mask.cut_(union)
     after = finish(folder, setting, before)
     about = {"before": before, "masks": found, "union": {"edges": union, **after}}
     write_json(folder / "covering.json", {**about, **setting.record})
     print(f"the union of {sum(one['breaks'] for one in found)} masks that break: {len(union)} edges")
+
+
+def train(folder: Path, setting: Setting, allowed: Tensor | None = None) -> None:
+    """Train a mask, or go on where that was interrupted; it is left in the model."""
+    given = setting.settings
+    train_into(
+        folder, setting.model, setting.ioi, setting.ordinary, given, allowed, setting.record, given.resume,
+        given.checkpoint_every,
+    )  # fmt: skip
 
 
 KINDS = {"necessary": necessary, "sufficient": sufficient, "outside": outside, "covering": covering}

@@ -1,7 +1,8 @@
 """Fine-tune all weights on the objective that masks are trained for, to compare with cutting edges.
 
 Reads   a model; prompts (make_ioi_datasets.py); ordinary text.
-Writes  data/ioi/<run>/: model/ (a Hugging Face folder with its tokenizer), settings.json, metrics.jsonl.
+Writes  data/ioi/<run>/: model/ (a Hugging Face folder with its tokenizer), settings.json, metrics.jsonl; while
+        it trains, checkpoints, from which a run that was interrupted goes on when it is started again.
 Time    half a minute for the shipped model on one core.
 
 Minimises ordinary loss - alpha * indirect-object loss; a prompt counts with at most `break_cap`, for without a cap this
@@ -9,6 +10,7 @@ loss has no minimum. Whatever the name says, any model that the other scripts ta
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,10 +20,19 @@ from torch import nn
 from tqdm import tqdm
 from utils import FOLDER, default_data
 
+from circuit_breaking.checkpoints import (
+    Checkpoints,
+    Saved,
+    part_of,
+    restore_training,
+    state_of,
+    told_to_stop,
+    training_state,
+)
 from circuit_breaking.cli import UserError, run_script
-from circuit_breaking.files import provenance, write_json, write_jsonl
+from circuit_breaking.files import provenance, read_jsonl, write_json
 from circuit_breaking.models import StockModel, load_hf_model, load_tokenizer
-from circuit_breaking.scripts import check_counts, files_of, fill_in
+from circuit_breaking.scripts import check_counts, files_of, fill_in, recorded
 from circuit_breaking.tasks import IOITask, OWTTask
 from circuit_breaking.unlearning import prediction_losses_of
 
@@ -43,6 +54,8 @@ class Settings:
     lr: float = 1e-4  # AdamW without decay
     length: int = 50  # tokens an ordinary text is cut to
     seed: int = 0  # another seed, another order of texts
+    resume: bool = True  # go on from the run folder's checkpoint, if it is of the same settings, data and code
+    checkpoint_every: int = 50  # steps between checkpoints; 0: only at the end and when told to stop (SIGTERM, SIGUSR1)
     device: str = "auto"  # auto, cpu, cuda, mps
     dtype: str = "float32"  # float32 or bfloat16
 
@@ -60,23 +73,45 @@ def main(settings: Settings) -> None:
     inputs = [settings.train, settings.test, Path(settings.ordinary), *files_of(settings.model)]
     record = provenance(settings, [path for path in inputs if path.is_file()])
     hf = load_hf_model(settings.model, settings.device, settings.dtype)
-    rows = finetune(hf, ioi, ordinary, settings)
-    try:
-        hf.save_pretrained(folder / "model")
-        tokenizer.save_pretrained(folder / "model")
-    except OSError as error:
-        raise UserError(f"cannot write {folder / 'model'}: {error.strerror or error}. Choose another out.") from error
-    write_jsonl(folder / "metrics.jsonl", rows)
-    write_json(folder / "settings.json", record)
+    with recorded(folder, record, settings.resume, settings.checkpoint_every) as how:
+        finetune(hf, ioi, ordinary, settings, **how)
+        try:
+            hf.save_pretrained(folder / "model")
+            tokenizer.save_pretrained(folder / "model")
+        except OSError as error:
+            raise UserError(
+                f"cannot write {folder / 'model'}: {error.strerror or error}. Choose another out."
+            ) from error
+        write_json(folder / "settings.json", record)
+        how["checkpoints"].remove()
+    rows = read_jsonl(folder / "metrics.jsonl")
     print(f"ordinary loss {rows[0]['keep_loss']:.3f} -> {rows[-1]['keep_loss']:.3f} (batches), written to {folder}")
 
 
-def finetune(hf: nn.Module, ioi: IOITask, ordinary: OWTTask, settings: Settings) -> list[dict[str, Any]]:
-    """Train all weights in place; dropout stays off. Returns a row a step."""
+def finetune(
+    hf: nn.Module,
+    ioi: IOITask,
+    ordinary: OWTTask,
+    settings: Settings,
+    on_step: Callable[[dict[str, Any]], None],
+    checkpoints: Checkpoints,
+    resume_from: Saved | None = None,
+) -> None:
+    """Train all weights in place; dropout stays off. `on_step` gets a row a step; the rest is as for `train_mask`."""
     hf.requires_grad_(True)
-    stock, rows = StockModel(hf), []
-    optimizer = torch.optim.AdamW(hf.parameters(), lr=settings.lr, weight_decay=0.0)
-    with tqdm(range(settings.steps), desc="fine-tuning", unit="step", disable=None) as bar:
+    stock, parameters = StockModel(hf), dict(hf.named_parameters())
+    optimizer = torch.optim.AdamW(parameters.values(), lr=settings.lr, weight_decay=0.0)
+    tasks, done = {"ioi": ioi, "ordinary": ordinary}, 0
+    if resume_from is not None:
+        done = resume_from.step
+        restore_training(optimizer, parameters, resume_from.tensors)
+        for name, task in tasks.items():
+            task.restore(part_of(resume_from.tensors, name))
+    steps = range(done, settings.steps)
+    with (
+        told_to_stop() as signals,
+        tqdm(steps, initial=done, total=settings.steps, desc="fine-tuning", unit="step", disable=None) as bar,
+    ):
         for step in bar:
             keep = prediction_losses_of(hf, ordinary.draw(settings.batch_size))[0].mean()
             broken = ioi.loss(stock, ioi.draw(settings.batch_size), cap=settings.break_cap)
@@ -86,10 +121,17 @@ def finetune(hf: nn.Module, ioi: IOITask, ordinary: OWTTask, settings: Settings)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            rows.append({"step": step, "keep_loss": float(keep.detach()), "break_loss": float(broken.detach())})
-            bar.set_postfix_str(f"keep {rows[-1]['keep_loss']:.3f}, break {rows[-1]['break_loss']:.3f}")
+            row = {"step": step, "keep_loss": float(keep.detach()), "break_loss": float(broken.detach())}
+            on_step(row)
+            bar.set_postfix_str(f"keep {row['keep_loss']:.3f}, break {row['break_loss']:.3f}")
+            checkpoints.after(
+                step + 1,
+                lambda: training_state(optimizer, parameters) | state_of(**tasks),
+                {},
+                signals,
+                step + 1 == settings.steps,
+            )
     hf.requires_grad_(False)
-    return rows
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ there: it pulls back to 1 every edge that matters little, and costs little more 
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,6 +22,16 @@ from mlp_model import MaskedMLP
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
+
+from circuit_breaking.checkpoints import (
+    Checkpoints,
+    Saved,
+    part_of,
+    restore_training,
+    state_of,
+    told_to_stop,
+    training_state,
+)
 
 EDGE_OFFSET = 1.01  # of the sparsity term; over 1, so that its slope at M = 1 is finite
 Row = dict[str, Any]
@@ -44,32 +55,87 @@ class BreakingSettings:
 
 
 def train_network(
-    x: Tensor, y: Tensor, width: int, n_groups: int, steps: int, batch_size: int, lr: float, seed: int, label: str
+    x: Tensor,
+    y: Tensor,
+    width: int,
+    n_groups: int,
+    steps: int,
+    batch_size: int,
+    lr: float,
+    seed: int,
+    label: str,
+    checkpoints: Checkpoints | None = None,
+    resume_from: Saved | None = None,
 ) -> MaskedMLP:
-    """Train the plain network on images x [N, D] of groups y [N] (AdamW, one cycle of the learning rate up to `lr`)."""
+    """Train the plain network on images x [N, D] of groups y [N] (AdamW, one cycle of the learning rate up to `lr`).
+
+    `checkpoints` and `resume_from`, here and below, are as for `circuit_breaking.training.train_mask`.
+    """
     torch.manual_seed(seed)  # the initial weights
     model = MaskedMLP(x.shape[1], width, n_groups).to(x.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
-    epochs = _epochs(len(x), min(batch_size, max(1, len(x) // 8)), seed)
-    with tqdm(range(steps), desc=label, unit="step", disable=None) as bar:
+    parameters = dict(model.named_parameters())
+    epochs, done = Epochs(len(x), min(batch_size, max(1, len(x) // 8)), seed), 0
+    if resume_from is not None:
+        done = resume_from.step
+        restore_training(optimizer, parameters, resume_from.tensors)
+        epochs.restore(part_of(resume_from.tensors, "epochs"))
+        if done < steps:  # the learning rate and the betas are a function of the step
+            schedule.load_state_dict({"last_epoch": done - 1, "_step_count": done + 1})
+            schedule.step()
+
+    def state() -> dict[str, Tensor]:
+        return training_state(optimizer, parameters) | state_of(epochs=epochs)
+
+    with steps_left(done, steps, label, checkpoints) as (bar, signals):
         for step in bar:
-            rows = next(epochs).to(x.device)
+            rows = epochs.draw().to(x.device)
             loss = F.cross_entropy(model(x[rows]), y[rows])
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
             schedule.step()
-            if step % 100 == 99:
+            if step % 100 == 0:
                 bar.set_postfix(loss=f"{loss.item():.3f}")
+            if checkpoints is not None:
+                checkpoints.after(step, state, {}, signals, step == steps)
     return model.requires_grad_(False)
 
 
-def _epochs(n: int, batch_size: int, seed: int) -> Iterator[Tensor]:
+@contextmanager
+def steps_left(
+    done: int, steps: int, label: str, checkpoints: Checkpoints | None, unit: str = "step"
+) -> Iterator[tuple[tqdm, Sequence[int]]]:
+    """A bar over the steps `done` + 1 to `steps`, and the signals that arrive if there are checkpoints."""
+    with (
+        told_to_stop() if checkpoints is not None else nullcontext(()) as signals,
+        tqdm(range(done + 1, steps + 1), label, steps, initial=done, unit=unit, disable=None) as bar,
+    ):
+        yield bar, signals
+
+
+class Epochs:
     """Endless batches of row numbers, every row once an epoch but for the remainder."""
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        yield from torch.randperm(n, generator=generator).split(batch_size)[: n // batch_size]
+
+    def __init__(self, n: int, batch_size: int, seed: int) -> None:
+        self.n, self.batch_size = n, batch_size
+        self.generator = torch.Generator().manual_seed(seed)
+        self.order = torch.empty(0, dtype=torch.long)
+
+    def draw(self) -> Tensor:
+        """The next batch [batch_size]."""
+        if len(self.order) < self.batch_size:
+            self.order = torch.randperm(self.n, generator=self.generator)
+        rows, self.order = self.order[: self.batch_size], self.order[self.batch_size :]
+        return rows
+
+    def state(self) -> dict[str, Tensor]:
+        return {"generator": self.generator.get_state(), "order": self.order}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        self.generator.set_state(state["generator"])
+        self.order = state["order"]
 
 
 def capped_loss(logits: Tensor, groups: Tensor, cap: float) -> Tensor:
@@ -101,19 +167,38 @@ def shifted(x: Tensor, side: int, most: int, generator: torch.Generator) -> Tens
     return x.view(len(x), -1, side).roll((down, across), (1, 2)).flatten(1)  # what leaves on one side is background
 
 
-def _batches(split: Split, with_target: bool, batch_size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Endless random batches of training images, with the target class in them or without."""
-    generator = torch.Generator().manual_seed(seed)
-    device = split.train_is_target.device
-    allowed = torch.ones_like(split.train_is_target) if with_target else ~split.train_is_target
-    allowed = allowed.nonzero().flatten()
-    while True:
-        rows = allowed[torch.randint(len(allowed), (batch_size,), generator=generator).to(device)]
-        yield split.x["train"][rows], split.y["train"][rows]
+class Batches:
+    """Endless random batches of training images, with the target class or without, and shifts of the bad examples."""
+
+    def __init__(self, split: Split, with_target: bool, batch_size: int, seed: int) -> None:
+        self.split, self.size = split, batch_size
+        self.generators = {
+            "rows": torch.Generator().manual_seed(seed),
+            "shifts": torch.Generator().manual_seed(seed + 1),
+        }
+        allowed = torch.ones_like(split.train_is_target) if with_target else ~split.train_is_target
+        self.allowed = allowed.nonzero().flatten()
+
+    def draw(self) -> tuple[Tensor, Tensor]:
+        """Images [batch_size, D] and their groups [batch_size]."""
+        numbers = torch.randint(len(self.allowed), (self.size,), generator=self.generators["rows"])
+        rows = self.allowed[numbers.to(self.allowed.device)]
+        return self.split.x["train"][rows], self.split.y["train"][rows]
+
+    def shift(self, bad: Tensor, most: int) -> Tensor:
+        """The bad examples, moved as `shifted` says."""
+        return shifted(bad, self.split.side, most, self.generators["shifts"])
+
+    def state(self) -> dict[str, Tensor]:
+        return {name: generator.get_state() for name, generator in self.generators.items()}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        for name, generator in self.generators.items():
+            generator.set_state(state[name])
 
 
 def _minimise(
-    parameters: list[Tensor],
+    parameters: dict[str, Tensor],
     predict: Callable[[Tensor], Tensor],
     penalty: Callable[[], Tensor | float],
     after_step: Callable[[int], None],
@@ -123,17 +208,27 @@ def _minimise(
     settings: BreakingSettings,
     seed: int,
     label: str,
+    checkpoints: Checkpoints | None,
+    resume_from: Saved | None,
 ) -> list[Row]:
     """The one loop of masks and of fine-tuning; returns a row of metrics for every evaluation."""
-    optimizer = torch.optim.Adam(parameters, lr=settings.lr, betas=(0.9, 0.99))
-    shifts = torch.Generator().manual_seed(seed + 1)
-    batches = _batches(split, with_target, settings.batch_size, seed)
+    optimizer = torch.optim.Adam(parameters.values(), lr=settings.lr, betas=(0.9, 0.99))
+    batches = Batches(split, with_target, settings.batch_size, seed)
     bad, bad_y = split.pick("bad examples")
-    rows = [{"step": 0, **evaluate()}]
-    with tqdm(range(1, settings.steps + 1), desc=label, unit="step", disable=None) as bar:
+    if resume_from is None:
+        done, rows = 0, [{"step": 0, **evaluate()}]
+    else:
+        done, rows = resume_from.step, resume_from.values["rows"]
+        restore_training(optimizer, parameters, resume_from.tensors)
+        batches.restore(part_of(resume_from.tensors, "batches"))
+
+    def state() -> dict[str, Tensor]:
+        return training_state(optimizer, parameters) | state_of(batches=batches)
+
+    with steps_left(done, settings.steps, label, checkpoints) as (bar, signals):
         for step in bar:
-            x, y = next(batches)
-            bad_x = shifted(bad, split.side, settings.shift, shifts)
+            x, y = batches.draw()
+            bad_x = batches.shift(bad, settings.shift)
             keep_loss = F.cross_entropy(predict(x), y)
             break_loss = capped_loss(predict(bad_x), bad_y, settings.cap).mean()
             ramp = min(1.0, step / max(1, settings.ramp_steps))
@@ -146,11 +241,20 @@ def _minimise(
                 losses = {"keep loss": keep_loss.item(), "break loss": break_loss.item(), "loss": loss.item()}
                 rows.append({"step": step, **losses, **evaluate()})
                 bar.set_postfix(loss=f"{loss.item():.2f}", cut=rows[-1]["edges cut"])
+            if checkpoints is not None:
+                checkpoints.after(step, state, {"rows": rows}, signals, step == settings.steps)
     return rows
 
 
 def learn_mask(
-    model: MaskedMLP, split: Split, with_target: bool, settings: BreakingSettings, seed: int, label: str
+    model: MaskedMLP,
+    split: Split,
+    with_target: bool,
+    settings: BreakingSettings,
+    seed: int,
+    label: str,
+    checkpoints: Checkpoints | None = None,
+    resume_from: Saved | None = None,
 ) -> tuple[Tensor, list[Row]]:
     """Learn which edges to cut. Returns the binary mask [n_edges] and the metrics of the *rounded* mask along training.
 
@@ -170,7 +274,7 @@ def learn_mask(
         return {"edges cut": int((rounded == 0).sum()), **split.accuracies(lambda x: model(x, rounded).argmax(1))}
 
     rows = _minimise(
-        [mask],
+        {"mask": mask},
         lambda x: model(x, mask),
         lambda: sparsity_penalty(mask),
         after_step,
@@ -180,17 +284,27 @@ def learn_mask(
         settings,
         seed,
         label,
+        checkpoints,
+        resume_from,
     )
     return round_mask(mask.detach(), settings.max_edges), rows
 
 
 def finetune(
-    model: MaskedMLP, split: Split, with_target: bool, settings: BreakingSettings, lr: float, seed: int, label: str
+    model: MaskedMLP,
+    split: Split,
+    with_target: bool,
+    settings: BreakingSettings,
+    lr: float,
+    seed: int,
+    label: str,
+    checkpoints: Checkpoints | None = None,
+    resume_from: Saved | None = None,
 ) -> tuple[MaskedMLP, list[Row]]:
     """Fine-tune all weights of a copy of `model` on the same objective, which has no sparsity term here."""
     tuned = copy.deepcopy(model).requires_grad_()
     rows = _minimise(
-        list(tuned.parameters()),
+        dict(tuned.named_parameters()),
         tuned,
         lambda: 0.0,
         lambda step: None,
@@ -200,5 +314,7 @@ def finetune(
         replace(settings, lr=lr),
         seed,
         label,
+        checkpoints,
+        resume_from,
     )
     return tuned.requires_grad_(False), rows

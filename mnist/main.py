@@ -6,7 +6,8 @@ out of the ordinary images of the keep term and once with them left in, and fine
 
 Reads the four IDX files of --data (else the Hugging Face hub, else scikit-learn's small digits; it says which).
 Writes data/mnist/<run>/: settings.json, metrics.jsonl (accuracies along training), network.safetensors,
-mask.safetensors, edges.json, report.json and pictures (*.png), which mnist/redraw.py draws again.
+mask.safetensors, edges.json, report.json and pictures (*.png), which mnist/redraw.py draws again. While it
+runs, checkpoints/, from which a run that was interrupted goes on when it is started again.
 Takes about a minute on 2 CPU cores with MNIST, seconds with the small digits.
 """
 
@@ -16,15 +17,18 @@ from pathlib import Path
 
 import torch
 from breaking import BreakingSettings, finetune, learn_mask, train_network
-from digits import DEFAULT_FOLDER, Source, load_images, split_images
+from digits import DEFAULT_FOLDER, Images, Source, Split, load_images, split_images
 from mlp_model import MaskedMLP
 from pictures import draw_run
 from report import check_settings, describe, print_table
-from results import write_run
+from results import record_of, write_run
 from threads import cpu_threads
 
+from circuit_breaking.checkpoints import told_to_stop
 from circuit_breaking.cli import run_script
 from circuit_breaking.devices import pick_device
+from circuit_breaking.files import locked
+from circuit_breaking.scripts import Parts
 
 
 @dataclass
@@ -38,6 +42,9 @@ class Settings:
     seed: int = 0  # pairs of classes, initial weights, batches, choice of the examples
     device: str = "auto"  # auto, cpu, cuda, mps
     threads: int = 1  # of the CPU; more gain little here and lose much where cores are shared; 0: torch's choice
+
+    resume: bool = True  # go on from the run folder's checkpoints, if they are of the same settings, data and code
+    checkpoint_every: int = 200  # steps between checkpoints; 0: only at ends and when told to stop (SIGTERM, SIGUSR1)
 
     width: int = 50  # hidden units
     train_steps: int = 1800  # of the networks' training
@@ -73,6 +80,13 @@ def run(settings: Settings) -> None:
     images = load_images(settings.data, settings.source, device)
     split = split_images(images, settings.target_class, settings.n_bad, settings.seed)
     print(describe(images, split))
+    parts = Parts(folder / "checkpoints", record_of(settings, images), settings.resume, settings.checkpoint_every)
+    with locked(folder), told_to_stop():
+        learn(settings, images, split, parts, folder, started)
+
+
+def learn(settings: Settings, images: Images, split: Split, parts: Parts, folder: Path, started: float) -> None:
+    """Train, learn, fine-tune, and write what came of it."""
 
     def train(rows: slice | torch.Tensor, label: str) -> MaskedMLP:
         return train_network(
@@ -85,6 +99,7 @@ def run(settings: Settings) -> None:
             settings.train_lr,
             settings.seed,
             label,
+            **parts.open(label),
         )
 
     network = train(slice(None), "network")
@@ -100,16 +115,15 @@ def run(settings: Settings) -> None:
     kept = f"{settings.target_class}s kept"
     rows, masks, seconds = [], {}, {}
     for suffix, with_target, how in (("", False, learning), (f", {kept}", True, learning_kept)):
-        begun = time.perf_counter()
-        mask, metrics = learn_mask(network, split, with_target, how, settings.seed, f"mask{suffix}")
-        masks[f"mask{suffix}"] = mask
-        rows += [{"variant": f"mask{suffix}", **row} for row in metrics]
-        seconds[f"mask{suffix}"] = time.perf_counter() - begun
-        begun = time.perf_counter()
-        name = f"fine-tuning{suffix}"
-        _, metrics = finetune(network, split, with_target, how, settings.finetune_lr, settings.seed, name)
+        name, tuned = f"mask{suffix}", f"fine-tuning{suffix}"
+        part = parts.open(name)
+        masks[name], metrics = learn_mask(network, split, with_target, how, settings.seed, name, **part)
         rows += [{"variant": name, **row} for row in metrics]
-        seconds[name] = time.perf_counter() - begun
+        seconds[name] = part["checkpoints"].seconds()
+        part = parts.open(tuned)
+        _, metrics = finetune(network, split, with_target, how, settings.finetune_lr, settings.seed, tuned, **part)
+        rows += [{"variant": tuned, **row} for row in metrics]
+        seconds[tuned] = part["checkpoints"].seconds()
 
     results = {"original": {"edges cut": 0, **split.accuracies(lambda x: network(x).argmax(1))}}
     results |= {row["variant"]: {key: row[key] for key in results["original"]} for row in rows}  # last row of each
@@ -120,8 +134,10 @@ def run(settings: Settings) -> None:
     edges = {name: list(network.cut_edges(mask, images.side)) for name, mask in masks.items()}
     seconds["all"] = time.perf_counter() - started
     report = write_run(
-        folder, "mnist/main.py", settings, images, split, network, results, rows, masks, edges, seconds, device
-    )
+        folder, "mnist/main.py", settings, images, split, network, results, rows, masks, edges, seconds,
+        split.train_is_target.device,
+    )  # fmt: skip
+    parts.remove()
     pictures = draw_run(folder)
     print_table(report)
     print(f"{time.perf_counter() - started:.0f} s; {folder} holds the results and {len(pictures)} pictures")

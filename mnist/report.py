@@ -32,6 +32,7 @@ NOT_NEGATIVE = (
     "ramp_steps",
     "round_every",
     "max_edges",
+    "checkpoint_every",
 )
 COLUMNS = (
     "edges cut",

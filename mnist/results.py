@@ -12,6 +12,12 @@ from torch import Tensor
 from circuit_breaking.files import provenance, write_json, write_jsonl, write_tensors
 
 
+def record_of(settings: Any, images: Images, more_inputs: list[Path] | None = None) -> dict[str, Any]:
+    """What every result of a run carries: settings, hashes of the files read, where the images come from."""
+    inputs = images.files + (more_inputs or [])
+    return provenance(settings, inputs, source=images.source, side=images.side, setting="mnist")
+
+
 def write_run(
     folder: Path,
     script: str,
@@ -41,8 +47,7 @@ def write_run(
         device: where it ran.
         more_inputs: files read besides the images.
     """
-    inputs = images.files + (more_inputs or [])
-    about = provenance(settings, inputs, source=images.source, side=images.side, setting="mnist")
+    about = record_of(settings, images, more_inputs)
     report = about | {
         "script": script,
         "groups": split.groups,

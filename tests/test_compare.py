@@ -2,6 +2,11 @@
 
 import dataclasses
 import json
+import os
+import shutil
+import signal
+import threading
+import time
 
 import pytest
 import torch
@@ -9,8 +14,9 @@ import tyro
 from scripts import PLAIN, RUDE, load_script, save_small_model
 from transformers import AutoModelForCausalLM
 
+from circuit_breaking.checkpoints import Stopped
 from circuit_breaking.cli import UserError
-from circuit_breaking.files import read_csv, read_json, read_jsonl, write_jsonl, write_text
+from circuit_breaking.files import locked, read_csv, read_json, read_jsonl, write_jsonl, write_text
 from circuit_breaking.markdown import COSTS_HEADING
 from circuit_breaking.models import TINY, load_tokenizer
 from circuit_breaking.tasks.base import TextTask
@@ -60,13 +66,15 @@ def run_parts(chosen, monkeypatch):
         for _, script, options in stage:
             module = load_script(f"toxicity/{script}")
             if script == "sweep_masks.py":
-                train = module.train_mask
+                train = module.train_into
                 monkeypatch.setattr(
-                    module, "train_mask",
-                    lambda model, a, b, s, *more, train=train: train(
-                        model, a, b, dataclasses.replace(s, **quick), *more
+                    module, "train_into",
+                    lambda folder, model, a, b, s, *more, train=train: train(
+                        folder, model, a, b, dataclasses.replace(s, **quick), *more
                     ),
                 )  # fmt: skip
+            if script in ("sweep_masks.py", "finetune_gpt2.py"):
+                options = [*options, "--no-resume"]  # each run is to make everything
             module.main(tyro.cli(module.Settings, args=options))
     monkeypatch.undo()
     return drawn
@@ -158,6 +166,22 @@ def test_same_seed_same_report_to_the_last_digit(finished):
         assert before == after, path
 
 
+def test_models_that_are_there_are_not_made_again(data, finished, tmp_path, monkeypatch, capsys):
+    """A whole comparison's models stay what they are, byte for byte, when their scripts are started again."""
+    run = shutil.copytree(finished[0], tmp_path / "compare")
+    for script in ("sweep_masks.py", "finetune_gpt2.py"):
+        module = load_script(f"toxicity/{script}")
+        name = "train_into" if script == "sweep_masks.py" else "finetune"
+        monkeypatch.setattr(module, name, lambda *words, **more: pytest.fail("trained once more"))
+        folder = run / ("masks" if script == "sweep_masks.py" else "finetuned")
+        before = {path: path.read_bytes() for path in folder.rglob("*.safetensors") if "random_" not in str(path)}
+        for _, other, options in compare.stages(settings(data, tmp_path))[0]:
+            if other == script:
+                module.main(tyro.cli(module.Settings, args=options))
+        assert before and {path: path.read_bytes() for path in before} == before
+    assert capsys.readouterr().out.count("is there, of the same settings") == 9 + 2 + 5
+
+
 def test_nothing_but_numbers_in_the_files(finished):
     run, _, _ = finished
     for path in run.rglob("*.json*"):
@@ -211,6 +235,38 @@ def test_a_part_that_fails_ends_the_comparison(data, tmp_path, monkeypatch):
         compare.main(settings(data, tmp_path, judged=3))
 
 
+def test_an_interrupted_comparison_goes_on(data, tmp_path, monkeypatch):
+    def making(settings, plain=compare.stages):
+        name, script, options = plain(settings)[0][0]
+        quick = [f"--training.{key.replace('_', '-')}={value}" for key, value in QUICK.items()]
+        return [[(name, script, [*options, *quick])]]
+
+    chosen = settings(data, tmp_path, judged=1, budgets=(1, 2, 3, 4), random_seeds=0, workers=1)
+    monkeypatch.setattr(compare, "stages", making)
+    for name in ("models_of", "statement"):
+        monkeypatch.setattr(compare, name, lambda of: None)
+    masks = tmp_path / "compare" / "masks"
+    first = masks / "optimal_1" / "mask.safetensors"
+
+    def stop():
+        while not first.is_file():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=stop).start()
+    with pytest.raises(Stopped) as stopped:
+        compare.main(chosen)
+    begun, made = tmp_path / "compare" / "begun.json", first.stat().st_mtime_ns
+    assert stopped.value.exit_code == 75 and begun.is_file()
+    compare.main(dataclasses.replace(chosen, workers=2))
+    assert len(list(masks.glob("*/mask.safetensors"))) == 5
+    assert first.stat().st_mtime_ns == made and not begun.exists()
+    compare.main(chosen)  # a finished one is made anew
+    assert first.stat().st_mtime_ns > made
+    with locked(tmp_path / "compare"), pytest.raises(UserError, match="another run is writing"):
+        compare.main(chosen)
+
+
 @pytest.mark.parametrize(
     "script, changes, message",
     [
@@ -248,8 +304,6 @@ def test_what_is_wrong_is_one_sentence_and_nothing_is_written(data, tmp_path, sc
 @pytest.mark.slow
 @pytest.mark.skipif(not (TINY / "config.json").is_file(), reason="the shipped model is not in data/tiny_gpt2")
 def test_the_shipped_model_is_compared_in_time(tmp_path):
-    import time
-
     start = time.perf_counter()
     compare.main(compare.Settings(out=tmp_path))
     assert time.perf_counter() - start < 15 * 60

@@ -68,7 +68,8 @@ def test_result_files_agree(digits_run):
         assert n_cut == len(edges[name]) == last["edges cut"] == report["results"][name]["edges cut"]
     assert {"fine-tuning", "fine-tuning, 3s kept"} < {row["variant"] for row in rows}
     assert report["results"]["never saw the target"]["test target as reference"] == 1
-    assert not list(folder.glob(".*"))  # no half-written file
+    assert [path.name for path in folder.glob(".*")] == [".lock"]  # no half-written file
+    assert not (folder / "checkpoints").exists()
 
 
 def test_saved_network_and_mask_give_the_reported_accuracy(digits_run):

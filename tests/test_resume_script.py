@@ -7,7 +7,7 @@ import sys
 import time
 
 import pytest
-from scripts import PLAIN, RUDE, save_small_model
+from scripts import PLAIN, RUDE, load_script, save_small_model
 
 from circuit_breaking.files import ROOT, read_jsonl, read_tensors
 
@@ -26,13 +26,35 @@ def command(folder, name):
     ]  # fmt: skip
 
 
-@pytest.mark.slow
-def test_five_kills_leave_the_same_mask(tmp_path):
-    save_small_model(tmp_path / "model")
+def write_inputs(folder):
+    save_small_model(folder / "model")
     for name, texts in (("train", RUDE[:100]), ("test", RUDE[100:120])):
         rows = [json.dumps({"id": i, "text": text}) for i, text in enumerate(texts, 1000 * (name == "test"))]
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
-    (tmp_path / "plain.txt").write_text("\n".join(PLAIN))
+        (folder / f"{name}.jsonl").write_text("\n".join(rows))
+    (folder / "plain.txt").write_text("\n".join(PLAIN))
+
+
+def test_the_same_seed_gives_the_same_files_twice(tmp_path):
+    write_inputs(tmp_path)
+    script = load_script("toxicity/train_mask.py")
+    settings = script.Settings(
+        model=str(tmp_path / "model"), toxic_train=tmp_path / "train.jsonl", toxic_test=tmp_path / "test.jsonl",
+        ordinary=str(tmp_path / "plain.txt"), out=tmp_path, resume=False, max_edges=5, test_texts=10, device="cpu",
+        relax_steps=6, anneal_steps=6, sift_steps=3, refine_rounds=4, tries=4, means_lr=0.05,
+    )  # fmt: skip
+    found = []
+    for _ in range(2):
+        script.main(settings)
+        rows = [{**row, "seconds": 0} for row in read_jsonl(tmp_path / "run" / "metrics.jsonl")]
+        names = ("mask.safetensors", "means.safetensors", "edges.json", "settings.json")
+        found.append(([(tmp_path / "run" / name).read_bytes() for name in names], rows))
+        assert len(rows) == 19
+    assert found[0] == found[1]
+
+
+@pytest.mark.slow
+def test_five_kills_leave_the_same_mask(tmp_path):
+    write_inputs(tmp_path)
     subprocess.run(command(tmp_path, "whole"), check=True, capture_output=True)
 
     moments, folder = random.Random(0), tmp_path / "killed"

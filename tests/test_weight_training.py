@@ -15,14 +15,9 @@ from circuit_breaking.files import read_json, write_jsonl, write_text
 from circuit_breaking.gates import METHODS, HardConcrete
 from circuit_breaking.models import TINY, StockModel, load_hf_model, load_model
 from circuit_breaking.tasks import TextTask
+from circuit_breaking.weight_candidates import Candidates, choose, gradients_taken
 from circuit_breaking.weight_masks import UNITS, find_matrices, load_weight_mask, mask_weights, save_weight_mask
-from circuit_breaking.weight_training import (
-    Candidates,
-    WeightMaskSettings,
-    choose,
-    gradients_taken,
-    train_weight_mask,
-)
+from circuit_breaking.weight_training import WeightMaskSettings, train_weight_mask
 
 script = load_script("mask_learning.py")
 QUICK = {"relax_steps": 4, "anneal_steps": 6, "batch_size": 3, "choose_size": 6, "lr": 0.3, "alpha": 1.0, "sparsity": 0}

@@ -7,26 +7,32 @@ Time    under 15 minutes for the shipped model on two cores.
 
 Parts that do not wait for each other run at the same time, each on one thread, so that results do not depend on how
 many cores there are. What a seed determines is the same each time; costs are apart, in costs.json and at the end of
-report.md.
+report.md. A comparison that was interrupted goes on with the models that are missing when it is started again with the
+same settings; one that is finished is made anew.
 """
 
+import json
 import os
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from utils import FOLDER, check_counts
 
+from circuit_breaking.checkpoints import Stopped, told_to_stop
 from circuit_breaking.cli import UserError, run_script
 from circuit_breaking.comparison import models_of
+from circuit_breaking.files import locked, plain, read_json, write_json
 from circuit_breaking.markdown import statement
 
 HERE = Path(__file__).resolve().parent
 CARRIES = ("optimal", "zero", "mean")  # what cut edges carry; masks that also learn it take longest, so they are first
+BEGUN = "begun.json"  # settings of a comparison that is not finished
 Part = tuple[str, str, list[str]]  # name, script, options
 
 
@@ -104,22 +110,33 @@ def fewer(settings: Settings, texts: int, prompts: int = 0) -> list[str]:
     return options + ([f"--num-prompts={max(1, settings.num_prompts // prompts)}"] if prompts else [])
 
 
-def run_part(part: Part, settings: Settings) -> float:
-    """Run a script as a process of its own, its words into a log; the seconds it took."""
+def run_part(part: Part, settings: Settings, signals: Sequence[int] = ()) -> float:
+    """Run a script as a process of its own, its words into a log; the seconds it took.
+
+    A signal that arrives in `signals` is passed on, and is what ends this then.
+    """
     name, script, options = part
+    stopped = Stopped(f"told to stop in or before {name}; run it again to go on.")
+    if signals:
+        raise stopped
     log = settings.out / settings.run / "logs" / f"{name}.txt"
-    start = time.perf_counter()
+    start, passed_on = time.perf_counter(), False
     try:
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("w", encoding="utf-8") as file:
             environment = {**os.environ, "OMP_NUM_THREADS": str(settings.threads)}
             command = [sys.executable, HERE / script, *options]
-            code = subprocess.run(
-                command, env=environment, stdout=file, stderr=subprocess.STDOUT, check=False
-            ).returncode
+            process = subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
+            while (code := process.poll()) is None:
+                if signals and not passed_on:
+                    process.send_signal(signals[0])
+                    passed_on = True
+                time.sleep(0.1)
     except OSError as error:
         raise UserError(f"cannot write {log}: {error.strerror or error}. Choose another folder with out.") from error
     seconds = time.perf_counter() - start
+    if code and signals:
+        raise stopped
     if code:
         last = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()][-1:]
         raise UserError(f"toxicity/{script} ended with exit code {code} ({' '.join(last)}); {log} tells the rest.")
@@ -127,18 +144,28 @@ def run_part(part: Part, settings: Settings) -> float:
     return seconds
 
 
+def prepare(folder: Path, settings: Settings) -> None:
+    """Delete the models of earlier comparisons, which would be compared too; not those of this one, interrupted."""
+    begun = json.loads(json.dumps({**asdict(settings), "workers": None}, default=plain))
+    path = folder / BEGUN
+    if not path.is_file() or read_json(path) != begun:
+        for made in ("masks", "finetuned"):
+            shutil.rmtree(folder / made, ignore_errors=True)
+    write_json(path, begun)
+
+
 def main(settings: Settings) -> None:
     check_counts(settings, "seeds", "workers", "threads", "num_texts", "num_prompts", "steps")
     if settings.judged not in settings.budgets:
         raise UserError(f"judged is {settings.judged}, which is none of the budgets. Set it to one of them.")
     folder, start = settings.out / settings.run, time.perf_counter()
-    for made in ("masks", "finetuned"):  # models of an earlier run would be compared too
-        shutil.rmtree(folder / made, ignore_errors=True)
-    with ThreadPoolExecutor(settings.workers) as pool:
+    with locked(folder), told_to_stop() as signals, ThreadPoolExecutor(settings.workers) as pool:
+        prepare(folder, settings)
         for stage in stages(settings):
-            running = [pool.submit(run_part, part, settings) for part in stage]
+            running = [pool.submit(run_part, part, settings, signals) for part in stage]
             for one in running:
                 one.result()
+        (folder / BEGUN).unlink()
     print(f"\n{statement(models_of(folder))}\n")
     print(f"{time.perf_counter() - start:.0f} s in all; read {folder / 'report.md'}")
 

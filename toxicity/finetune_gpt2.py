@@ -7,7 +7,8 @@
 
 Reads   a model; toxic posts and ordinary text, of which a part validates checkpoints.
 Writes  data/toxicity/<run>/finetuned/<method>/: an ordinary Hugging Face model (the best checkpoint), finetuning.json
-        (what was chosen, and why it ended), metrics.jsonl (a row a checkpoint), cost.json; and finetuning.png.
+        (what was chosen, and why it ended), metrics.jsonl (a row a checkpoint), cost.json; and finetuning.png. While
+        a method trains, checkpoints/, from which a run that was interrupted goes on when it is started again.
 Time    half a minute for a method and learning rate on the shipped model, one core; a model of 135M parameters takes
         about 5 s a step.
 
@@ -16,25 +17,29 @@ masks' objective, ordinary loss - alpha · toxic loss. Held-out texts are read b
 """
 
 import shutil
-import time
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from utils import FOLDER, check_counts, default_data, files_of, fill_in
 
+from circuit_breaking.checkpoints import told_to_stop
 from circuit_breaking.cli import UserError, run_script
 from circuit_breaking.comparison_figures import draw_finetuning
-from circuit_breaking.costs import COST_FILE, cost
-from circuit_breaking.files import provenance, write_json, write_jsonl
-from circuit_breaking.finetuning import Finetuned, FinetuneSettings, describe, finetune
+from circuit_breaking.costs import COST_FILE, cost, with_earlier
+from circuit_breaking.files import locked, provenance, read_json, write_json, write_jsonl
+from circuit_breaking.finetuning import FinetuneSettings, check, describe, finetune
 from circuit_breaking.models import load_hf_model, load_tokenizer
+from circuit_breaking.scripts import Parts, is_same_run
 from circuit_breaking.splits import Splits, load_splits
 from circuit_breaking.unlearning import METHODS
 
 # What only goes one way is trained more slowly. On the shipped model the next rate up or down was worse for each.
 SLOW, FAST = (1e-5, 1e-4), (1e-4, 1e-3)
 LRS = {"joint": FAST, "ascent": SLOW, "task_arithmetic": SLOW, "npo": FAST, "rmu": FAST}
+FINETUNING, PARTS = "finetuning.json", "checkpoints"
+APART = ("methods", "lrs", "lr")  # settings that make no difference to a method at a learning rate
 
 
 @dataclass
@@ -53,44 +58,87 @@ class Settings(FinetuneSettings):
     validation: int = 50  # most texts of each kind that choose checkpoints; at most a fifth
     lr: float = 1e-4  # not used here: see lrs
     seed: int = 0  # of the choice and the order of texts
+    resume: bool = True  # keep models that are there and go on from checkpoints, of the same settings, data and code
+    checkpoint_every: int = 50  # steps between checkpoints; 0: only at the end and when told to stop (SIGTERM, SIGUSR1)
     device: str = "auto"  # auto, cpu, cuda, mps
 
 
-def best_of_grid(settings: Settings, method: str, splits: Splits, history: list[dict[str, Any]]) -> tuple[Any, ...]:
-    """(model, result, its cost) of the learning rate whose best checkpoint has the lowest score, and notes on all.
-    Every rate's rows go into `history`."""
-    best, notes = None, []
-    for lr in settings.lrs or LRS[method]:
+def best_of_grid(settings: Settings, method: str, splits: Splits, parts: Parts) -> tuple[Any, ...]:
+    """(model, result, cost) of the learning rate whose best checkpoint has the lowest score; and of all rates the rows,
+    the notes, and the seconds."""
+    best, notes, history, seconds = None, [], [], 0.0
+    for lr in rates_of(settings, method):
         hf = load_hf_model(settings.model, settings.device)
         toxic, ordinary = splits.tasks(settings.seed, validate=True)
+        part = parts.open(f"lr_{lr}", lr=lr)
         with cost(hf.device) as spent:
-            result = finetune(
-                hf,
-                method,
-                toxic,
-                ordinary,
-                replace(settings, lr=lr),
-                lambda row, lr=lr: history.append({"lr": lr, **row}),
-            )
+            result = finetune(hf, method, toxic, ordinary, replace(settings, lr=lr), **part)
+        spent = with_earlier(spent, part["resume_from"].values["seconds"] if part["resume_from"] else 0.0)
+        seconds += spent["seconds"]
+        history += [{"lr": lr, **row} for row in result.history]
         if result.note:
             notes.append(f"lr {lr:g}: {result.note}")
         if result.best and (best is None or result.best["score"] < best[1].best["score"]):
             best = (hf, result, spent)
-    return best, "; ".join(notes) or None
+    return best, history, "; ".join(notes) or None, seconds
 
 
-def save(folder: Path, hf: Any, tokenizer: Any, result: Finetuned, record: dict[str, Any]) -> None:
-    """Write the model as an ordinary Hugging Face folder; what was there before is replaced."""
+def rates_of(settings: Settings, method: str) -> tuple[float, ...]:
+    return settings.lrs or LRS[method]
+
+
+def is_made(folder: Path, run: dict[str, Any]) -> bool:
+    """Whether a method's model is there, of the same settings, data and code."""
+    path = folder / FINETUNING
+    if not path.is_file() or not files_of(str(folder)):
+        return False
     try:
-        shutil.rmtree(folder, ignore_errors=True)
-        hf.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        return is_same_run(run, read_json(path), *APART)
+    except UserError as error:
+        print(f"made anew: {error}", file=sys.stderr)
+        return False
+
+
+def save(folder: Path, hf: Any, tokenizer: Any) -> None:
+    """Write the model as an ordinary Hugging Face folder; what was there before goes, but for hidden files and parts.
+
+    It is written beside, so that no half of a model lies where a whole one should.
+    """
+    made = folder / PARTS / "model"
+    shutil.rmtree(made, ignore_errors=True)
+    try:
+        hf.save_pretrained(made)
+        tokenizer.save_pretrained(made)
+        for path in sorted(folder.iterdir(), key=lambda path: path.name != "config.json"):  # without it no model: first
+            if path.is_file() and not path.name.startswith("."):
+                path.unlink()
+        for path in sorted(made.iterdir(), key=lambda path: path.name == "config.json"):  # which makes it a model: last
+            path.replace(folder / path.name)
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror or error}. Choose another folder.") from error
-    write_json(folder / "finetuning.json", {**describe(result), **record})
+
+
+def make(folder: Path, settings: Settings, method: str, splits: Splits, tokenizer: Any, run: dict[str, Any]) -> None:
+    """Fine-tune by one method, write what came of it, and say so."""
+    parts = Parts(folder / PARTS, run, settings.resume, settings.checkpoint_every, APART)
+    (hf, result, spent), history, notes, seconds = best_of_grid(settings, method, splits, parts)
+    save(folder, hf, tokenizer)
+    write_jsonl(folder / "metrics.jsonl", history)
+    write_json(folder / COST_FILE, {**spent, "seconds_with_tuning": round(seconds, 2)})
+    # last: it says that the folder is complete
+    write_json(folder / FINETUNING, {**describe(replace(result, note=notes)), **run})
+    parts.remove()
+    row = result.best
+    print(
+        f"{method}: lr {result.settings.lr:g}, step {row['step']}, validation loss toxic {row['toxic']:.3f}, "
+        f"ordinary {row['ordinary']:.3f}; {seconds:.0f} s"
+    )
+    if notes:
+        print(f"note: {method}: {notes}.")
 
 
 def main(settings: Settings) -> None:
+    check(settings)
     check_counts(settings, "validation", "length")
     if unknown := [name for name in settings.methods if name not in METHODS]:
         raise UserError(f"there is no method {unknown[0]!r}; choose from {', '.join(METHODS)}.")
@@ -104,21 +152,14 @@ def main(settings: Settings) -> None:
         settings.examples or None, settings.validation, settings.seed,
     )  # fmt: skip
     record = provenance(settings, [*splits.files, *files_of(settings.model)], texts=splits.about)
-    for method in settings.methods:
-        history: list[dict[str, Any]] = []
-        begin = time.perf_counter()
-        (hf, result, spent), notes = best_of_grid(settings, method, splits, history)
-        seconds = time.perf_counter() - begin
-        save(folder / method, hf, tokenizer, replace(result, note=notes), record)
-        write_jsonl(folder / method / "metrics.jsonl", history)
-        write_json(folder / method / COST_FILE, {**spent, "seconds_with_tuning": round(seconds, 2)})
-        row = result.best
-        print(
-            f"{method}: lr {result.settings.lr:g}, step {row['step']}, validation loss toxic {row['toxic']:.3f}, "
-            f"ordinary {row['ordinary']:.3f}; {seconds:.0f} s"
-        )
-        if notes:
-            print(f"note: {method}: {notes}.")
+    with told_to_stop():
+        for method in settings.methods:
+            run = {**record, "method": method, "lrs": rates_of(settings, method)}
+            with locked(folder / method):
+                if settings.resume and is_made(folder / method, run):
+                    print(f"{method}: is there, of the same settings, data and code; --no-resume makes it anew")
+                else:
+                    make(folder / method, settings, method, splits, tokenizer, run)
     draw_finetuning(folder)
     print(f"written to {folder}")
 

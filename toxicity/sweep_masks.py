@@ -4,7 +4,8 @@ Reads   a model; toxic posts and ordinary text, the same parts that finetune_gpt
 Writes  data/toxicity/<run>/masks/<carry>_<budget>[_seed<n>]/: mask.safetensors, edges.json, metrics.jsonl, cost.json;
         means.safetensors where what cut edges carry is learned; random_<carry>_<budget>_seed<n>/ without metrics: as
         many edges, drawn evenly, as the mask of that budget cuts; and means_<texts>.safetensors beside masks/, what cut
-        edges carry under mean ablation.
+        edges carry under mean ablation. While a mask is trained, checkpoints in its folder, from which a sweep that
+        was interrupted goes on when it is started again; masks that are finished are left alone.
 Time    half a minute a mask for the shipped model on one core.
 
 The masks of seeds above 0, at one budget, show how stable the choice of edges is. Where what cut edges carry is
@@ -12,6 +13,7 @@ learned, it is learned for random edges too, at that budget: what is then left o
 """
 
 import random
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,16 +22,20 @@ from typing import Any
 import torch
 from utils import FOLDER, check_counts, default_data, files_of, fill_in
 
+from circuit_breaking.checkpoints import Checkpoints, told_to_stop
 from circuit_breaking.cli import UserError, run_script
-from circuit_breaking.costs import COST_FILE, cost
-from circuit_breaking.files import provenance, write_json, write_jsonl
-from circuit_breaking.masks import save_mask
+from circuit_breaking.costs import COST_FILE, cost, with_earlier
+from circuit_breaking.files import provenance, read_tensors, write_json
+from circuit_breaking.masks import load_mask, save_mask
 from circuit_breaking.means import compute_means, load_means, save_means
 from circuit_breaking.models import load_model, load_tokenizer
+from circuit_breaking.scripts import identity, is_same_run, train_into
 from circuit_breaking.splits import Splits, load_splits
-from circuit_breaking.training import MaskSettings, train_mask
+from circuit_breaking.training import MaskSettings
 
 CARRIES = ("zero", "mean", "optimal")
+MASK = "mask.safetensors"
+APART = ("budgets", "carries", "stable_budget", "seeds", "random_seeds", "means")  # settings that change no mask
 
 
 @dataclass
@@ -55,6 +61,8 @@ class Settings:
     validation: int = 50  # most texts of each kind that are left to choose fine-tuned checkpoints by
     split_qkv: bool = False  # let each head's query, key and value read for themselves
     seed: int = 0  # of the choice and the order of texts, and of random edges
+    resume: bool = True  # keep masks that are there and go on from checkpoints, of the same settings, data and code
+    checkpoint_every: int = 50  # steps between checkpoints; 0: only at the end and when told to stop (SIGTERM, SIGUSR1)
     device: str = "auto"  # auto, cpu, cuda, mps
     dtype: str = "float32"  # float32 or bfloat16
 
@@ -95,6 +103,17 @@ def training_of(settings: Settings, carry: str, budget: int) -> MaskSettings:
     return replace(settings.training, max_edges=budget, means_lr=settings.learned_lr, alpha=settings.learned_alpha)
 
 
+def is_made(folder: Path, run: dict[str, Any]) -> bool:
+    """Whether a mask is there that was trained with the same settings, data and code."""
+    if not (folder / MASK).is_file():
+        return False
+    try:
+        return is_same_run(run, read_tensors(folder / MASK)[1], *APART)
+    except UserError as error:
+        print(f"made anew: {error}", file=sys.stderr)
+        return False
+
+
 def main(settings: Settings) -> None:
     check(settings)
     settings = fill_in(settings, default_data(settings.model))
@@ -117,47 +136,60 @@ def main(settings: Settings) -> None:
         if carry != "zero":
             load_means(averages, model)
 
+    def about(kind: str, carry: str, budget: int, seed: int) -> dict[str, Any]:
+        """What a mask's file says of it, in the form of train_mask.py, so that evaluation.py reads both."""
+        own = {"means": None if carry == "zero" else averages, "max_edges": budget, "seed": seed}
+        settings_of = {**record["settings"], **own}
+        return {**record, "settings": settings_of, "kind": kind, "carry": carry, "first_seed": settings.seed}
+
     def train(name: str, kind: str, carry: str, budget: int, seed: int, allowed: torch.Tensor | None = None) -> int:
-        """Train a mask into its folder; how many edges it cuts."""
+        """Train a mask into its folder, unless it is there; how many edges it cuts."""
+        place, run = folder / "masks" / name, about(kind, carry, budget, seed)
+        if settings.resume and is_made(place, run):
+            load_mask(place / MASK, model)
+            print(f"{name}: is there, of the same settings, data and code; --no-resume makes it anew", flush=True)
+            return model.mask.n_cut()
         if seed not in splits:
             splits[seed] = read_texts(settings, tokenizer, seed)
         torch.manual_seed(seed)
         carries(carry)
-        toxic, ordinary = splits[seed].tasks(seed)
+        how = training_of(settings, carry, budget)
+        part = identity(run, *APART)
         with cost(model.device) as spent:
-            result = train_mask(model, toxic, ordinary, training_of(settings, carry, budget), allowed)
-        write_jsonl(folder / "masks" / name / "metrics.jsonl", result.history)
-        write_json(folder / "masks" / name / COST_FILE, spent)
-        save(name, kind, carry, budget, seed)
+            result = train_into(
+                place, model, *splits[seed].tasks(seed), how, allowed, part, settings.resume, settings.checkpoint_every
+            )
+        spent = with_earlier(spent, result.seconds - spent["seconds"])
+        write_json(place / COST_FILE, spent)
+        save(place, run)
+        Checkpoints(place, {}).remove()
         print(f"{name}: {len(result.edges)} edges cut in {spent['seconds']:.0f} s", flush=True)
         return len(result.edges)
 
-    def save(name: str, kind: str, carry: str, budget: int, seed: int) -> None:
-        """Write the mask that is in the model, in the form of train_mask.py, so that evaluation.py reads both."""
-        place, means = folder / "masks" / name, None if carry == "zero" else averages
-        if carry == "optimal":
-            means = place / "means.safetensors"
-            save_means(means, model, model.means, record)
-        own = {"means": means, "max_edges": budget, "seed": seed}
-        about = {**record, "settings": {**record["settings"], **own}, "kind": kind, "carry": carry}
-        save_mask(place / "mask.safetensors", model, about)
+    def save(place: Path, run: dict[str, Any]) -> None:
+        """Write the mask that is in the model, last the file that says that the folder is complete."""
+        if run["carry"] == "optimal":
+            run["settings"]["means"] = place / "means.safetensors"
+            save_means(place / "means.safetensors", model, model.means, record)
         write_json(place / "edges.json", model.mask.cut_edges())
+        save_mask(place / MASK, model, run)
 
     cut: dict[tuple[str, int], int] = {}
-    for name, carry, budget, seed in plan(settings, len(model.graph)):
-        count = train(name, "mask", carry, budget, seed)
-        cut.setdefault((carry, budget), count)
-    for (carry, budget), count in cut.items():
-        for number in range(settings.random_seeds if budget in settings.budgets else 0):
-            seed = settings.seed + number
-            name = f"random_{carry}_{budget}_seed{seed}"
-            model.mask.reset_()
-            model.mask.cut_(random.Random(f"{seed} {budget}").sample(model.graph.edges, count))
-            if carry != "optimal":
-                carries(carry)
-                save(name, "random", carry, budget, seed)
-            elif budget == settings.stable_budget:
-                train(name, "random", carry, budget, seed, allowed=model.mask.weights.detach() == 0)
+    with told_to_stop():
+        for name, carry, budget, seed in plan(settings, len(model.graph)):
+            count = train(name, "mask", carry, budget, seed)
+            cut.setdefault((carry, budget), count)
+        for (carry, budget), count in cut.items():
+            for number in range(settings.random_seeds if budget in settings.budgets else 0):
+                seed = settings.seed + number
+                name = f"random_{carry}_{budget}_seed{seed}"
+                model.mask.reset_()
+                model.mask.cut_(random.Random(f"{seed} {budget}").sample(model.graph.edges, count))
+                if carry != "optimal":
+                    carries(carry)
+                    save(folder / "masks" / name, about("random", carry, budget, seed))
+                elif budget == settings.stable_budget:
+                    train(name, "random", carry, budget, seed, allowed=model.mask.weights.detach() == 0)
     print(f"written to {folder / 'masks'}")
 
 

@@ -43,7 +43,7 @@ class Settings(MaskSettings):
     split_qkv: bool = False  # let each head's query, key and value read for themselves
     seed: int = 0  # another seed, another order of texts
     resume: bool = True  # go on from the run folder's checkpoint, if it is of the same settings, data and code
-    checkpoint_every: int = 50  # steps between checkpoints; 0: only when told to stop (SIGTERM, SIGUSR1)
+    checkpoint_every: int = 50  # steps between checkpoints; 0: only at the end and when told to stop (SIGTERM, SIGUSR1)
     test_texts: int = 200  # held-out texts whose losses are printed before and after
     device: str = "auto"  # auto, cpu, cuda, mps
     dtype: str = "float32"  # float32 or bfloat16
