@@ -22,6 +22,7 @@ from circuit_breaking.masks import describe
 KINDS = {"embed": "#000000", "head": COLOURS[0], "MLP": COLOURS[1]}  # what writes: colour of its edges
 FAINT, GREY = "#DADADA", "#8C8C8C"
 CLASS_COLOURS = (*COLOURS[:6], "#7B4FA3")  # one for each class of heads of a known circuit
+MOST_READERS = 10_000  # of a graph that is drawn; GPT-2 XL has 3,648 with q, k and v apart
 SMALL = 60  # at most so many nodes are labelled in full size
 HINT = "Make it with ioi/train_mask.py."
 
@@ -38,6 +39,9 @@ def read_graph(path: Path) -> tuple[EdgeGraph, dict[Edge, float], dict[str, Any]
     try:
         shape = {key: value for key, value in record["graph"].items() if key != "n_edges"}
         graph = EdgeGraph(**shape)
+        sizes = (graph.n_layers, graph.n_heads)
+        if any(type(size) is not int for size in sizes) or sizes[0] * (3 * sizes[1] + 1) > MOST_READERS:
+            raise ValueError("a graph of a size that no model has")
         edges = {Edge(name): float(value) for name, value in record["edges"].items()}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path} does not describe a graph ({error!r}). {HINT}") from error

@@ -5,7 +5,7 @@ import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_type_hints
 
 from torch import Tensor
 
@@ -20,12 +20,21 @@ T = TypeVar("T")
 
 
 def fill_in(settings: T, *sources: Mapping[str, Any]) -> T:
-    """Settings with each None replaced by the first source that has a value of that name; paths become `Path`s."""
-    found = {}
+    """Settings with each None replaced by the first source that has a value of that name; paths become `Path`s.
+
+    A value of another type than the setting's is a `UserError`.
+    """
+    found, types = {}, get_type_hints(type(settings))
     for field in dataclasses.fields(settings):
         if getattr(settings, field.name) is None:
             value = next((s[field.name] for s in sources if s.get(field.name) is not None), None)
-            found[field.name] = Path(value) if value is not None and "Path" in str(field.type) else value
+            value = Path(value) if isinstance(value, str) and "Path" in str(field.type) else value
+            kinds = get_args(types[field.name]) or (types[field.name],)
+            kinds += (int,) if float in kinds else ()
+            # a record that was read may say anything; a choice of words is checked where it is used
+            if value is not None and all(isinstance(kind, type) for kind in kinds) and not isinstance(value, kinds):
+                raise UserError(f"the record of the run gives {field.name} as {value!r}. Give it in the settings.")
+            found[field.name] = value
     return dataclasses.replace(settings, **found)
 
 

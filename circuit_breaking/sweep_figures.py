@@ -29,7 +29,10 @@ def draw_sweep(folder: Path, x: str, y: str = "") -> Path | None:
     Raises:
         UserError: there is no such column.
     """
-    rows = [row for row in read_table(folder / "sweep.csv") if row["exit_code"] == 0]
+    table = read_table(folder / "sweep.csv")
+    if table and not {x, *OUTCOME} <= set(table[0]):
+        raise UserError(f"{folder / 'sweep.csv'} lacks the columns {x}, {', '.join(OUTCOME)}. Make it with sweep.py.")
+    rows = [row for row in table if row["exit_code"] == 0]
     columns = list(dict.fromkeys(key for row in rows for key in row))
     results = columns[columns.index("seconds") + 1 :] if rows else []
     numeric = [c for c in results if any(isinstance(row[c], int | float) for row in rows)]

@@ -142,8 +142,8 @@ def _read(name: str, folder: Path, engine: Engines) -> Variant:
 def read_mask(name: str, path: Path, engine: Engines, means: Path | None = None) -> Variant:
     """The variant of a mask's file. `means` are those of the mask's own record where None."""
     about = read_tensors(path, HINT)[1]
-    settings = about.get("settings") or {}
-    model = engine(bool((about.get("graph") or {}).get("split_qkv")))
+    settings = about["settings"] if isinstance(about.get("settings"), dict) else {}
+    model = engine(bool(isinstance(about.get("graph"), dict) and about["graph"].get("split_qkv")))
     load_mask(path, model)
     means = means or settings.get("means")
     model.means = None

@@ -23,6 +23,8 @@ def load_texts(source: str | Path, limit: int) -> tuple[list[str], list[str]]:
         folder = TINY / "text"
         return read_lines(folder / "plain_train.txt")[:limit], read_lines(folder / "plain_test.txt")[: limit // 4 + 1]
     path = Path(source).expanduser()
+    if len(path.name) > 255:
+        raise UserError(f"{str(source)[:200]!r} is too long for a file's or a data set's name. Check the settings.")
     if path.is_dir():
         raise UserError(f"{path} is a folder; the ordinary text is a file with one text a line, or a data set's name.")
     if path.is_file() or path.suffix in {".txt", ".text"} or path.is_absolute():
