@@ -145,12 +145,11 @@ def read_csv(path: Path | str, hint: str = CHECK) -> list[dict[str, str]]:
     try:
         with path.open(encoding="utf-8", newline="") as file:
             reader = csv.DictReader(file)
-            rows = list(reader)
+            rows, names = list(reader), reader.fieldnames or []
     except (csv.Error, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not CSV ({error}). {hint}") from error
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}. {hint}") from error
-    names = reader.fieldnames or []
     if len(set(names)) < len(names):
         raise UserError(f"{path} has two columns of one name. {hint}")
     for number, row in enumerate(rows, 2):

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from circuit_breaking.cli import UserError, one_line
 from circuit_breaking.files import check_header, parse_json, read_json, require_file
+from circuit_breaking.gguf_header import check_gguf
 
 HINT = "Save the model again with save_pretrained, or get it again."
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -22,16 +23,12 @@ PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".h5", ".msgpack")
 MOST_LAYERS = 1000  # building a layer takes memory even before it has weights
 MAX_JSON = 2**26  # bytes; tokenizer.json of a vocabulary of 250,000 has 17 MB
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
-GGUF_MAGIC = b"GGUF"
 
 
 def check_files(folder: Path, gguf: str | None = None) -> None:
     """Raise a `UserError` unless the JSON files of a folder are objects of a sane size, and all files regular ones."""
     if gguf is not None:
-        path = require_file(folder / gguf, HINT)
-        with path.open("rb") as file:
-            if file.read(4) != GGUF_MAGIC:
-                raise UserError(f"{path} is no GGUF file. {HINT}")
+        check_gguf(require_file(folder / gguf, HINT))
         return
     for path in sorted(folder.glob("*.json")):
         if require_file(path, HINT, MAX_JSON) and not isinstance(_parsed(path), dict):
