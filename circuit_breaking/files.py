@@ -128,6 +128,15 @@ def write_jsonl(path: Path | str, rows: Iterable[Any]) -> int:
     return count
 
 
+def end_at_whole_line(path: Path) -> None:
+    """Cut off the beginning of a line that a full disk left at the end of a file. No error of the disk is raised."""
+    with suppress(OSError), path.open("rb+") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - MAX_LINE))
+        tail = file.read()
+        file.truncate(size - len(tail) + tail.rfind(b"\n") + 1)
+
+
 def write_csv(path: Path | str, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write rows atomically as CSV, under the names of all their columns; None is an empty cell, NaN is not allowed."""
     names = list(dict.fromkeys(name for row in rows for name in row))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from circuit_breaking.checkpoints import Checkpoints
 from circuit_breaking.cli import UserError
-from circuit_breaking.files import locked, read_jsonl, write_jsonl
+from circuit_breaking.files import end_at_whole_line, locked, read_jsonl, write_jsonl
 from circuit_breaking.models import TINY
 from circuit_breaking.tasks.owt import SHIPPED
 from circuit_breaking.training import MaskResult, MaskSettings, train_mask
@@ -96,6 +96,7 @@ def train_into(
                     resume_from=saved,
                 )
         except OSError as error:
+            end_at_whole_line(path)
             raise UserError(f"cannot write {path}: {error.strerror}.") from error
 
 

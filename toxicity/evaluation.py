@@ -209,13 +209,13 @@ def main(settings: Settings) -> None:
         rows = measure_uniform(drawn, hf, uniform, settings.batch_size)
     if settings.save_generations:
         write_jsonl(folder / "generations.jsonl", generations)
-    else:  # those of an earlier evaluation would not be what this report is about
-        (folder / "generations.jsonl").unlink(missing_ok=True)
     if rows:
         write_csv(folder / UNIFORM, rows)
-    else:
-        (folder / UNIFORM).unlink(missing_ok=True)
     write_json(folder / "report.json", report)
+    # those of an earlier evaluation would not be what this report is about
+    for name, written in (("generations.jsonl", settings.save_generations), (UNIFORM, rows)):
+        if not written:
+            (folder / name).unlink(missing_ok=True)
     if len(measured) <= MOST_COLOURS:
         draw_report(folder)
     else:  # more than one can tell apart by colour: a row each, and without random masks

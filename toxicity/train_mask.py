@@ -14,7 +14,7 @@ import torch
 from utils import FOLDER, default_data, fill_in
 
 from circuit_breaking.cli import run_script
-from circuit_breaking.files import provenance, write_json
+from circuit_breaking.files import locked, provenance, write_json
 from circuit_breaking.masks import save_mask
 from circuit_breaking.means import load_means, save_means
 from circuit_breaking.models import load_model, load_tokenizer
@@ -65,7 +65,8 @@ def main(settings: Settings) -> None:
     if Path(settings.ordinary).is_file():
         inputs.append(Path(settings.ordinary))
     record = provenance(settings, inputs, model=model.name)
-    write_json(folder / "settings.json", record)
+    with locked(folder):  # not while another run writes here
+        write_json(folder / "settings.json", record)
 
     tasks = {"ordinary": ordinary, "toxic": toxic}
     before = {name: task.get_test_loss(model, settings.test_texts) for name, task in tasks.items()}
