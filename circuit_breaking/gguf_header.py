@@ -37,8 +37,10 @@ class _Walk:
         self.skip(struct.calcsize(form))
         return struct.unpack_from(form, self.data, start)[0]
 
-    def string(self) -> None:
-        self.skip(self.number("<Q"))
+    def string(self) -> bytes:
+        length = self.number("<Q")
+        self.skip(length)
+        return self.data[self.at - length : self.at] if length < 64 else b""
 
     def value(self, kind: int, depth: int = 0) -> None:
         if kind == STRING:
@@ -85,11 +87,14 @@ def check_gguf(path: Path) -> None:
                 if (version := walk.number("<I")) not in VERSIONS:
                     raise ValueError(f"it is of version {version:,}; 2 and 3 are read")
                 tensors, fields = walk.number("<Q"), walk.number("<Q")
+                aligned = 32
                 for _ in range(fields):
-                    walk.string()
+                    name = walk.string()
                     walk.value(walk.number("<I"))
+                    if name == b"general.alignment":
+                        aligned = max(1, struct.unpack_from("<I", data, walk.at - 4)[0])
                 described = [walk.tensor() for _ in range(tensors)]
-                room = len(data) - walk.at
+                room = len(data) - -(-walk.at // aligned) * aligned
                 for elements, kind, offset in described:
                     if kind not in GGML_QUANT_SIZES:
                         raise ValueError(f"it holds a tensor of type {kind:,}, which there is not")

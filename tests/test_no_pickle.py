@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 
 import pytest
 
@@ -11,11 +12,11 @@ MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "she
 CALLS = {  # by the name under which a library is imported
     ("torch", "load"), ("torch", "save"), ("serialization", "load"), ("hub", "load"), ("jit", "load"),
     ("np", "save"), ("np", "savez"), ("np", "fromfile"), ("pd", "read_pickle"), ("pd", "to_pickle"),
-    ("datasets", "load_from_disk"), ("datasets", "Dataset.from_pandas"),
+    ("datasets", "load_from_disk"),
 }  # fmt: skip
 ALIASES = {"numpy": "np", "pandas": "pd"}
 ARRAYS = {("np", "load")}  # without pickle only if told so
-LOADERS = {"AutoModel", "AutoModelForCausalLM", "AutoModelForSequenceClassification"}  # read weights
+LOADERS = re.compile(r"AutoModel|\w+For[A-Z]\w+$|\w+(Model|LM)$")  # classes that read weights
 
 
 def python_of(path):
@@ -49,17 +50,18 @@ def complaints(code):
             names += ["pickle" for alias in node.names if (whole, alias.name) in CALLS | ARRAYS]
         if {name.partition(".")[0] for name in names} & MODULES:
             found.append((node.lineno, "import"))
-        if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+        if not isinstance(node, ast.Call):
             continue
-        of = node.func.value
+        method = node.func.attr if isinstance(node.func, ast.Attribute) else ""
+        of = getattr(node.func, "value", None)
         of = of.id if isinstance(of, ast.Name) else of.attr if isinstance(of, ast.Attribute) else ""
-        call = (ALIASES.get(of, of), node.func.attr)
+        call = (ALIASES.get(of, of), method)
         told = {keyword.arg: getattr(keyword.value, "value", None) for keyword in node.keywords}
         if call in CALLS or (call in ARRAYS and told.get("allow_pickle") is not False):
             found.append((node.lineno, ".".join(call)))
         if told.get("allow_pickle", False) is not False or told.get("weights_only", True) is not True:
             found.append((node.lineno, "allowed by a keyword"))
-        if node.func.attr == "from_pretrained" and of in LOADERS and told.get("use_safetensors") is not True:
+        if method == "from_pretrained" and LOADERS.match(of) and told.get("use_safetensors") is not True:
             found.append((node.lineno, "from_pretrained"))
         if told.get("trust_remote_code", False) is not False:
             found.append((node.lineno, "trust_remote_code"))
