@@ -26,11 +26,14 @@ def _locate(name: str | Path) -> tuple[str, dict[str, Any]]:
         if not (TINY / "config.json").is_file():
             raise UserError(f"the shipped model is not in {TINY}. Make it with data/make_tiny_gpt2.py.")
         return str(TINY), {}
-    folder = Path(name).expanduser()
-    if folder.suffix == ".gguf" and folder.is_file():
-        return str(folder.parent), {"gguf_file": folder.name}
-    if not folder.exists():
-        return str(name), {}
+    try:
+        folder = Path(name).expanduser()
+        if folder.suffix == ".gguf" and folder.is_file():
+            return str(folder.parent), {"gguf_file": folder.name}
+        if not folder.exists():
+            return str(name), {}
+    except (OSError, RuntimeError) as error:  # a name that is too long, a home that is nobody's
+        raise UserError(f"there is no model {str(name)[:200]!r} ({one_line(error, 100)}). Check the name.") from error
     if (folder / "config.json").is_file() or (folder / "tokenizer_config.json").is_file():  # or a tokenizer alone
         return str(folder), {}
     found = sorted(folder.glob("*.gguf")) if folder.is_dir() else []

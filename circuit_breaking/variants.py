@@ -146,6 +146,8 @@ def read_mask(name: str, path: Path, engine: Engines, means: Path | None = None)
     model = engine(bool(isinstance(about.get("graph"), dict) and about["graph"].get("split_qkv")))
     load_mask(path, model)
     means = means or settings.get("means")
+    if not isinstance(means, str | Path | None):
+        raise UserError(f"{path} names no file of means, but {means!r}. {HINT}")
     model.means = None
     if means is not None:
         load_means(require_file(means, "It was used in training and is needed here."), model)
