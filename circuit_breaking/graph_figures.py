@@ -14,7 +14,7 @@ from matplotlib.patches import PathPatch
 from matplotlib.path import Path as Curve
 
 from circuit_breaking.cli import UserError
-from circuit_breaking.figures import COLOURS, figure
+from circuit_breaking.figures import COLOURS, figure, from_results
 from circuit_breaking.files import read_json
 from circuit_breaking.graph import Edge, EdgeGraph, node_of
 from circuit_breaking.masks import describe
@@ -60,6 +60,7 @@ def layout(graph: EdgeGraph) -> dict[str, tuple[float, float]]:
     return places
 
 
+@from_results
 def draw_graph(folder: Path | str, name: str = "graph") -> Path:
     """The edges of a mask between the nodes of the model, by layer; wider is more important.
 
@@ -143,6 +144,7 @@ def _curve(start: tuple[float, float], end: tuple[float, float]) -> Curve:
     return Curve(points, [Curve.MOVETO, Curve.CURVE4, Curve.CURVE4, Curve.CURVE4])
 
 
+@from_results
 def draw_heat_map(folder: Path | str) -> Path:
     """The edges of a mask as a matrix, sources across and readers up, coloured by importance.
 
@@ -187,6 +189,7 @@ def _shown(node: str, graph: EdgeGraph) -> bool:
     return node[0] == "m" and int(node[1:]) % max(1, math.ceil(graph.n_layers / 12)) == 0
 
 
+@from_results
 def draw_next_tokens(folder: Path | str) -> Path:
     """What the model says after one prompt, before and after: bars of the likeliest next tokens.
 

@@ -6,13 +6,14 @@ from typing import Any
 from matplotlib.ticker import MaxNLocator
 
 from circuit_breaking.cli import UserError
-from circuit_breaking.figures import COLOURS, MARKERS, figure
+from circuit_breaking.figures import COLOURS, MARKERS, figure, from_results
 from circuit_breaking.sweeps import read_table
 
 OUTCOME = ("exit_code", "seconds")  # the columns between settings and results
 MOST_LINES = len(COLOURS)
 
 
+@from_results
 def draw_sweep(folder: Path, x: str, y: str = "") -> Path | None:
     """Draw a result against a setting: a point a job, a line through the means, one for each of the other settings.
 

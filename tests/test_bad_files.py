@@ -13,7 +13,7 @@ from conftest import small_gpt2
 from dumps import lines_of, ndjson, random_threads, tar, zst
 from scripts import load_script
 
-from circuit_breaking import files
+from circuit_breaking import comparison_figures, figures, files, graph_figures, method_figures
 from circuit_breaking.checkpoints import NEWEST, Checkpoints
 from circuit_breaking.cli import UserError
 from circuit_breaking.files import parse_json, read_csv, read_json, read_jsonl, read_tensors, write_json, write_tensors
@@ -347,3 +347,26 @@ def test_models_of_names_that_are_none():
     for name in ("a" * 300, "~nobody-at-all/model", "/x" * 3000, "a\0b"):
         with pytest.raises(UserError):
             load_model(name, device="cpu")
+
+
+RESULTS = {
+    "report.json": [comparison_figures.draw_sweep, comparison_figures.draw_models, figures.draw_report],
+    "evidence.json": [comparison_figures.draw_evidence],
+    "relearning.json": [comparison_figures.draw_relearning],
+    "uniform.csv": [comparison_figures.draw_uniform],
+    "metrics.jsonl": [figures.draw_training, lambda folder: comparison_figures.draw_finetuning(folder.parent)],
+    "next_tokens.json": [graph_figures.draw_next_tokens],
+    "graph.json": [graph_figures.draw_graph, graph_figures.draw_heat_map],
+    "methods.json": [method_figures.draw_methods],
+}
+
+
+@pytest.mark.parametrize("name", RESULTS)
+@pytest.mark.parametrize("text", ["[1]", '"x"', "{}", '{"models": 3}', '{"models": {"original": 1}}', '{"masks": [3]}'])
+def test_results_that_are_others(tmp_path, name, text):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / name).write_text(text)
+    for draw in RESULTS[name]:
+        refused(draw, folder)
+    assert [path.name for path in folder.iterdir()] == [name]
