@@ -238,7 +238,7 @@ def test_a_small_disk_that_is_really_full(tmp_path):
     assert "No space left" in lines[1] and lines[2] == "['mask'] tensor(4000.)"
 
 
-READ_ONLY = ["/proc/nothing", "/sys/nothing"]
+READ_ONLY = [Path("/proc/nothing"), Path("/sys/nothing")]
 
 
 @pytest.mark.parametrize("out", READ_ONLY)
