@@ -97,13 +97,8 @@ class Checkpoints:
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         about = {"run": self.run, "step": step, "values": {"seconds": self.seconds(), **values}}
         about = json.loads(json.dumps(about, default=plain))  # what will be read is what is hashed
-        newest, previous = self.folder / NEWEST, self.folder / PREVIOUS
-        try:
-            if newest.is_file():
-                newest.replace(previous)
-        except OSError as error:
-            raise UserError(f"cannot write {previous}: {error.strerror}. Choose another folder.") from error
-        write_tensors(newest, tensors, {**about, "sha256": _digest(tensors, about)})
+        record = {**about, "sha256": _digest(tensors, about)}
+        write_tensors(self.folder / NEWEST, tensors, record, keep=self.folder / PREVIOUS)
 
     def load(self) -> Saved | None:
         """The newest whole checkpoint of this run, None if there is none; says on stderr what it passes over.
@@ -118,13 +113,17 @@ class Checkpoints:
                 digest = about.pop("sha256", None)
                 if digest != _digest(tensors, about):
                     raise UserError(f"{path} is damaged: its checksum does not match")
+                if type(about.get("step")) is not int or not isinstance(about.get("values"), dict):
+                    raise UserError(f"{path} is no checkpoint")
+                states = {n.removeprefix("random."): t for n, t in tensors.items() if n.startswith("random.")}
+                _check_states(path, states)
             except UserError as error:
                 print(f"passed over a checkpoint: {error}", file=sys.stderr)
                 continue
-            if about["run"] != json.loads(json.dumps(self.run, default=plain)):
+            if about.get("run") != json.loads(json.dumps(self.run, default=plain)):
                 print(f"{path} is of a run with other settings or data: starting anew.", file=sys.stderr)
                 return None
-            set_random_states({n.removeprefix("random."): t for n, t in tensors.items() if n.startswith("random.")})
+            set_random_states(states)
             tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("random.")}
             self._before, self._since = about["values"]["seconds"], time.perf_counter()
             return Saved(about["step"], tensors, about["values"])
@@ -151,6 +150,14 @@ def set_random_states(states: dict[str, Tensor]) -> None:
             torch.set_rng_state(state)
         elif torch.cuda.is_available() and int(name.removeprefix("cuda")) < torch.cuda.device_count():
             torch.cuda.set_rng_state(state, int(name.removeprefix("cuda")))
+
+
+def _check_states(path: Path, states: dict[str, Tensor]) -> None:
+    cpu = torch.get_rng_state()
+    for name, state in states.items():
+        known = name == "cpu" or (name.startswith("cuda") and name[4:].isdecimal())
+        if not known or state.dtype != cpu.dtype or (name == "cpu" and state.shape != cpu.shape):
+            raise UserError(f"{path} holds a random state that is none: {name}")
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:

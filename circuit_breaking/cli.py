@@ -29,6 +29,12 @@ def launched() -> tuple[int, int]:
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
+def one_line(error: BaseException, most: int = 300) -> str:
+    """An exception's message with its lines run together, cut after `most` characters; its type where it has none."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= most else text[:most] + " ..."
+
+
 def run_script(main: Callable[[T], object], settings_class: type[T], parallel: bool = False) -> None:
     """Read `settings_class` from the command line and call `main` with it.
 

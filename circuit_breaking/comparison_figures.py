@@ -9,7 +9,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, Symmetri
 
 from circuit_breaking.cli import UserError
 from circuit_breaking.comparison import family_of, models_of, point_of
-from circuit_breaking.figures import COLOURS, MARKERS, figure
+from circuit_breaking.figures import COLOURS, MARKERS, figure, from_results
 from circuit_breaking.files import read_csv, read_json, read_jsonl
 from circuit_breaking.uniform import running_mean
 
@@ -34,6 +34,7 @@ def other_style(number: int) -> dict[str, str]:
     return {"color": colours[number % len(colours)], "marker": "D^vP*Xs"[number % 7]}
 
 
+@from_results
 def draw_sweep(folder: Path | str) -> Path:
     """Toxicity of continuations against the rise of ordinary loss: masks of every budget, random edges, all others.
 
@@ -111,6 +112,7 @@ def _line(axes: Any, family: str, rows: Mapping[int, list[tuple]]) -> None:
         axes.annotate(str(budget), at, xytext=(3.5, 3.5), textcoords="offset points", fontsize=6, color=style["color"])
 
 
+@from_results
 def draw_models(folder: Path | str) -> Path:
     """The main measures of every model but random masks, a row a model, with 95% intervals.
 
@@ -151,6 +153,7 @@ def draw_models(folder: Path | str) -> Path:
     return path
 
 
+@from_results
 def draw_uniform(folder: Path | str, names: tuple[str, ...] | None = None, width: float = 0.15) -> Path:
     """Loss of each model against the toxicity of a text: running mean and its 95% bootstrap band (the paper's figure).
 
@@ -201,6 +204,7 @@ def _for_uniform(folder: Path, names: list[str]) -> list[str]:
     return [name for name in names if models[name]["kind"] != "mask" or name in largest.values()]
 
 
+@from_results
 def draw_finetuning(folder: Path | str) -> Path:
     """Losses of every checkpoint on validation texts, by step: a column a method, a colour a learning rate.
 
@@ -235,6 +239,7 @@ def draw_finetuning(folder: Path | str) -> Path:
     return path
 
 
+@from_results
 def draw_evidence(folder: Path | str) -> Path:
     """What each cut does to both losses, within its mask and alone, and how alike masks of other seeds are.
 
@@ -284,6 +289,7 @@ def _edge_effects(axes: Any, edges: list[Mapping[str, Any]]) -> None:
     axes.grid(axis="y", visible=False)
 
 
+@from_results
 def draw_relearning(folder: Path | str) -> Path:
     """Toxicity by step of relearning, a panel for each number of examples; and with examples in the context.
 

@@ -48,7 +48,7 @@ def read_lines(file: BinaryIO, name: str, max_line: int = MAX_LINE) -> Iterator[
                 "Unpack it with `zstd -d --long=31` and give the unpacked file."
             ) from error
         raise UserError(f"{name} is damaged ({error}). Download or copy it again.") from error
-    except (tarfile.TarError, EOFError, ValueError, OverflowError, RecursionError) as error:
+    except (tarfile.TarError, EOFError, ValueError, IndexError, OverflowError, RecursionError) as error:
         raise UserError(f"{name} is a damaged tar archive ({error}). Download or copy it again.") from error
     except OSError as error:
         raise UserError(f"cannot read {name}: {error.strerror or error}.") from error
@@ -108,13 +108,23 @@ class _Stream(io.RawIOBase):
 
 
 class _TarInfo(tarfile.TarInfo):
-    """Refuses a gigantic extended header before tarfile reads it (`_proc_member` is tarfile's hook for subclasses)."""
+    """Refuses what would make tarfile read without limit into memory: a gigantic extended header, many that hold for
+    the whole archive, and sparse members, whose maps and holes can be of any size (these are tarfile's hooks)."""
 
     def _proc_member(self, tar):
         extended = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE)
         if self.type in (*extended, tarfile.SOLARIS_XHDTYPE) and self.size > _TAR_HEADER:
             raise tarfile.ReadError(f"an extended header of {self.size} bytes")
+        if self.type == tarfile.XGLTYPE:
+            tar.of_all = getattr(tar, "of_all", 0) + self.size
+            if tar.of_all > _TAR_HEADER:
+                raise tarfile.ReadError(f"global headers of {tar.of_all} bytes")
         return super()._proc_member(tar)
+
+    def _no_sparse(self, *_):
+        raise tarfile.ReadError("a sparse member; pack the archive without --sparse")
+
+    _proc_sparse = _proc_gnusparse_00 = _proc_gnusparse_01 = _proc_gnusparse_10 = _no_sparse
 
 
 def _members(stream: BinaryIO, name: str) -> Iterator[BinaryIO]:

@@ -1,10 +1,11 @@
 """Figures, drawn from result files only, so that any is redrawn without a rerun (layer 3)."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -13,6 +14,8 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from circuit_breaking.cli import UserError
 from circuit_breaking.files import atomic_path, read_json, read_jsonl
+
+P, T = ParamSpec("P"), TypeVar("T")
 
 # Okabe and Ito's colours, which the colour-blind can tell apart, the darker ones first
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C8C8C")
@@ -50,6 +53,22 @@ def figure(path: Path, width: float, height: float) -> Iterator[Figure]:
             drawn.savefig(temporary, format="png")
 
 
+def from_results(draw: Callable[P, T]) -> Callable[P, T]:
+    """A function that draws what the files of a folder hold: where they hold something else, a `UserError` says so."""
+
+    @wraps(draw)
+    def checked(*words: P.args, **keywords: P.kwargs) -> T:
+        try:
+            return draw(*words, **keywords)
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+            where = words[0] if words else keywords.get("folder")
+            raise UserError(
+                f"the results in {where} lack what {draw.__name__} draws ({error!r}). Make them again."
+            ) from error
+
+    return checked
+
+
 def apart(counts: Any) -> list[float]:
     """Of rising numbers those that are far enough apart to stand on a log axis."""
     kept: list[float] = []
@@ -59,6 +78,7 @@ def apart(counts: Any) -> list[float]:
     return kept
 
 
+@from_results
 def draw_report(folder: Path | str) -> Path:
     """Losses, toxic share and incoherence of every model of a report, with 95% intervals.
 
@@ -129,6 +149,7 @@ def _numbers(entry: Mapping[str, Any] | None) -> list[float]:
     return [np.nan if number is None else number for number in numbers]  # NaN is not drawn
 
 
+@from_results
 def draw_training(folder: Path | str, smooth: int = 9, broken: str = "toxic text (to rise)") -> Path:
     """Loss to keep, loss to raise, and edges cut, over the steps of a mask's training.
 

@@ -1,6 +1,7 @@
 """Run folders, atomic writes, and the record that every result carries (layer 0).
 
-Tensors go into safetensors, tables into JSON, JSON Lines or CSV. No pickle is read or written anywhere.
+Tensors go into safetensors, tables into JSON, JSON Lines or CSV. No pickle is read or written anywhere. What is read is
+believed only after a look: its kind and size before its content, a header's claims before memory is set aside for them.
 """
 
 import csv
@@ -10,30 +11,46 @@ import hashlib
 import json
 import os
 import platform
+import stat
 import subprocess
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from circuit_breaking.cli import UserError
+from circuit_breaking.cli import UserError, first_line
 
 ROOT = Path(__file__).resolve().parent.parent  # default paths hang on it, so scripts run from any folder
 DATA = ROOT / "data"
+
+CHECK = "Check the path in the settings."  # what to do where a caller knows nothing better
+MAX_JSON = 2**28  # bytes of a JSON or CSV file; the largest report has a few MB
+MAX_LINES = 2**30  # bytes of a file of lines
+MAX_LINE = 2**24  # bytes of a line of JSON
+MAX_HEADER = 2**26  # bytes of a safetensors header; names of 100,000 tensors take 10 MB
+KINDS = {
+    stat.S_ISDIR: "a folder", stat.S_ISFIFO: "a named pipe", stat.S_ISSOCK: "a socket", stat.S_ISCHR: "a device",
+    stat.S_ISBLK: "a device",
+}  # fmt: skip
 
 PACKAGES = ("torch", "transformers", "numpy", "safetensors", "tokenizers")
 
 
 @contextmanager
-def atomic_path(path: Path | str) -> Iterator[Path]:
-    """A temporary path beside `path`, renamed to it when the block ends well and removed when it does not."""
+def atomic_path(path: Path | str, keep: Path | None = None) -> Iterator[Path]:
+    """A temporary path beside `path`, renamed to it when the block ends well and removed when it does not.
+
+    It is written through to the disk first, for some disks say only then that they are full. With `keep`, what was at
+    `path` goes there.
+    """
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -46,11 +63,17 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
         yield temporary
         # mkstemp makes files that only their owner can read; results are shared
         temporary.chmod(0o666 & ~_umask())
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        if keep is not None and path.is_file():
+            path.replace(keep)
         temporary.replace(path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}. Nothing was left half-written.") from error
+    except (OSError, SafetensorError) as error:  # safetensors wraps what the disk says
+        why = getattr(error, "strerror", None) or first_line(error)
+        raise UserError(f"cannot write {path}: {why}. Nothing was left half-written.") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 @lru_cache
@@ -69,22 +92,25 @@ def locked(folder: Path | str) -> Iterator[None]:
     path = Path(folder) / ".lock"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(
-                    f"another run is writing to {folder}. Wait for it, or choose another name with --run."
-                ) from None
-            yield
+        file = path.open("w")
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}. Choose another folder in the settings.") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"another run is writing to {folder}. Wait for it, or choose another name with --run."
+            ) from None
+        except OSError as error:  # a disk without locks
+            raise UserError(f"cannot lock {path}: {error.strerror}. Choose another folder in the settings.") from error
+        yield
 
 
 def write_text(path: Path | str, text: str) -> None:
-    """Write UTF-8 text atomically."""
+    """Write UTF-8 text atomically; a lone surrogate, as in a path that is no UTF-8, becomes an escape."""
     with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(path: Path | str, value: Any) -> None:
@@ -102,6 +128,15 @@ def write_jsonl(path: Path | str, rows: Iterable[Any]) -> int:
     return count
 
 
+def end_at_whole_line(path: Path) -> None:
+    """Cut off the beginning of a line that a full disk left at the end of a file. No error of the disk is raised."""
+    with suppress(OSError), path.open("rb+") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - MAX_LINE))
+        tail = file.read()
+        file.truncate(size - len(tail) + tail.rfind(b"\n") + 1)
+
+
 def write_csv(path: Path | str, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write rows atomically as CSV, under the names of all their columns; None is an empty cell, NaN is not allowed."""
     names = list(dict.fromkeys(name for row in rows for name in row))
@@ -113,14 +148,19 @@ def write_csv(path: Path | str, rows: Sequence[Mapping[str, Any]]) -> None:
         writer.writerows(rows)
 
 
-def read_csv(path: Path | str, hint: str = "Check the path in the settings.") -> list[dict[str, str]]:
+def read_csv(path: Path | str, hint: str = CHECK) -> list[dict[str, str]]:
     """Read a CSV file with a header; a missing or damaged one is a `UserError`."""
-    path = require_file(path, hint)
+    path = require_file(path, hint, MAX_JSON)
     try:
         with path.open(encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file))
+            reader = csv.DictReader(file)
+            rows, names = list(reader), reader.fieldnames or []
     except (csv.Error, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not CSV ({error}). {hint}") from error
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}. {hint}") from error
+    if len(set(names)) < len(names):
+        raise UserError(f"{path} has two columns of one name. {hint}")
     for number, row in enumerate(rows, 2):
         if None in row or None in row.values():
             raise UserError(f"{path}, row {number}: not as many cells as there are columns. {hint}")
@@ -137,58 +177,139 @@ def plain(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} does not go into JSON")
 
 
-def require_file(path: Path | str, hint: str = "Check the path in the settings.") -> Path:
-    """`path` as a Path if a file is there, else a `UserError` that ends with `hint` (what to do)."""
+def require_file(path: Path | str, hint: str = CHECK, at_most: int | None = None) -> Path:
+    """`path` as a Path if a regular file of at most so many bytes is there, else a `UserError` that ends with `hint`.
+
+    A pipe or a device is refused: one might wait for ever to be read, or never end.
+    """
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"there is no file {path}. {hint}")
+    try:
+        found = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"there is no file {path}. {hint}") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        why = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot read {str(path)[:200]!r}: {why}. {hint}") from error
+    if not stat.S_ISREG(found.st_mode):
+        kind = next((kind for is_one, kind in KINDS.items() if is_one(found.st_mode)), "something else")
+        raise UserError(f"there is no file {path}, but {kind}. {hint}")
+    if at_most is not None and found.st_size > at_most:
+        raise UserError(f"{path} has {found.st_size:,} bytes, more than the {at_most:,} that are read here. {hint}")
     return path
 
 
-def read_json(path: Path | str, hint: str = "Check the path in the settings.") -> Any:
+def _integer(text: str) -> int:
+    value = int(text)
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"a whole number of {len(text)} digits")
+    return value
+
+
+def _float(text: str) -> float:
+    value = float(text)
+    if value in (float("inf"), float("-inf")):
+        raise ValueError("a number that is too large")
+    return value
+
+
+def _constant(name: str) -> float:
+    raise ValueError(f"{name}, which is no number")
+
+
+def parse_json(text: str | bytes, nan: bool = False) -> Any:
+    """The value of a JSON text whose numbers fit 64 bits and are finite, or, if `nan`, may be NaN or an Infinity.
+
+    Raises:
+        ValueError: it is not such JSON. RecursionError: it is nested too deep.
+    """
+    constant = None if nan else _constant
+    return json.loads(text, parse_int=_integer, parse_float=_float, parse_constant=constant)
+
+
+def read_json(path: Path | str, hint: str = CHECK) -> Any:
     """Read a JSON file; a missing or damaged one is a `UserError`."""
-    path = require_file(path, hint)
+    path = require_file(path, hint, MAX_JSON)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_bytes().decode())
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON ({error}). {hint}") from error
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}. {hint}") from error
 
 
-def read_jsonl(path: Path | str, hint: str = "Check the path in the settings.") -> list[Any]:
-    """Read JSON Lines; a missing file or a damaged line is a `UserError` that names the line."""
-    path = require_file(path, hint)
+def read_jsonl(path: Path | str, hint: str = CHECK) -> list[Any]:
+    """Read JSON Lines; a missing file or a damaged line is a `UserError` that names the line.
+
+    NaN is read, for the log of a run that diverged holds it.
+    """
+    path = require_file(path, hint, MAX_LINES)
     rows, number = [], 0
     try:
-        with path.open(encoding="utf-8") as file:
-            for line in file:
+        with path.open("rb") as file:
+            while line := file.readline(MAX_LINE + 1):
                 number += 1
+                if len(line) > MAX_LINE:
+                    raise ValueError(f"more than {MAX_LINE:,} bytes in one line")
                 if line.strip():
-                    rows.append(json.loads(line))
-    except UnicodeDecodeError as error:  # decoded in blocks, so the line is not known
-        raise UserError(f"{path} is not UTF-8 text ({error}). {hint}") from error
+                    rows.append(parse_json(line.decode(), nan=True))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}, line {number}: not UTF-8 text ({error.reason}). {hint}") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}, line {number}: not JSON ({error}). {hint}") from error
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}. {hint}") from error
     return rows
 
 
-def write_tensors(path: Path | str, tensors: dict[str, Tensor], about: dict[str, Any] | None = None) -> None:
-    """Write tensors and a JSON-able `about` (kept in the header's metadata) to a safetensors file atomically."""
+def write_tensors(
+    path: Path | str, tensors: dict[str, Tensor], about: dict[str, Any] | None = None, keep: Path | None = None
+) -> None:
+    """Write tensors and a JSON-able `about` (kept in the header's metadata) to a safetensors file atomically.
+
+    With `keep`, the file that was there goes to that path.
+    """
     header = {"about": json.dumps(about or {}, default=plain)}  # of two entries the order would be left to chance
-    with atomic_path(path) as temporary:
+    with atomic_path(path, keep) as temporary:
         save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, temporary, header)
 
 
-def read_tensors(
-    path: Path | str, hint: str = "Check the path in the settings."
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def check_header(path: Path) -> None:
+    """Raise a `ValueError` for a safetensors file whose header is longer than the file, or names something twice.
+
+    The library checks the rest: that shapes, types and offsets agree, and that they cover the file.
+    """
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            raise ValueError("its header names something twice")
+        return found
+
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > min(path.stat().st_size - 8, MAX_HEADER):
+            raise ValueError(f"its header is said to have {length:,} bytes")
+        json.loads(file.read(length).decode(), object_pairs_hook=once)
+
+
+def read_tensors(path: Path | str, hint: str = CHECK) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors (on CPU) and the `about` of a safetensors file; a missing or damaged file is a `UserError`."""
     path = require_file(path, hint)
     try:
+        check_header(path)
         with safe_open(path, framework="pt") as file:
             about = json.loads((file.metadata() or {}).get("about", "{}"))
+            if not isinstance(about, dict):
+                raise ValueError("its record is no JSON object")
             return {name: file.get_tensor(name) for name in file.keys()}, about  # noqa: SIM118 (not a dict)
-    except (SafetensorError, ValueError, OSError, RecursionError) as error:
-        raise UserError(f"{path} is not a readable safetensors file ({error}). {hint}") from error
+    except (SafetensorError, ValueError, TypeError, AttributeError, OSError, RuntimeError, OverflowError) as error:
+        raise UserError(f"{path} is not a readable safetensors file ({first_line(error)}). {hint}") from error
+
+
+def is_real(tensor: Any) -> bool:
+    """Whether this is a tensor of ordinary floating-point numbers, all of them finite."""
+    plain_types = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+    return isinstance(tensor, Tensor) and tensor.dtype in plain_types and bool(tensor.isfinite().all())
 
 
 def sha256(path: Path | str) -> str:

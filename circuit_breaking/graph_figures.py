@@ -14,7 +14,7 @@ from matplotlib.patches import PathPatch
 from matplotlib.path import Path as Curve
 
 from circuit_breaking.cli import UserError
-from circuit_breaking.figures import COLOURS, figure
+from circuit_breaking.figures import COLOURS, figure, from_results
 from circuit_breaking.files import read_json
 from circuit_breaking.graph import Edge, EdgeGraph, node_of
 from circuit_breaking.masks import describe
@@ -22,6 +22,7 @@ from circuit_breaking.masks import describe
 KINDS = {"embed": "#000000", "head": COLOURS[0], "MLP": COLOURS[1]}  # what writes: colour of its edges
 FAINT, GREY = "#DADADA", "#8C8C8C"
 CLASS_COLOURS = (*COLOURS[:6], "#7B4FA3")  # one for each class of heads of a known circuit
+MOST_READERS = 10_000  # of a graph that is drawn; GPT-2 XL has 3,648 with q, k and v apart
 SMALL = 60  # at most so many nodes are labelled in full size
 HINT = "Make it with ioi/train_mask.py."
 
@@ -38,6 +39,9 @@ def read_graph(path: Path) -> tuple[EdgeGraph, dict[Edge, float], dict[str, Any]
     try:
         shape = {key: value for key, value in record["graph"].items() if key != "n_edges"}
         graph = EdgeGraph(**shape)
+        sizes = (graph.n_layers, graph.n_heads)
+        if any(type(size) is not int for size in sizes) or sizes[0] * (3 * sizes[1] + 1) > MOST_READERS:
+            raise ValueError("a graph of a size that no model has")
         edges = {Edge(name): float(value) for name, value in record["edges"].items()}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path} does not describe a graph ({error!r}). {HINT}") from error
@@ -56,6 +60,7 @@ def layout(graph: EdgeGraph) -> dict[str, tuple[float, float]]:
     return places
 
 
+@from_results
 def draw_graph(folder: Path | str, name: str = "graph") -> Path:
     """The edges of a mask between the nodes of the model, by layer; wider is more important.
 
@@ -139,6 +144,7 @@ def _curve(start: tuple[float, float], end: tuple[float, float]) -> Curve:
     return Curve(points, [Curve.MOVETO, Curve.CURVE4, Curve.CURVE4, Curve.CURVE4])
 
 
+@from_results
 def draw_heat_map(folder: Path | str) -> Path:
     """The edges of a mask as a matrix, sources across and readers up, coloured by importance.
 
@@ -183,6 +189,7 @@ def _shown(node: str, graph: EdgeGraph) -> bool:
     return node[0] == "m" and int(node[1:]) % max(1, math.ceil(graph.n_layers / 12)) == 0
 
 
+@from_results
 def draw_next_tokens(folder: Path | str) -> Path:
     """What the model says after one prompt, before and after: bars of the likeliest next tokens.
 

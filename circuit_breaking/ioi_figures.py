@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator, PercentFormatter
 
 from circuit_breaking.cli import UserError
-from circuit_breaking.figures import COLOURS, MARKERS, apart, figure
+from circuit_breaking.figures import COLOURS, MARKERS, apart, figure, from_results
 from circuit_breaking.files import read_json
 
 PANELS = {  # what a report shows, with its axis's label
@@ -19,6 +19,7 @@ PANELS = {  # what a report shows, with its axis's label
 }
 
 
+@from_results
 def draw_comparison(folder: Path | str) -> Path:
     """Logit difference and ordinary loss by number of edges cut, a line a method; random masks as mean and range.
 
@@ -61,6 +62,7 @@ def draw_comparison(folder: Path | str) -> Path:
     return out
 
 
+@from_results
 def draw_stages(folder: Path | str) -> Path:
     """Share of the logit difference that is left by number of edges kept, along the pruning of a sufficient mask.
 
@@ -90,6 +92,7 @@ def draw_stages(folder: Path | str) -> Path:
     return out
 
 
+@from_results
 def draw_models(folder: Path | str) -> Path:
     """Every model of a report, a row a model and a panel a measure, with 95% intervals.
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from circuit_breaking.cli import UserError
-from circuit_breaking.files import read_tensors, write_tensors
+from circuit_breaking.files import is_real, read_tensors, write_tensors
 from circuit_breaking.graph import Edge, EdgeGraph
 
 
@@ -102,7 +102,7 @@ def load_mask(path: Path | str, model: Any) -> dict[str, Any]:
             f"{path} was made for another model ({about.get('model')}: {', '.join(differing) or 'another count'}). "
             "Load that model, or make a mask for this one."
         )
-    if not weights.isfinite().all() or weights.min() < 0 or weights.max() > 1:
+    if not is_real(weights) or weights.min() < 0 or weights.max() > 1:
         raise UserError(f"{path} holds weights outside [0, 1]. {hint}")
     with torch.no_grad():
         model.mask.weights.copy_(weights)

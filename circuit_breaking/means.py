@@ -8,7 +8,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from circuit_breaking.cli import UserError
-from circuit_breaking.files import read_tensors, write_tensors
+from circuit_breaking.files import is_real, read_tensors, write_tensors
 from circuit_breaking.masks import describe
 from circuit_breaking.text import TokenBatch
 
@@ -59,6 +59,8 @@ def read_means(path: Path | str, hint: str = HINT) -> tuple[Tensor, dict[str, An
     tensors, about = read_tensors(path, hint)
     if "means" not in tensors:
         raise UserError(f"{path} holds no means. {hint}")
+    if not is_real(tensors["means"]) or not tensors["means"].numel():
+        raise UserError(f"{path} holds means that are not finite floating-point numbers. {hint}")
     return tensors["means"], about
 
 

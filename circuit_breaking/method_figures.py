@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from circuit_breaking.cli import UserError
-from circuit_breaking.figures import COLOURS, apart, figure
+from circuit_breaking.figures import COLOURS, apart, figure, from_results
 from circuit_breaking.files import read_json
 from circuit_breaking.markdown import grid
 
@@ -26,6 +26,7 @@ LINEAR = 0.2  # nats to either side of 0 up to which axes are linear
 TICKS = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 
 
+@from_results
 def draw_methods(folder: Path | str) -> Path:
     """Gain of the objective, and rise of both losses, by budget: a line a method, the mean over seeds, and their range.
 

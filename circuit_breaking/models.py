@@ -1,5 +1,6 @@
 """Load a model or a tokenizer by name, folder, GGUF file or Hugging Face object (layer 2)."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -7,10 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import logging
 
-from circuit_breaking.cli import UserError, first_line
+from circuit_breaking.cli import UserError, one_line
 from circuit_breaking.devices import pick_device, pick_dtype
 from circuit_breaking.files import DATA
+from circuit_breaking.folders import check_files, check_sizes
 from circuit_breaking.transformer import EdgeMaskedTransformer, select_positions
 
 TINY = DATA / "tiny_gpt2"
@@ -23,11 +26,14 @@ def _locate(name: str | Path) -> tuple[str, dict[str, Any]]:
         if not (TINY / "config.json").is_file():
             raise UserError(f"the shipped model is not in {TINY}. Make it with data/make_tiny_gpt2.py.")
         return str(TINY), {}
-    folder = Path(name).expanduser()
-    if folder.suffix == ".gguf" and folder.is_file():
-        return str(folder.parent), {"gguf_file": folder.name}
-    if not folder.exists():
-        return str(name), {}
+    try:
+        folder = Path(name).expanduser()
+        if folder.suffix == ".gguf" and folder.is_file():
+            return str(folder.parent), {"gguf_file": folder.name}
+        if not folder.exists():
+            return str(name), {}
+    except (OSError, RuntimeError) as error:  # a name that is too long, a home that is nobody's
+        raise UserError(f"there is no model {str(name)[:200]!r} ({one_line(error, 100)}). Check the name.") from error
     if (folder / "config.json").is_file() or (folder / "tokenizer_config.json").is_file():  # or a tokenizer alone
         return str(folder), {}
     found = sorted(folder.glob("*.gguf")) if folder.is_dir() else []
@@ -39,23 +45,70 @@ def _locate(name: str | Path) -> tuple[str, dict[str, Any]]:
 
 def _from_pretrained(loader: Any, name: str | Path, what: str, **keywords: Any) -> Any:
     place, more = _locate(name)
+    local = Path(place).exists()
     try:
-        return loader.from_pretrained(place, **more, **keywords)
+        if local:
+            check_files(Path(place), more.get("gguf_file"))
+        # code that comes with a model is never run, nor is anybody asked whether to run it
+        return loader.from_pretrained(place, **more, **keywords, trust_remote_code=False)
+    except UserError:
+        raise
     except ImportError as error:
-        raise UserError(f"{what} {name}: {first_line(error)} For GGUF: pip install '.[gguf]'.") from error
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        if Path(place).exists():
-            raise UserError(f"{what} in {place} cannot be read ({first_line(error)}).") from error
+        raise UserError(f"{what} {name}: {one_line(error)} For GGUF: pip install '.[gguf]'.") from error
+    except BaseException as error:  # the libraries raise many kinds for a damaged file, and Rust one of its own
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        if local:
+            raise UserError(f"{what} {place} cannot be read ({one_line(error)}).") from error
         raise UserError(
             f"{what} {place!r} is neither a folder here nor to be had from the Hugging Face hub "
-            f"({first_line(error)}). Check the name and the network, or give a folder."
+            f"({one_line(error)}). Check the name and the network, or give a folder."
         ) from error
 
 
 def load_hf_model(name: str | Path, device: str = "auto", dtype: str | torch.dtype = "float32") -> nn.Module:
-    """The stock Hugging Face causal language model of a name, folder, `.gguf` file or `"tiny"`, in eval mode."""
-    model = _from_pretrained(AutoModelForCausalLM, name, "the model", dtype=pick_dtype(dtype))
-    return model.to(pick_device(device)).eval()
+    """The stock Hugging Face causal language model of a name, folder, `.gguf` file or `"tiny"`, in eval mode.
+
+    Weights are read from safetensors or GGUF, never from pickle.
+
+    Raises:
+        UserError: it cannot be found or read, its weights are not all there, or they are of another shape than its
+            configuration says.
+    """
+    device, dtype = pick_device(device), pick_dtype(dtype)
+    place, more = _locate(name)
+    check_sizes(load_config(name), Path(place), more.get("gguf_file"))
+    keywords = {} if more else {"use_safetensors": True}
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()  # what it warns of ends in an error here
+    try:
+        model, told = _from_pretrained(
+            AutoModelForCausalLM, name, "the model", dtype=dtype, output_loading_info=True,
+            ignore_mismatched_sizes=True, **keywords,
+        )  # fmt: skip
+    finally:
+        logging.set_verbosity(before)
+    check_weights(name, told, model.config.num_hidden_layers)
+    return model.to(device).eval()
+
+
+def check_weights(name: str | Path, told: dict[str, Any], layers: int) -> None:
+    """Raise a `UserError` where weights were lacking or of another shape, in whose place transformers puts random ones,
+    or where there were more than the model's `layers`.
+
+    `told` is transformers' record of how the model was loaded.
+    """
+    if wrong := sorted(told["mismatched_keys"]):
+        key, there, here = wrong[0]
+        raise UserError(
+            f"the model {name} has {key} of shape {list(there)}, and its configuration says {list(here)}. Get it again."
+        )
+    if missing := sorted(told["missing_keys"]):
+        raise UserError(f"the model {name} lacks weights ({missing[0]} and {len(missing) - 1} more). Get it again.")
+    found = [re.search(r"\b(?:h|layers)\.(\d+)\.", key) for key in told["unexpected_keys"]]
+    most = max((int(one[1]) for one in found if one), default=-1)
+    if most >= layers:
+        raise UserError(f"the model {name} has weights of {most + 1} layers, and its configuration says {layers}.")
 
 
 def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
@@ -63,6 +116,13 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
     tokenizer = _from_pretrained(AutoTokenizer, name, "the tokenizer of")
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes of a folder without a tokenizer
         raise UserError(f"the model {name} comes without its tokenizer. Save that in its folder too.")
+    place, more = _locate(name)
+    if not more and (Path(place) / "config.json").is_file():
+        size, most = getattr(load_config(name), "vocab_size", None), max(tokenizer.get_vocab().values())
+        if type(size) is int and most >= size:
+            raise UserError(
+                f"the tokenizer of {name} has a token {most:,}, and the model knows {size:,} tokens. Get both again."
+            )
     return tokenizer
 
 

@@ -132,9 +132,14 @@ def _pretrained(checkpoint: str):
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     def load(**options):
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint, **options)
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False, **options)
         model, info = AutoModelForSequenceClassification.from_pretrained(
-            checkpoint, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **options
+            checkpoint,
+            use_safetensors=True,
+            trust_remote_code=False,
+            dtype=torch.float32,
+            output_loading_info=True,
+            **options,
         )
         if missing := sorted(info["missing_keys"]):  # transformers would score with random weights
             raise UserError(f"{checkpoint} lacks weights ({missing[0]} and {len(missing) - 1} more).")

@@ -7,16 +7,16 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_type_hints
 
 import torch
 from torch import Tensor
 
 from circuit_breaking.checkpoints import Checkpoints, Saved
 from circuit_breaking.cli import UserError
-from circuit_breaking.files import locked, plain, read_jsonl, write_jsonl
+from circuit_breaking.files import end_at_whole_line, locked, plain, read_jsonl, write_jsonl
 from circuit_breaking.models import TINY
 from circuit_breaking.parallel import from_main, is_main, world
 from circuit_breaking.tasks.owt import SHIPPED
@@ -26,12 +26,21 @@ T = TypeVar("T")
 
 
 def fill_in(settings: T, *sources: Mapping[str, Any]) -> T:
-    """Settings with each None replaced by the first source that has a value of that name; paths become `Path`s."""
-    found = {}
+    """Settings with each None replaced by the first source that has a value of that name; paths become `Path`s.
+
+    A value of another type than the setting's is a `UserError`.
+    """
+    found, types = {}, get_type_hints(type(settings))
     for field in dataclasses.fields(settings):
         if getattr(settings, field.name) is None:
             value = next((s[field.name] for s in sources if s.get(field.name) is not None), None)
-            found[field.name] = Path(value) if value is not None and "Path" in str(field.type) else value
+            value = Path(value) if isinstance(value, str) and "Path" in str(field.type) else value
+            kinds = get_args(types[field.name]) or (types[field.name],)
+            kinds += (int,) if float in kinds else ()
+            # a record that was read may say anything; a choice of words is checked where it is used
+            if value is not None and all(isinstance(kind, type) for kind in kinds) and not isinstance(value, kinds):
+                raise UserError(f"the record of the run gives {field.name} as {value!r}. Give it in the settings.")
+            found[field.name] = value
     return dataclasses.replace(settings, **found)
 
 
@@ -58,37 +67,44 @@ def train_into(
     run: Mapping[str, Any] | None = None,
     resume: bool = True,
     every: int = 50,
+    hold: bool = True,
 ) -> MaskResult:
     """`train_mask`, each step's row written to `metrics.jsonl` of a run folder as it comes.
 
     Of several processes that train together the main one writes; all go on from the same checkpoint.
 
     Args:
-        folder, run, resume, every: as for `recorded`.
+        folder, run, resume, every, hold: as for `recorded`.
         model, break_task, keep_task, settings, allowed: as for `train_mask`.
     """
     if run is not None and allowed is not None:
         run = {**run, "allowed": hashlib.sha256(bytes(allowed.tolist())).hexdigest()}
-    with recorded(folder, run, resume, every) as how:
+    with recorded(folder, run, resume, every, hold) as how:
         return train_mask(model, break_task, keep_task, settings, allowed, **how)
+
+
+def held(folder: Path) -> AbstractContextManager[None]:
+    """Hold a run folder against other runs (`files.locked`), by the main one of the processes of this one."""
+    return locked(folder) if is_main() else nullcontext()
 
 
 @contextmanager
 def recorded(
-    folder: Path, run: Mapping[str, Any] | None = None, resume: bool = True, every: int = 50
+    folder: Path, run: Mapping[str, Any] | None = None, resume: bool = True, every: int = 50, hold: bool = True
 ) -> Iterator[dict[str, Any]]:
     """`on_step`, `checkpoints` and `resume_from` of a training loop, whose rows go into `metrics.jsonl` of a folder.
 
     Args:
-        folder: the run folder; held against other processes while the block lasts.
+        folder: the run folder.
         run: the run's provenance. With it, checkpoints are kept in the folder, and a run that was interrupted goes on
             from there if settings, data and code are the same.
         resume: go on from a checkpoint, if there is one.
         every: steps between checkpoints.
+        hold: hold the folder against other runs while the block lasts (`held`); False where the caller does.
     """
     path = folder / "metrics.jsonl"
     checkpoints = None if run is None else Checkpoints(folder, identity(run), every)
-    with locked(folder) if is_main() else nullcontext():
+    with held(folder) if hold else nullcontext():
         saved = _saved(path, checkpoints if resume else None)
         try:
             with path.open("a", encoding="utf-8") if is_main() else nullcontext() as metrics:
@@ -98,6 +114,7 @@ def recorded(
                     "resume_from": saved,
                 }
         except OSError as error:
+            end_at_whole_line(path)
             raise UserError(f"cannot write {path}: {error.strerror}.") from error
 
 

@@ -6,13 +6,14 @@ from typing import Any
 from matplotlib.ticker import MaxNLocator
 
 from circuit_breaking.cli import UserError
-from circuit_breaking.figures import COLOURS, MARKERS, figure
+from circuit_breaking.figures import COLOURS, MARKERS, figure, from_results
 from circuit_breaking.sweeps import read_table
 
 OUTCOME = ("exit_code", "seconds")  # the columns between settings and results
 MOST_LINES = len(COLOURS)
 
 
+@from_results
 def draw_sweep(folder: Path, x: str, y: str = "") -> Path | None:
     """Draw a result against a setting: a point a job, a line through the means, one for each of the other settings.
 
@@ -29,7 +30,10 @@ def draw_sweep(folder: Path, x: str, y: str = "") -> Path | None:
     Raises:
         UserError: there is no such column.
     """
-    rows = [row for row in read_table(folder / "sweep.csv") if row["exit_code"] == 0]
+    table = read_table(folder / "sweep.csv")
+    if table and not {x, *OUTCOME} <= set(table[0]):
+        raise UserError(f"{folder / 'sweep.csv'} lacks the columns {x}, {', '.join(OUTCOME)}. Make it with sweep.py.")
+    rows = [row for row in table if row["exit_code"] == 0]
     columns = list(dict.fromkeys(key for row in rows for key in row))
     results = columns[columns.index("seconds") + 1 :] if rows else []
     numeric = [c for c in results if any(isinstance(row[c], int | float) for row in rows)]

@@ -1,6 +1,7 @@
 """Sweeps over the settings of a script: which jobs, how they run, what came of them (layer 3)."""
 
 import itertools
+import math
 import subprocess
 import sys
 import time
@@ -11,7 +12,7 @@ from typing import Any
 from circuit_breaking.cli import UserError
 from circuit_breaking.files import read_csv, read_json, read_jsonl, read_tensors
 
-MOST_VALUES = 10_000  # of one range: a slip of the keyboard should not make a million jobs
+MOST_VALUES = 10_000  # of one range, and jobs of a sweep: a slip of the keyboard should not make a million jobs
 
 
 def parse_grid(words: Iterable[str]) -> dict[str, list[str]]:
@@ -37,15 +38,21 @@ def _range(word: str, text: str) -> list[str]:
     try:
         numbers = [int(part) for part in text.split(":")]
         values = range(*numbers)
+        count = len(values)
+    except OverflowError:
+        raise UserError(f"{word!r} holds more values than the {MOST_VALUES:,} that are possible.") from None
     except (TypeError, ValueError):
         raise UserError(f"{word!r} is not a range of whole numbers. Write seed=0:5 or seed=0:10:2.") from None
-    if not 0 < len(values) <= MOST_VALUES or len(numbers) < 2:
-        raise UserError(f"{word!r} holds {len(values)} values; 1 to {MOST_VALUES:,} are possible.")
+    if not 0 < count <= MOST_VALUES or len(numbers) < 2:
+        raise UserError(f"{word!r} holds {count} values; 1 to {MOST_VALUES:,} are possible.")
     return [str(value) for value in values]
 
 
 def combinations(grid: dict[str, list[str]]) -> list[dict[str, str]]:
-    """Every combination of the values, the last setting changing fastest."""
+    """Every combination of the values, the last setting changing fastest. `UserError` if there are too many."""
+    count = math.prod(len(values) for values in grid.values())
+    if count > MOST_VALUES:
+        raise UserError(f"the grid has {count:,} jobs; at most {MOST_VALUES:,} are possible. Give fewer values.")
     return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
 
 
@@ -55,7 +62,7 @@ def run_job(command: list[str], log: str) -> dict[str, Any]:
     try:
         with Path(log).open("w", encoding="utf-8") as file:
             code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a NUL in a word
         return {"exit_code": 1, "seconds": 0.0, "error": str(error)}
     return {"exit_code": code, "seconds": round(time.perf_counter() - start, 2)}
 
@@ -79,7 +86,8 @@ def results_of(folder: Path) -> dict[str, Any]:
         _, about = read_tensors(folder / "mask.safetensors")
         found |= flatten(about.get("losses", {}), "loss")
     if (folder / "report.json").is_file():
-        found |= flatten({key: value for key, value in read_json(folder / "report.json").items() if key != "settings"})
+        report = flatten(read_json(folder / "report.json"))
+        found |= {key: value for key, value in report.items() if not key.startswith("settings.")}
     return found
 
 
@@ -103,7 +111,8 @@ def read_table(path: Path) -> list[dict[str, Any]]:
 def _number(text: str) -> Any:
     for kind in (int, float):
         try:
-            return kind(text)
+            value = kind(text)
         except ValueError:
             continue
+        return value if math.isfinite(value) else text
     return text

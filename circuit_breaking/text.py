@@ -12,7 +12,12 @@ import torch
 from torch import Tensor
 
 from circuit_breaking.cli import UserError
-from circuit_breaking.files import require_file
+from circuit_breaking.files import CHECK, MAX_LINES, require_file
+
+
+def is_text(value: Any) -> bool:
+    """Whether a value is a text that has a UTF-8 form: JSON can hold lone surrogates, which no tokenizer takes."""
+    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
 
 
 @dataclass(frozen=True)
@@ -106,13 +111,15 @@ def pad_right(rows: Sequence[Sequence[int]], fill: int) -> TokenBatch:
     return TokenBatch(tokens, lengths)
 
 
-def read_lines(path: Path | str, hint: str = "Check the path in the settings.") -> list[str]:
+def read_lines(path: Path | str, hint: str = CHECK) -> list[str]:
     """Lines of a UTF-8 text file that are not blank, one text each. A missing or empty file is a `UserError`."""
-    path = require_file(path, hint)
+    path = require_file(path, hint, MAX_LINES)
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8", errors="strict").splitlines()]
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}). {hint}") from error
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}. {hint}") from error
     lines = [line for line in lines if line]
     if not lines:
         raise UserError(f"{path} holds no text. {hint}")

@@ -9,7 +9,7 @@ from circuit_breaking.files import DATA, read_jsonl
 from circuit_breaking.models import TINY, prefix_token
 from circuit_breaking.tasks.owt import SHIPPED
 from circuit_breaking.tasks.toxic import HINT
-from circuit_breaking.text import TokenBatch, pad_right
+from circuit_breaking.text import TokenBatch, is_text, pad_right
 
 POSTS = DATA / "toxicity" / "posts"  # what toxicity/toxic_data_for_eval.py writes
 TEXT = TINY / "text"  # what ships with the tiny model
@@ -41,7 +41,7 @@ def read_prompt_rows(path: Path | str, count: int | None = None) -> list[tuple[s
     rows = []
     for number, row in enumerate(read_jsonl(path, HINT)[:count], 1):
         text = row.get("prompt", row.get("text")) if isinstance(row, dict) else None
-        if not isinstance(text, str):
+        if not is_text(text):
             raise UserError(f"{path}, row {number}: there is neither a 'prompt' nor a 'text'. {HINT}")
         rows.append((text, "prompt" in row))
     return rows

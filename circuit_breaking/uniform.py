@@ -6,6 +6,7 @@ import numpy as np
 
 from circuit_breaking.cli import UserError
 from circuit_breaking.files import read_jsonl
+from circuit_breaking.text import is_text
 
 HINT = "Make it with toxicity/toxic_data_for_eval.py, or set the path of one."
 
@@ -15,7 +16,7 @@ def read_uniform(path: Path | str) -> tuple[list[str], np.ndarray]:
     rows = read_jsonl(path, HINT)
     for number, row in enumerate(rows, 1):
         text, toxicity = (row.get("text"), row.get("toxicity")) if isinstance(row, dict) else (None, None)
-        if not isinstance(text, str) or not isinstance(toxicity, int | float) or not 0 <= toxicity <= 1:
+        if not is_text(text) or type(toxicity) not in (int, float) or not 0 <= toxicity <= 1:
             raise UserError(f"{path}, row {number}: there is no 'text' with a 'toxicity' between 0 and 1. {HINT}")
     if not rows:
         raise UserError(f"{path} holds no rows. {HINT}")

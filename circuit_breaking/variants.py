@@ -142,10 +142,12 @@ def _read(name: str, folder: Path, engine: Engines) -> Variant:
 def read_mask(name: str, path: Path, engine: Engines, means: Path | None = None) -> Variant:
     """The variant of a mask's file. `means` are those of the mask's own record where None."""
     about = read_tensors(path, HINT)[1]
-    settings = about.get("settings") or {}
-    model = engine(bool((about.get("graph") or {}).get("split_qkv")))
+    settings = about["settings"] if isinstance(about.get("settings"), dict) else {}
+    model = engine(bool(isinstance(about.get("graph"), dict) and about["graph"].get("split_qkv")))
     load_mask(path, model)
     means = means or settings.get("means")
+    if not isinstance(means, str | Path | None):
+        raise UserError(f"{path} names no file of means, but {means!r}. {HINT}")
     model.means = None
     if means is not None:
         load_means(require_file(means, "It was used in training and is needed here."), model)

@@ -73,7 +73,7 @@ def find_matrices(hf: nn.Module, granularity: str) -> list[Matrix]:
     Raises:
         UserError: there is no such granularity, or the model is of a family that is not known (`places.FAMILIES`).
     """
-    if granularity not in UNITS:
+    if not isinstance(granularity, str) or granularity not in UNITS:
         raise UserError(f"granularity {granularity!r} is not one of {', '.join(UNITS)}.")
     model = find_places(hf)
     names = {parameter: name for name, parameter in hf.named_parameters()}
@@ -111,12 +111,14 @@ def check_fits(mask: WeightMask, hf: nn.Module) -> dict[str, Matrix]:
         count = matrices[name].count
         if (
             units.dim() != 1
-            or units.is_floating_point()
+            or units.dtype not in (torch.int32, torch.int64)
             or (len(units) and not 0 <= units.min() <= units.max() < count)
         ):
             raise UserError(f"the weight mask of {name} is not a list of numbers below {count:,}. {HINT}")
         if len(units.unique()) < len(units):
             raise UserError(f"the weight mask of {name} names a unit twice. {HINT}")
+        if (units.diff() < 0).any():
+            raise UserError(f"the weight mask of {name} does not name its units in rising order. {HINT}")
     return matrices
 
 
@@ -205,9 +207,10 @@ def load_weight_mask(path: Path | str, hf: nn.Module) -> WeightMask:
             f"{path} was made for a model of another shape ({about.get('model')}). Load that one, or learn a mask for "
             "this one."
         )
-    mask = WeightMask(about.get("granularity"), {name: numbers.long() for name, numbers in units.items()}, about)
+    mask = WeightMask(about.get("granularity"), units, about)
     try:
         check_fits(mask, hf)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+    mask.units = {name: numbers.long() for name, numbers in units.items()}
     return mask

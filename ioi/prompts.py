@@ -14,6 +14,7 @@ from typing import Any
 
 from circuit_breaking.cli import UserError
 from circuit_breaking.files import read_json
+from circuit_breaking.text import is_text
 
 BANK = Path(__file__).resolve().parent / "words.json"  # the words and templates that the project ships
 NAMES = ("A", "B", "S")
@@ -53,7 +54,7 @@ def read_words(path: Path | str) -> Words:
     value = read_json(path, f"Copy {BANK.name} and change that.")
     for key, least in (("names", 3), ("places", 1), ("objects", 1), ("templates", 1)):
         found = value.get(key) if isinstance(value, dict) else None
-        if not isinstance(found, list) or not all(isinstance(word, str) and word for word in found):
+        if not isinstance(found, list) or not all(is_text(word) and word for word in found):
             raise UserError(f"{path} has no list of texts {key!r}. Copy {BANK.name} and change that.")
         if len(found) < least:
             raise UserError(f"{path} gives {len(found)} {key}; at least {least} are needed.")

@@ -16,7 +16,7 @@ from utils import FOLDER, Setting, draw_run, open_setting, write_run
 
 from circuit_breaking.cli import run_script
 from circuit_breaking.parallel import is_main
-from circuit_breaking.scripts import train_into
+from circuit_breaking.scripts import held, train_into
 from circuit_breaking.training import MaskSettings
 
 
@@ -48,15 +48,16 @@ class Settings(MaskSettings):
 def main(settings: Settings) -> None:
     setting: Setting = open_setting(settings)
     folder = settings.out / settings.run
-    before = setting.summary()
-    result = train_into(
-        folder, setting.model, setting.ioi, setting.ordinary, settings, None, setting.record, settings.resume,
-        settings.checkpoint_every,
-    )  # fmt: skip
-    if not is_main():
-        return
-    after = setting.summary()
-    write_run(folder, setting, {"before": before, "after": after})
+    with held(folder):
+        before = setting.summary()
+        result = train_into(
+            folder, setting.model, setting.ioi, setting.ordinary, settings, None, setting.record, settings.resume,
+            settings.checkpoint_every, hold=False,
+        )  # fmt: skip
+        if not is_main():
+            return
+        after = setting.summary()
+        write_run(folder, setting, {"before": before, "after": after})
     draw_run(folder)
     for name, value in before.items():
         print(f"{name.replace('_', ' ')}: {value:.3f} -> {after[name]:.3f}")

@@ -14,6 +14,7 @@ from typing import BinaryIO
 import numpy as np
 
 from circuit_breaking.cli import UserError
+from circuit_breaking.files import require_file
 
 GZIP_MAGIC = b"\x1f\x8b"
 GZIP_MAX_RATIO = 1032  # DEFLATE cannot pack tighter
@@ -28,6 +29,7 @@ def read_idx(path: Path, n_dims: int) -> np.ndarray:
 
     `n_dims` is 3 for images [N, rows, columns] and 1 for labels [N]. Anything wrong with the file is a `UserError`.
     """
+    require_file(path, ADVICE)
     try:
         with path.open("rb") as raw:
             packed = raw.read(2) == GZIP_MAGIC

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from circuit_breaking.cli import UserError
-from circuit_breaking.files import read_tensors, write_tensors
+from circuit_breaking.files import is_real, read_tensors, write_tensors
 
 
 def masked_linear(x: Tensor, layer: nn.Linear, mask: Tensor, mean: Tensor) -> Tensor:
@@ -105,7 +105,12 @@ def load_network(path: Path) -> tuple[MaskedMLP, dict[str, Any]]:
     tensors, about = read_tensors(path, hint)
     try:
         width, n_inputs = tensors["first.weight"].shape
-        model = MaskedMLP(n_inputs, width, len(tensors["last.bias"]))
+        groups = len(tensors["last.bias"])
+        if tensors["last.weight"].shape != (groups, width) or not min(width, n_inputs, groups):
+            raise ValueError("its layers do not fit each other")
+        if not all(map(is_real, tensors.values())):
+            raise ValueError("it holds values that are no finite numbers")
+        model = MaskedMLP(n_inputs, width, groups)
         model.load_state_dict(tensors)
     except (KeyError, ValueError, TypeError, RuntimeError) as error:
         raise UserError(f"{path} does not hold a network of this setting. {hint}") from error

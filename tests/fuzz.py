@@ -1,7 +1,8 @@
 """Feed every loader damaged files: each must be read or refused with a `UserError`, never end otherwise.
 
-`make fuzz` runs 10,000 inputs a loader and prints the count; nothing is kept but an input that failed, in /tmp. Inputs
-are valid files with bytes flipped, cut, repeated, exchanged, or with numbers of their headers made huge.
+`make fuzz` runs 10,000 inputs a loader and prints the count, fewer for the few that are slow, and says so; nothing is
+kept but an input that failed, in /tmp. Inputs are valid files with bytes flipped, cut, repeated or exchanged, or with
+what they hold changed and encoded anew (`damage`): headers, lengths, shapes, records, settings; or bombs.
 """
 
 import contextlib
@@ -16,28 +17,42 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import zstandard
 from conftest import small_gpt2
-from scripts import load_script
+from damage import (
+    damage,
+    damage_gguf,
+    damage_gzip,
+    damage_json,
+    damage_lines,
+    damage_tensors,
+    damage_zstd,
+)
+from gguf_files import write_gguf
+from scripts import load_script, save_small_model
+from transformers.utils import logging
 
 from circuit_breaking.checkpoints import NEWEST, Checkpoints
 from circuit_breaking.cli import UserError, run_script
 from circuit_breaking.dump import read_lines as read_dump
-from circuit_breaking.files import read_json, read_jsonl, read_tensors
+from circuit_breaking.files import read_csv, read_json, read_jsonl, read_tensors
+from circuit_breaking.folders import check_sizes
+from circuit_breaking.gguf_header import check_gguf
+from circuit_breaking.graph_figures import graph_record, read_graph
+from circuit_breaking.html import clean_html
 from circuit_breaking.masks import load_mask, save_mask
 from circuit_breaking.means import load_means, save_means
-from circuit_breaking.models import load_model
-from circuit_breaking.sweeps import parse_grid, read_table
+from circuit_breaking.models import load_config, load_model, load_tokenizer
+from circuit_breaking.sweeps import combinations, parse_grid, read_table
 from circuit_breaking.tasks.ioi import read_prompts
 from circuit_breaking.tasks.toxic import read_examples
 from circuit_breaking.text import read_lines
+from circuit_breaking.toxic_inputs import read_prompt_rows
+from circuit_breaking.uniform import read_uniform
+from circuit_breaking.variants import engines_of, read_mask
 from circuit_breaking.weight_masks import WeightMask, find_matrices, load_weight_mask, save_weight_mask
 
 SLOW = 10.0  # seconds in which an input must be read or refused
-MEMORY = 8 << 30  # bytes of address space beyond those in use when fuzzing starts
-INTERESTING = [
-    b"\x00", b"\xff" * 4, b"\x7f\xff\xff\xff", b"\xff" * 8, b"NaN", b"1e999", b"[" * 5000, b"-1", b"{}", b'"',
-]  # fmt: skip
+MEMORY = 4 << 30  # bytes of address space beyond those in use when fuzzing starts
 
 
 @dataclass
@@ -47,34 +62,16 @@ class Settings:
     only: str = ""  # one loader's name; "" for all
 
 
-def damage(data: bytes, rng: random.Random) -> bytes:
-    """One to four random changes."""
-    changed = bytearray(data)
-    for _ in range(rng.randint(1, 4)):
-        at = rng.randrange(len(changed) + 1)
-        # headers are where a byte does most
-        at = min(at, rng.choice([8, 64, 512, len(changed)]))
-        kind = rng.randrange(7)
-        if kind == 0 and at < len(changed):
-            changed[at] ^= 1 << rng.randrange(8)
-        elif kind == 1:
-            del changed[at:]
-        elif kind == 2:
-            del changed[at : at + rng.randint(1, 16)]
-        elif kind == 3:
-            changed[at:at] = rng.choice(INTERESTING)
-        elif kind == 4:
-            piece = rng.choice(INTERESTING)
-            changed[at : at + len(piece)] = piece
-        elif kind == 5:
-            changed[at:at] = changed[max(0, at - rng.randint(1, 64)) : at] * rng.randint(1, 8)
-        else:
-            changed[at : at + 8] = rng.randbytes(8)
-    return bytes(changed)
+@dataclass
+class Loader:
+    seeds: list[bytes]  # valid files
+    load: Callable[[Path], object]  # how it is called on a path
+    damage: Callable[[bytes, random.Random], bytes] = damage
+    most: int | None = None  # inputs, where one takes too long for more
 
 
-def make_loaders(folder: Path) -> dict[str, tuple[list[bytes], Callable[[Path], object]]]:
-    """For each loader the valid files it starts from, and how it is called on a path."""
+def make_loaders(folder: Path) -> dict[str, Loader]:
+    """Every loader by name."""
     hf = small_gpt2(n_layer=1, n_head=2, n_embd=8)
     model = load_model(hf, device="cpu")
     save_mask(folder / "mask", model)
@@ -102,26 +99,107 @@ def make_loaders(folder: Path) -> dict[str, tuple[list[bytes], Callable[[Path], 
         with contextlib.redirect_stderr(io.StringIO()):
             return Checkpoints(run, {"seed": 0}).load()
 
+    mlp = load_script("mnist/mlp_model.py")
+    mlp.save_network(folder / "network", mlp.MaskedMLP(4, 3, 2), {})
+    network_bytes = (folder / "network").read_bytes()
+    sampler = load_script("toxicity/toxic_data_for_eval.py")
+
+    def dump_of_posts(path: Path) -> None:
+        with path.open("rb") as file:
+            sampler.sample(file, sampler.Settings(min_characters=1))[0].draw()
+
+    def html(path: Path) -> None:
+        text = clean_html(path.read_bytes().decode(errors="surrogateescape"))
+        text.encode()
+
+    def grid(path: Path) -> None:
+        combinations(parse_grid([path.read_text(errors="replace")]))
+
     def dump(path: Path) -> None:
         with path.open("rb") as file:
             for _ in read_dump(file, "dump"):
                 pass
 
+    def folder_with(name: str, load: Callable[[Path], object]) -> tuple[list[bytes], Callable[[Path], object]]:
+        """Calls a loader on a model's folder of which one file is the damaged one."""
+        place = save_small_model(folder / f"with {name}", n_layer=1, n_head=2, n_embd=8)
+
+        def call(path: Path) -> None:
+            (place / name).write_bytes(path.read_bytes())
+            load(place)
+
+        return [(place / name).read_bytes()], call
+
+    def gguf(path: Path) -> None:
+        (folder / "model.gguf").write_bytes(path.read_bytes())
+        with contextlib.redirect_stderr(io.StringIO()):
+            load_model(folder / "model.gguf", device="cpu")
+
+    def whole_model(place: Path) -> None:
+        load_model(place, device="cpu")(torch.tensor([[0, 1, 2]]))
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    write_gguf(folder / "whole.gguf")
+    ggufs = [(folder / "whole.gguf").read_bytes()]
+    words = load_script("ioi/prompts.py")
+    generate = load_script("toxicity/generate.py")
+    run_of = folder / "trained"
+    run_of.mkdir()
+    (run_of / "edges.json").write_text(json.dumps(model.mask.graph.edges[:3]))
+    trained = {"settings": {"model": "tiny", "means": None, "max_edges": 3}, "inputs": {}, "model": "tiny"}
+
+    def settings_of(path: Path) -> None:
+        (run_of / "settings.json").write_bytes(path.read_bytes())
+        generate.read_run(run_of)
+
+    def mask_as_variant(path: Path) -> None:
+        read_mask("ablated", path, engine)
+
+    engine = engines_of(hf)
+    model.name = "small"
+    save_mask(folder / "recorded", model, trained)
+    mask, means, weights = ((folder / name).read_bytes() for name in ("mask", "means", "weights"))
+    graph = json.dumps(graph_record(model.graph, dict.fromkeys(model.graph.edges[:3], 0.5))).encode()
+    bank = words.BANK.read_bytes()
+    uniform = b"".join(json.dumps({"text": f"text {n}", "toxicity": n / 3}).encode() + b"\n" for n in range(3))
+    prompts = json.dumps(prompt).encode() + b"\n"
     return {
-        "dump": ([posts, zstandard.compress(posts)], dump),
-        "text": ([b"one line\nanother\n\xc3\xa9\n"], read_lines),
-        "examples": ([rows], read_examples),
-        "prompts": ([json.dumps(prompt).encode() + b"\n"], read_prompts),
-        "idx": ([images, images[:4]], lambda path: idx.read_idx(path, 3)),
-        "json": ([json.dumps({"a": [1, 2.5, None, "x"]}).encode()], read_json),
-        "jsonl": ([rows], read_jsonl),
-        "table": ([b"a,b\n1,2\n3,x\n"], read_table),
-        "tensors": ([(folder / "mask").read_bytes()], read_tensors),
-        "mask": ([(folder / "mask").read_bytes()], lambda path: load_mask(path, model)),
-        "means": ([(folder / "means").read_bytes()], lambda path: load_means(path, model)),
-        "weight mask": ([(folder / "weights").read_bytes()], lambda path: load_weight_mask(path, hf)),
-        "checkpoint": ([(run / NEWEST).read_bytes()], checkpoint),
-        "grid": ([b"alpha=0.1,0.2", b"seed=0:5"], lambda path: parse_grid([path.read_text(errors="replace")])),
+        "dump": Loader([posts], dump),
+        "dump, posts": Loader([posts], dump_of_posts, damage_lines),
+        "dump, zstd": Loader([posts], dump, damage_zstd),
+        "html": Loader([b"a<br>b <s>x</s> &gt; <span class='quote'>y</span>"], html),
+        "text": Loader([b"one line\nanother\n\xc3\xa9\n"], read_lines),
+        "examples": Loader([rows], read_examples, damage_lines),
+        "uniform": Loader([uniform], read_uniform, damage_lines),
+        "prompts": Loader([prompts], read_prompts, damage_lines),
+        "prompt rows": Loader([prompts, rows], read_prompt_rows, damage_lines),
+        "words": Loader([bank], words.read_words, damage_json),
+        "idx": Loader([images, images[:4]], lambda path: idx.read_idx(path, 3)),
+        "idx, gzip": Loader([images], lambda path: idx.read_idx(path, 3), damage_gzip),
+        "json": Loader([json.dumps({"a": [1, 2.5, None, "x"]}).encode()], read_json, damage_json),
+        "jsonl": Loader([rows], read_jsonl, damage_lines),
+        "csv": Loader([b'a,b\n1,2\n3,"x\ny"\n'], read_csv),
+        "table": Loader([b"a,b\n1,2\n3,x\n"], read_table),
+        "graph": Loader([graph], read_graph, damage_json),
+        "settings": Loader([json.dumps(trained).encode()], settings_of, damage_json),
+        "tensors": Loader([mask, means], read_tensors, damage_tensors),
+        "mask": Loader([mask], lambda path: load_mask(path, model), damage_tensors),
+        "mask, record": Loader([(folder / "recorded").read_bytes()], mask_as_variant, damage_tensors),
+        "means": Loader([means], lambda path: load_means(path, model), damage_tensors),
+        "weight mask": Loader([weights], lambda path: load_weight_mask(path, hf), damage_tensors),
+        "checkpoint": Loader([(run / NEWEST).read_bytes()], checkpoint, damage_tensors),
+        "network": Loader([network_bytes], mlp.load_network, damage_tensors),
+        "grid": Loader([b"alpha=0.1,0.2", b"seed=0:5", b"seed=0:10:2"], grid),
+        "model's configuration": Loader(
+            *folder_with("config.json", lambda place: check_sizes(load_config(place), place)), damage_json
+        ),
+        "model's weights": Loader(*folder_with("model.safetensors", whole_model), damage_tensors, 5000),
+        "model, configuration": Loader(*folder_with("config.json", whole_model), damage_json, 5000),
+        "tokenizer": Loader(*folder_with("tokenizer.json", load_tokenizer), damage_json),
+        "tokenizer's settings": Loader(*folder_with("tokenizer_config.json", load_tokenizer), damage_json),
+        "gguf, header": Loader(ggufs, check_gguf, damage_gguf),
+        "gguf": Loader(ggufs, gguf, damage_gguf, 2000),
     }
 
 
@@ -135,33 +213,34 @@ def fuzz(settings: Settings) -> dict[str, tuple[int, int]]:
         before = resource.getrlimit(resource.RLIMIT_AS)
         resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, before[1]))
         try:
-            for loader, (seeds, load) in loaders.items():
-                if settings.only in ("", loader):
-                    counts[loader] = fuzz_one(loader, seeds, load, settings, folder / "input")
-                    print(f"{loader}: {sum(counts[loader]):,} inputs, {counts[loader][1]:,} refused", flush=True)
+            for name, loader in loaders.items():
+                if settings.only in ("", name):
+                    start = time.process_time()
+                    counts[name] = fuzz_one(name, loader, settings, folder / "input")
+                    done, seconds = sum(counts[name]), time.process_time() - start
+                    why = f"; no more, for one takes {1000 * seconds / done:.0f} ms" if done < settings.inputs else ""
+                    print(f"{name}: {done:,} inputs, {counts[name][1]:,} refused, {seconds:.0f} s{why}", flush=True)
         finally:
             resource.setrlimit(resource.RLIMIT_AS, before)
     return counts
 
 
-def fuzz_one(
-    loader: str, seeds: list[bytes], load: Callable[[Path], object], settings: Settings, path: Path
-) -> tuple[int, int]:
-    rng = random.Random(f"{settings.seed} {loader}")
+def fuzz_one(name: str, loader: Loader, settings: Settings, path: Path) -> tuple[int, int]:
+    rng = random.Random(f"{settings.seed} {name}")
     read = refused = 0
-    for _ in range(settings.inputs):
-        data = damage(rng.choice(seeds), rng)
+    for _ in range(min(settings.inputs, loader.most or settings.inputs)):
+        data = loader.damage(rng.choice(loader.seeds), rng)
         path.write_bytes(data)
         start = time.perf_counter()
         try:
-            load(path)
+            loader.load(path)
             read += 1
         except UserError:
             refused += 1
         except BaseException as error:
-            raise UserError(f"{loader}: {type(error).__name__}: {error}; input kept as {keep(loader, data)}") from error
+            raise UserError(f"{name}: {type(error).__name__}: {error}; input kept as {keep(name, data)}") from error
         if time.perf_counter() - start > SLOW:
-            raise UserError(f"{loader}: took {time.perf_counter() - start:.0f} s; input kept as {keep(loader, data)}")
+            raise UserError(f"{name}: took {time.perf_counter() - start:.0f} s; input kept as {keep(name, data)}")
     return read, refused
 
 

@@ -78,7 +78,7 @@ def test_detoxify_scores_as_its_model_does_text_by_text(checkpoint):
     scorer = Detoxify(device="cpu", checkpoint=str(checkpoint), batch_size=3)
     same_for_all_scorers(scorer)
     texts = [" ".join(WORDS[i : i + n]) for i, n in enumerate([3, 7, 1, 5, 2, 8, 4])]
-    model = BertForSequenceClassification.from_pretrained(checkpoint).eval()
+    model = BertForSequenceClassification.from_pretrained(checkpoint, use_safetensors=True).eval()
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     with torch.no_grad():
         expected = [torch.sigmoid(model(**tokenizer(t, return_tensors="pt")).logits[0, 1]).item() for t in texts]

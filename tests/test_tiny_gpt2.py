@@ -31,7 +31,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def model():
-    return AutoModelForCausalLM.from_pretrained(FOLDER).eval()
+    return AutoModelForCausalLM.from_pretrained(FOLDER, use_safetensors=True).eval()
 
 
 def words(text: str) -> set[str]:
@@ -242,7 +242,7 @@ def test_a_short_run_is_deterministic_and_loads(tmp_path):
         assert sha256(tmp_path / "a" / name) != sha256(tmp_path / "c" / name)
     # beside the runs nothing is left
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "c"]
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "a").config.n_layer == 4
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "a", use_safetensors=True).config.n_layer == 4
     report = read_json(tmp_path / "a" / "report.json")
     assert report["settings"]["steps"] == 3
     assert str(tmp_path) not in json.dumps(report)

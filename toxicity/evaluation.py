@@ -85,7 +85,8 @@ def as_trained(settings: Settings) -> tuple[Settings, dict[str, Path]]:
     hint = "Train one with toxicity/train_mask.py, or set run or mask to one that is there."
     masks = [mask, *(folder / "mask.safetensors" for folder in folders.values())]
     first = next((path for path in masks if path is not None and (path.is_file() or path is mask)), None)
-    trained = (read_tensors(first, hint)[1].get("settings") or {}) if first is not None else {}
+    trained = read_tensors(first, hint)[1].get("settings") if first is not None else {}
+    trained = trained if isinstance(trained, dict) else {}
     if mask is None:  # the masks among the models have means of their own
         trained = {key: value for key, value in trained.items() if key != "means"}
     model = settings.model or trained.get("model") or "tiny"
@@ -208,13 +209,13 @@ def main(settings: Settings) -> None:
         rows = measure_uniform(drawn, hf, uniform, settings.batch_size)
     if settings.save_generations:
         write_jsonl(folder / "generations.jsonl", generations)
-    else:  # those of an earlier evaluation would not be what this report is about
-        (folder / "generations.jsonl").unlink(missing_ok=True)
     if rows:
         write_csv(folder / UNIFORM, rows)
-    else:
-        (folder / UNIFORM).unlink(missing_ok=True)
     write_json(folder / "report.json", report)
+    # those of an earlier evaluation would not be what this report is about
+    for name, written in (("generations.jsonl", settings.save_generations), (UNIFORM, rows)):
+        if not written:
+            (folder / name).unlink(missing_ok=True)
     if len(measured) <= MOST_COLOURS:
         draw_report(folder)
     else:  # more than one can tell apart by colour: a row each, and without random masks

@@ -66,11 +66,12 @@ def read_run(folder: Path) -> Ablated:
     """A run folder of train_mask.py."""
     edges, about = read_json(folder / "edges.json", HINT), read_json(folder / "settings.json", HINT)
     settings = about.get("settings") if isinstance(about, dict) else None
-    if not isinstance(edges, list) or not isinstance(settings, dict) or "model" not in settings:
+    named = isinstance(edges, list) and all(isinstance(edge, str) for edge in edges)
+    if not named or not isinstance(settings, dict) or not isinstance(settings.get("model"), str):
         raise UserError(f"{folder} is neither a run of train_mask.py nor a saved ablated model. {HINT}")
     means = None
     if settings.get("means"):
-        means = read_means(settings["means"], "It was used in training and is needed here.")[0]
+        means = read_means(str(settings["means"]), "It was used in training and is needed here.")[0]
     report = folder / "report.json"
     return Ablated(settings["model"], edges, means, about, read_json(report) if report.is_file() else {})
 

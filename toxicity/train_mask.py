@@ -11,6 +11,7 @@ Time    a minute for the shipped model on two cores; a step of GPT-2 small takes
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from utils import FOLDER, default_data, fill_in
@@ -21,9 +22,11 @@ from circuit_breaking.masks import save_mask
 from circuit_breaking.means import load_means, save_means
 from circuit_breaking.models import load_model, load_tokenizer
 from circuit_breaking.parallel import is_main
-from circuit_breaking.scripts import train_into
+from circuit_breaking.scripts import held, train_into
 from circuit_breaking.tasks import OWTTask, ToxicTask
+from circuit_breaking.tasks.base import TextTask
 from circuit_breaking.training import MaskSettings
+from circuit_breaking.transformer import EdgeMaskedTransformer
 
 
 @dataclass
@@ -68,16 +71,23 @@ def main(settings: Settings) -> None:
     if Path(settings.ordinary).is_file():
         inputs.append(Path(settings.ordinary))
     record = provenance(settings, inputs, model=model.name)
+    with held(folder):
+        train(folder, model, {"ordinary": ordinary, "toxic": toxic}, record, settings)
+
+
+def train(
+    folder: Path, model: EdgeMaskedTransformer, tasks: dict[str, TextTask], record: dict[str, Any], settings: Settings
+) -> None:
+    """Train the mask and write the run folder, which is held."""
     if is_main():
         write_json(folder / "settings.json", record)
-
-    tasks = {"ordinary": ordinary, "toxic": toxic}
     for task in tasks.values():
         task.evaluation_batch = settings.micro_batch or task.evaluation_batch
     before = {name: task.get_test_loss(model, settings.test_texts) for name, task in tasks.items()}
     result = train_into(
-        folder, model, toxic, ordinary, settings, None, record, settings.resume, settings.checkpoint_every
-    )
+        folder, model, tasks["toxic"], tasks["ordinary"], settings, None, record, settings.resume,
+        settings.checkpoint_every, hold=False,
+    )  # fmt: skip
     if not is_main():
         return
     after = {name: task.get_test_loss(model, settings.test_texts) for name, task in tasks.items()}

@@ -17,7 +17,7 @@ from circuit_breaking.files import read_jsonl
 from circuit_breaking.losses import logit_difference
 from circuit_breaking.models import TINY, prefix_token
 from circuit_breaking.tasks.base import TextTask
-from circuit_breaking.text import TokenBatch, pad_right
+from circuit_breaking.text import TokenBatch, is_text, pad_right
 
 HINT = "Make prompts with ioi/make_ioi_datasets.py, or set the path of some."
 Objective = Literal["cross_entropy", "logit_difference"]
@@ -63,7 +63,7 @@ def read_prompts(path: Path | str) -> list[Prompt]:
     prompts = []
     for number, row in enumerate(read_jsonl(path, HINT), 1):
         found = [row.get("prompt", row.get("text")), row.get("IO"), row.get("S")] if isinstance(row, dict) else [None]
-        if not all(isinstance(value, str) and value for value in found):
+        if not all(is_text(value) and value for value in found):
             raise UserError(f"{path}, row {number}: there is no 'text', 'IO' and 'S' with text in each. {HINT}")
         prompts.append(Prompt(*found))
     if not prompts:

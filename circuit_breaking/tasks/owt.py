@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from circuit_breaking.cli import UserError, first_line
+from circuit_breaking.cli import UserError, first_line, one_line
 from circuit_breaking.models import TINY, prefix_token
 from circuit_breaking.tasks.base import TextTask
 from circuit_breaking.text import encode, read_lines
@@ -22,10 +22,14 @@ def load_texts(source: str | Path, limit: int) -> tuple[list[str], list[str]]:
     if str(source) == SHIPPED:
         folder = TINY / "text"
         return read_lines(folder / "plain_train.txt")[:limit], read_lines(folder / "plain_test.txt")[: limit // 4 + 1]
-    path = Path(source).expanduser()
-    if path.is_dir():
+    try:
+        path = Path(source).expanduser()
+        is_folder, is_file = path.is_dir(), path.is_file()
+    except (OSError, RuntimeError) as error:  # a name that is too long, a home that is nobody's
+        raise UserError(f"cannot read {str(source)[:200]!r} ({one_line(error, 100)}). Check the settings.") from error
+    if is_folder:
         raise UserError(f"{path} is a folder; the ordinary text is a file with one text a line, or a data set's name.")
-    if path.is_file() or path.suffix in {".txt", ".text"} or path.is_absolute():
+    if is_file or path.suffix in {".txt", ".text"} or path.is_absolute():
         texts = read_lines(path)
     else:
         texts = _from_hub(str(source), limit + limit // 4 + 1)

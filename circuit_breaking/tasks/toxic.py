@@ -9,7 +9,7 @@ from circuit_breaking.cli import UserError
 from circuit_breaking.files import read_jsonl
 from circuit_breaking.models import TINY, prefix_token
 from circuit_breaking.tasks.base import TextTask
-from circuit_breaking.text import encode
+from circuit_breaking.text import encode, is_text
 
 HINT = "Make it with toxicity/toxic_data_for_eval.py, or set the path of one."
 
@@ -21,9 +21,9 @@ def read_examples(path: Path | str) -> list[Example]:
     """`text` and, where there is one, `prompt` of every row of a JSON Lines file. Raises `UserError` for bad rows."""
     rows = read_jsonl(path, HINT)
     for number, row in enumerate(rows, 1):
-        if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+        if not isinstance(row, dict) or not is_text(row.get("text")):
             raise UserError(f"{path}, row {number}: there is no 'text' with text in it. {HINT}")
-        if not isinstance(row.get("prompt", ""), str) or not row["text"].startswith(row.get("prompt", "")):
+        if not is_text(row.get("prompt", "")) or not row["text"].startswith(row.get("prompt", "")):
             raise UserError(f"{path}, row {number}: the 'prompt' is not the beginning of the 'text'. {HINT}")
     if not rows:
         raise UserError(f"{path} holds no rows. {HINT}")
