@@ -125,7 +125,7 @@ class Checkpoints:
                 return None
             set_random_states(states)
             tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("random.")}
-            self._before, self._since = about["values"]["seconds"], time.perf_counter()
+            self._before, self._since = about["values"].get("seconds", 0.0), time.perf_counter()
             return Saved(about["step"], tensors, about["values"])
         return None
 

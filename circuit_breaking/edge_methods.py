@@ -123,6 +123,7 @@ class ClampedEdges(Learned):
     def __init__(self, *words: Any) -> None:
         super().__init__(*words)
         self.price = self.settings.sparsity  # while annealing
+        self.admitted: Tensor | None = None  # mask [E] of the last step of annealing, where new cuts are measured
 
     @property
     def parameter(self) -> Tensor:
@@ -146,10 +147,25 @@ class ClampedEdges(Learned):
             self.optimizer = self.make_optimizer()
         count = self.target(number, self.model.mask.n_cut())
         binary = lowest_cut(weights.detach(), count, threshold=0.5)
-        objective = self.next_objective(self.settings.batch_size)(binary + (weights - weights.detach()))
+        measure = self.next_objective(self.settings.batch_size)
+        if self.settings.candidates < 1:
+            binary = self._admit(binary, measure)
+        objective = measure(binary + (weights - weights.detach()))
         self.price = next_price(self.price, self.model.mask.n_cut(), count)
         self._descend(objective + self.price * (1 - weights).sum())
+        if self.admitted is not None and number + 1 == self.settings.anneal_steps:
+            weights.data.copy_(self.admitted)  # nothing is cut in the end that was not measured
         return float(objective.detach()), int((binary == 0).sum())
+
+    @torch.no_grad()
+    def _admit(self, binary: Tensor, measure: Objective) -> Tensor:
+        """The mask, if what it cuts and the last one did not is worth it by measure; else without that."""
+        new = torch.zeros_like(binary) if self.admitted is None else (self.admitted - binary).clamp(min=0)
+        if new.any() and measure(binary) > measure(binary + new):
+            self.weights[new > 0] = 1.0
+            binary = binary + new
+        self.admitted = binary
+        return binary
 
     def _descend(self, loss: Tensor) -> None:
         self.optimizer.zero_grad()
@@ -160,11 +176,13 @@ class ClampedEdges(Learned):
         self.model.mask.clamp_()
 
     def state(self) -> dict[str, Tensor]:
-        return {**super().state(), "price": torch.tensor(self.price, dtype=torch.float64)}
+        kept = {} if self.admitted is None else {"admitted": self.admitted}
+        return {**super().state(), **kept, "price": torch.tensor(self.price, dtype=torch.float64)}
 
     def restore(self, state: dict[str, Tensor], device: torch.device) -> None:
         super().restore(state, device)
         self.price = float(state["price"])
+        self.admitted = state["admitted"].to(device) if "admitted" in state else None
 
 
 class HardConcreteEdges(Learned):

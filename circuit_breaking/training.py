@@ -58,7 +58,7 @@ class MaskSettings:
     ramp: float = 0.1  # share of the relax phase over which the price rises from 0
     round_every: int = 50  # steps between roundings in the relax phase; 0: never
     explore: int = 6  # edges that a step of sifting tries
-    candidates: float = 3.0  # edges to cut when annealing starts, over the budget; at least those that relaxing found
+    candidates: float = 3.0  # edges cut when annealing starts, over the budget; below 1: no more, and new cuts measured
     chance: float = 0.5  # hard-concrete: of each edge to be cut at all, be it in part, before anything is learned
     ig_steps: int = 0  # points where attribution takes gradients, from all edges cut on (EAP-IG); 0: all kept (EAP)
     means_lr: float = 0.0  # AdamW's, on what cut edges carry, learned with the mask (optimal ablation); 0: it stays

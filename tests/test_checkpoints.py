@@ -45,7 +45,8 @@ def die():
 
 
 @pytest.mark.parametrize(
-    "changes", [{"method": method} for method in METHODS] + [{"method": "attribution", "ig_steps": 4}]
+    "changes",
+    [{"method": method} for method in METHODS] + [{"method": "attribution", "ig_steps": 4}, {"candidates": 0.1}],
 )
 @pytest.mark.parametrize("die_at", range(1, 18))
 def test_a_killed_run_comes_out_the_same(tmp_path, die_at, changes):

@@ -8,10 +8,11 @@ from test_training import make_task, run
 
 from circuit_breaking.attribution import eap, eap_ig
 from circuit_breaking.cli import UserError
-from circuit_breaking.edge_methods import METHODS
+from circuit_breaking.edge_methods import METHODS, ClampedEdges
 from circuit_breaking.gates import HardConcrete, falling_count
 from circuit_breaking.masks import load_mask, save_mask
 from circuit_breaking.models import load_model
+from circuit_breaking.training import MaskSettings
 
 FEW = {"n_layer": 2, "n_head": 2, "n_embd": 16}
 ALL = 26  # edges of that model
@@ -165,6 +166,26 @@ def test_with_few_candidates_the_number_of_cuts_rises_to_the_budget():
     cut = [row["n_cut"] for row in result.history]
     assert all(n <= falling_count(max(1, cut[7]), 12, number, 80) for number, n in enumerate(cut[8:]))
     assert cut[8] < 4 < len(result.edges) <= 12
+
+
+def test_a_cut_that_the_slope_misjudges_is_not_admitted():
+    """Every slope says cut; the cut of one edge, and only of it, costs more than all others gain."""
+    model, bad = small(), 7
+
+    def objective(mask):
+        return mask.sum() + 100.0 * (mask[bad].detach() == 0)
+
+    last = {}
+    for candidates in (0.01, 3.0):
+        model.mask.reset_()
+        settings = MaskSettings(max_edges=12, candidates=candidates, relax_steps=0, anneal_steps=120, sparsity=0.0)
+        method = ClampedEdges(model, settings, None, lambda size: objective, lambda loss: loss.backward())
+        model.mask.weights.data[bad] = 0.6  # the first to come
+        cut = [method.step(number)[2] for number in range(120)]
+        assert max(cut[90:]) <= 12
+        model.mask.keep_budget_(12)
+        last[candidates] = set((model.mask.weights == 0).nonzero()[:, 0].tolist())
+    assert bad in last[3.0] and bad not in last[0.01] and 0 < len(last[0.01]) <= 12
 
 
 @pytest.mark.parametrize("ig_steps", [0, 3])
