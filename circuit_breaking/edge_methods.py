@@ -146,24 +146,36 @@ class ClampedEdges(Learned):
         if number == 0:
             self.optimizer = self.make_optimizer()
         count = self.target(number, self.model.mask.n_cut())
-        binary = lowest_cut(weights.detach(), count, threshold=0.5)
         measure = self.next_objective(self.settings.batch_size)
         if self.settings.candidates < 1:
-            binary = self._admit(binary, measure)
+            binary = self._admit(count, measure)
+        else:
+            binary = lowest_cut(weights.detach(), count, threshold=0.5)
+            self.price = next_price(self.price, self.model.mask.n_cut(), count)
         objective = measure(binary + (weights - weights.detach()))
-        self.price = next_price(self.price, self.model.mask.n_cut(), count)
         self._descend(objective + self.price * (1 - weights).sum())
         if self.admitted is not None and number + 1 == self.settings.anneal_steps:
             weights.data.copy_(self.admitted)  # nothing is cut in the end that was not measured
         return float(objective.detach()), int((binary == 0).sum())
 
     @torch.no_grad()
-    def _admit(self, binary: Tensor, measure: Objective) -> Tensor:
-        """The mask, if what it cuts and the last one did not is worth it by measure; else without that."""
-        new = torch.zeros_like(binary) if self.admitted is None else (self.admitted - binary).clamp(min=0)
-        if new.any() and measure(binary) > measure(binary + new):
-            self.weights[new > 0] = 1.0
-            binary = binary + new
+    def _admit(self, count: int, measure: Objective) -> Tensor:
+        """The binary mask of the last step, but for cuts whose weights have risen, and with the lowest of the new ones
+        if it is worth it by measure; else that one's weight is set to 1."""
+        weights = self.weights
+        if self.admitted is None:  # what relaxing found
+            self.admitted = lowest_cut(weights, count, threshold=0.5)
+            return self.admitted
+        cut_before = weights.masked_fill(self.admitted == 1, torch.inf)
+        binary = lowest_cut(cut_before, count, threshold=0.5)
+        waiting = weights.masked_fill(self.admitted == 0, torch.inf).argmin()
+        cut_before[waiting] = weights[waiting]
+        proposed = lowest_cut(cut_before, count, threshold=0.5)
+        if proposed[waiting] == 0:
+            if measure(proposed) > measure(binary):
+                weights[waiting] = 1.0
+            else:
+                binary = proposed
         self.admitted = binary
         return binary
 
