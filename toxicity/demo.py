@@ -55,7 +55,8 @@ def main(settings: Settings) -> None:
         f"loss on ordinary text {loss[0]:.3f} -> {loss[1]:.3f} nats"
     )
     print(", ".join(f"{script} {spent:.0f} s" for script, spent in seconds.items()))
-    print(f"results in {folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
+    names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    print(f"results in {folder}: {', '.join(names)}")
 
 
 if __name__ == "__main__":
