@@ -303,7 +303,7 @@ def draw_relearning(folder: Path | str) -> Path:
     with figure(path, 2.4 * len(counts) + (2.6 if few else 0), 3.3 + 0.1 * len(models)) as drawn:
         axes = drawn.subplots(1, len(counts) + bool(few), squeeze=False)[0]
         for number, (name, one) in enumerate(models.items()):
-            style = _style(number, one["kind"])
+            style = _style(name, number, one["kind"])
             for place, count in zip(axes, counts, strict=False):
                 rows = [row for row in one["relearning"].get(count, []) if row["toxicity"]["value"] is not None]
                 steps, values = [row["step"] for row in rows], [row["toxicity"]["value"] for row in rows]
@@ -327,9 +327,11 @@ def draw_relearning(folder: Path | str) -> Path:
     return path
 
 
-def _style(number: int, kind: str) -> dict[str, str]:
+def _style(name: str, number: int, kind: str) -> dict[str, str]:
+    """Of a mask whose name says what its cut edges carry, that of the sweep; of other masks, one in turn."""
     if kind == "original":
         return {"color": "#000000", "marker": "*"}
-    if kind == "mask":
-        return {"color": COLOURS[0 if number % 2 else 5], "marker": "o"}
-    return other_style(number)
+    if kind != "mask":
+        return other_style(number)
+    styles = [style for family, style in FAMILY_STYLES.items() if family.startswith("mask")]
+    return FAMILY_STYLES.get(f"mask, {name.partition('_')[0]} ablation", styles[number % len(styles)])
