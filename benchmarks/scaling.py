@@ -10,7 +10,7 @@ Time    ten minutes on two cores.
 """
 
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -104,7 +104,8 @@ def main(settings: Settings) -> None:
         table.add_row(
             str(layers), str(heads), f"{row['edges']:,}", f"{row['plain']:.2f}", *(f"{row[name]:.2f}" for name in MASKS)
         )
-    write_json(settings.out, {**provenance(settings), "rows": rows})
+    # not where: results go with the code
+    write_json(settings.out, {**provenance(replace(settings, out=Path(settings.out.name))), "rows": rows})
     draw(rows, picture)
     Console().print(table)
 
