@@ -10,14 +10,13 @@ Time    from half a minute (gpt2) to half an hour (gpt2-xl, 12 GB) a shape on on
 """
 
 import dataclasses
-import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from steps import SHAPES, binary_mask, dense_mask, engine_step, make_hf, make_tokens, plain_step, seconds
+from steps import SHAPES, binary_mask, make_hf, make_tokens, medians
 
 from circuit_breaking.ablated import ablate
 from circuit_breaking.cli import UserError, run_script
@@ -99,13 +98,7 @@ def measure(settings: Settings, shape: str) -> dict:
         "device": str(engine.device) if engine.device.type == "cpu" else torch.cuda.get_device_name(engine.device),
     }
     if settings.rounds:
-        steps = {
-            "plain": plain_step(hf),
-            "binary": engine_step(engine, binary_mask(len(engine.graph), settings.cut)),
-            "any": engine_step(engine, dense_mask(len(engine.graph))),
-        }
-        times = [{name: seconds(step, tokens) for name, step in steps.items()} for _ in range(settings.rounds + 1)]
-        middle = {name: statistics.median(row[name] for row in times[1:]) for name in steps}  # the first warms up
+        middle = medians(hf, engine, tokens, settings.cut, settings.rounds)
         row |= {"plain": middle["plain"]}
         row |= {f"ratio_{name}": middle[name] / middle["plain"] for name in ("binary", "any")}
     return row

@@ -9,7 +9,6 @@ Writes  benchmarks/scaling.json and benchmarks/scaling.png, or beside `out`.
 Time    ten minutes on two cores.
 """
 
-import statistics
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +16,7 @@ from types import SimpleNamespace
 import torch
 from rich.console import Console
 from rich.table import Table
-from steps import binary_mask, dense_mask, engine_step, make_hf_of, make_tokens, plain_step, seconds
+from steps import make_hf_of, make_tokens, medians
 from transformers import GPT2Config
 
 from circuit_breaking.cli import run_script
@@ -52,13 +51,7 @@ def measure(settings: Settings, layers: int, heads: int) -> dict:
     tokens = make_tokens(
         SimpleNamespace(shape="gpt2", batch=settings.batch, length=settings.length, device=settings.device)
     )
-    steps = {
-        "plain": plain_step(hf),
-        "binary": engine_step(engine, binary_mask(len(engine.graph), settings.cut)),
-        "any": engine_step(engine, dense_mask(len(engine.graph))),
-    }
-    times = [{name: seconds(step, tokens) for name, step in steps.items()} for _ in range(settings.rounds + 1)]
-    middle = {name: statistics.median(row[name] for row in times[1:]) for name in steps}  # the first warms up
+    middle = medians(hf, engine, tokens, settings.cut, settings.rounds)
     ratios = {name: middle[name] / middle["plain"] for name in MASKS}
     return {"layers": layers, "heads": heads, "edges": len(engine.graph), "plain": middle["plain"], **ratios}
 

@@ -27,7 +27,7 @@ from steps import (
     make_hf,
     make_tokens,
     plain_step,
-    seconds,
+    times_of,
 )
 
 from circuit_breaking.cli import UserError, run_script
@@ -98,12 +98,9 @@ def main(settings: Settings) -> None:
     tokens = make_tokens(settings)
     names = [name for name in STEPS if settings.naive or name != "naive formulation"]
     steps = {name: STEPS[name](settings) for name in names}
-    times: dict[str, list[float]] = {name: [] for name in names}
-    for _ in range(settings.rounds + 1):
-        for name, step in steps.items():
-            times[name].append(seconds(step, tokens))
+    times = times_of(steps, tokens, settings.rounds)
     del steps
-    middle = {name: statistics.median(values[1:]) for name, values in times.items()}  # the first warms up
+    middle = {name: statistics.median(values) for name, values in times.items()}
     context = multiprocessing.get_context("spawn")
     table = Table(title=f"{settings.shape}, {settings.batch} x {settings.length} tokens, {settings.dtype}")
     for column in ("", "step, s", "x plain", "fastest, s", "peak over weights, GB", "x plain"):
@@ -114,7 +111,7 @@ def main(settings: Settings) -> None:
             memory = pool.apply(peak_memory, (settings, name))
         plain_memory = plain_memory or memory
         table.add_row(
-            name, f"{middle[name]:.3f}", f"{middle[name] / middle[names[0]]:.2f}", f"{min(times[name][1:]):.3f}",
+            name, f"{middle[name]:.3f}", f"{middle[name] / middle[names[0]]:.2f}", f"{min(times[name]):.3f}",
             f"{memory:.2f}", f"{memory / plain_memory:.2f}",
         )  # fmt: skip
     Console().print(table)

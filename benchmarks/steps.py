@@ -5,8 +5,9 @@ embeddings for plain Hugging Face. `settings` are a script's own, with shape, ba
 the engine split_qkv and recompute.
 """
 
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,12 @@ def seconds(step: Step, tokens: torch.Tensor) -> float:
     return time.perf_counter() - start
 
 
+def times_of(steps: Mapping[str, Step], tokens: torch.Tensor, rounds: int) -> dict[str, list[float]]:
+    """Seconds of so many steps of each variant, which take turns, so that what else the machine does falls on all."""
+    times = [{name: seconds(step, tokens) for name, step in steps.items()} for _ in range(rounds + 1)]
+    return {name: [row[name] for row in times[1:]] for name in steps}  # the first warms up
+
+
 def resident_peak() -> int:
     """Highest resident memory of this process since the last reset, bytes (Linux)."""
     for line in Path("/proc/self/status").read_text().splitlines():
@@ -152,3 +159,15 @@ def binary_mask(n_edges: int, cut: int) -> torch.Tensor:
 def dense_mask(n_edges: int) -> torch.Tensor:
     """The kind of mask that training begins with: every weight between 0 and 1."""
     return torch.empty(n_edges).uniform_(0.9, 0.999, generator=torch.Generator().manual_seed(0))
+
+
+def medians(
+    hf: nn.Module, engine: EdgeMaskedTransformer, tokens: torch.Tensor, cut: int, rounds: int
+) -> dict[str, float]:
+    """Seconds of a plain step, of one with a binary mask that cuts so many edges, and of one with any mask."""
+    steps = {
+        "plain": plain_step(hf),
+        "binary": engine_step(engine, binary_mask(len(engine.graph), cut)),
+        "any": engine_step(engine, dense_mask(len(engine.graph))),
+    }
+    return {name: statistics.median(values) for name, values in times_of(steps, tokens, rounds).items()}
