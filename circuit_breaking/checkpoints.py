@@ -115,7 +115,7 @@ class Checkpoints:
                     raise UserError(f"{path} is damaged: its checksum does not match")
                 if type(about.get("step")) is not int or not isinstance(about.get("values"), dict):
                     raise UserError(f"{path} is no checkpoint")
-                states = {n.removeprefix("random."): t for n, t in tensors.items() if n.startswith("random.")}
+                states = part_of(tensors, "random")
                 _check_states(path, states)
             except UserError as error:
                 print(f"passed over a checkpoint: {error}", file=sys.stderr)
@@ -205,6 +205,12 @@ def state_of(**parts: Any) -> dict[str, Tensor]:
 def part_of(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
     """The tensors of one part of `state_of`."""
     return {key.removeprefix(f"{name}."): tensor for key, tensor in tensors.items() if key.startswith(f"{name}.")}
+
+
+def restore_parts(tensors: Mapping[str, Tensor], parts: Mapping[str, Any], *where: torch.device) -> None:
+    """Give each part back what `state_of(**parts)` took from it; on a device, for parts that need to know it."""
+    for name, part in parts.items():
+        part.restore(part_of(tensors, name), *where)
 
 
 def _digest(tensors: dict[str, Tensor], about: dict[str, Any]) -> str:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from circuit_breaking.attribution import line_points
-from circuit_breaking.checkpoints import optimizer_state, restore_optimizer
+from circuit_breaking.checkpoints import optimizer_state, part_of, restore_optimizer
 from circuit_breaking.gates import HardConcrete, falling_count, next_price
 from circuit_breaking.masks import lowest_cut
 from circuit_breaking.search import Objective, differentiate
@@ -113,8 +113,7 @@ class Learned(Method):
 
     def restore(self, state: dict[str, Tensor], device: torch.device) -> None:
         self.start = int(state["start"])
-        kept = {key.removeprefix("optimizer."): value for key, value in state.items() if key.startswith("optimizer.")}
-        restore_optimizer(self.optimizer, self.parameter, kept)
+        restore_optimizer(self.optimizer, self.parameter, part_of(state, "optimizer"))
 
 
 class ClampedEdges(Learned):

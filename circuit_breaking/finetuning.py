@@ -19,6 +19,7 @@ from circuit_breaking.checkpoints import (
     Checkpoints,
     Saved,
     part_of,
+    restore_parts,
     restore_training,
     state_of,
     told_to_stop,
@@ -145,7 +146,8 @@ class _Run:
     def __init__(
         self, model: nn.Module, method: Method, toxic: TextTask, ordinary: TextTask, settings: FinetuneSettings
     ) -> None:
-        self.method, self.toxic, self.ordinary, self.settings = method, toxic, ordinary, settings
+        self.method, self.settings = method, settings
+        self.tasks = {"toxic": toxic, "ordinary": ordinary}
         self.state: State = start(method, model, settings, settings.seed)
         self.model = model
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -171,7 +173,7 @@ class _Run:
         kept = {f"kept.{name}": weights for name, weights in self.kept.items()}
         if self.ended:
             return kept
-        state = training_state(self.optimizer, self.trained) | state_of(toxic=self.toxic, ordinary=self.ordinary)
+        state = training_state(self.optimizer, self.trained) | state_of(**self.tasks)
         return kept | state | {f"more.{name}": tensor for name, tensor in self.state.more.items()}
 
     def values(self) -> dict[str, Any]:
@@ -189,8 +191,7 @@ class _Run:
         if self.ended:
             return
         restore_training(self.optimizer, self.trained, saved.tensors)
-        self.toxic.restore(part_of(saved.tensors, "toxic"))
-        self.ordinary.restore(part_of(saved.tensors, "ordinary"))
+        restore_parts(saved.tensors, self.tasks)
         more = part_of(saved.tensors, "more")
         self.state.more = {name: tensor.to(self.model.device) for name, tensor in more.items()}
 
@@ -214,9 +215,7 @@ class _Run:
     def step(self, number: int) -> float | None:
         """One step; its loss, or None, with the weights as they were, where that or its gradient is not finite."""
         settings = self.settings
-        loss = self.method.loss(
-            self.state, self.toxic.draw(settings.batch_size), self.ordinary.draw(settings.batch_size)
-        )
+        loss = self.method.loss(self.state, *(task.draw(settings.batch_size) for task in self.tasks.values()))
         value = float(loss.detach())
         if not math.isfinite(value):
             return None
@@ -252,8 +251,10 @@ class _Run:
     @torch.no_grad()
     def _validate(self) -> dict[str, float | None]:
         losses = {}
-        for name, task, cap in (("toxic", self.toxic, self.state.cap), ("ordinary", self.ordinary, math.inf)):
-            found = [prediction_losses_of(self.model, batch)[0].clamp(max=cap) for batch in task.test.batches(32)]
+        for name, cap in (("toxic", self.state.cap), ("ordinary", math.inf)):
+            found = [
+                prediction_losses_of(self.model, batch)[0].clamp(max=cap) for batch in self.tasks[name].test.batches(32)
+            ]
             losses[name] = float(torch.cat(found).double().mean())
         # `clamp` lets a NaN through
         score = losses["ordinary"] - self.settings.alpha * losses["toxic"]

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from circuit_breaking.checkpoints import Checkpoints, Saved, told_to_stop
+from circuit_breaking.checkpoints import Checkpoints, Saved, restore_parts, state_of, told_to_stop
 from circuit_breaking.cli import UserError
 from circuit_breaking.edge_methods import METHODS
 from circuit_breaking.graph import Edge
@@ -188,23 +188,14 @@ class _Trainer:
 
     def state(self) -> dict[str, Tensor]:
         """All that the next steps depend on."""
-        tensors = {"weights": self.weights.detach()}
-        for name, part in self._parts().items():
-            tensors |= {f"{name}.{key}": value for key, value in part.state().items()}
-        return tensors
+        return {"weights": self.weights.detach(), **state_of(**self._parts())}
 
     def restore(self, saved: Saved) -> None:
         """Go on from what `state` gave."""
         self.done = saved.step
-        parts: dict[str, dict[str, Tensor]] = {name: {} for name in self._parts()}
-        for name, tensor in saved.tensors.items():
-            part, _, key = name.partition(".")
-            if key:
-                parts[part][key] = tensor
         with torch.no_grad():
             self.weights.copy_(saved.tensors["weights"])
-        for name, part in self._parts().items():
-            part.restore(parts[name], self.weights.device)
+        restore_parts(saved.tensors, self._parts(), self.weights.device)
 
     def _parts(self) -> dict[str, Any]:
         """What has a state of its own."""

@@ -26,6 +26,7 @@ from circuit_breaking.checkpoints import (
     Checkpoints,
     Saved,
     part_of,
+    restore_parts,
     restore_training,
     state_of,
     told_to_stop,
@@ -145,6 +146,7 @@ class _Trainer:
     ) -> None:
         self.hf, self.model = hf, StockModel(hf)
         self.break_task, self.keep_task, self.settings, self.budget = break_task, keep_task, settings, budget
+        self.tasks = {"break": break_task, "keep": keep_task}  # by their names in checkpoints
         self.cap = settings.break_cap or math.log(len(self.model.unembedding))
         self.total = settings.relax_steps + settings.anneal_steps
         self.units: dict[str, Tensor] = {}  # the mask, once it is learned
@@ -155,7 +157,7 @@ class _Trainer:
         """All tensors that the next steps depend on: candidates, what is learned of them, the tasks' states."""
         units = {f"units.{matrix.name}": units for matrix, units in self.candidates.chosen}
         learned = training_state(self.optimizer, {"gates": self.method.parameter})
-        return {**units, **learned, **state_of(**{"break": self.break_task, "keep": self.keep_task})}
+        return {**units, **learned, **state_of(**self.tasks)}
 
     def values(self) -> dict[str, Any]:
         """All else that they depend on."""
@@ -176,8 +178,7 @@ class _Trainer:
         self.optimizer = torch.optim.Adam([self.method.parameter], lr=self.settings.lr)
         if self.saved is not None:
             restore_training(self.optimizer, {"gates": self.method.parameter}, self.saved.tensors)
-            for name, task in {"break": self.break_task, "keep": self.keep_task}.items():
-                task.restore(part_of(self.saved.tensors, name), self.method.parameter.device)
+            restore_parts(self.saved.tensors, self.tasks, self.method.parameter.device)
             self.price, self.first = self.saved.values["price"], self.saved.values["first"]
         return True
 

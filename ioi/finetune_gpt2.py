@@ -23,7 +23,7 @@ from utils import FOLDER, default_data
 from circuit_breaking.checkpoints import (
     Checkpoints,
     Saved,
-    part_of,
+    restore_parts,
     restore_training,
     state_of,
     told_to_stop,
@@ -105,8 +105,7 @@ def finetune(
     if resume_from is not None:
         done = resume_from.step
         restore_training(optimizer, parameters, resume_from.tensors)
-        for name, task in tasks.items():
-            task.restore(part_of(resume_from.tensors, name))
+        restore_parts(resume_from.tensors, tasks)
     steps = range(done, settings.steps)
     with (
         told_to_stop() as signals,
