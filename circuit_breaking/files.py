@@ -14,7 +14,7 @@ import platform
 import stat
 import subprocess
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from importlib import metadata
@@ -226,11 +226,13 @@ def parse_json(text: str | bytes, nan: bool = False) -> Any:
     return json.loads(text, parse_int=_integer, parse_float=_float, parse_constant=constant)
 
 
-def read_json(path: Path | str, hint: str = CHECK) -> Any:
-    """Read a JSON file; a missing or damaged one is a `UserError`."""
-    path = require_file(path, hint, MAX_JSON)
+def read_json(
+    path: Path | str, hint: str = CHECK, parse: Callable[[str], Any] = parse_json, at_most: int = MAX_JSON
+) -> Any:
+    """Read a JSON file of at most so many bytes by `parse`; a missing or damaged one is a `UserError`."""
+    path = require_file(path, hint, at_most)
     try:
-        return parse_json(path.read_bytes().decode())
+        return parse(path.read_bytes().decode())
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON ({error}). {hint}") from error
     except OSError as error:

@@ -31,19 +31,10 @@ def check_files(folder: Path, gguf: str | None = None) -> None:
         check_gguf(require_file(folder / gguf, HINT))
         return
     for path in sorted(folder.glob("*.json")):
-        if require_file(path, HINT, MAX_JSON) and not isinstance(_parsed(path), dict):
+        # a tokenizer's files may hold a number such as 1e30 for "no limit"; the configuration's are sizes and the like
+        parse = parse_json if path.name == "config.json" else json.loads
+        if not isinstance(read_json(path, HINT, parse, MAX_JSON), dict):
             raise UserError(f"{path} holds no JSON object. {HINT}")
-
-
-def _parsed(path: Path) -> Any:
-    # a tokenizer's files may hold a number such as 1e30 for "no limit"; the configuration's are sizes and the like
-    parse = parse_json if path.name == "config.json" else json.loads
-    try:
-        return parse(path.read_bytes().decode())
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON ({error}). {HINT}") from error
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}. {HINT}") from error
 
 
 def check_sizes(config: Any, folder: Path, gguf: str | None = None) -> None:

@@ -43,11 +43,12 @@ def _locate(name: str | Path) -> tuple[str, dict[str, Any]]:
     raise UserError(f"{folder} holds {what}: there is no model to load.")
 
 
-def _from_pretrained(loader: Any, name: str | Path, what: str, **keywords: Any) -> Any:
+def _from_pretrained(loader: Any, name: str | Path, what: str, look: bool = True, **keywords: Any) -> Any:
+    """What a loader of transformers makes of a name. `look` at a folder's files first, unless that was just done."""
     place, more = _locate(name)
     local = Path(place).exists()
     try:
-        if local:
+        if local and look:
             check_files(Path(place), more.get("gguf_file"))
         # code that comes with a model is never run, nor is anybody asked whether to run it
         return loader.from_pretrained(place, **more, **keywords, trust_remote_code=False)
@@ -83,7 +84,7 @@ def load_hf_model(name: str | Path, device: str = "auto", dtype: str | torch.dty
     logging.set_verbosity_error()  # what it warns of ends in an error here
     try:
         model, told = _from_pretrained(
-            AutoModelForCausalLM, name, "the model", dtype=dtype, output_loading_info=True,
+            AutoModelForCausalLM, name, "the model", look=False, dtype=dtype, output_loading_info=True,
             ignore_mismatched_sizes=True, **keywords,
         )  # fmt: skip
     finally:
@@ -118,7 +119,8 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
         raise UserError(f"the model {name} comes without its tokenizer. Save that in its folder too.")
     place, more = _locate(name)
     if not more and (Path(place) / "config.json").is_file():
-        size, most = getattr(load_config(name), "vocab_size", None), max(tokenizer.get_vocab().values())
+        size = getattr(load_config(name, look=False), "vocab_size", None)
+        most = max(tokenizer.get_vocab().values())
         if type(size) is int and most >= size:
             raise UserError(
                 f"the tokenizer of {name} has a token {most:,}, and the model knows {size:,} tokens. Get both again."
@@ -126,9 +128,9 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_config(name: str | Path) -> Any:
-    """The Hugging Face configuration alone, without the weights."""
-    return _from_pretrained(AutoConfig, name, "the configuration of")
+def load_config(name: str | Path, look: bool = True) -> Any:
+    """The Hugging Face configuration alone, without the weights; `look` as for `_from_pretrained`."""
+    return _from_pretrained(AutoConfig, name, "the configuration of", look)
 
 
 def load_model(
