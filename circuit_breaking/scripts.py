@@ -6,7 +6,7 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
@@ -181,6 +181,18 @@ def identity(run: Mapping[str, Any], *apart: str) -> dict[str, Any]:
     elsewhere = {"resume", "checkpoint_every", "run", "out", *apart}
     kept = {name: value for name, value in run["settings"].items() if name not in elsewhere}
     return json.loads(json.dumps({**run, "settings": kept}, default=plain))  # as it will be read
+
+
+def is_made(path: Path, read: Callable[[Path], Any], run: Mapping[str, Any], *apart: str) -> bool:
+    """Whether a result is there whose record, as `read` gives it, is of the same settings, data and code as `run`.
+
+    One that cannot be read is said to be made anew.
+    """
+    try:
+        return path.is_file() and is_same_run(run, read(path), *apart)
+    except UserError as error:
+        print(f"made anew: {error}", file=sys.stderr)
+        return False
 
 
 def is_same_run(run: Mapping[str, Any], about: Any, *apart: str) -> bool:

@@ -17,7 +17,6 @@ masks' objective, ordinary loss - alpha · toxic loss. Held-out texts are read b
 """
 
 import shutil
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ from circuit_breaking.costs import COST_FILE, cost, with_earlier
 from circuit_breaking.files import locked, provenance, read_json, write_json, write_jsonl
 from circuit_breaking.finetuning import FinetuneSettings, check, describe, finetune
 from circuit_breaking.models import load_hf_model, load_tokenizer
-from circuit_breaking.scripts import Parts, is_same_run
+from circuit_breaking.scripts import Parts, is_made
 from circuit_breaking.splits import Splits, load_splits
 from circuit_breaking.unlearning import METHODS
 
@@ -85,18 +84,6 @@ def best_of_grid(settings: Settings, method: str, splits: Splits, parts: Parts) 
 
 def rates_of(settings: Settings, method: str) -> tuple[float, ...]:
     return settings.lrs or LRS[method]
-
-
-def is_made(folder: Path, run: dict[str, Any]) -> bool:
-    """Whether a method's model is there, of the same settings, data and code."""
-    path = folder / FINETUNING
-    if not path.is_file() or not files_of(str(folder)):
-        return False
-    try:
-        return is_same_run(run, read_json(path), *APART)
-    except UserError as error:
-        print(f"made anew: {error}", file=sys.stderr)
-        return False
 
 
 def save(folder: Path, hf: Any, tokenizer: Any) -> None:
@@ -156,10 +143,11 @@ def main(settings: Settings) -> None:
         for method in settings.methods:
             run = {**record, "method": method, "lrs": rates_of(settings, method)}
             with locked(folder / method):
-                if settings.resume and is_made(folder / method, run):
+                place = folder / method
+                if settings.resume and files_of(str(place)) and is_made(place / FINETUNING, read_json, run, *APART):
                     print(f"{method}: is there, of the same settings, data and code; --no-resume makes it anew")
                 else:
-                    make(folder / method, settings, method, splits, tokenizer, run)
+                    make(place, settings, method, splits, tokenizer, run)
     draw_finetuning(folder)
     print(f"written to {folder}")
 

@@ -13,7 +13,6 @@ learned, it is learned for random edges too, at that budget: what is then left o
 """
 
 import random
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -29,7 +28,7 @@ from circuit_breaking.files import provenance, read_tensors, write_json
 from circuit_breaking.masks import load_mask, save_mask
 from circuit_breaking.means import compute_means, load_means, save_means
 from circuit_breaking.models import load_model, load_tokenizer
-from circuit_breaking.scripts import identity, is_same_run, train_into
+from circuit_breaking.scripts import identity, is_made, train_into
 from circuit_breaking.splits import Splits, load_splits
 from circuit_breaking.training import MaskSettings
 
@@ -103,17 +102,6 @@ def training_of(settings: Settings, carry: str, budget: int) -> MaskSettings:
     return replace(settings.training, max_edges=budget, means_lr=settings.learned_lr, alpha=settings.learned_alpha)
 
 
-def is_made(folder: Path, run: dict[str, Any]) -> bool:
-    """Whether a mask is there that was trained with the same settings, data and code."""
-    if not (folder / MASK).is_file():
-        return False
-    try:
-        return is_same_run(run, read_tensors(folder / MASK)[1], *APART)
-    except UserError as error:
-        print(f"made anew: {error}", file=sys.stderr)
-        return False
-
-
 def main(settings: Settings) -> None:
     check(settings)
     settings = fill_in(settings, default_data(settings.model))
@@ -145,7 +133,7 @@ def main(settings: Settings) -> None:
     def train(name: str, kind: str, carry: str, budget: int, seed: int, allowed: torch.Tensor | None = None) -> int:
         """Train a mask into its folder, unless it is there; how many edges it cuts."""
         place, run = folder / "masks" / name, about(kind, carry, budget, seed)
-        if settings.resume and is_made(place, run):
+        if settings.resume and is_made(place / MASK, lambda path: read_tensors(path)[1], run, *APART):
             load_mask(place / MASK, model)
             print(f"{name}: is there, of the same settings, data and code; --no-resume makes it anew", flush=True)
             return model.mask.n_cut()
