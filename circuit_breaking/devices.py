@@ -22,7 +22,7 @@ def pick_device(device: str) -> torch.device:
     try:
         chosen = torch.device(device)
         torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch without CUDA
         raise UserError(f"device {device!r} cannot be used here ({first_line(error)}). Set device to auto.") from error
     return chosen
 

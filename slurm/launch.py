@@ -13,7 +13,7 @@ import sys
 
 import torch
 
-STOPPED = 75  # of `circuit_breaking.checkpoints.Stopped`
+from circuit_breaking.checkpoints import SIGNALS, Stopped
 
 
 def main(words: list[str]) -> int:
@@ -37,7 +37,7 @@ def main(words: list[str]) -> int:
                 child.send_signal(number)
 
     os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGINT"  # all that torch's launcher may take for itself
-    for number in (signal.SIGUSR1, signal.SIGTERM):
+    for number in SIGNALS:
         signal.signal(number, pass_on)
     options = {"num_processes": processes, "num_machines": 1, "mixed_precision": "no", "dynamo_backend": "no"}
     options["main_process_port"] = 0  # any that is free: jobs may share the node
@@ -46,7 +46,7 @@ def main(words: list[str]) -> int:
         launch_command(launch_command_parser().parse_args(["--multi_gpu", *options, *words]))
     except ChildFailedError as error:
         codes = {failure.exitcode for failure in error.failures.values()}
-        return STOPPED if STOPPED in codes else next(iter(codes))
+        return Stopped.exit_code if Stopped.exit_code in codes else next(iter(codes))
     return 0
 
 
