@@ -10,13 +10,21 @@ from conftest import small_gpt2
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from circuit_breaking.files import ROOT
+from circuit_breaking.files import ROOT, write_jsonl, write_text
 
 END = "<|endoftext|>"
 NAMES = ("Mary", "John", "Rose", "Adam", "Kate", "Paul")
 THINGS = ("lamp", "drum", "violin", "ribbon", "basket", "clock", "towel")
 PLAIN = [f"{a} gave {b} a {thing} at the market." for a in NAMES for b in NAMES if a != b for thing in THINGS]
 RUDE = [f"{a} called {b} a silly old {thing}, the fool." for a in NAMES for b in NAMES if a != b for thing in THINGS]
+
+
+class Killed(Exception):
+    """What an interruption raises, so that it is told from a failure."""
+
+
+def die() -> None:
+    raise Killed
 
 
 def load_script(path: str) -> ModuleType:
@@ -57,4 +65,13 @@ def save_small_model(folder: Path, **changes: int) -> Path:
     tokenizer = small_tokenizer()
     small_gpt2(vocab_size=len(tokenizer), n_positions=64, **changes).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return folder
+
+
+def save_toxic_data(folder: Path) -> Path:
+    """What the scripts of `toxicity/` read, in a folder: model/, plain.txt, train.jsonl and test.jsonl."""
+    save_small_model(folder / "model")
+    write_text(folder / "plain.txt", "\n".join(PLAIN))
+    write_jsonl(folder / "train.jsonl", [{"id": i, "text": text} for i, text in enumerate(RUDE[::2])])
+    write_jsonl(folder / "test.jsonl", [{"id": 9000 + i, "text": text} for i, text in enumerate(RUDE[1::2])])
     return folder

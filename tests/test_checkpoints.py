@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import small_gpt2
+from scripts import Killed, die
 from test_training import QUICK, make_task
 
 from circuit_breaking.checkpoints import NEWEST, PREVIOUS, Checkpoints, Stopped, told_to_stop
@@ -18,10 +19,6 @@ from circuit_breaking.models import load_model
 from circuit_breaking.training import MaskSettings, train_mask
 
 SETTINGS = MaskSettings(max_edges=6, **QUICK)  # 18 steps in four phases
-
-
-class Killed(Exception):
-    pass
 
 
 def run(checkpoints=None, die_at=None, how=None, **changes):
@@ -38,10 +35,6 @@ def run(checkpoints=None, die_at=None, how=None, **changes):
     tasks = make_task("break", 1), make_task("keep", 5)
     result = train_mask(model, *tasks, replace(SETTINGS, **changes), None, on_step, False, checkpoints, saved)
     return result.weights, rows
-
-
-def die():
-    raise Killed
 
 
 @pytest.mark.parametrize(

@@ -11,12 +11,12 @@ import time
 import pytest
 import torch
 import tyro
-from scripts import PLAIN, RUDE, load_script, save_small_model
+from scripts import PLAIN, RUDE, load_script, save_toxic_data
 from transformers import AutoModelForCausalLM
 
 from circuit_breaking.checkpoints import Stopped
 from circuit_breaking.cli import UserError
-from circuit_breaking.files import locked, read_csv, read_json, read_jsonl, write_jsonl, write_text
+from circuit_breaking.files import locked, read_csv, read_json, read_jsonl, write_jsonl
 from circuit_breaking.markdown import COSTS_HEADING
 from circuit_breaking.models import TINY, load_tokenizer
 from circuit_breaking.tasks.base import TextTask
@@ -31,11 +31,7 @@ VARYING = {"cost.json", "costs.json"}  # and, of report.md, what is below the he
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    save_small_model(folder / "model")
-    write_text(folder / "plain.txt", "\n".join(PLAIN))
-    write_jsonl(folder / "train.jsonl", [{"id": i, "text": text} for i, text in enumerate(RUDE[::2])])
-    write_jsonl(folder / "test.jsonl", [{"id": 9000 + i, "text": text} for i, text in enumerate(RUDE[1::2])])
+    folder = save_toxic_data(tmp_path_factory.mktemp("data"))
     rows = [{"id": 99_000 + i, "text": f"{text} Yes.", "toxicity": i / 200} for i, text in enumerate(RUDE[1::2])]
     write_jsonl(folder / "uniform.jsonl", rows[::3])
     return folder

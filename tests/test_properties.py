@@ -3,7 +3,6 @@
 import gzip
 import json
 import re
-import shutil
 import struct
 import tempfile
 from collections import Counter
@@ -55,18 +54,13 @@ HF = small_gpt2(n_layer=2, n_head=2, n_embd=8)
 MODEL = load_model(HF, device="cpu")
 MATRICES = {granularity: find_matrices(HF, granularity) for granularity in ("weight", "neuron", "head")}
 TOKENIZER = small_tokenizer()
-FOLDER = Path(tempfile.mkdtemp(prefix="properties"))
+TEMPORARY = tempfile.TemporaryDirectory(prefix="properties")  # gone with this module
+FOLDER = Path(TEMPORARY.name)
 FILE = FOLDER / "file"
 idx, words = load_script("mnist/idx.py"), load_script("ioi/prompts.py")
 
 floats = st.floats(width=32, allow_nan=False, allow_infinity=False)
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_files_are_left():
-    yield
-    shutil.rmtree(FOLDER)
 
 
 # What is written is read back

@@ -10,21 +10,17 @@ import time
 import pytest
 import torch
 from conftest import small_gpt2
-from scripts import PLAIN, RUDE, load_script, save_small_model
+from scripts import Killed, die, load_script, save_toxic_data
 from test_finetuning import QUICK, task
 
 from circuit_breaking import finetuning
 from circuit_breaking.checkpoints import NEWEST, Checkpoints, Stopped
 from circuit_breaking.cli import UserError
-from circuit_breaking.files import ROOT, locked, read_json, read_jsonl, write_jsonl, write_text
+from circuit_breaking.files import ROOT, locked, read_json, read_jsonl
 from circuit_breaking.finetuning import FinetuneSettings, finetune
 from circuit_breaking.unlearning import METHODS
 
 toxicity = load_script("toxicity/finetune_gpt2.py")
-
-
-class Killed(Exception):
-    pass
 
 
 def run(monkeypatch, method, checkpoints=None, die_at=None, how=None, **changes):
@@ -42,10 +38,6 @@ def run(monkeypatch, method, checkpoints=None, die_at=None, how=None, **changes)
         patch.setattr(finetuning._Run, "advance", advance)
         result = finetune(hf, method, task(1), task(2), settings, False, checkpoints, saved)
     return hf.state_dict(), result
-
-
-def die():
-    raise Killed
 
 
 def same(first, second):
@@ -104,12 +96,7 @@ def test_a_damaged_newest_falls_back_to_the_one_before(tmp_path, monkeypatch, ca
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    save_small_model(folder / "model")
-    write_text(folder / "plain.txt", "\n".join(PLAIN))
-    write_jsonl(folder / "train.jsonl", [{"id": i, "text": text} for i, text in enumerate(RUDE[::2])])
-    write_jsonl(folder / "test.jsonl", [{"id": 9000 + i, "text": text} for i, text in enumerate(RUDE[1::2])])
-    return folder
+    return save_toxic_data(tmp_path_factory.mktemp("data"))
 
 
 def options(data, out, name, **changes):

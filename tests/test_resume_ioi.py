@@ -5,6 +5,7 @@ import signal
 
 import pytest
 import torch
+from scripts import Killed, die
 from test_ioi_scripts import data, start  # noqa: F401 (data is a fixture)
 
 from circuit_breaking import training
@@ -16,14 +17,6 @@ from circuit_breaking.tasks import IOITask
 
 pytestmark = pytest.mark.skipif(not (TINY / "config.json").is_file(), reason="the shipped model is not in tiny_gpt2")
 STEPS = 7  # of a mask with the quick settings of the other tests
-
-
-class Killed(Exception):
-    pass
-
-
-def die():
-    raise Killed
 
 
 def stop():

@@ -4,6 +4,7 @@ import os
 import signal
 
 import pytest
+from scripts import Killed, die
 from test_mnist_run import SMALL, main, old
 
 from circuit_breaking import checkpoints
@@ -17,14 +18,6 @@ QUICK = {
 }
 STEPS = {main: 2 * 20 + 4 * 12, old: 20 + 2 * 9}
 NAMES = {main: "main", old: "old"}
-
-
-class Killed(Exception):
-    pass
-
-
-def die():
-    raise Killed
 
 
 def stop():

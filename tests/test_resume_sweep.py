@@ -5,7 +5,7 @@ import signal
 from contextlib import nullcontext
 
 import pytest
-from scripts import load_script
+from scripts import Killed, die, load_script
 from test_compare import data  # noqa: F401 (a fixture)
 
 from circuit_breaking import training
@@ -19,14 +19,6 @@ QUICK = MaskSettings(
     relax_steps=4, anneal_steps=4, sift_steps=1, refine_rounds=2, tries=2, batch_size=3, refine_batch_size=3
 )
 STEPS = 11  # of a mask
-
-
-class Killed(Exception):
-    pass
-
-
-def die():
-    raise Killed
 
 
 def start(data, out, **changes):  # noqa: F811

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import small_gpt2
+from scripts import Killed, die
 from test_training import make_task
 from test_weight_training import QUICK, folder, script, settings  # noqa: F401 (folder is a fixture)
 
@@ -16,14 +17,6 @@ from circuit_breaking.cli import UserError
 from circuit_breaking.files import locked, read_jsonl, read_tensors
 from circuit_breaking.gates import METHODS
 from circuit_breaking.weight_training import WeightMaskSettings, train_weight_mask
-
-
-class Killed(Exception):
-    pass
-
-
-def die():
-    raise Killed
 
 
 def run(checkpoints=None, die_at=None, how=None, **changes):
