@@ -1,7 +1,12 @@
 """What cut edges carry, learned with the mask: one constant a node (optimal ablation; Li and Janson 2024; layer 3).
 
 Zero or a mean output may be far from anything that a reader is used to, so that a cut harms for that alone. Here the
-constants minimise the same objective as the mask, from the engine's gradient of its means.
+constants are learned from the engine's gradient of its means, by `means_goal` for one of two things:
+
+keep        The ordinary loss alone, as Li and Janson define them: the constants with which the model does best what it
+            is meant to do. What they do to the behaviour is the cuts' own doing.
+objective   The same objective as the mask. The constants then break the behaviour themselves, a steering vector for
+            each node, which even random cuts let through.
 """
 
 from typing import Any

@@ -9,6 +9,7 @@ are taken on the way and handed on by the backward.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,11 +41,18 @@ class _Measured(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class Term:
-    """A task's share of the objective: its weight, and the cap of its loss (see `tasks.Task.loss`)."""
+    """A task's share of the objective: its weight, the cap of its loss (see `tasks.Task.loss`), and whether what cut
+    edges carry, where that is learned, is learned for it too or held fixed while it is computed."""
 
     task: Any
     weight: float
     cap: float | None = None
+    teaches: bool = True
+
+    def loss(self, model: Any, batch: Any, mask: Tensor) -> Tensor:
+        """The task's loss on a batch, without the weight."""
+        with nullcontext() if self.teaches else model.means_held():
+            return self.task.loss(model, batch, mask, self.cap)
 
 
 class StepObjective:
@@ -57,7 +65,8 @@ class StepObjective:
     def __init__(self, model: Any, keep_task: Any, break_task: Any, settings: Any) -> None:
         self.model, self.micro_batch = model, settings.micro_batch
         cap = settings.break_cap or math.log(len(model.unembedding))
-        self.keep, self.broken = Term(keep_task, settings.keep_weight), Term(break_task, -settings.alpha, cap)
+        self.keep = Term(keep_task, settings.keep_weight)
+        self.broken = Term(break_task, -settings.alpha, cap, settings.means_goal == "objective")
         self.losses = (0.0, 0.0)
 
     def draw(self, batch_size: int) -> Objective:
@@ -69,7 +78,7 @@ class StepObjective:
 
         def whole(mask: Tensor) -> Tensor:
             losses = [
-                term.task.loss(self.model, batch, mask, term.cap)
+                term.loss(self.model, batch, mask)
                 for term, batch in ((self.keep, keep), (self.broken, broken))
             ]
             self._note(*(float(loss.detach()) for loss in losses), torch.is_grad_enabled())
@@ -98,11 +107,14 @@ class StepObjective:
                 if weight == 0:
                     continue
                 with torch.set_grad_enabled(bool(leaves)):
-                    loss = weight * term.task.loss(self.model, part, mask, term.cap)
-                    more = torch.autograd.grad(term.weight * loss, leaves) if leaves else ()
+                    loss = weight * term.loss(self.model, part, mask)
+                    # held means have no part in a term, and nothing has where it is all that was asked for
+                    known = bool(leaves) and loss.requires_grad
+                    more = torch.autograd.grad(term.weight * loss, leaves, allow_unused=True) if known else ()
                 total += float(loss.detach())
-                for gradient, addition in zip(gradients, more, strict=True):
-                    gradient += addition
+                for gradient, addition in zip(gradients, more, strict=False):
+                    if addition is not None:
+                        gradient += addition
             losses.append(total)
         losses = sum_(torch.tensor(losses, dtype=torch.float64)).tolist()
         self._note(*losses, bool(leaves))

@@ -62,6 +62,7 @@ class MaskSettings:
     chance: float = 0.5  # hard-concrete: of each edge to be cut at all, be it in part, before anything is learned
     ig_steps: int = 0  # points where attribution takes gradients, from all edges cut on (EAP-IG); 0: all kept (EAP)
     means_lr: float = 0.0  # AdamW's, on what cut edges carry, learned with the mask (optimal ablation); 0: it stays
+    means_goal: Literal["keep", "objective"] = "keep"  # what it is learned for: the loss to keep low, or all of this
 
 
 @dataclass
@@ -264,6 +265,13 @@ def check(settings: MaskSettings, n_edges: int) -> None:
     for name in ("batch_size", "refine_batch_size", "tries", "lr", "candidates", "explore"):
         if getattr(settings, name) <= 0:
             raise UserError(f"{name} is {getattr(settings, name)}; it must be above 0.")
+    if settings.means_goal not in ("keep", "objective"):
+        raise UserError(f"means_goal {settings.means_goal!r} is neither keep nor objective.")
+    if settings.means_lr and settings.means_goal == "keep" and settings.keep_weight <= 0:
+        raise UserError(
+            f"what cut edges carry cannot be learned for a loss of weight {settings.keep_weight}. Set means_goal to "
+            "objective, means_lr to 0, or keep_weight above 0."
+        )
     if not 0 < settings.chance < 1:
         raise UserError(f"chance is {settings.chance}; it must be above 0 and below 1.")
     if settings.method == "attribution" and settings.ig_steps > settings.relax_steps + settings.anneal_steps:

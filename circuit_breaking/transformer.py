@@ -9,6 +9,8 @@ Shapes: B batch, T position, P sources, E edges, D width, V vocabulary.
 """
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -79,6 +81,7 @@ class EdgeMaskedTransformer(nn.Module):
         self.register_buffer("base", None)
         self.register_buffer("_means", None)
         self._learned: tuple[Tensor] | None = None  # in a tuple, so as to be no parameter of the model
+        self._held = False
         self.means = None
         self.name: str | None = None  # set by `load_model`; goes into the files that belong to this model
         self.eval()
@@ -128,6 +131,15 @@ class EdgeMaskedTransformer(nn.Module):
         # base[p]: the sum of the means of the first p nodes
         self.base = F.pad(by_node.cumsum(0), (0, 0, 0, 0, 1, 0)).to(self.dtype)
 
+    @contextmanager
+    def means_held(self) -> Iterator[None]:
+        """While the block lasts, what is computed gives no gradient to means that are learned: they are as they are."""
+        before, self._held = self._held, True
+        try:
+            yield
+        finally:
+            self._held = before
+
     def rotary_tables(self, length: int, device: torch.device) -> tuple[Tensor, Tensor] | None:
         """cos and sin [T, K] of the rotary embedding, None where positions are learned."""
         if self.rotary is None:
@@ -156,6 +168,8 @@ class EdgeMaskedTransformer(nn.Module):
         learned = self._learned[0] if self._learned else None
         if learned is not None:
             self.means = learned  # an optimizer may have changed them
+        if self._held:
+            learned = None
         if not torch.is_grad_enabled():  # which a custom function does not see: it would keep what a backward needs
             weights, learned = weights.detach(), None
         read = OutputRead.apply(weights, learned, self, tokens).view(*tokens.shape, -1)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import small_gpt2, small_llama
+from oracle import NaiveEdgeMasked
 from test_training import make_task, run
 
 from circuit_breaking.cli import UserError
@@ -47,7 +48,7 @@ def double(make=small_gpt2, **changes):
     return load_model(make(**changes).double(), device="cpu", dtype="float64")
 
 
-def measured(make, broken, micro_batch, learned, size=7):
+def measured(make, broken, micro_batch, learned, goal="objective", size=7):
     """Value, its gradients and the losses noted, at a random mask."""
     model = double(make)
     if learned:
@@ -55,7 +56,7 @@ def measured(make, broken, micro_batch, learned, size=7):
         model.means = model.means.requires_grad_()
     mask = torch.rand(len(model.graph), dtype=torch.float64, generator=torch.Generator().manual_seed(5))
     mask.requires_grad_()
-    settings = MaskSettings(**SETTINGS, micro_batch=micro_batch)
+    settings = MaskSettings(**SETTINGS, micro_batch=micro_batch, means_goal=goal)
     one = StepObjective(model, make_task("keep", 5), BREAK[broken](), settings)
     objective = one.draw(size)
     value = 3 * objective(mask)
@@ -67,15 +68,40 @@ def measured(make, broken, micro_batch, learned, size=7):
 
 @pytest.mark.parametrize("micro_batch", [1, 2, 3, 7, 50])
 @pytest.mark.parametrize("broken", BREAK)
-@pytest.mark.parametrize("learned", [False, True])
-def test_parts_add_up_to_the_whole(broken, micro_batch, learned):
+@pytest.mark.parametrize("learned, goal", [(False, "keep"), (True, "keep"), (True, "objective")])
+def test_parts_add_up_to_the_whole(broken, micro_batch, learned, goal):
     close = {"atol": 1e-12, "rtol": 1e-10} if broken == "text" else {"atol": 2e-6, "rtol": 1e-6}  # float32 logits
     for make in (small_gpt2, small_llama):
         torch.manual_seed(0)
-        whole = measured(make, broken, 0, learned)
+        whole = measured(make, broken, 0, learned, goal)
         torch.manual_seed(0)
-        for found, expected in zip(measured(make, broken, micro_batch, learned), whole, strict=True):
+        for found, expected in zip(measured(make, broken, micro_batch, learned, goal), whole, strict=True):
             torch.testing.assert_close(found, expected, **close)
+
+
+@pytest.mark.parametrize("micro_batch", [0, 2])
+@pytest.mark.parametrize("goal", ["keep", "objective"])
+def test_gradients_by_what_means_are_learned_for(goal, micro_batch):
+    """Those of the oracle, where means that the break term may not teach are constants in it."""
+    hf = small_gpt2(**FEW).double()
+    model = load_model(hf, device="cpu", dtype="float64")
+    generator = torch.Generator().manual_seed(2)
+    means = torch.randn(len(model.graph.sources), 16, dtype=torch.float64, generator=generator).requires_grad_()
+    mask = torch.rand(len(model.graph), dtype=torch.float64, generator=generator).requires_grad_()
+    oracle, sums = NaiveEdgeMasked(hf), []
+    for task, carried in ((make_task("keep", 5), means), (make_task("break", 1), means.detach())):
+        batch = task.draw(5)
+        logits = oracle(batch.tokens, mask, means if goal == "objective" else carried)[:, :-1]
+        losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), batch.tokens[:, 1:], reduction="none")
+        real = torch.arange(1, batch.tokens.shape[1])[None] < batch.lengths[:, None]
+        sums.append(losses[real].clamp(max=3.9 if len(sums) else torch.inf).mean())
+    expected = torch.autograd.grad(1.3 * sums[0] - 0.7 * sums[1], (mask, means))
+    model.means = means
+    settings = MaskSettings(**SETTINGS, micro_batch=micro_batch, means_goal=goal)
+    value = StepObjective(model, make_task("keep", 5), make_task("break", 1), settings).draw(5)(mask)
+    assert float(value.detach()) == pytest.approx(float((1.3 * sums[0] - 0.7 * sums[1]).detach()), rel=1e-10)
+    for found, right in zip(torch.autograd.grad(value, (mask, means)), expected, strict=True):
+        torch.testing.assert_close(found, right, atol=1e-10, rtol=1e-8)
 
 
 def test_by_hand():

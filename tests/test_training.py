@@ -5,7 +5,9 @@ import torch
 from conftest import small_gpt2
 
 from circuit_breaking.cli import UserError
+from circuit_breaking.learned_means import LearnedMeans
 from circuit_breaking.models import load_model
+from circuit_breaking.objective import StepObjective
 from circuit_breaking.search import MeasuredSearch
 from circuit_breaking.sift import Sift
 from circuit_breaking.tasks import TextTask
@@ -145,20 +147,45 @@ def test_a_measurement_corrects_the_next_prediction():
     assert float(search._gains(mask)[0]) == pytest.approx(-6.0)
 
 
-def test_what_cut_edges_carry_is_learned_with_the_mask():
+@pytest.mark.parametrize("goal", ["keep", "objective"])
+def test_what_cut_edges_carry_is_learned_with_the_mask(goal):
     _, fixed_model = run(max_edges=12)
     assert fixed_model.means is None
-    result, model = run(max_edges=12, means_lr=0.05)
+    result, model = run(max_edges=12, means_lr=0.05, means_goal=goal)
     assert model.means.shape == (len(model.graph.sources), 24) and not model.means.requires_grad
     assert 0 < len(result.edges) <= 12 and model.means.isfinite().all()
     sources = [edge.source for edge in result.edges]
     assert all(model.means[model.graph.sources.index(source)].abs().sum() > 0 for source in sources)
-    objective = {}
-    for name, one in {"fixed": fixed_model, "learned": model}.items():
-        keep, broken = make_task("keep", 5), make_task("break", 1)
-        with torch.no_grad():
-            objective[name] = float(keep.loss(one, keep.train) - 0.2 * broken.loss(one, broken.train))
-    assert objective["learned"] < objective["fixed"]
+    assert objective_of(model) < objective_of(fixed_model)
+
+
+def objective_of(model, alpha=0.2):
+    keep, broken = make_task("keep", 5), make_task("break", 1)
+    with torch.no_grad():
+        return float(keep.loss(model, keep.train) - alpha * broken.loss(model, broken.train))
+
+
+def test_what_is_learned_for_the_loss_to_keep_is_not_learned_for_the_other():
+    """With the same edges cut: the one that may break the behaviour by what it lets through does."""
+    found = {}
+    for goal in ("keep", "objective"):
+        model = load_model(small_gpt2(), device="cpu")
+        model.mask.cut_(model.graph.edges[3::9])
+        settings = MaskSettings(alpha=1.0, means_goal=goal)
+        objective = StepObjective(model, make_task("keep", 5), make_task("break", 1), settings)
+        means = LearnedMeans(model, 0.05)
+        for _ in range(100):
+            means.descend(objective.draw(12)(model.mask.weights.detach()))
+        found[goal] = {"keep": objective_of(model, 0.0), "objective": objective_of(model, 1.0)}
+    assert found["keep"]["keep"] < found["objective"]["keep"]
+    assert found["objective"]["objective"] < found["keep"]["objective"]
+
+
+@pytest.mark.parametrize("changes", [{"keep_weight": 0.0}, {"keep_weight": -1.0}, {"means_goal": "both"}])
+def test_means_are_not_learned_for_nothing(changes):
+    with pytest.raises(UserError, match="cannot be learned for a loss of weight|means_goal 'both' is neither"):
+        run(max_edges=3, **{"means_lr": 0.05, **changes})
+    run(max_edges=3, means_lr=0.05, means_goal="objective", keep_weight=0.0)
 
 
 def test_learned_means_start_from_the_models_own_and_a_budget_of_nothing_keeps_those():
