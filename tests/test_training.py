@@ -183,7 +183,7 @@ def test_what_is_learned_for_the_loss_to_keep_is_not_learned_for_the_other():
 
 @pytest.mark.parametrize("changes", [{"keep_weight": 0.0}, {"keep_weight": -1.0}, {"means_goal": "both"}])
 def test_means_are_not_learned_for_nothing(changes):
-    with pytest.raises(UserError, match="cannot be learned for a loss of weight|means_goal 'both' is neither"):
+    with pytest.raises(UserError, match=r"cannot be learned for a loss of weight|means_goal 'both' is neither"):
         run(max_edges=3, **{"means_lr": 0.05, **changes})
     run(max_edges=3, means_lr=0.05, means_goal="objective", keep_weight=0.0)
 
