@@ -77,10 +77,7 @@ class StepObjective:
         keep, broken = self.keep.task.draw(batch_size), self.broken.task.draw(batch_size)
 
         def whole(mask: Tensor) -> Tensor:
-            losses = [
-                term.loss(self.model, batch, mask)
-                for term, batch in ((self.keep, keep), (self.broken, broken))
-            ]
+            losses = [term.loss(self.model, batch, mask) for term, batch in ((self.keep, keep), (self.broken, broken))]
             self._note(*(float(loss.detach()) for loss in losses), torch.is_grad_enabled())
             return self.keep.weight * losses[0] + self.broken.weight * losses[1]
 
