@@ -129,6 +129,11 @@ class Checkpoints:
             return Saved(about["step"], tensors, about["values"])
         return None
 
+    def hand_on(self, other: "Checkpoints") -> None:
+        """Let another run go on from where this one is."""
+        saved = self.load()
+        other.save(saved.step, saved.tensors, saved.values)
+
     def remove(self) -> None:
         """Delete both, once the run's results are written."""
         for name in (NEWEST, PREVIOUS):

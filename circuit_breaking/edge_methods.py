@@ -13,6 +13,8 @@ hard-concrete   L0 regularisation (Louizos, Welling, Kingma 2018): whether an ed
                 surely cut, of those that would be more likely cut than kept without that lowering.
 attribution     EAP or EAP-IG of the objective (`attribution`), averaged over the batches of all steps: the edges whose
                 cut is predicted to gain most.
+given           None: all edges that may be cut are cut from the first step to the last, and only what they carry is
+                learned, if that is. For controls, and for edges that are known.
 """
 
 from abc import ABC, abstractmethod
@@ -280,4 +282,31 @@ class AttributedEdges(Method):
         self.totals, self.seen = state["totals"].to(device), state["seen"]
 
 
-METHODS = {"clamped": ClampedEdges, "hard-concrete": HardConcreteEdges, "attribution": AttributedEdges}
+class GivenEdges(Method):
+    """Cuts what may be cut. A step is one for what cut edges carry."""
+
+    def step(self, number: int) -> Step:
+        with torch.no_grad():
+            self.weights.copy_(~self.allowed)
+        objective = self.next_objective(self.settings.batch_size)(self.weights.detach())
+        if objective.requires_grad:
+            self.backward(objective)
+        return "given", float(objective.detach()), self.model.mask.n_cut()
+
+    def state(self) -> dict[str, Tensor]:
+        return {}
+
+    def restore(self, state: dict[str, Tensor], device: torch.device) -> None:
+        pass
+
+
+METHODS = {"clamped": ClampedEdges, "hard-concrete": HardConcreteEdges, "attribution": AttributedEdges}  # that find
+GIVEN = "given"
+
+
+def relaxing(settings: Any) -> dict[str, Any] | None:
+    """Changes to settings that leave the relax phase alone, which is the same whatever the budget; None where there is
+    none."""
+    if settings.relax_steps == 0 or not issubclass(METHODS.get(settings.method, Method), Learned):
+        return None
+    return {"max_edges": 1, "anneal_steps": 0, "sift_steps": 0, "refine_rounds": 0, "means_steps": 0}

@@ -23,6 +23,7 @@ from circuit_breaking.tasks.owt import SHIPPED
 from circuit_breaking.training import MaskResult, MaskSettings, train_mask
 
 T = TypeVar("T")
+METRICS = "metrics.jsonl"  # of a run folder: a row a step
 
 
 def fill_in(settings: T, *sources: Mapping[str, Any]) -> T:
@@ -102,7 +103,7 @@ def recorded(
         every: steps between checkpoints.
         hold: hold the folder against other runs while the block lasts (`held`); False where the caller does.
     """
-    path = folder / "metrics.jsonl"
+    path = folder / METRICS
     checkpoints = None if run is None else Checkpoints(folder, identity(run), every)
     with held(folder) if hold else nullcontext():
         saved = _saved(path, checkpoints if resume else None)

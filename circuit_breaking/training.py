@@ -7,6 +7,7 @@ find     `relax_steps` and `anneal_steps`, used as the method says: the paper's 
          attribution (`edge_methods`).
 sift     Few edges are tried at a time, and kept cut by the mean of the gradients at both ends of their weight (`sift`).
 refine   Single edges are cut, restored or exchanged by their measured effect on fresh batches (`search`).
+settle   The edges are chosen; what they carry, where that is learned, comes to fit them (`learned_means`).
 
 The forward sees binary masks from there on, so nothing is left for a last rounding to harm.
 """
@@ -24,7 +25,7 @@ from tqdm import tqdm
 
 from circuit_breaking.checkpoints import Checkpoints, Saved, restore_parts, state_of, told_to_stop
 from circuit_breaking.cli import UserError
-from circuit_breaking.edge_methods import METHODS
+from circuit_breaking.edge_methods import GIVEN, METHODS, GivenEdges
 from circuit_breaking.graph import Edge
 from circuit_breaking.learned_means import LearnedMeans
 from circuit_breaking.masks import lowest_cut
@@ -38,7 +39,7 @@ from circuit_breaking.sift import Sift
 class MaskSettings:
     """How a mask is trained. Losses are in nats; a step sees `batch_size` texts of each task."""
 
-    method: Literal["clamped", "hard-concrete", "attribution"] = "clamped"  # how edges are found, before refinement
+    method: Literal["clamped", "hard-concrete", "attribution", "given"] = "clamped"  # how edges are found at first
     max_edges: int = 12  # most edges that the mask may cut: a promise
     alpha: float = 0.2  # weight of the loss to raise (paper: 0.2); negative to lower it too
     keep_weight: float = 1.0  # weight of the loss to keep low; 0 finds edges that the behaviour needs
@@ -62,6 +63,7 @@ class MaskSettings:
     chance: float = 0.5  # hard-concrete: of each edge to be cut at all, be it in part, before anything is learned
     ig_steps: int = 0  # points where attribution takes gradients, from all edges cut on (EAP-IG); 0: all kept (EAP)
     means_lr: float = 0.0  # AdamW's, on what cut edges carry, learned with the mask (optimal ablation); 0: it stays
+    means_steps: int = 100  # where it is learned, steps at the end in which only this is
     means_goal: Literal["keep", "objective"] = "keep"  # what it is learned for: the loss to keep low, or all of this
 
 
@@ -159,7 +161,7 @@ class _Trainer:
     def __init__(
         self, model: Any, break_task: Any, keep_task: Any, settings: MaskSettings, allowed: Tensor | None
     ) -> None:
-        check(settings, len(model.graph))
+        check(settings, len(model.graph), allowed)
         self.model, self.break_task, self.keep_task, self.settings = model, break_task, keep_task, settings
         self.weights = model.mask.weights
         self.allowed = None if allowed is None else allowed.to(self.weights.device)
@@ -170,9 +172,11 @@ class _Trainer:
             (self._find, settings.relax_steps + settings.anneal_steps),
             (self._sift, settings.sift_steps),
             (self._refine, settings.refine_rounds),
+            (self._settle, settings.means_steps if self.means is not None else 0),
         ]
         self.total = sum(steps for _, steps in self.phases) if settings.max_edges else 0
-        self.method = METHODS[settings.method](model, settings, self.allowed, self.objective.draw, self._backward)
+        method = {**METHODS, GIVEN: GivenEdges}[settings.method]
+        self.method = method(model, settings, self.allowed, self.objective.draw, self._backward)
         self.sift = Sift(settings.max_edges, self.allowed, settings.refine_price, settings.explore)
         self.search = MeasuredSearch(settings.max_edges, self.allowed, settings.refine_price, settings.tries)
         model.mask.reset_()
@@ -241,10 +245,19 @@ class _Trainer:
         self._adapt_means()
         return self._row("refine", loss, int((mask == 0).sum()))
 
-    def _adapt_means(self) -> None:
-        """A step of what cut edges carry, where that is learned, for the mask as it is now."""
-        if self.means is not None:
-            self.means.descend(self.objective.draw(self.settings.batch_size)(self.weights.detach()))
+    def _settle(self, number: int) -> dict[str, Any]:
+        if number == 0:
+            self.weights.data.copy_(self._lowest(self.settings.max_edges))
+        loss = self._adapt_means()
+        return self._row("settle", loss, self.model.mask.n_cut())
+
+    def _adapt_means(self) -> float | None:
+        """A step of what cut edges carry, where that is learned, for the mask as it is now; the objective there."""
+        if self.means is None:
+            return None
+        loss = self.objective.draw(self.settings.batch_size)(self.weights.detach())
+        self.means.descend(loss)
+        return float(loss.detach())
 
     @torch.no_grad()
     def _lowest(self, count: int) -> Tensor:
@@ -252,14 +265,19 @@ class _Trainer:
         return lowest_cut(self.weights, count, threshold=0.5)
 
 
-def check(settings: MaskSettings, n_edges: int) -> None:
+def check(settings: MaskSettings, n_edges: int, allowed: Tensor | None = None) -> None:
     """Raise a `UserError` for settings that make no sense."""
     if not 0 <= settings.max_edges <= n_edges:
         raise UserError(f"max_edges {settings.max_edges} is not between 0 and the model's {n_edges:,} edges.")
-    if settings.method not in METHODS:
-        raise UserError(f"method {settings.method!r} is not one of {', '.join(METHODS)}.")
-    counts = ("relax_steps", "anneal_steps", "sift_steps", "refine_rounds", "round_every", "ig_steps", "micro_batch")
-    for name in (*counts, "sparsity", "means_lr"):
+    if settings.method not in (*METHODS, GIVEN):
+        raise UserError(f"method {settings.method!r} is not one of {', '.join((*METHODS, GIVEN))}.")
+    if settings.method == GIVEN and settings.max_edges and (allowed is None or allowed.sum() > settings.max_edges):
+        raise UserError(
+            f"method {GIVEN} cuts all edges that may be cut. Give `allowed`, with at most max_edges of them, in code; "
+            "scripts that find edges take another method."
+        )
+    phases = ("relax_steps", "anneal_steps", "sift_steps", "refine_rounds", "means_steps")
+    for name in (*phases, "round_every", "ig_steps", "micro_batch", "sparsity", "means_lr"):
         if getattr(settings, name) < 0:
             raise UserError(f"{name} is {getattr(settings, name)}; it cannot be negative.")
     for name in ("batch_size", "refine_batch_size", "tries", "lr", "candidates", "explore"):

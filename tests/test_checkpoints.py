@@ -13,7 +13,7 @@ from scripts import Killed, die
 from test_training import QUICK, make_task
 
 from circuit_breaking.checkpoints import NEWEST, PREVIOUS, Checkpoints, Stopped, told_to_stop
-from circuit_breaking.edge_methods import METHODS
+from circuit_breaking.edge_methods import METHODS, relaxing
 from circuit_breaking.files import locked
 from circuit_breaking.models import load_model
 from circuit_breaking.training import MaskSettings, train_mask
@@ -35,6 +35,28 @@ def run(checkpoints=None, die_at=None, how=None, **changes):
     tasks = make_task("break", 1), make_task("keep", 5)
     result = train_mask(model, *tasks, replace(SETTINGS, **changes), None, on_step, False, checkpoints, saved)
     return result.weights, rows
+
+
+@pytest.mark.parametrize(
+    "changes", [{"method": "clamped"}, {"method": "clamped", "candidates": 0.1}, {"method": "hard-concrete"}]
+)
+def test_masks_of_all_budgets_may_begin_with_one_relax_phase(tmp_path, changes):
+    phase = relaxing(replace(SETTINGS, **changes))
+    shared = Checkpoints(tmp_path / "shared", {"shared": True})
+    torch.manual_seed(4)
+    _, first = run(shared, **changes, **phase, means_lr=0.05)
+    for budget in (1, 3, 9):
+        torch.manual_seed(4)
+        expected, rows = run(max_edges=budget, means_lr=0.05, **changes)
+        own = Checkpoints(tmp_path / str(budget), {"budget": budget})
+        shared.hand_on(own)
+        found, more = run(own, max_edges=budget, means_lr=0.05, **changes)
+        assert torch.equal(found, expected) and first + more == rows and len(first) == QUICK["relax_steps"]
+
+
+def test_what_has_no_relax_phase_has_none_to_share():
+    for changes in ({"method": "attribution"}, {"method": "given"}, {"relax_steps": 0}):
+        assert relaxing(replace(SETTINGS, **changes)) is None
 
 
 @pytest.mark.parametrize(

@@ -21,11 +21,14 @@ from circuit_breaking.markdown import COSTS_HEADING
 from circuit_breaking.models import TINY, load_tokenizer
 from circuit_breaking.tasks.base import TextTask
 from circuit_breaking.text import encode
-from circuit_breaking.training import MaskSettings
 
 compare = load_script("toxicity/compare.py")
 LENGTH = 50  # the scripts' own
-QUICK = {"relax_steps": 2, "anneal_steps": 3, "refine_rounds": 1, "tries": 2, "batch_size": 3, "refine_batch_size": 3}
+QUICK = {
+    "relax_steps": 2, "anneal_steps": 3, "refine_rounds": 1, "tries": 2, "batch_size": 3, "refine_batch_size": 3,
+    "means_steps": 2,
+}  # fmt: skip
+SHORT = [f"--training.{name.replace('_', '-')}={value}" for name, value in QUICK.items()]
 VARYING = {"cost.json", "costs.json"}  # and, of report.md, what is below the heading of costs
 
 
@@ -56,19 +59,11 @@ def run_parts(chosen, monkeypatch):
         return batch
 
     monkeypatch.setattr(TextTask, "draw", spy)
-    known = {field.name for field in dataclasses.fields(MaskSettings)}
-    quick = {name: value for name, value in QUICK.items() if name in known}
     for stage in compare.stages(chosen):
         for _, script, options in stage:
             module = load_script(f"toxicity/{script}")
             if script == "sweep_masks.py":
-                train = module.train_into
-                monkeypatch.setattr(
-                    module, "train_into",
-                    lambda folder, model, a, b, s, *more, train=train: train(
-                        folder, model, a, b, dataclasses.replace(s, **quick), *more
-                    ),
-                )  # fmt: skip
+                options = [*options, *SHORT]
             if script in ("sweep_masks.py", "finetune_gpt2.py"):
                 options = [*options, "--no-resume"]  # each run is to make everything
             module.main(tyro.cli(module.Settings, args=options))
@@ -173,7 +168,8 @@ def test_models_that_are_there_are_not_made_again(data, finished, tmp_path, monk
         before = {path: path.read_bytes() for path in folder.rglob("*.safetensors") if "random_" not in str(path)}
         for _, other, options in compare.stages(settings(data, tmp_path))[0]:
             if other == script:
-                module.main(tyro.cli(module.Settings, args=options))
+                short = SHORT if script == "sweep_masks.py" else []
+                module.main(tyro.cli(module.Settings, args=[*options, *short]))
         assert before and {path: path.read_bytes() for path in before} == before
     assert capsys.readouterr().out.count("is there, of the same settings") == 9 + 2 + 5
 
@@ -234,8 +230,7 @@ def test_a_part_that_fails_ends_the_comparison(data, tmp_path, monkeypatch):
 def test_an_interrupted_comparison_goes_on(data, tmp_path, monkeypatch):
     def making(settings, plain=compare.stages):
         name, script, options = plain(settings)[0][0]
-        quick = [f"--training.{key.replace('_', '-')}={value}" for key, value in QUICK.items()]
-        return [[(name, script, [*options, *quick])]]
+        return [[(name, script, [*options, *SHORT])]]
 
     chosen = settings(data, tmp_path, judged=1, budgets=(1, 2, 3, 4), random_seeds=0, workers=1)
     monkeypatch.setattr(compare, "stages", making)

@@ -71,6 +71,18 @@ def test_what_cut_edges_carry_is_learned_too(method):
     assert model.means.abs().sum() > 0 and not model.means.requires_grad and 0 < len(result.edges) <= 5
 
 
+@pytest.mark.parametrize("means_lr", [0.0, 0.05])
+def test_given_edges_are_cut_all_the_time(means_lr):
+    model = small()
+    allowed = torch.arange(ALL) % 7 == 2
+    result, _ = run(model, allowed, method="given", max_edges=4, refine_rounds=0, sift_steps=0, means_lr=means_lr)
+    assert torch.equal(result.weights == 0, allowed) and {row["n_cut"] for row in result.history} == {4}
+    assert (model.means is not None) == bool(means_lr)
+    for wrong in (None, torch.arange(ALL) < 5):
+        with pytest.raises(UserError, match="method given cuts all edges"):
+            run(small(), wrong, method="given", max_edges=4)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_the_objective_falls(method):
     model, keep, broken = small(), make_task("keep", 5), make_task("break", 1)

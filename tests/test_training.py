@@ -21,6 +21,7 @@ QUICK = {
     "refine_rounds": 3,
     "batch_size": 3,
     "refine_batch_size": 4,
+    "means_steps": 2,
 }
 
 

@@ -8,11 +8,13 @@ Writes  data/toxicity/<run>/masks/<carry>_<budget>[_seed<n>]/: mask.safetensors,
         was interrupted goes on when it is started again; masks that are finished are left alone.
 Time    half a minute a mask for the shipped model on one core.
 
-The masks of seeds above 0, at one budget, show how stable the choice of edges is. Where what cut edges carry is
-learned, it is learned for random edges too, at that budget: what is then left over is owed to the choice of edges.
+The first phase, which the budget does not change, is trained once for all budgets. The masks of seeds above 0, at one
+budget, show how stable the choice of edges is. Where what cut edges carry is learned, it is learned for random edges
+too, at that budget, in as many steps: what is then left over is owed to the choice of edges.
 """
 
 import random
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,13 +26,14 @@ from utils import FOLDER, check_counts, default_data, files_of, fill_in
 from circuit_breaking.checkpoints import Checkpoints, told_to_stop
 from circuit_breaking.cli import UserError, run_script
 from circuit_breaking.costs import COST_FILE, cost, with_earlier
-from circuit_breaking.files import provenance, read_tensors, write_json
+from circuit_breaking.edge_methods import GIVEN, relaxing
+from circuit_breaking.files import provenance, read_jsonl, read_tensors, write_json, write_jsonl
 from circuit_breaking.masks import load_mask, save_mask
 from circuit_breaking.means import compute_means, load_means, save_means
 from circuit_breaking.models import load_model, load_tokenizer
-from circuit_breaking.scripts import identity, is_made, train_into
+from circuit_breaking.scripts import METRICS, held, identity, is_made, train_into
 from circuit_breaking.splits import Splits, load_splits
-from circuit_breaking.training import MaskSettings
+from circuit_breaking.training import MaskResult, MaskSettings
 
 CARRIES = ("zero", "mean", "optimal")
 MASK = "mask.safetensors"
@@ -43,7 +46,6 @@ class Settings:
     budgets: tuple[int, ...] = (1, 2, 5, 12, 25, 50, 100, 200)  # most edges to cut, a mask each; those a model has
     carries: tuple[str, ...] = CARRIES  # what cut edges carry: zero, mean, optimal (learned with the mask)
     learned_lr: float = 0.02  # AdamW's, on what cut edges carry where it is learned
-    learned_alpha: float = 0.02  # alpha there: so much can be learned that more of it costs ordinary loss
     mean_texts: int = 1000  # ordinary training texts to average node outputs over
     stable_budget: int = 12  # budget whose masks are trained with several seeds; 0: none
     seeds: int = 3  # masks at that budget, the first with the setting seed
@@ -97,9 +99,13 @@ def check(settings: Settings) -> None:
 
 def training_of(settings: Settings, carry: str, budget: int) -> MaskSettings:
     """How a mask is trained."""
-    if carry != "optimal":
-        return replace(settings.training, max_edges=budget)
-    return replace(settings.training, max_edges=budget, means_lr=settings.learned_lr, alpha=settings.learned_alpha)
+    return replace(settings.training, max_edges=budget, means_lr=settings.learned_lr if carry == "optimal" else 0.0)
+
+
+def given(training: MaskSettings) -> MaskSettings:
+    """How what given edges carry is trained: in as many steps as a mask."""
+    steps = training.relax_steps + training.anneal_steps + training.sift_steps + training.refine_rounds
+    return replace(training, method=GIVEN, relax_steps=steps, anneal_steps=0, sift_steps=0, refine_rounds=0)
 
 
 def main(settings: Settings) -> None:
@@ -137,22 +143,44 @@ def main(settings: Settings) -> None:
             load_mask(place / MASK, model)
             print(f"{name}: is there, of the same settings, data and code; --no-resume makes it anew", flush=True)
             return model.mask.n_cut()
+        how = training_of(settings, carry, budget)
+        part = identity(run, *APART)
+        with held(place):
+            resume = settings.resume
+            if allowed is None and (phase := relaxing(how)) is not None:
+                own = Checkpoints(place, part)
+                if not (resume and own.load()):
+                    relaxed(carry, seed, replace(how, **phase), own)
+                    resume = True
+            with cost(model.device) as spent:
+                result = train_one(place, carry, seed, how if allowed is None else given(how), part, resume, allowed)
+            spent = with_earlier(spent, result.seconds - spent["seconds"])
+            write_json(place / COST_FILE, spent)
+            save(place, run)
+            Checkpoints(place, {}).remove()
+        print(f"{name}: {len(result.edges)} edges cut in {spent['seconds']:.0f} s", flush=True)
+        return len(result.edges)
+
+    def train_one(
+        place: Path, carry: str, seed: int, how: MaskSettings, part: dict, resume: bool, allowed: Any = None
+    ) -> MaskResult:
+        """Train into a folder that is held."""
         if seed not in splits:
             splits[seed] = read_texts(settings, tokenizer, seed)
         torch.manual_seed(seed)
         carries(carry)
-        how = training_of(settings, carry, budget)
-        part = identity(run, *APART)
-        with cost(model.device) as spent:
-            result = train_into(
-                place, model, *splits[seed].tasks(seed), how, allowed, part, settings.resume, settings.checkpoint_every
-            )
-        spent = with_earlier(spent, result.seconds - spent["seconds"])
-        write_json(place / COST_FILE, spent)
-        save(place, run)
-        Checkpoints(place, {}).remove()
-        print(f"{name}: {len(result.edges)} edges cut in {spent['seconds']:.0f} s", flush=True)
-        return len(result.edges)
+        tasks = splits[seed].tasks(seed)
+        return train_into(place, model, *tasks, how, allowed, part, resume, settings.checkpoint_every, hold=False)
+
+    def relaxed(carry: str, seed: int, how: MaskSettings, own: Checkpoints) -> None:
+        """Let a mask go on from the end of the phase that masks of all budgets share, which is trained if need be."""
+        place = folder / "relaxed" / f"{carry}_seed{seed}"
+        part = identity(about("relaxed", carry, 0, seed), *APART)
+        with held(place):
+            train_one(place, carry, seed, how, part, settings.resume or place in shared)
+            shared.add(place)
+            write_jsonl(own.folder / METRICS, read_jsonl(place / METRICS))
+            Checkpoints(place, part).hand_on(own)
 
     def save(place: Path, run: dict[str, Any]) -> None:
         """Write the mask that is in the model, last the file that says that the folder is complete."""
@@ -162,6 +190,7 @@ def main(settings: Settings) -> None:
         write_json(place / "edges.json", model.mask.cut_edges())
         save_mask(place / MASK, model, run)
 
+    shared: set[Path] = set()  # phases that masks share, trained in this run or gone on with
     cut: dict[tuple[str, int], int] = {}
     with told_to_stop():
         for name, carry, budget, seed in plan(settings, len(model.graph)):
@@ -178,6 +207,8 @@ def main(settings: Settings) -> None:
                     save(folder / "masks" / name, about("random", carry, budget, seed))
                 elif budget == settings.stable_budget:
                     train(name, "random", carry, budget, seed, allowed=model.mask.weights.detach() == 0)
+    for place in shared:
+        shutil.rmtree(place)
     print(f"written to {folder / 'masks'}")
 
 
