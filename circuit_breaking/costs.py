@@ -70,3 +70,13 @@ def with_earlier(spent: dict[str, float | None], seconds: float) -> dict[str, fl
     The peak stays that of the part after it.
     """
     return {**spent, "seconds": round(spent["seconds"] + seconds, 2), "cpu_seconds": None} if seconds > 0 else spent
+
+
+def together(first: dict[str, float | None], then: dict[str, float | None]) -> dict[str, float | None]:
+    """The cost of two pieces of work, one after the other; None for what is not known of both."""
+    both = {name: (first[name], then[name]) for name in then}
+    joined = {name: None if None in pair else sum(pair) for name, pair in both.items()}
+    peaks = both["peak_gb"]
+    return {name: value and round(value, 2) for name, value in joined.items()} | {
+        "peak_gb": None if None in peaks else max(peaks)
+    }

@@ -139,7 +139,7 @@ def evaluate(
     each = sum(one.samples for way in ways.values() for one in way)
     measured, size = {}, sampling.batch_size
     batches = sum(-(-len(batch) // size) for batch in texts.values())
-    batches += sum(2 * -(-len(batch) * each // size) for batch in prompts.values())
+    batches += sum(-(-len(batch) * each // size) for batch in prompts.values())
     with tqdm(total=batches * len(models), desc="evaluation", unit="batch", disable=None) as bar:
         for name, opened in models.items():
             bar.set_postfix_str(name)
@@ -147,14 +147,21 @@ def evaluate(
                 measured[name] = _measure(model, texts, prompts, ways, bar.update)
         bar.set_postfix_str("incoherence")
         with models[reference]() as judge:
-            for one in measured.values():
-                for (_, key), what in one.written.items():
-                    what.judged = _losses_given_prompts(judge, prompts[key], what, sampling, bar.update)
+            for key, batch in prompts.items():
+                written = [what for one in measured.values() for (_, of), what in one.written.items() if of == key]
+                _judge(judge, batch, written, sampling, bar)
+    texts_of = {
+        (name, *which): tokenizer.batch_decode(what.rows, skip_special_tokens=True)
+        for name, one in measured.items()
+        for which, what in one.written.items()
+    }
+    distinct_texts = sorted({text for texts in texts_of.values() for text in texts})
+    scores = dict(zip(distinct_texts, np.asarray(scorer(distinct_texts), float), strict=True)) if texts_of else {}
     rows = []
     for name, one in measured.items():
         for (way, key), what in one.written.items():
-            decoded = tokenizer.batch_decode(what.rows, skip_special_tokens=True)
-            what.scores = np.asarray(scorer(decoded), float)
+            decoded = texts_of[name, way, key]
+            what.scores = np.array([scores[text] for text in decoded])
             about = {"model": name, "prompts": key} | ({"decoding": way} if greedy else {})
             rows += _rows(about, tokenizer, prompts[key], decoded, what)
     base = measured[reference]
@@ -193,14 +200,26 @@ def _measure(
     return result
 
 
-def _losses_given_prompts(
-    judge: nn.Module, prompts: TokenBatch, what: Written, sampling: Sampling, tick: Callable
-) -> Sums:
-    """Summed loss of each continuation given its prompt, and its number of tokens: [n * S]."""
+def _judge(judge: nn.Module, prompts: TokenBatch, written: list[Written], sampling: Sampling, bar: tqdm) -> None:
+    """Set `judged` of all that was written after a set of prompts: summed loss of each continuation given its prompt,
+    and its number of tokens, both [n * S].
+
+    What was written twice after a prompt, by whatever model, is judged once.
+    """
+    keys = [[(i // what.samples, tuple(row)) for i, row in enumerate(what.rows)] for what in written]
     heads = [prompts.tokens[i, : prompts.lengths[i]].tolist() for i in range(len(prompts))]
-    whole = pad_right([heads[i // what.samples] + row for i, row in enumerate(what.rows)], sampling.end)
-    whole = replace(whole, starts=prompts.lengths.repeat_interleave(what.samples))
-    return text_losses(judge, whole, sampling.batch_size, tick)
+    # those of like length together: less padding
+    every = sorted({key for some in keys for key in some}, key=lambda key: (len(heads[key[0]]) + len(key[1]), key))
+    if not every:
+        return
+    whole = pad_right([heads[i] + list(row) for i, row in every], sampling.end)
+    whole = replace(whole, starts=prompts.lengths[torch.tensor([i for i, _ in every])])
+    bar.total += -(-len(whole) // sampling.batch_size)
+    sums, counts = text_losses(judge, whole, sampling.batch_size, bar.update)
+    place = {key: number for number, key in enumerate(every)}
+    for what, some in zip(written, keys, strict=True):
+        at = [place[key] for key in some]
+        what.judged = sums[at], counts[at]
 
 
 def _summary(one: Measured, base: Measured | None, ways: list[str], seed: int) -> dict[str, Any]:

@@ -13,13 +13,15 @@ import torch.nn.functional as F
 from conftest import small_gpt2
 from rich.console import Console
 from scripts import END, PLAIN, RUDE, command, load_script, save_small_model, small_tokenizer
+from tqdm import tqdm
 from transformers import GenerationConfig
 
+from circuit_breaking import evaluation
 from circuit_breaking.ablated import ablate
 from circuit_breaking.bootstrap import estimate
 from circuit_breaking.cli import UserError
 from circuit_breaking.continuations import Sampling, continuations, pad_left
-from circuit_breaking.evaluation import distinct, evaluate, text_losses
+from circuit_breaking.evaluation import Written, distinct, evaluate, text_losses
 from circuit_breaking.files import write_jsonl, write_text
 from circuit_breaking.masks import save_mask
 from circuit_breaking.means import save_means
@@ -127,6 +129,24 @@ def test_changes_are_paired():
     before[3] = math.inf
     broken = estimate(after, np.ones(400), reference=(before, np.ones(400)))
     assert set(broken) == {"value", "low", "high", "change"} and broken["value"] is broken["change"]["low"] is None
+
+
+def test_what_is_written_twice_is_judged_once(monkeypatch):
+    hf, prompts = small_gpt2(), pad_right([[0, 5, 7], [0, 3]], 0)
+    written = [Written([[4, 9], [4, 9], [8], [1, 2, 3]], 2), Written([[8], [4, 9], [8], [8]], 2)]
+    seen, plain = [], evaluation.text_losses
+    monkeypatch.setattr(
+        evaluation, "text_losses", lambda judge, texts, *more: seen.append(len(texts)) or plain(judge, texts, *more)
+    )
+    with tqdm(total=0, disable=True) as bar:
+        evaluation._judge(hf, prompts, written, Sampling(49, batch_size=2), bar)
+    assert seen == [4]  # of the first prompt [4, 9] and [8], of the second [8] and [1, 2, 3]
+    for what in written:
+        for number, row in enumerate(what.rows):
+            head = [[0, 5, 7], [0, 3]][number // 2]
+            logits = hf(torch.tensor([head + row])).logits[0].detach().log_softmax(-1)
+            loss = -sum(float(logits[len(head) - 1 + k, token]) for k, token in enumerate(row))
+            assert what.judged[0][number] == pytest.approx(loss, abs=1e-5) and what.judged[1][number] == len(row)
 
 
 def test_distinct_runs():

@@ -10,7 +10,7 @@ from scripts import save_small_model
 
 from circuit_breaking.ablated import ablate, save_ablated
 from circuit_breaking.cli import UserError
-from circuit_breaking.costs import cost, resident
+from circuit_breaking.costs import cost, resident, together
 from circuit_breaking.edge_evidence import leave_one_out, stability
 from circuit_breaking.evaluation import text_losses
 from circuit_breaking.files import read_tensors, write_json, write_tensors
@@ -165,3 +165,13 @@ def test_costs_are_measured():
     with cost() as small:
         pass
     assert small["peak_gb"] is None or small["peak_gb"] < 0.03  # what was freed before does not count
+
+
+def test_costs_add_up():
+    one, other = (
+        {"seconds": 1.1, "cpu_seconds": 2.0, "peak_gb": 0.5},
+        {"seconds": 2.2, "cpu_seconds": 3, "peak_gb": 0.4},
+    )
+    assert together(one, other) == {"seconds": 3.3, "cpu_seconds": 5.0, "peak_gb": 0.5}
+    unknown = {"cpu_seconds": None, "peak_gb": None}
+    assert together(one, {**other, **unknown}) == {"seconds": 3.3, **unknown}

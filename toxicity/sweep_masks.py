@@ -21,11 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from utils import FOLDER, check_counts, default_data, files_of, fill_in
 
 from circuit_breaking.checkpoints import Checkpoints, told_to_stop
 from circuit_breaking.cli import UserError, run_script
-from circuit_breaking.costs import COST_FILE, cost, with_earlier
+from circuit_breaking.costs import COST_FILE, cost, together, with_earlier
 from circuit_breaking.edge_methods import GIVEN, relaxing
 from circuit_breaking.files import provenance, read_jsonl, read_tensors, write_json, write_jsonl
 from circuit_breaking.masks import load_mask, save_mask
@@ -33,7 +34,7 @@ from circuit_breaking.means import compute_means, load_means, save_means
 from circuit_breaking.models import load_model, load_tokenizer
 from circuit_breaking.scripts import METRICS, held, identity, is_made, train_into
 from circuit_breaking.splits import Splits, load_splits
-from circuit_breaking.training import MaskResult, MaskSettings
+from circuit_breaking.training import MaskSettings
 
 CARRIES = ("zero", "mean", "optimal")
 MASK = "mask.safetensors"
@@ -108,108 +109,135 @@ def given(training: MaskSettings) -> MaskSettings:
     return replace(training, method=GIVEN, relax_steps=steps, anneal_steps=0, sift_steps=0, refine_rounds=0)
 
 
-def main(settings: Settings) -> None:
-    check(settings)
-    settings = fill_in(settings, default_data(settings.model))
-    folder = settings.out / settings.run
-    tokenizer = load_tokenizer(settings.model)
-    splits = {settings.seed: read_texts(settings, tokenizer, settings.seed)}
-    model = load_model(settings.model, settings.split_qkv, settings.device, settings.dtype)
-    inputs = [*splits[settings.seed].files, *files_of(settings.model)]
-    record = provenance(settings, inputs, texts=splits[settings.seed].about)
-    averages = None if set(settings.carries) == {"zero"} else folder / "means_ordinary.safetensors"
-    if averages is not None:
-        texts = splits[settings.seed].ordinary["train"][: settings.mean_texts]
-        save_means(averages, model, compute_means(model, texts), {**record, "num_texts": len(texts)})
+class Sweep:
+    """Trains masks of one model on one choice of texts into the folder of a run."""
 
-    if beyond := [budget for budget in settings.budgets if budget > len(model.graph)]:
-        print(f"note: the model has {len(model.graph)} edges, so there is no mask of {', '.join(map(str, beyond))}.")
+    def __init__(self, settings: Settings) -> None:
+        self.settings, self.folder = settings, settings.out / settings.run
+        self.tokenizer = load_tokenizer(settings.model)
+        self.splits: dict[int, Splits] = {}  # by the seed of the choice and order of texts
+        first = self.texts(settings.seed)
+        self.model = load_model(settings.model, settings.split_qkv, settings.device, settings.dtype)
+        self.record = provenance(settings, [*first.files, *files_of(settings.model)], texts=first.about)
+        self.averages = None if set(settings.carries) == {"zero"} else self.folder / "means_ordinary.safetensors"
+        self.shared: dict[Path, dict[str, Any]] = {}  # phases that masks share, by their folders, and what they cost
 
-    def carries(carry: str) -> None:
-        model.means = None
+    def texts(self, seed: int) -> Splits:
+        """The texts of a seed."""
+        if seed not in self.splits:
+            self.splits[seed] = read_texts(self.settings, self.tokenizer, seed)
+        return self.splits[seed]
+
+    def average(self) -> None:
+        """Write what cut edges carry under mean ablation, if it is needed."""
+        if self.averages is not None:
+            texts = self.texts(self.settings.seed).ordinary["train"][: self.settings.mean_texts]
+            means = compute_means(self.model, texts)
+            save_means(self.averages, self.model, means, {**self.record, "num_texts": len(texts)})
+
+    def carry(self, carry: str) -> None:
+        """Let cut edges carry what is asked for, at first where that is learned."""
+        self.model.means = None
         if carry != "zero":
-            load_means(averages, model)
+            load_means(self.averages, self.model)
 
-    def about(kind: str, carry: str, budget: int, seed: int) -> dict[str, Any]:
+    def about(self, kind: str, carry: str, budget: int, seed: int) -> dict[str, Any]:
         """What a mask's file says of it, in the form of train_mask.py, so that evaluation.py reads both."""
-        own = {"means": None if carry == "zero" else averages, "max_edges": budget, "seed": seed}
-        settings_of = {**record["settings"], **own}
-        return {**record, "settings": settings_of, "kind": kind, "carry": carry, "first_seed": settings.seed}
+        own = {"means": None if carry == "zero" else self.averages, "max_edges": budget, "seed": seed}
+        settings = {**self.record["settings"], **own}
+        return {**self.record, "settings": settings, "kind": kind, "carry": carry, "first_seed": self.settings.seed}
 
-    def train(name: str, kind: str, carry: str, budget: int, seed: int, allowed: torch.Tensor | None = None) -> int:
-        """Train a mask into its folder, unless it is there; how many edges it cuts."""
-        place, run = folder / "masks" / name, about(kind, carry, budget, seed)
-        if settings.resume and is_made(place / MASK, lambda path: read_tensors(path)[1], run, *APART):
-            load_mask(place / MASK, model)
+    def mask(self, name: str, carry: str, budget: int, seed: int, edges: Tensor | None = None) -> int:
+        """Train a mask into its folder, unless it is there, or what `edges` [E] carry; how many edges it cuts."""
+        kind = "mask" if edges is None else "random"
+        place, run = self.folder / "masks" / name, self.about(kind, carry, budget, seed)
+        if self.settings.resume and is_made(place / MASK, lambda path: read_tensors(path)[1], run, *APART):
+            load_mask(place / MASK, self.model)
             print(f"{name}: is there, of the same settings, data and code; --no-resume makes it anew", flush=True)
-            return model.mask.n_cut()
-        how = training_of(settings, carry, budget)
-        part = identity(run, *APART)
+            return self.model.mask.n_cut()
+        how = training_of(self.settings, carry, budget)
+        how = how if edges is None else given(how)
+        part, resume, earlier = identity(run, *APART), self.settings.resume, None
         with held(place):
-            resume = settings.resume
-            if allowed is None and (phase := relaxing(how)) is not None:
-                own = Checkpoints(place, part)
-                if not (resume and own.load()):
-                    relaxed(carry, seed, replace(how, **phase), own)
-                    resume = True
-            with cost(model.device) as spent:
-                result = train_one(place, carry, seed, how if allowed is None else given(how), part, resume, allowed)
-            spent = with_earlier(spent, result.seconds - spent["seconds"])
+            own, phase = Checkpoints(place, part), relaxing(how)
+            if phase is not None and not (resume and own.load()):
+                earlier, resume = self.relax(carry, seed, replace(how, **phase), own), True
+            spent = self.train(place, carry, seed, how, part, resume, edges, earlier)
             write_json(place / COST_FILE, spent)
-            save(place, run)
-            Checkpoints(place, {}).remove()
-        print(f"{name}: {len(result.edges)} edges cut in {spent['seconds']:.0f} s", flush=True)
-        return len(result.edges)
+            self.save(place, run)
+            own.remove()
+        count = self.model.mask.n_cut()
+        print(f"{name}: {count} edges cut in {spent['seconds']:.0f} s", flush=True)
+        return count
 
-    def train_one(
-        place: Path, carry: str, seed: int, how: MaskSettings, part: dict, resume: bool, allowed: Any = None
-    ) -> MaskResult:
-        """Train into a folder that is held."""
-        if seed not in splits:
-            splits[seed] = read_texts(settings, tokenizer, seed)
-        torch.manual_seed(seed)
-        carries(carry)
-        tasks = splits[seed].tasks(seed)
-        return train_into(place, model, *tasks, how, allowed, part, resume, settings.checkpoint_every, hold=False)
-
-    def relaxed(carry: str, seed: int, how: MaskSettings, own: Checkpoints) -> None:
-        """Let a mask go on from the end of the phase that masks of all budgets share, which is trained if need be."""
-        place = folder / "relaxed" / f"{carry}_seed{seed}"
-        part = identity(about("relaxed", carry, 0, seed), *APART)
+    def relax(self, carry: str, seed: int, how: MaskSettings, own: Checkpoints) -> dict[str, Any]:
+        """Let a mask go on from the end of the phase that all budgets share, trained if need be; what that cost."""
+        place = self.folder / "relaxed" / f"{carry}_seed{seed}"
+        part = identity(self.about("relaxed", carry, 0, seed), *APART)
         with held(place):
-            train_one(place, carry, seed, how, part, settings.resume or place in shared)
-            shared.add(place)
+            if place not in self.shared:
+                spent = self.train(place, carry, seed, how, part, self.settings.resume)
+                write_json(place / COST_FILE, spent)
+                self.shared[place] = spent
             write_jsonl(own.folder / METRICS, read_jsonl(place / METRICS))
             Checkpoints(place, part).hand_on(own)
+        return self.shared[place]
 
-    def save(place: Path, run: dict[str, Any]) -> None:
+    def train(
+        self, place: Path, carry: str, seed: int, how: MaskSettings, part: dict[str, Any], resume: bool,
+        edges: Tensor | None = None, earlier: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:  # fmt: skip
+        """Train the model's mask into a folder that is held; what it cost, with what came `earlier`."""
+        tasks = self.texts(seed).tasks(seed)
+        torch.manual_seed(seed)
+        self.carry(carry)
+        with cost(self.model.device) as spent:
+            result = train_into(
+                place, self.model, *tasks, how, edges, part, resume, self.settings.checkpoint_every, hold=False
+            )
+        if earlier is not None:
+            return together(earlier, spent)
+        return with_earlier(spent, result.seconds - spent["seconds"])
+
+    def control(self, name: str, carry: str, budget: int, seed: int, count: int) -> None:
+        """A control: `count` edges drawn evenly. What they carry is learned at one budget only."""
+        self.model.mask.reset_()
+        self.model.mask.cut_(random.Random(f"{seed} {budget}").sample(self.model.graph.edges, count))
+        if carry != "optimal":
+            self.carry(carry)
+            self.save(self.folder / "masks" / name, self.about("random", carry, budget, seed))
+        elif budget == self.settings.stable_budget:
+            self.mask(name, carry, budget, seed, self.model.mask.weights.detach() == 0)
+
+    def save(self, place: Path, run: dict[str, Any]) -> None:
         """Write the mask that is in the model, last the file that says that the folder is complete."""
         if run["carry"] == "optimal":
             run["settings"]["means"] = place / "means.safetensors"
-            save_means(place / "means.safetensors", model, model.means, record)
-        write_json(place / "edges.json", model.mask.cut_edges())
-        save_mask(place / MASK, model, run)
+            save_means(place / "means.safetensors", self.model, self.model.means, self.record)
+        write_json(place / "edges.json", self.model.mask.cut_edges())
+        save_mask(place / MASK, self.model, run)
 
-    shared: set[Path] = set()  # phases that masks share, trained in this run or gone on with
+
+def main(settings: Settings) -> None:
+    check(settings)
+    settings = fill_in(settings, default_data(settings.model))
+    sweep = Sweep(settings)
+    n_edges = len(sweep.model.graph)
+    if beyond := [budget for budget in settings.budgets if budget > n_edges]:
+        print(f"note: the model has {n_edges} edges, so there is no mask of {', '.join(map(str, beyond))}.")
     cut: dict[tuple[str, int], int] = {}
     with told_to_stop():
-        for name, carry, budget, seed in plan(settings, len(model.graph)):
-            count = train(name, "mask", carry, budget, seed)
+        sweep.average()
+        for name, carry, budget, seed in plan(settings, n_edges):
+            count = sweep.mask(name, carry, budget, seed)
             cut.setdefault((carry, budget), count)
         for (carry, budget), count in cut.items():
             for number in range(settings.random_seeds if budget in settings.budgets else 0):
                 seed = settings.seed + number
-                name = f"random_{carry}_{budget}_seed{seed}"
-                model.mask.reset_()
-                model.mask.cut_(random.Random(f"{seed} {budget}").sample(model.graph.edges, count))
-                if carry != "optimal":
-                    carries(carry)
-                    save(folder / "masks" / name, about("random", carry, budget, seed))
-                elif budget == settings.stable_budget:
-                    train(name, "random", carry, budget, seed, allowed=model.mask.weights.detach() == 0)
-    for place in shared:
+                sweep.control(f"random_{carry}_{budget}_seed{seed}", carry, budget, seed, count)
+    for place in sweep.shared:
         shutil.rmtree(place)
-    print(f"written to {folder / 'masks'}")
+    print(f"written to {sweep.folder / 'masks'}")
 
 
 if __name__ == "__main__":
