@@ -57,14 +57,13 @@ def text_losses(
     """
     head, sums = model.get_output_embeddings(), np.zeros(len(texts))
     counts = texts.predicted.sum(1)
-    for start in range(0, len(texts), batch_size):
-        rows = slice(start, start + batch_size)
+    for rows in texts.lengths.argsort(stable=True).split(batch_size):  # those of like length together: little padding
         batch = texts[rows].to(model.device)
         where = batch.predicted
         hidden = model.base_model(input_ids=batch.tokens, use_cache=False).last_hidden_state[where]
         targets = batch.tokens.roll(-1, 1)[where]
         losses = cross_entropy_of_hidden(hidden, head.weight, getattr(head, "bias", None), targets)
-        sums[rows] = sum_by_text(losses, where)
+        sums[rows.numpy()] = sum_by_text(losses, where)
         tick()
     return sums, counts.numpy().astype(float)
 
@@ -208,8 +207,7 @@ def _judge(judge: nn.Module, prompts: TokenBatch, written: list[Written], sampli
     """
     keys = [[(i // what.samples, tuple(row)) for i, row in enumerate(what.rows)] for what in written]
     heads = [prompts.tokens[i, : prompts.lengths[i]].tolist() for i in range(len(prompts))]
-    # those of like length together: less padding
-    every = sorted({key for some in keys for key in some}, key=lambda key: (len(heads[key[0]]) + len(key[1]), key))
+    every = sorted({key for some in keys for key in some})
     if not every:
         return
     whole = pad_right([heads[i] + list(row) for i, row in every], sampling.end)

@@ -31,7 +31,7 @@ from circuit_breaking.files import locked, plain, read_json, write_json
 from circuit_breaking.markdown import statement
 
 HERE = Path(__file__).resolve().parent
-CARRIES = ("optimal", "zero", "mean")  # what cut edges carry; masks that also learn it take longest, so they are first
+CARRIES = ("optimal", "mean", "zero")  # what cut edges carry; masks that also learn it take longest, so they are first
 BEGUN = "begun.json"  # settings of a comparison that is not finished
 Part = tuple[str, str, list[str]]  # name, script, options
 

@@ -46,7 +46,7 @@ class Settings:
     model: str = "tiny"  # "tiny" (shipped), a hub name such as gpt2, a folder, or a folder holding a .gguf
     budgets: tuple[int, ...] = (1, 2, 5, 12, 25, 50, 100, 200)  # most edges to cut, a mask each; those a model has
     carries: tuple[str, ...] = CARRIES  # what cut edges carry: zero, mean, optimal (learned with the mask)
-    learned_lr: float = 0.02  # AdamW's, on what cut edges carry where it is learned
+    learned_lr: float = 0.005  # AdamW's, on what cut edges carry where it is learned
     mean_texts: int = 1000  # ordinary training texts to average node outputs over
     stable_budget: int = 12  # budget whose masks are trained with several seeds; 0: none
     seeds: int = 3  # masks at that budget, the first with the setting seed
