@@ -25,7 +25,7 @@ from circuit_breaking.parallel import is_main
 from circuit_breaking.scripts import held, train_into
 from circuit_breaking.tasks import OWTTask, ToxicTask
 from circuit_breaking.tasks.base import TextTask
-from circuit_breaking.training import MaskSettings
+from circuit_breaking.training import MaskSettings, check
 from circuit_breaking.transformer import EdgeMaskedTransformer
 
 
@@ -64,6 +64,7 @@ def main(settings: Settings) -> None:
         tokenizer, settings.toxic_train, settings.toxic_test, settings.length, settings.examples or None, settings.seed
     )
     model = load_model(settings.model, settings.split_qkv, settings.device, settings.dtype)
+    check(settings, len(model.graph))  # before anything is written
     inputs = [settings.toxic_train, settings.toxic_test]
     if settings.means is not None:
         load_means(settings.means, model)
