@@ -31,7 +31,7 @@ from circuit_breaking.files import locked, plain, read_json, write_json
 from circuit_breaking.markdown import statement
 
 HERE = Path(__file__).resolve().parent
-CARRIES = ("optimal", "mean", "zero")  # what cut edges carry; masks that also learn it take longest, so they are first
+CARRIES = ("zero", "mean", "optimal")  # what cut edges carry
 BEGUN = "begun.json"  # settings of a comparison that is not finished
 Part = tuple[str, str, list[str]]  # name, script, options
 
@@ -45,6 +45,7 @@ class Settings:
     toxic_test: Path | None = None  # toxic texts held out; None: shipped for tiny, else posts/test.jsonl
     ordinary: str | None = None  # "tiny", a text file, or a data set's hub name; None: tiny, else NeelNanda/pile-10k
     budgets: tuple[int, ...] = (1, 2, 5, 12, 25, 50, 100, 200)  # most edges to cut, a mask each
+    learned_budgets: tuple[int, ...] = ()  # budgets of masks that learn what cut edges carry, judged is one in any case
     judged: int = 12  # budget of the masks whose edges are judged one by one, over seeds, and that are retaught
     seeds: int = 3  # masks at that budget; draws of continuations
     random_seeds: int = 5  # random masks for each budget
@@ -72,9 +73,10 @@ def stages(settings: Settings) -> list[list[Part]]:
     common = [f"--run={settings.run}", f"--out={settings.out}", f"--device={settings.device}"]
     model = [*common, f"--model={settings.model}", f"--seed={settings.seed}", *data]
     masks = [
-        "--budgets", *map(str, settings.budgets), f"--stable-budget={settings.judged}", f"--seeds={settings.seeds}",
-        f"--random-seeds={settings.random_seeds}",
+        f"--stable-budget={settings.judged}", f"--seeds={settings.seeds}", f"--random-seeds={settings.random_seeds}",
     ]  # fmt: skip
+    learned = tuple(sorted({*settings.learned_budgets, settings.judged}))
+    budgets = {carry: learned if carry == "optimal" else settings.budgets for carry in CARRIES}
     judged = [folder / "masks" / f"{carry}_{settings.judged}" for carry in CARRIES]
     keep = ["--save-generations"] if settings.save_generations else []
     scorer = f"--scorer={settings.scorer}"
@@ -83,11 +85,14 @@ def stages(settings: Settings) -> list[list[Part]]:
         "--models", folder / "masks", *tuned, "--greedy", f"--seeds={settings.seeds}", "--samples=1",
         f"--num-texts={settings.num_texts}", f"--num-prompts={settings.num_prompts}", "--batch-size=256", scorer, *keep,
     ]  # fmt: skip
-    making = [(f"masks_{carry}", "sweep_masks.py", [*model, *masks, "--carries", carry]) for carry in CARRIES]
+    making = [
+        (f"masks_{carry}", "sweep_masks.py", [*model, *masks, "--carries", carry, "--budgets", *budgets[carry]])
+        for carry in CARRIES
+    ]
     if settings.methods:
         chosen = ["--methods", *settings.methods, f"--steps={settings.steps}"]
         chosen += ["--lrs", *map(str, settings.lrs)] if settings.lrs else []
-        making.append(("finetuned", "finetune_gpt2.py", [*model, *chosen]))
+        making.insert(2, ("finetuned", "finetune_gpt2.py", [*model, *chosen]))  # what takes longest comes first
     parts = [
         making,
         [
