@@ -111,7 +111,7 @@ class Pass:
         self.model, self.graph, self.keep = model, model.graph, keep
         self.batch, self.length = tokens.shape
         self.tokens = tokens
-        self.mask_dtype = weights.dtype
+        self.mask_dtype, self.weights = weights.dtype, weights
         self.width = model.embedding.shape[1]
         self.flat = tokens.numel() * self.width  # one node's output, as one row
         weights = weights.to(model.dtype)
@@ -160,6 +160,9 @@ class Pass:
         self._allocate()
         stack, rows = self.stack, self.rows
         self.total, self.counted = rows.new_zeros(self.flat), 0
+        beginnings, begin = model.beginnings, 0
+        if beginnings is not None and not self.keep:
+            begin = beginnings.load(self.tokens, self.weights, graph, model.edge_readers, rows)
         self._fill(stack[:1], model.offsets[:1])
         embedding = F.embedding(self.tokens, model.embedding)
         if model.positions is not None:
@@ -168,12 +171,18 @@ class Pass:
         self.rotary = model.rotary_tables(self.length, self.tokens.device)
         self.saved: list[tuple[Tensor, ...] | None] = []
         for group in model.groups:
+            if len(self.saved) + len(group) <= begin:
+                self.saved += [None] * len(group)
+                continue
             start, end = group[0].reader, group[-1].reader + group[-1].rows
             reads = self.reads[start:end] if self.keep else self.reads[: end - start]
             if self.exceptions is None:
                 self._read(reads, start, group[0].sources)
             for part in group:
                 layer, first, mlp = len(self.saved), part.sources, part.sources + heads
+                if layer < begin:
+                    self.saved.append(None)
+                    continue
                 block = model.blocks[layer]
                 read = reads[part.reader - start :][: part.rows]
                 if self.exceptions is None:
@@ -191,6 +200,8 @@ class Pass:
                 stack[mlp].addmm_(hidden.detach(), block.w_down)
                 kept = (inverse, None if model.recompute else (qkv, z, read_mlp, hidden))
                 self.saved.append(kept if self.keep else None)
+        if beginnings is not None:
+            beginnings.keep(self.tokens, self.weights, rows)
         output, reader = rows.new_empty(1, self.flat), len(self.mask) - 1  # not in the workspace, as others will see it
         if self.exceptions is None:
             self._read(output, reader, sources)

@@ -239,7 +239,8 @@ class _Trainer:
         if number == 0:
             self.weights.data.copy_(self._lowest(settings.max_edges))
         mask = self.weights.detach().clone()
-        changed, loss = self.search.round(mask, self.objective.draw(settings.refine_batch_size))
+        with self.model.remembering(not settings.micro_batch):  # which is for those who lack the memory
+            changed, loss = self.search.round(mask, self.objective.draw(settings.refine_batch_size))
         with torch.no_grad():
             self.weights.copy_(changed)
         self._adapt_means()

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from circuit_breaking.beginnings import Beginnings
 from circuit_breaking.blocks import take_apart
 from circuit_breaking.cli import UserError
 from circuit_breaking.graph import EdgeGraph
@@ -82,6 +83,7 @@ class EdgeMaskedTransformer(nn.Module):
         self.register_buffer("_means", None)
         self._learned: tuple[Tensor] | None = None  # in a tuple, so as to be no parameter of the model
         self._held = False
+        self.beginnings: Beginnings | None = None
         self.means = None
         self.name: str | None = None  # set by `load_model`; goes into the files that belong to this model
         self.eval()
@@ -116,6 +118,8 @@ class EdgeMaskedTransformer(nn.Module):
         for block in self.blocks:
             constants += [block.b_o.expand(self.graph.n_heads, -1), block.b_down[None]]
         biases = torch.cat(constants)[:, None]  # [P, 1, D]: what a node adds whatever it reads
+        if self.beginnings is not None:
+            self.beginnings = Beginnings()
         if value is None:
             self._learned = self._means = self.base = None
             self.offsets = biases
@@ -124,6 +128,7 @@ class EdgeMaskedTransformer(nn.Module):
         if value.requires_grad and value.dim() == 3:
             raise UserError("means by position cannot be learned. Give one mean a node, [nodes, width].")
         self._learned = (value,) if value.requires_grad else None
+        self._version = value._version
         self._means = value.detach().to(self.device, self.dtype)
         exact = value.detach().to(self.device, torch.float64)
         by_node = exact[:, None] if value.dim() == 2 else exact.transpose(0, 1)  # [P, 1 or T, D]
@@ -139,6 +144,16 @@ class EdgeMaskedTransformer(nn.Module):
             yield
         finally:
             self._held = before
+
+    @contextmanager
+    def remembering(self, on: bool = True) -> Iterator[None]:
+        """While the block lasts, and while means stay the same, keep the node outputs of every batch that is seen, and
+        of a mask without gradient compute only what differs: for many masks on few batches."""
+        before, self.beginnings = self.beginnings, Beginnings() if on else None
+        try:
+            yield
+        finally:
+            self.beginnings = before
 
     def rotary_tables(self, length: int, device: torch.device) -> tuple[Tensor, Tensor] | None:
         """cos and sin [T, K] of the rotary embedding, None where positions are learned."""
@@ -166,8 +181,8 @@ class EdgeMaskedTransformer(nn.Module):
         self._check(tokens)
         weights = self.mask.weights if mask is None else mask
         learned = self._learned[0] if self._learned else None
-        if learned is not None:
-            self.means = learned  # an optimizer may have changed them
+        if learned is not None and learned._version != self._version:
+            self.means = learned  # an optimizer has changed them
         if self._held:
             learned = None
         if not torch.is_grad_enabled():  # which a custom function does not see: it would keep what a backward needs

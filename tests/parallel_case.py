@@ -19,6 +19,7 @@ CASES = {  # 3 and 4 texts of each task a batch: the first cannot be shared even
     **{method: {"method": method} for method in METHODS},
     "EAP-IG": {"method": "attribution", "ig_steps": 4},
     "means": {"means_lr": 0.05},
+    "means for all": {"means_lr": 0.05, "means_goal": "objective"},
     "parts": {"micro_batch": 1, "means_lr": 0.05},
     "few": {"batch_size": 1, "refine_batch_size": 1},  # so that one of two has none of a task
     "IOI": {},

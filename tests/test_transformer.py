@@ -226,3 +226,49 @@ def test_wrong_means_and_tokens_are_refused(family):
     for wrong in (TOKENS[0], TOKENS.float(), TOKENS[:0]):
         with pytest.raises(UserError, match="int64"):
             model(wrong)
+
+
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("kind", ["zero", "mean", "position"])
+def test_what_masks_have_in_common_is_computed_once(family, split, kind, monkeypatch):
+    """Masks, few and many edges cut, on two batches in turn, with and without gradients between."""
+    model, plain = (load_model(family().double(), split, "cpu", "float64") for _ in range(2))
+    model.means = plain.means = make_means(plain, kind)
+    layers, attention = [], type(model.blocks[0]).attention
+    monkeypatch.setattr(type(model.blocks[0]), "attention", lambda *words: layers.append(1) or attention(*words))
+    n_edges, generator = len(model.graph), torch.Generator().manual_seed(6)
+    base = make_masks(n_edges)[1]
+    batches = [TOKENS, (TOKENS[1:, :7] + 1) % 50]
+    with model.remembering():
+        for step in range(24):
+            tokens = batches[step % 2]
+            mask = base.clone() if step < 16 else torch.ones_like(base)
+            at = torch.randint(n_edges, (2,), generator=generator) if step % 5 else torch.tensor([n_edges - 1])
+            mask[at] = 1 - mask[at]
+            if step % 7 == 3:
+                found = model(tokens, mask=mask.requires_grad_()).square().sum()
+                expected = plain(tokens, mask=mask).square().sum()
+                for one, other in zip(*(torch.autograd.grad(value, mask) for value in (found, expected)), strict=True):
+                    torch.testing.assert_close(one, other, atol=1e-8, rtol=1e-8)
+            with torch.no_grad():
+                layers.clear()
+                found, done = model(tokens, mask=mask.detach()), len(layers)
+                torch.testing.assert_close(found, plain(tokens, mask=mask.detach()), atol=1e-9, rtol=1e-9)
+            assert done == 0 if step == 10 else done <= len(model.blocks)  # the mask of step 0
+    assert model.beginnings is None
+
+
+def test_what_is_remembered_is_forgotten_with_the_means_it_was_made_with():
+    model = load_model(small_gpt2(), device="cpu")
+    mask = make_masks(len(model.graph))[1].float()
+    means = make_means(model, "mean").requires_grad_()
+    model.means = means
+    with torch.no_grad(), model.remembering():
+        for _ in range(3):
+            found = model(TOKENS, mask=mask)
+            fresh = load_model(small_gpt2(), device="cpu")
+            fresh.means = means.detach()
+            torch.testing.assert_close(found, fresh(TOKENS, mask=mask), atol=1e-5, rtol=1e-5)
+            means *= 1.5  # as an optimizer changes them
+        model.means = None
+        torch.testing.assert_close(model(TOKENS, mask=mask), load_model(small_gpt2(), device="cpu")(TOKENS, mask=mask))
