@@ -40,7 +40,7 @@ def test_the_same_seed_gives_the_same_files_twice(tmp_path):
     settings = script.Settings(
         model=str(tmp_path / "model"), toxic_train=tmp_path / "train.jsonl", toxic_test=tmp_path / "test.jsonl",
         ordinary=str(tmp_path / "plain.txt"), out=tmp_path, resume=False, max_edges=5, test_texts=10, device="cpu",
-        relax_steps=6, anneal_steps=6, sift_steps=3, refine_rounds=4, tries=4, means_lr=0.05,
+        relax_steps=6, anneal_steps=6, sift_steps=3, refine_rounds=4, tries=4, means_lr=0.05, means_steps=3,
     )  # fmt: skip
     found = []
     for _ in range(2):
@@ -48,7 +48,7 @@ def test_the_same_seed_gives_the_same_files_twice(tmp_path):
         rows = [{**row, "seconds": 0} for row in read_jsonl(tmp_path / "run" / "metrics.jsonl")]
         names = ("mask.safetensors", "means.safetensors", "edges.json", "settings.json")
         found.append(([(tmp_path / "run" / name).read_bytes() for name in names], rows))
-        assert len(rows) == 19
+        assert len(rows) == 22
     assert found[0] == found[1]
 
 
