@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
-from transformers.activations import NewGELUActivation
 from transformers.utils import logging
 
 from circuit_breaking.cli import UserError, one_line
@@ -71,8 +70,7 @@ def _from_pretrained(loader: Any, name: str | Path, what: str, look: bool = True
 def load_hf_model(name: str | Path, device: str = "auto", dtype: str | torch.dtype = "float32") -> nn.Module:
     """The stock Hugging Face causal language model of a name, folder, `.gguf` file or `"tiny"`, in eval mode.
 
-    Weights are read from safetensors or GGUF, never from pickle. GPT-2's GELU, which transformers computes in eight
-    steps, is computed in one: the same function, up to rounding.
+    Weights are read from safetensors or GGUF, never from pickle.
 
     Raises:
         UserError: it cannot be found or read, its weights are not all there, or they are of another shape than its
@@ -92,9 +90,6 @@ def load_hf_model(name: str | Path, device: str = "auto", dtype: str | torch.dty
     finally:
         logging.set_verbosity(before)
     check_weights(name, told, model.config.num_hidden_layers)
-    for module in model.modules():
-        if isinstance(getattr(module, "act", None), NewGELUActivation):
-            module.act = nn.GELU(approximate="tanh")
     return model.to(device).eval()
 
 
