@@ -169,20 +169,17 @@ class Pass:
             embedding += model.positions[: self.length]
         stack[0] += embedding.view(n_tokens, -1)
         self.rotary = model.rotary_tables(self.length, self.tokens.device)
-        self.saved: list[tuple[Tensor, ...] | None] = []
+        self.saved: list[tuple[Tensor, ...] | None] = [None] * begin
         for group in model.groups:
-            if len(self.saved) + len(group) <= begin:
-                self.saved += [None] * len(group)
+            parts = [part for part in group if part.sources // (heads + 1) >= begin]  # of the layers still to do
+            if not parts:
                 continue
-            start, end = group[0].reader, group[-1].reader + group[-1].rows
+            start, end = parts[0].reader, parts[-1].reader + parts[-1].rows
             reads = self.reads[start:end] if self.keep else self.reads[: end - start]
             if self.exceptions is None:
                 self._read(reads, start, group[0].sources)
-            for part in group:
+            for part in parts:
                 layer, first, mlp = len(self.saved), part.sources, part.sources + heads
-                if layer < begin:
-                    self.saved.append(None)
-                    continue
                 block = model.blocks[layer]
                 read = reads[part.reader - start :][: part.rows]
                 if self.exceptions is None:

@@ -241,7 +241,7 @@ def test_what_masks_have_in_common_is_computed_once(family, split, kind, monkeyp
     batches = [TOKENS, (TOKENS[1:, :7] + 1) % 50]
     with model.remembering():
         for step in range(24):
-            tokens = batches[step % 2]
+            tokens = batches[step % 2].clone()  # as a batch comes that is copied to another device each time
             mask = base.clone() if step < 16 else torch.ones_like(base)
             at = torch.randint(n_edges, (2,), generator=generator) if step % 5 else torch.tensor([n_edges - 1])
             mask[at] = 1 - mask[at]
@@ -255,6 +255,7 @@ def test_what_masks_have_in_common_is_computed_once(family, split, kind, monkeyp
                 found, done = model(tokens, mask=mask.detach()), len(layers)
                 torch.testing.assert_close(found, plain(tokens, mask=mask.detach()), atol=1e-9, rtol=1e-9)
             assert done == 0 if step == 10 else done <= len(model.blocks)  # the mask of step 0
+        assert len(model.beginnings._kept) == len(batches)
     assert model.beginnings is None
 
 
