@@ -4,8 +4,9 @@ Reads   a model; toxic posts and ordinary text, the same parts that finetune_gpt
 Writes  data/toxicity/<run>/masks/<carry>_<budget>[_seed<n>]/: mask.safetensors, edges.json, metrics.jsonl, cost.json;
         means.safetensors where what cut edges carry is learned; random_<carry>_<budget>_seed<n>/ without metrics: as
         many edges, drawn evenly, as the mask of that budget cuts; and means_<texts>.safetensors beside masks/, what cut
-        edges carry under mean ablation. While a mask is trained, checkpoints in its folder, from which a sweep that
-        was interrupted goes on when it is started again; masks that are finished are left alone.
+        edges carry under mean ablation. While masks are trained, checkpoints in their folders and relaxed/ (the phase
+        that they share), from which a sweep that was interrupted goes on when it is started again; masks that are
+        finished are left alone.
 Time    half a minute a mask for the shipped model on one core.
 
 The first phase, which the budget does not change, is trained once for all budgets. The masks of seeds above 0, at one
@@ -16,6 +17,7 @@ too, at that budget, in as many steps: what is then left over is owed to the cho
 import random
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -120,7 +122,7 @@ class Sweep:
         self.model = load_model(settings.model, settings.split_qkv, settings.device, settings.dtype)
         self.record = provenance(settings, [*first.files, *files_of(settings.model)], texts=first.about)
         self.averages = None if set(settings.carries) == {"zero"} else self.folder / "means_ordinary.safetensors"
-        self.shared: dict[Path, dict[str, Any]] = {}  # phases that masks share, by their folders, and what they cost
+        self.shared: dict[Path, dict[str, Any]] = {}  # what phases cost that masks share and that are done, by folder
 
     def texts(self, seed: int) -> Splits:
         """The texts of a seed."""
@@ -170,9 +172,13 @@ class Sweep:
         print(f"{name}: {count} edges cut in {spent['seconds']:.0f} s", flush=True)
         return count
 
+    def shared_place(self, carry: str, seed: int) -> Path:
+        """Where the phase is trained that masks of all budgets share."""
+        return self.folder / "relaxed" / f"{carry}_seed{seed}"
+
     def relax(self, carry: str, seed: int, how: MaskSettings, own: Checkpoints) -> dict[str, Any]:
         """Let a mask go on from the end of the phase that all budgets share, trained if need be; what that cost."""
-        place = self.folder / "relaxed" / f"{carry}_seed{seed}"
+        place = self.shared_place(carry, seed)
         part = identity(self.about("relaxed", carry, 0, seed), *APART)
         with held(place):
             if place not in self.shared:
@@ -235,8 +241,10 @@ def main(settings: Settings) -> None:
             for number in range(settings.random_seeds if budget in settings.budgets else 0):
                 seed = settings.seed + number
                 sweep.control(f"random_{carry}_{budget}_seed{seed}", carry, budget, seed, count)
-    for place in sweep.shared:
-        shutil.rmtree(place)
+    for _, carry, _, seed in plan(settings, n_edges):  # of an earlier sweep too, which was interrupted
+        shutil.rmtree(sweep.shared_place(carry, seed), ignore_errors=True)
+    with suppress(OSError):  # another sweep may be at work there
+        (sweep.folder / "relaxed").rmdir()
     print(f"written to {sweep.folder / 'masks'}")
 
 
