@@ -17,7 +17,7 @@ from utils import FOLDER, Setting, draw_run, open_setting, write_run
 from circuit_breaking.cli import run_script
 from circuit_breaking.parallel import is_main
 from circuit_breaking.scripts import held, train_into
-from circuit_breaking.training import MaskSettings
+from circuit_breaking.training import MaskSettings, check
 
 
 @dataclass
@@ -47,6 +47,7 @@ class Settings(MaskSettings):
 
 def main(settings: Settings) -> None:
     setting: Setting = open_setting(settings)
+    check(settings, len(setting.model.graph))  # before anything is written
     folder = settings.out / settings.run
     with held(folder):
         before = setting.summary()
