@@ -5,7 +5,7 @@ Neither is the same twice, so costs are kept in files of their own, apart from r
 
 import ctypes
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -74,9 +74,9 @@ def with_earlier(spent: dict[str, float | None], seconds: float) -> dict[str, fl
 
 def together(first: dict[str, float | None], then: dict[str, float | None]) -> dict[str, float | None]:
     """The cost of two pieces of work, one after the other; None for what is not known of both."""
-    both = {name: (first[name], then[name]) for name in then}
-    joined = {name: None if None in pair else sum(pair) for name, pair in both.items()}
-    peaks = both["peak_gb"]
-    return {name: value and round(value, 2) for name, value in joined.items()} | {
-        "peak_gb": None if None in peaks else max(peaks)
-    }
+
+    def joined(name: str, join: Callable = sum) -> float | None:
+        pair = (first[name], then[name])
+        return None if None in pair else round(join(pair), 3)
+
+    return {"seconds": joined("seconds"), "cpu_seconds": joined("cpu_seconds"), "peak_gb": joined("peak_gb", max)}

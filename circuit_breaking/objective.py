@@ -107,9 +107,10 @@ class StepObjective:
                     loss = weight * term.loss(self.model, part, mask)
                     # held means have no part in a term, and nothing has where it is all that was asked for
                     known = bool(leaves) and loss.requires_grad
-                    more = torch.autograd.grad(term.weight * loss, leaves, allow_unused=True) if known else ()
+                    none = [None] * len(leaves)
+                    more = torch.autograd.grad(term.weight * loss, leaves, allow_unused=True) if known else none
                 total += float(loss.detach())
-                for gradient, addition in zip(gradients, more, strict=False):
+                for gradient, addition in zip(gradients, more, strict=True):
                     if addition is not None:
                         gradient += addition
             losses.append(total)

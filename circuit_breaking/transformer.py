@@ -81,7 +81,8 @@ class EdgeMaskedTransformer(nn.Module):
         self.register_buffer("offsets", None)
         self.register_buffer("base", None)
         self.register_buffer("_means", None)
-        self._learned: tuple[Tensor] | None = None  # in a tuple, so as to be no parameter of the model
+        # means that are learned, in a tuple so as to be no parameter of the model, and their state when they were set
+        self._learned: tuple[Tensor, int] | None = None
         self._held = False
         self.beginnings: Beginnings | None = None
         self.means = None
@@ -127,8 +128,7 @@ class EdgeMaskedTransformer(nn.Module):
         check_means(value, len(biases), self.embedding.shape[1])
         if value.requires_grad and value.dim() == 3:
             raise UserError("means by position cannot be learned. Give one mean a node, [nodes, width].")
-        self._learned = (value,) if value.requires_grad else None
-        self._version = value._version
+        self._learned = (value, value._version) if value.requires_grad else None
         self._means = value.detach().to(self.device, self.dtype)
         exact = value.detach().to(self.device, torch.float64)
         by_node = exact[:, None] if value.dim() == 2 else exact.transpose(0, 1)  # [P, 1 or T, D]
@@ -180,8 +180,8 @@ class EdgeMaskedTransformer(nn.Module):
         """
         self._check(tokens)
         weights = self.mask.weights if mask is None else mask
-        learned = self._learned[0] if self._learned else None
-        if learned is not None and learned._version != self._version:
+        learned, version = self._learned or (None, 0)
+        if learned is not None and learned._version != version:
             self.means = learned  # an optimizer has changed them
         if self._held:
             learned = None

@@ -75,7 +75,7 @@ def stages(settings: Settings) -> list[list[Part]]:
     masks = [
         f"--stable-budget={settings.judged}", f"--seeds={settings.seeds}", f"--random-seeds={settings.random_seeds}",
     ]  # fmt: skip
-    learned = tuple(sorted({*settings.learned_budgets, settings.judged}))
+    learned = sorted({*settings.learned_budgets, settings.judged})
     budgets = {carry: learned if carry == "optimal" else settings.budgets for carry in CARRIES}
     judged = [folder / "masks" / f"{carry}_{settings.judged}" for carry in CARRIES]
     keep = ["--save-generations"] if settings.save_generations else []
