@@ -21,6 +21,7 @@ from tqdm import tqdm
 from circuit_breaking.bootstrap import Sums, estimate
 from circuit_breaking.continuations import Sampling, continuations
 from circuit_breaking.losses import cross_entropy_of_hidden
+from circuit_breaking.models import fused_activations
 from circuit_breaking.scorers import Scorer
 from circuit_breaking.text import TokenBatch, pad_right
 
@@ -142,10 +143,10 @@ def evaluate(
     with tqdm(total=batches * len(models), desc="evaluation", unit="batch", disable=None) as bar:
         for name, opened in models.items():
             bar.set_postfix_str(name)
-            with opened() as model:
+            with opened() as model, fused_activations(model):
                 measured[name] = _measure(model, texts, prompts, ways, bar.update)
         bar.set_postfix_str("incoherence")
-        with models[reference]() as judge:
+        with models[reference]() as judge, fused_activations(judge):
             for key, batch in prompts.items():
                 written = [what for one in measured.values() for (_, of), what in one.written.items() if of == key]
                 _judge(judge, batch, written, sampling, bar)

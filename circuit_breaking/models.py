@@ -1,6 +1,8 @@
 """Load a model or a tokenizer by name, folder, GGUF file or Hugging Face object (layer 2)."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.activations import NewGELUActivation
 from transformers.utils import logging
 
 from circuit_breaking.cli import UserError, one_line
@@ -155,14 +158,31 @@ def load_model(
     """
     if isinstance(model, nn.Module):
         hf, name = model, getattr(model.config, "name_or_path", "") or type(model).__name__
-        engine = EdgeMaskedTransformer(hf, split_qkv, recompute).to(pick_device(device))
-        engine.to_dtype_(pick_dtype(dtype))
     else:
-        name = str(model)
-        hf = load_hf_model(model, device, dtype)
-        engine = EdgeMaskedTransformer(hf, split_qkv, recompute)
+        hf, name = load_hf_model(model, device, dtype), str(model)
+    engine = EdgeMaskedTransformer(hf, split_qkv, recompute).to(pick_device(device))  # the graph's tensors too
+    engine.to_dtype_(pick_dtype(dtype))
     engine.name = name
     return engine
+
+
+@contextmanager
+def fused_activations(hf: nn.Module) -> Iterator[nn.Module]:
+    """Compute GPT-2's activation by one kernel in place of the eight that Hugging Face writes out, while the block
+    lasts: the same function to rounding, in a tenth of the time."""
+    replaced = [
+        (parent, name, child)
+        for parent in hf.modules()
+        for name, child in parent.named_children()
+        if isinstance(child, NewGELUActivation)
+    ]
+    for parent, name, _ in replaced:
+        setattr(parent, name, nn.GELU(approximate="tanh"))
+    try:
+        yield hf
+    finally:
+        for parent, name, child in replaced:
+            setattr(parent, name, child)
 
 
 class StockModel:

@@ -19,6 +19,7 @@ from circuit_breaking.ablated import ablate
 from circuit_breaking.bootstrap import estimate
 from circuit_breaking.cli import UserError
 from circuit_breaking.continuations import Sampling, continuations
+from circuit_breaking.models import fused_activations
 from circuit_breaking.scorers import Scorer
 from circuit_breaking.tasks.base import TextTask
 from circuit_breaking.text import TokenBatch, pad_right
@@ -65,23 +66,24 @@ def relearn(
     task = TextTask("relearning", examples, examples, seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, weight_decay=0.0)
     rows: list[dict[str, Any]] = []
-    for step in range(max(settings.checks) + 1):
-        if step in settings.checks:
-            with ablate(model, variant.edges, variant.means):
-                rows.append({"step": step, **measure(model)})
-        if step == max(settings.checks):
-            break
-        batch = task.draw(min(settings.batch_size, len(examples)))
-        # cut anew at each step: the cuts hold weights as they were
-        with ablate(model, variant.edges, variant.means, trainable=True):
-            loss = prediction_losses_of(model, batch)[0].mean()
-            optimizer.zero_grad()
-            loss.backward()
-        length = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
-        if not math.isfinite(float(loss.detach())) or not math.isfinite(float(length)):
-            return rows, f"the loss was not finite at step {step + 1}, where relearning ended"
-        optimizer.step()
-        tick()
+    with fused_activations(model):
+        for step in range(max(settings.checks) + 1):
+            if step in settings.checks:
+                with ablate(model, variant.edges, variant.means):
+                    rows.append({"step": step, **measure(model)})
+            if step == max(settings.checks):
+                break
+            batch = task.draw(min(settings.batch_size, len(examples)))
+            # cut anew at each step: the cuts hold weights as they were
+            with ablate(model, variant.edges, variant.means, trainable=True):
+                loss = prediction_losses_of(model, batch)[0].mean()
+                optimizer.zero_grad()
+                loss.backward()
+            length = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
+            if not math.isfinite(float(loss.detach())) or not math.isfinite(float(length)):
+                return rows, f"the loss was not finite at step {step + 1}, where relearning ended"
+            optimizer.step()
+            tick()
     return rows, None
 
 

@@ -16,7 +16,7 @@ from transformers import (
 
 from circuit_breaking.cli import UserError
 from circuit_breaking.graph import EdgeGraph
-from circuit_breaking.models import load_model
+from circuit_breaking.models import fused_activations, load_model
 
 # The larger GPT-2s: all layers in the slow tests, two of the true width in the quick ones
 GPT2_SIZES = {"medium": (24, 16, 1024, 80_965), "large": (36, 20, 1280, 280_063), "xl": (48, 25, 1600, 766_225)}
@@ -173,3 +173,21 @@ def test_a_family_that_is_not_known_is_refused():
     config = BertConfig(num_hidden_layers=1, hidden_size=8, num_attention_heads=2, intermediate_size=8, vocab_size=9)
     with pytest.raises(UserError, match="not supported"):
         load_model(BertForMaskedLM(config), device="cpu")
+
+
+def test_a_fused_activation_is_the_same_function_and_goes_again():
+    hf, other = small_gpt2(), small_llama()
+    before, kind = hf(TOKENS).logits, type(hf.transformer.h[0].mlp.act)
+    for model in (hf, other):
+        expected = model(TOKENS).logits
+        with fused_activations(model) as fused:
+            assert fused is model and (model is other or type(hf.transformer.h[0].mlp.act) is torch.nn.GELU)
+            torch.testing.assert_close(model(TOKENS).logits, expected, atol=1e-5, rtol=1e-5)
+    with pytest.raises(ZeroDivisionError), fused_activations(hf):
+        1 / 0  # noqa: B018
+    assert torch.equal(hf(TOKENS).logits, before) and type(hf.transformer.h[0].mlp.act) is kind
+
+
+def test_every_tensor_of_a_model_is_where_it_is_asked_to_be():
+    model = load_model("tiny", device="meta")
+    assert {tensor.device.type for tensor in (*model.parameters(), *model.buffers())} == {"meta"}

@@ -29,7 +29,7 @@ from circuit_breaking.comparison_figures import draw_finetuning
 from circuit_breaking.costs import COST_FILE, cost, with_earlier
 from circuit_breaking.files import locked, provenance, read_json, write_json, write_jsonl
 from circuit_breaking.finetuning import FinetuneSettings, check, describe, finetune
-from circuit_breaking.models import load_hf_model, load_tokenizer
+from circuit_breaking.models import fused_activations, load_hf_model, load_tokenizer
 from circuit_breaking.scripts import Parts, is_made
 from circuit_breaking.splits import Splits, load_splits
 from circuit_breaking.unlearning import METHODS
@@ -70,7 +70,7 @@ def best_of_grid(settings: Settings, method: str, splits: Splits, parts: Parts) 
         hf = load_hf_model(settings.model, settings.device)
         toxic, ordinary = splits.tasks(settings.seed, validate=True)
         part = parts.open(f"lr_{lr}", lr=lr)
-        with cost(hf.device) as spent:
+        with cost(hf.device) as spent, fused_activations(hf):
             result = finetune(hf, method, toxic, ordinary, replace(settings, lr=lr), **part)
         spent = with_earlier(spent, part["resume_from"].values["seconds"] if part["resume_from"] else 0.0)
         seconds += spent["seconds"]

@@ -21,7 +21,7 @@ from circuit_breaking.comparison_figures import RELEARNING, draw_relearning
 from circuit_breaking.continuations import Sampling
 from circuit_breaking.evaluation import text_losses
 from circuit_breaking.files import provenance, write_json
-from circuit_breaking.models import load_hf_model, load_tokenizer, prefix_token
+from circuit_breaking.models import fused_activations, load_hf_model, load_tokenizer, prefix_token
 from circuit_breaking.relearning import RelearnSettings, check, relearn, toxicity_after, with_context
 from circuit_breaking.scorers import load_scorer
 from circuit_breaking.splits import load_splits
@@ -97,7 +97,7 @@ def main(settings: Settings) -> None:
                 separator = tokenizer(settings.separator, add_special_tokens=False)["input_ids"]
                 limit = hf.config.max_position_embeddings - settings.new_tokens
                 context = with_context(prompts, examples, settings.shots, separator, limit)
-                with one.opened(hf) as model:
+                with one.opened(hf) as model, fused_activations(model):
                     found[one.name]["few_shot"] = {"without": toxicity(model), "with": toxicity(model, context)}
     inputs = {*(one.file for one in variants), *splits.files, *files_of(settings.model)}
     report = {
