@@ -60,6 +60,7 @@ SHAPES = {
 }  # fmt: skip
 
 Step = Callable[[torch.Tensor], None]
+WARM_ON_GPU = 5  # steps until kernels are chosen and a pass is recorded as a CUDA graph
 
 
 def make_hf(settings: Any) -> nn.Module:
@@ -70,7 +71,8 @@ def make_hf(settings: Any) -> nn.Module:
 def make_hf_of(config: PretrainedConfig, device: str, dtype: str) -> nn.Module:
     """A model of a configuration with random weights."""
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config).to(pick_device(device), pick_dtype(dtype)).eval()
+    with torch.device(pick_device(device)):
+        return AutoModelForCausalLM.from_config(config).to(pick_dtype(dtype)).eval()
 
 
 def make_engine(settings: Any) -> EdgeMaskedTransformer:
@@ -98,8 +100,9 @@ def seconds(step: Step, tokens: torch.Tensor) -> float:
 
 def times_of(steps: Mapping[str, Step], tokens: torch.Tensor, rounds: int) -> dict[str, list[float]]:
     """Seconds of so many steps of each variant, which take turns, so that what else the machine does falls on all."""
-    times = [{name: seconds(step, tokens) for name, step in steps.items()} for _ in range(rounds + 1)]
-    return {name: [row[name] for row in times[1:]] for name in steps}  # the first warms up
+    warm = WARM_ON_GPU if tokens.is_cuda else 1
+    times = [{name: seconds(step, tokens) for name, step in steps.items()} for _ in range(rounds + warm)]
+    return {name: [row[name] for row in times[warm:]] for name in steps}
 
 
 def resident_peak() -> int:
@@ -112,11 +115,13 @@ def resident_peak() -> int:
 
 def added_at_peak(step: Step, tokens: torch.Tensor) -> float:
     """What one step adds to what there is, at its peak, GB. On a CPU to be called in a fresh process."""
-    if tokens.is_cuda:
-        base = torch.cuda.memory_allocated()
+    if tokens.is_cuda:  # what is reserved, as that of a CUDA graph is not counted as allocated
+        torch.cuda.empty_cache()
+        base = torch.cuda.memory_reserved()
         torch.cuda.reset_peak_memory_stats()
-        step(tokens)
-        return (torch.cuda.max_memory_allocated() - base) / 1e9
+        for _ in range(WARM_ON_GPU):
+            step(tokens)
+        return (torch.cuda.max_memory_reserved() - base) / 1e9
     Path("/proc/self/clear_refs").write_text("5")  # reset the peak to what is resident now
     base = resident_peak()
     step(tokens)

@@ -89,7 +89,8 @@ class StepObjective:
                 return _Measured.apply(mask, self._learned(), measure)
             return measure(mask, (False, False))[0]
 
-        return in_parts if self.micro_batch or world().size > 1 else whole
+        # on a GPU, so that one pass is under way at a time and can be replayed
+        return in_parts if self.micro_batch or world().size > 1 or self.model.device.type == "cuda" else whole
 
     def _in_parts(
         self, keep: Any, broken: Any, mask: Tensor, wanted: Sequence[bool]

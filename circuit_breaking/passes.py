@@ -10,10 +10,12 @@ How it is fast:
   and only the edges whose weight differs are added apart. The backward does the same with the readers' gradients.
 - Walking the layers in reverse, the gradient of all edges into a group is one product. The gradients of a layer's
   readers take the place of what they read. Nodes and readers are rows of one memory, which the next pass uses again.
+- A small pass on a GPU is replayed as a CUDA graph (`replays`).
 - Autograd keeps what attention and the MLP need, nothing else, and not even that with `model.recompute`: what the
   readers read is there in the backward, so one layer at a time is computed again. Model weights are frozen.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -26,6 +28,9 @@ from circuit_breaking.graph import EdgeGraph, LayerSlice
 # Layers whose readers read all earlier nodes in one product are grouped up to about this many readers: enough for a
 # matrix product to run at full speed, few enough for what it makes to stay small beside the stack.
 GROUP_READERS = 52
+# On a GPU the product of masks and node outputs costs less than to find out whether a running sum would do, as long as
+# a layer's share of it takes fewer multiplications and additions than a GPU does while Python launches a layer.
+SMALL_PRODUCT = 1.5e11
 
 
 def layer_groups(graph: EdgeGraph) -> list[list[LayerSlice]]:
@@ -34,14 +39,34 @@ def layer_groups(graph: EdgeGraph) -> list[list[LayerSlice]]:
     return [graph.layers[start : start + size] for start in range(0, graph.n_layers, size)]
 
 
+def inner(a: Tensor, b: Tensor) -> Tensor:
+    """a [R, F] · b [P, F]ᵀ, where F is far larger than R and P.
+
+    (One such product keeps few of a GPU's processors busy, so there F is taken in parts at the same time.)
+    """
+    parts = math.gcd(a.shape[1], 256) if a.is_cuda else 1
+    if parts == 1:
+        return a @ b.t()
+    a, b = (x.view(len(x), parts, -1).transpose(0, 1) for x in (a, b))
+    return torch.bmm(a, b.transpose(1, 2)).sum(0)
+
+
+def is_small(model: Any, tokens: Tensor) -> bool:
+    """Whether a pass is on a GPU and its mask products are small there."""
+    operations = 6 * len(model.edge_readers) * tokens.numel() * model.embedding.shape[1]
+    return tokens.is_cuda and operations < SMALL_PRODUCT * model.graph.n_layers
+
+
 class OutputRead(torch.autograd.Function):
     """What `output` reads [N, D], as a function of the mask weights [E] and of means [P, D] where those are learned."""
 
     @staticmethod
     def forward(ctx, weights: Tensor, means: Tensor | None, model: Any, tokens: Tensor) -> Tensor:
-        run = Pass(model, weights.detach(), tokens, keep=any(ctx.needs_input_grad[:2]))
+        keep, learned = any(ctx.needs_input_grad[:2]), ctx.needs_input_grad[1]
+        run = model.replays.start(model, weights.detach(), tokens, keep, learned)
+        run = run or Pass(model, weights.detach(), tokens, keep)
         read = run.forward()
-        if run.keep:
+        if keep:
             ctx.run = run
         else:
             run.release()
@@ -105,21 +130,35 @@ class Exceptions:
 
 
 class Pass:
-    """One forward and its backward over one batch. The backward uses the stack up; a second one makes it anew."""
+    """One forward and its backward over one batch. The backward uses the stack up; a second one makes it anew.
 
-    def __init__(self, model: Any, weights: Tensor, tokens: Tensor, keep: bool) -> None:
+    `constants` are what the model's `offsets` and `base` are, or were; a pass that is given them shares no beginnings.
+    """
+
+    def __init__(
+        self, model: Any, weights: Tensor, tokens: Tensor, keep: bool,
+        constants: tuple[Tensor, Tensor | None] | None = None,
+    ) -> None:  # fmt: skip
         self.model, self.graph, self.keep = model, model.graph, keep
         self.batch, self.length = tokens.shape
         self.tokens = tokens
         self.mask_dtype, self.weights = weights.dtype, weights
+        self.offsets, self.base = constants or (model.offsets, model.base)
+        self.beginnings = model.beginnings if constants is None else None
         self.width = model.embedding.shape[1]
         self.flat = tokens.numel() * self.width  # one node's output, as one row
-        weights = weights.to(model.dtype)
-        self.mask = self._matrix(weights)
-        differing = (weights != 1).nonzero()[:, 0]
-        few = len(differing) <= len(self.mask)
-        self.exceptions = Exceptions(model, weights, differing) if few else None
+        self.rotary = model.rotary_tables(self.length, tokens.device)
         self.memory: Tensor | None = None
+        self.read_mask()
+
+    def read_mask(self) -> None:
+        """Take the weights as they are now."""
+        weights = self.weights.to(self.model.dtype)
+        self.mask, self.exceptions = self._matrix(weights), None
+        if not is_small(self.model, self.tokens):
+            differing = (weights != 1).nonzero()[:, 0]
+            if len(differing) <= len(self.mask):
+                self.exceptions = Exceptions(self.model, weights, differing)
 
     def _matrix(self, weights: Tensor | None = None) -> Tensor:
         """[R, P], zero where there is no edge; with the weights [E] of those that there are, if given."""
@@ -160,15 +199,14 @@ class Pass:
         self._allocate()
         stack, rows = self.stack, self.rows
         self.total, self.counted = rows.new_zeros(self.flat), 0
-        beginnings, begin = model.beginnings, 0
+        beginnings, begin = self.beginnings, 0
         if beginnings is not None and not self.keep:
             begin = beginnings.load(self.tokens, self.weights, graph, model.edge_readers, rows)
-        self._fill(stack[:1], model.offsets[:1])
+        self._fill(stack[:1], self.offsets[:1])
         embedding = F.embedding(self.tokens, model.embedding)
         if model.positions is not None:
             embedding += model.positions[: self.length]
         stack[0] += embedding.view(n_tokens, -1)
-        self.rotary = model.rotary_tables(self.length, self.tokens.device)
         self.saved: list[tuple[Tensor, ...] | None] = [None] * begin
         for group in model.groups:
             parts = [part for part in group if part.sources // (heads + 1) >= begin]  # of the layers still to do
@@ -188,12 +226,12 @@ class Pass:
                     self._read_sum(read, part.reader, first, layer)
                 read = read.view(part.rows, n_tokens, self.width)
                 inverse, qkv, z = self._heads(layer, read)
-                self._fill(stack[first:mlp], model.offsets[first:mlp])
+                self._fill(stack[first:mlp], self.offsets[first:mlp])
                 stack[first:mlp].baddbmm_(z.detach(), block.w_o)
                 if part.own:
                     read[-1].view(-1).addmv_(rows[first:mlp].t(), self.mask[part.reader + part.rows - 1, first:mlp])
                 hidden, read_mlp = self._traced(block.mlp, read[-1])
-                self._fill(stack[mlp : mlp + 1], model.offsets[mlp : mlp + 1])
+                self._fill(stack[mlp : mlp + 1], self.offsets[mlp : mlp + 1])
                 stack[mlp].addmm_(hidden.detach(), block.w_down)
                 kept = (inverse, None if model.recompute else (qkv, z, read_mlp, hidden))
                 self.saved.append(kept if self.keep else None)
@@ -236,7 +274,7 @@ class Pass:
     def _read(self, out: Tensor, start: int, sources: int) -> None:
         """Set `out` [k, N * D] to what k readers from `start` on get: the first `sources` nodes, and means."""
         weights, nodes = self.mask[start : start + len(out), :sources], self.rows[:sources]
-        if self.model.base is None:
+        if self.base is None:
             torch.mm(weights, nodes, out=out)
         else:
             self._fill_base(out, start)
@@ -244,7 +282,7 @@ class Pass:
 
     def _fill_base(self, out: Tensor, start: int) -> None:
         """Set `out` [k, N * D] to the sum of the means of all nodes that k readers from `start` on read."""
-        self._fill(out, self.model.base[self.model.sources_read[start : start + len(out)]])
+        self._fill(out, self.base[self.model.sources_read[start : start + len(out)]])
 
     def _add_group(self, read: Tensor, part: LayerSlice, before: int) -> None:
         """Add to a layer's reads [R, N * D] the nodes of its group's earlier layers, from node `before` on."""
@@ -256,7 +294,7 @@ class Pass:
         """As `_read` for readers of one layer, by the running sum of the nodes."""
         self.total += self.rows[self.counted : sources].sum(0)
         self.counted = sources
-        if self.model.base is None:
+        if self.base is None:
             out.copy_(self.total.expand_as(out))
         else:
             self._fill_base(out, start)
@@ -296,7 +334,8 @@ class Pass:
 
                 (at_mlp_read,) = torch.autograd.grad(hidden, read_mlp, at_mlp @ block.w_down.t())
                 if part.own:
-                    edge_gradient[after - 1, first:mlp] = rows[first:mlp] @ at_mlp_read.view(-1)
+                    if not rows.is_cuda:
+                        edge_gradient[after - 1, first:mlp] = rows[first:mlp] @ at_mlp_read.view(-1)
                     at_heads.addr_(mask[after - 1, first:mlp], at_mlp_read.view(-1))
                 at_z = torch.bmm(at_heads.view(heads, -1, self.width), block.w_o.transpose(1, 2))
                 (at_qkv,) = torch.autograd.grad(z, qkv, at_z)
@@ -304,10 +343,11 @@ class Pass:
                 here = reads[part.reader : after]
                 block.qkv.backward_(here[:-1].view(len(qkv), -1, self.width), inverse, qkv.detach(), at_qkv)
                 here[-1] = at_mlp_read.view(-1)
-                if before < first:
+                if before < first and not rows.is_cuda:
                     edge_gradient[part.reader : after, before:first] = here @ rows[before:first].t()
-            start = group[0].reader
-            edge_gradient[start:end, :before] = reads[start:end] @ rows[:before].t()
+            # on a GPU the edges within the group too: a third of the products for nothing, in a quarter of the launches
+            start, counted = group[0].reader, before + nodes * rows.is_cuda
+            edge_gradient[start:end, :counted] = inner(reads[start:end], rows[:counted])
         at_edges = edge_gradient[self.model.edge_readers, self.model.edge_sources].to(self.mask_dtype)
         at_means = None
         if means:

@@ -146,13 +146,14 @@ def train_mask(
 
 @contextmanager
 def recomputing(model: Any, on: bool) -> Iterator[None]:
-    """Let the model's backward compute parts of each layer again, while the block lasts."""
+    """Let the model's backward compute parts of each layer again, while the block lasts; then free what it holds."""
     before = model.recompute
     model.recompute = before or on
     try:
         yield
     finally:
         model.recompute = before
+        model.replays.clear()
 
 
 class _Trainer:

@@ -22,6 +22,10 @@ from circuit_breaking.cli import UserError
 from circuit_breaking.graph import EdgeGraph
 from circuit_breaking.masks import EdgeMask
 from circuit_breaking.passes import OutputRead, Pass, Workspace, layer_groups
+from circuit_breaking.replays import Replays
+
+# torch.compile would make dozens of pieces of the pass, of which none is faster, and let it keep more
+read_output = torch.compiler.disable(OutputRead.apply)
 
 
 def select_positions(hidden: Tensor, at: Tensor) -> Tensor:
@@ -54,6 +58,7 @@ class EdgeMaskedTransformer(nn.Module):
             that require a gradient get one, so that they can be learned (optimal ablation; Li and Janson 2024).
         recompute: compute attention and MLPs again in the backward, a layer at a time, in place of keeping what their
             backward needs: less memory, about a third more time, the same numbers.
+        replays: CUDA graphs of small passes on a GPU; `replays.on = False` does without.
     """
 
     def __init__(self, hf: nn.Module, split_qkv: bool = False, recompute: bool = False) -> None:
@@ -76,6 +81,7 @@ class EdgeMaskedTransformer(nn.Module):
         self.register_buffer("sources_read", self.graph.edge_readers.bincount(minlength=len(self.graph.readers)))
         self.groups = layer_groups(self.graph)
         self.workspace = Workspace()
+        self.replays = Replays()
         # at least float32, so that a step of the optimizer is not lost in bfloat16's rounding
         self.mask = EdgeMask(self.graph, dtype=torch.promote_types(self.dtype, torch.float32))
         self.register_buffer("offsets", None)
@@ -99,8 +105,13 @@ class EdgeMaskedTransformer(nn.Module):
         """Where the model is."""
         return self.embedding.device
 
+    def _apply(self, *words, **more) -> nn.Module:
+        self.replays.clear()  # which know where the weights were
+        return super()._apply(*words, **more)
+
     def to_dtype_(self, dtype: torch.dtype) -> None:
         """Change the type of weights and activations in place; tables of positions and the mask stay precise."""
+        self.replays.clear()
         self.blocks.to(dtype)
         self.norm.to(dtype)
         for name, tensor in list(self.named_buffers(recurse=False)):
@@ -187,7 +198,7 @@ class EdgeMaskedTransformer(nn.Module):
             learned = None
         if not torch.is_grad_enabled():  # which a custom function does not see: it would keep what a backward needs
             weights, learned = weights.detach(), None
-        read = OutputRead.apply(weights, learned, self, tokens).view(*tokens.shape, -1)
+        read = read_output(weights, learned, self, tokens).view(*tokens.shape, -1)
         return self.norm(read if at is None else select_positions(read, at))
 
     def forward(self, tokens: Tensor, at: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
