@@ -39,7 +39,7 @@ def record(parts: Sequence[Callable[[], Any]], device: torch.device, pool: Any) 
     graphs, results = [], []
     for part in parts:
         graphs.append(torch.cuda.CUDAGraph())
-        with torch.cuda.graph(graphs[-1], pool=pool):
+        with torch.cuda.graph(graphs[-1], pool=pool, stream=aside):
             results.append(part())
     return graphs, results
 

@@ -49,12 +49,14 @@ class Settings:
     judged: int = 12  # budget of the masks whose edges are judged one by one, over seeds, and that are retaught
     seeds: int = 3  # masks at that budget; draws of continuations
     random_seeds: int = 5  # random masks for each budget
-    tries: int = 4  # most masks measured in a round of refinement; half of the usual, as there are many masks
+    refine_rounds: int = 40  # rounds of refinement of a mask, and
+    tries: int = 4  # most masks measured in one; both less than for a single mask, as there are many here
     methods: tuple[str, ...] = ("joint", "ascent", "task_arithmetic", "npo", "rmu")  # ways to fine-tune
     lrs: tuple[float, ...] = ()  # learning rates of each, the best is kept; none: two each, see finetune_gpt2.py
     steps: int = 200  # most steps of each
-    num_texts: int = 500  # most held-out texts of each kind
+    num_texts: int = 300  # most held-out texts of each kind
     num_prompts: int = 100  # most prompts of each kind
+    num_control: int = 30  # most texts and prompts of each kind for random masks
     scorer: str = "profanity-check"  # offline, and what the shipped model was made with; or detoxify, or auto
     save_generations: bool = False  # keep what models write, and put examples into report.md: OFFENSIVE TEXT
     seed: int = 0  # of everything
@@ -75,7 +77,7 @@ def stages(settings: Settings) -> list[list[Part]]:
     model = [*common, f"--model={settings.model}", f"--seed={settings.seed}", *data]
     masks = [
         f"--stable-budget={settings.judged}", f"--seeds={settings.seeds}", f"--random-seeds={settings.random_seeds}",
-        f"--training.tries={settings.tries}",
+        f"--training.refine-rounds={settings.refine_rounds}", f"--training.tries={settings.tries}",
     ]  # fmt: skip
     learned = sorted({*settings.learned_budgets, settings.judged})
     budgets = {carry: learned if carry == "optimal" else settings.budgets for carry in CARRIES}
@@ -85,7 +87,8 @@ def stages(settings: Settings) -> list[list[Part]]:
     tuned = [folder / "finetuned"] if settings.methods else []
     measured = [
         "--models", folder / "masks", *tuned, "--greedy", f"--seeds={settings.seeds}", "--samples=1",
-        f"--num-texts={settings.num_texts}", f"--num-prompts={settings.num_prompts}", "--batch-size=256", scorer, *keep,
+        f"--num-texts={settings.num_texts}", f"--num-prompts={settings.num_prompts}",
+        f"--num-control={settings.num_control}", "--batch-size=256", scorer, *keep,
     ]  # fmt: skip
     making = [
         (f"masks_{carry}", "sweep_masks.py", [*model, *masks, "--carries", carry, "--budgets", *budgets[carry]])
@@ -162,7 +165,7 @@ def prepare(folder: Path, settings: Settings) -> None:
 
 
 def main(settings: Settings) -> None:
-    check_counts(settings, "seeds", "tries", "workers", "threads", "num_texts", "num_prompts", "steps")
+    check_counts(settings, "seeds", "tries", "workers", "threads", "num_texts", "num_prompts", "num_control", "steps")
     if settings.judged not in settings.budgets:
         raise UserError(f"judged is {settings.judged}, which is none of the budgets. Set it to one of them.")
     folder, start = settings.out / settings.run, time.perf_counter()
