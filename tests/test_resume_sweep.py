@@ -159,6 +159,9 @@ def test_only_what_makes_a_difference_makes_a_mask_anew(data, tmp_path, monkeypa
         counted.clear()
         start(data, tmp_path, **{**few, **changes})
         assert len(counted) == masks * STEPS, changes
+    counted.clear()
+    start(data, tmp_path, **{**few, "budgets": (2, 4), "large_refine_rounds": 1}, seed=1)
+    assert len(counted) == STEPS - 1  # that of 4 edges alone, with one round of refinement in place of two
     (tmp_path / "sweep" / "masks" / "zero_2" / "mask.safetensors").write_bytes(b"no")
     counted.clear()
     start(data, tmp_path, **few, seed=1)

@@ -49,8 +49,7 @@ class Settings:
     judged: int = 12  # budget of the masks whose edges are judged one by one, over seeds, and that are retaught
     seeds: int = 3  # masks at that budget; draws of continuations
     random_seeds: int = 5  # random masks for each budget
-    refine_rounds: int = 40  # rounds of refinement of a mask, and
-    tries: int = 4  # most masks measured in one; both less than for a single mask, as there are many here
+    large_refine_rounds: int = 20  # rounds of refinement of masks above the judged budget, where each takes longer
     methods: tuple[str, ...] = ("joint", "ascent", "task_arithmetic", "npo", "rmu")  # ways to fine-tune
     lrs: tuple[float, ...] = ()  # learning rates of each, the best is kept; none: two each, see finetune_gpt2.py
     steps: int = 200  # most steps of each
@@ -77,7 +76,7 @@ def stages(settings: Settings) -> list[list[Part]]:
     model = [*common, f"--model={settings.model}", f"--seed={settings.seed}", *data]
     masks = [
         f"--stable-budget={settings.judged}", f"--seeds={settings.seeds}", f"--random-seeds={settings.random_seeds}",
-        f"--training.refine-rounds={settings.refine_rounds}", f"--training.tries={settings.tries}",
+        f"--large-refine-rounds={settings.large_refine_rounds}",
     ]  # fmt: skip
     learned = sorted({*settings.learned_budgets, settings.judged})
     budgets = {carry: learned if carry == "optimal" else settings.budgets for carry in CARRIES}
@@ -165,7 +164,7 @@ def prepare(folder: Path, settings: Settings) -> None:
 
 
 def main(settings: Settings) -> None:
-    check_counts(settings, "seeds", "tries", "workers", "threads", "num_texts", "num_prompts", "num_control", "steps")
+    check_counts(settings, "seeds", "workers", "threads", "num_texts", "num_prompts", "num_control", "steps")
     if settings.judged not in settings.budgets:
         raise UserError(f"judged is {settings.judged}, which is none of the budgets. Set it to one of them.")
     folder, start = settings.out / settings.run, time.perf_counter()

@@ -40,7 +40,8 @@ from circuit_breaking.training import MaskSettings
 
 CARRIES = ("zero", "mean", "optimal")
 MASK = "mask.safetensors"
-APART = ("budgets", "carries", "stable_budget", "seeds", "random_seeds", "means")  # settings that change no mask
+# settings that change no mask, or whose part in one is told by what `Sweep.about` says of it
+APART = ("budgets", "carries", "stable_budget", "seeds", "random_seeds", "large_refine_rounds", "means")
 
 
 @dataclass
@@ -53,6 +54,7 @@ class Settings:
     stable_budget: int = 12  # budget whose masks are trained with several seeds; 0: none
     seeds: int = 3  # masks at that budget, the first with the setting seed
     random_seeds: int = 5  # random masks for each budget, as a control
+    large_refine_rounds: int | None = None  # rounds of refinement above stable_budget, where each takes longer
     training: MaskSettings = field(default_factory=MaskSettings)  # of every mask; its max_edges is not used
     toxic_train: Path | None = None  # toxic texts to learn from; None: shipped for tiny, else posts/train.jsonl
     toxic_test: Path | None = None  # toxic texts held out, only to make sure none is trained on; None: as above
@@ -102,7 +104,9 @@ def check(settings: Settings) -> None:
 
 def training_of(settings: Settings, carry: str, budget: int) -> MaskSettings:
     """How a mask is trained."""
-    return replace(settings.training, max_edges=budget, means_lr=settings.learned_lr if carry == "optimal" else 0.0)
+    how = replace(settings.training, max_edges=budget, means_lr=settings.learned_lr if carry == "optimal" else 0.0)
+    fewer = settings.large_refine_rounds
+    return how if fewer is None or budget <= settings.stable_budget else replace(how, refine_rounds=fewer)
 
 
 def given(training: MaskSettings) -> MaskSettings:
@@ -147,6 +151,8 @@ class Sweep:
         """What a mask's file says of it, in the form of train_mask.py, so that evaluation.py reads both."""
         own = {"means": None if carry == "zero" else self.averages, "max_edges": budget, "seed": seed}
         settings = {**self.record["settings"], **own}
+        rounds = training_of(self.settings, carry, budget).refine_rounds
+        settings["training"] = {**settings["training"], "refine_rounds": rounds}
         return {**self.record, "settings": settings, "kind": kind, "carry": carry, "first_seed": self.settings.seed}
 
     def mask(self, name: str, carry: str, budget: int, seed: int, edges: Tensor | None = None) -> int:
