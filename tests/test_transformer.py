@@ -273,3 +273,15 @@ def test_what_is_remembered_is_forgotten_with_the_means_it_was_made_with():
             means *= 1.5  # as an optimizer changes them
         model.means = None
         torch.testing.assert_close(model(TOKENS, mask=mask), load_model(small_gpt2(), device="cpu")(TOKENS, mask=mask))
+
+
+def test_torch_compile_leaves_the_pass_as_it_is():
+    model = load_model(small_gpt2(), device="cpu")
+    mask = make_masks(len(model.graph))[0].float().requires_grad_()
+    compiled = torch.compile(model.hidden, backend="eager")
+    gradients = []
+    for hidden in (model.hidden, compiled):
+        (gradient,) = torch.autograd.grad(hidden(TOKENS, mask=mask).sin().sum(), mask)
+        gradients.append(gradient)
+    assert torch.equal(*gradients)
+    torch.compiler.reset()
