@@ -3,7 +3,7 @@
 Reads   the shipped model, or another with its data; each part is a script of this folder and can be run by itself.
 Writes  data/toxicity/<run>/: masks/ and finetuned/ (the models), report.json, report.md, report.csv, evidence.json,
         relearning.json, uniform.csv, costs.json, every .png, and logs/ (what each part printed).
-Time    some 20 minutes for the shipped model on two cores.
+Time    some 14 minutes for the shipped model on two cores.
 
 Parts that do not wait for each other run at the same time, each on one thread, so that results do not depend on how
 many cores there are. What a seed determines is the same each time; costs are apart, in costs.json and at the end of
