@@ -96,7 +96,7 @@ def peak_memory(settings: Settings, name: str) -> float:
 
 def peak_memories(settings: Settings, names: list[str]) -> dict[str, float]:
     """`peak_memory` of every variant."""
-    if pick_device(settings.device).type == "cuda":  # torch counts a GPU's memory to the byte
+    if pick_device(settings.device).type == "cuda":  # whose memory torch counts apart from all else
         return {name: peak_memory(settings, name) for name in names}
     memories = {}
     for name in names:

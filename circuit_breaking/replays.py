@@ -142,7 +142,8 @@ class Replays:
         if recording is None:
             return None
         recording.load(model, weights, tokens)
-        weights, constants = weights.clone(), (model.offsets, model.base)
+        # for a second backward, by when the mask may be another
+        weights, constants = weights.clone() if keep else weights, (model.offsets, model.base)
         run = Replayed(recording, lambda: Pass(model, weights, tokens, keep, constants), length)
         self._last = weakref.ref(run)
         return run
