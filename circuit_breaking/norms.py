@@ -11,12 +11,19 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+CACHED = 1 << 20  # numbers that one step after another finds in a CPU's cache
+
 
 def inverse_size(x: Tensor, eps: float) -> Tensor:
     """1 / sqrt(mean of squares + eps) over the last dimension, which stays as 1; float32 or better."""
     precise = torch.promote_types(x.dtype, torch.float32)
     size = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=precise)
     return size.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+
+
+def readers_at_once(x: Tensor) -> int:
+    """How many readers of [R, N, D] to do several things to, a few at a time while they are in a CPU's cache, or all."""
+    return max(1, CACHED // x[0].numel()) if x.device.type == "cpu" else len(x)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -67,14 +74,20 @@ class NormedProjection(nn.Module):
         With the divisor of an earlier call, x is taken to be as that call left it.
         """
         if inverse is None:
-            if self.centred:
-                x.sub_(x.mean(-1, keepdim=True))
-            inverse = inverse_size(x, self.eps)
+            inverse = torch.cat([self._centre(part) for part in x.split(readers_at_once(x))])
         out = torch.bmm(x, self.weight)
         return out.mul_(inverse).add_(self.bias), inverse
+
+    def _centre(self, x: Tensor) -> Tensor:
+        """1 / the divisor of x; centres it in place, where the norm does."""
+        if self.centred:
+            x.sub_(x.mean(-1, keepdim=True))
+        return inverse_size(x, self.eps)
 
     def backward_(self, x: Tensor, inverse: Tensor, out: Tensor, gradient: Tensor) -> None:
         """Replace x, as `forward` left it, by its gradient, given what `forward` returned and the gradient of `out`."""
         along = ((out - self.bias) * gradient).sum(-1, keepdim=True)
-        x.mul_(along.mul_(inverse.square()).div_(-x.shape[-1]))
-        x.baddbmm_((gradient * inverse).to(x.dtype), self.weight.transpose(1, 2))
+        along.mul_(inverse.square()).div_(-x.shape[-1])
+        operands = x, along, (gradient * inverse).to(x.dtype), self.weight.transpose(1, 2)
+        for part, factor, *product in zip(*(one.split(readers_at_once(x)) for one in operands), strict=True):
+            part.mul_(factor).baddbmm_(*product)

@@ -26,9 +26,10 @@ from torch.autograd.function import once_differentiable
 from circuit_breaking.differing_edges import Exceptions
 from circuit_breaking.graph import EdgeGraph, LayerSlice
 
-# Layers whose readers read all earlier nodes in one product are grouped up to about this many readers: enough for a
-# matrix product to run at full speed, few enough for what it makes to stay small beside the stack.
-GROUP_READERS = 52
+# Layers that read all earlier nodes in one product, and whose nodes all later readers give their gradients to in one:
+# a group of four, or more where they are narrow. Products of so many rows run at full speed, and what they make stays
+# small beside the stack.
+GROUP_LAYERS, GROUP_NODES = 4, 52
 # On a GPU the product of masks and node outputs costs less than to find out whether a running sum would do, as long as
 # a layer's share of it takes fewer multiplications and additions than a GPU does while Python launches a layer.
 SMALL_PRODUCT = 1.5e11
@@ -36,7 +37,7 @@ SMALL_PRODUCT = 1.5e11
 
 def layer_groups(graph: EdgeGraph) -> list[list[LayerSlice]]:
     """The layers, in groups whose readers are served by one product."""
-    size = max(1, GROUP_READERS // (graph.head_readers + 1))
+    size = max(GROUP_LAYERS, GROUP_NODES // (graph.n_heads + 1))
     return [graph.layers[start : start + size] for start in range(0, graph.n_layers, size)]
 
 

@@ -5,7 +5,7 @@ import torch
 from conftest import small_gpt2, small_llama, small_neox, small_qwen3
 from oracle import NaiveEdgeMasked
 
-from circuit_breaking import passes
+from circuit_breaking import norms, passes
 from circuit_breaking.cli import UserError
 from circuit_breaking.models import load_model
 
@@ -52,9 +52,12 @@ def make_masks(n_edges):
 
 @pytest.mark.parametrize("kind", ["zero", "mean", "position"])
 @pytest.mark.parametrize("split", [False, True])
-@pytest.mark.parametrize("group_readers", [1, 10, 52])
-def test_random_masks_match_the_oracle(family, split, kind, group_readers, monkeypatch):
-    monkeypatch.setattr(passes, "GROUP_READERS", group_readers)
+@pytest.mark.parametrize("group_layers", [1, 2, 4])
+def test_random_masks_match_the_oracle(family, split, kind, group_layers, monkeypatch):
+    monkeypatch.setattr(passes, "GROUP_LAYERS", group_layers)
+    monkeypatch.setattr(passes, "GROUP_NODES", 0)
+    if group_layers == 1:
+        monkeypatch.setattr(norms, "CACHED", 1)  # one reader at a time
     hf = family().double()
     model = load_model(hf, split_qkv=split, device="cpu", dtype="float64")
     model.means = make_means(model, kind)
@@ -84,8 +87,11 @@ def test_gradcheck(split, kind):
         model.means = make_means(model, kind)
         at = torch.tensor([[0, 4], [3, 2]])
         for mask in make_masks(len(model.graph))[::2]:
-            # gradcheck moves one weight at a time: a few that are not 1 stay a few
-            assert torch.autograd.gradcheck(lambda m: model(TOKENS[:2, :5], at=at, mask=m), mask.requires_grad_())  # noqa: B023
+            # gradcheck moves one weight at a time: a few that are not 1 stay a few; four logits a position will do
+            assert torch.autograd.gradcheck(
+                lambda m: model(TOKENS[:2, :5], at=at, mask=m)[..., ::13],  # noqa: B023
+                mask.requires_grad_(),
+            )
 
 
 @pytest.mark.parametrize("kind", ["mean", "position"])
