@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from scripts import PLAIN, RUDE, command, load_script, save_small_model
+from scripts import PLAIN, RUDE, called, load_script, save_small_model
 
 from circuit_breaking.cli import UserError
 from circuit_breaking.files import read_csv, read_json, read_tensors, write_json, write_jsonl, write_text
@@ -164,7 +164,7 @@ def test_settings_that_make_no_sense(data, tmp_path, changes, message):
 
 
 def test_on_the_command_line(data, tmp_path):
-    done = command(
+    done = called(
         "toxicity/compare_methods.py", "--model", data / "model", "--ordinary", "none.txt", "--out", tmp_path,
         "--toxic-train", data / "train.jsonl", "--toxic-test", data / "test.jsonl", "--training.lr", "0.1",
     )  # fmt: skip

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from conftest import small_gpt2
 from rich.console import Console
-from scripts import END, PLAIN, RUDE, command, load_script, save_small_model, small_tokenizer
+from scripts import END, PLAIN, RUDE, called, load_script, save_small_model, small_tokenizer
 from tqdm import tqdm
 
 from circuit_breaking import evaluation
@@ -291,7 +291,7 @@ def test_what_is_wrong_is_one_sentence_and_nothing_is_written(folder, tmp_path, 
 
 
 def test_on_the_command_line(folder, tmp_path):
-    missing = command("toxicity/evaluation.py", "--run", "none", "--out", tmp_path)
+    missing = called("toxicity/evaluation.py", "--run", "none", "--out", tmp_path)
     assert missing.returncode == 1 and missing.stdout == "" and list(tmp_path.iterdir()) == []
     assert missing.stderr.startswith("error: there is no file") and len(missing.stderr.splitlines()) == 1
 

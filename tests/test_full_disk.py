@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from scripts import PLAIN, RUDE, command, load_script, save_small_model
+from scripts import PLAIN, RUDE, called, load_script, save_small_model
 
 from circuit_breaking import files
 from circuit_breaking.checkpoints import NEWEST, PREVIOUS, Checkpoints
@@ -267,7 +267,7 @@ def test_a_second_run_in_the_same_folder_is_refused(inputs, tmp_path):
     train.main(train.Settings(**training(inputs, tmp_path)))
     before = content(tmp_path / "run")
     with locked(tmp_path / "run"):
-        done = command("toxicity/train_mask.py", *words_of(training(inputs, tmp_path, seed=1)))
+        done = called("toxicity/train_mask.py", *words_of(training(inputs, tmp_path, seed=1)))
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1].startswith("error: another run is writing to")
     assert content(tmp_path / "run") == before

@@ -5,7 +5,7 @@ from random import Random
 
 import pytest
 from conftest import SHARED
-from scripts import command, load_script
+from scripts import called, command, load_script
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -157,10 +157,10 @@ def test_the_script_writes_sets_that_share_nothing(tmp_path):
     options = ("--train", 200, "--test", 50, "--out")
     done = command("ioi/make_ioi_datasets.py", *options, tmp_path / "a")
     assert done.returncode == 0, done.stderr
-    assert command("ioi/make_ioi_datasets.py", *options, tmp_path / "b").returncode == 0
+    assert called("ioi/make_ioi_datasets.py", *options, tmp_path / "b").returncode == 0
     report = read_json(tmp_path / "a" / "report.json")
     assert report["settings"]["seed"] == 0 and "office" in report["left_out"]["places"]
-    assert command("ioi/make_ioi_datasets.py", "--seed", 1, *options, tmp_path / "c").returncode == 0
+    assert called("ioi/make_ioi_datasets.py", "--seed", 1, *options, tmp_path / "c").returncode == 0
     for name, templates in (("one", 1), ("two", 2), ("all", len(report["words"]["templates"]))):
         rows = {part: read_jsonl(tmp_path / "a" / f"{name}_{part}.jsonl") for part in ("train", "test")}
         abc = {part: read_jsonl(tmp_path / "a" / f"{name}_abc_{part}.jsonl") for part in ("train", "test")}
@@ -188,6 +188,6 @@ def test_the_script_says_what_is_wrong(tmp_path):
         (("--train", 8_000_000), "prompts without a repetition"),
         (("--model", tmp_path / "bare"), "neither <|endoftext|> nor a bos_token"),
     ):
-        done = command("ioi/make_ioi_datasets.py", "--out", tmp_path / "out", *options)
+        done = called("ioi/make_ioi_datasets.py", "--out", tmp_path / "out", *options)
         assert done.returncode == 1 and done.stderr.startswith("error: ") and message in done.stderr, done.stderr
         assert done.stderr.count("\n") == 1 and not (tmp_path / "out").exists()

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from scripts import PLAIN, RUDE, command, load_script, save_small_model
+from scripts import PLAIN, RUDE, called, load_script, save_small_model
 
 from circuit_breaking.cli import UserError
 from circuit_breaking.files import write_jsonl, write_tensors, write_text
@@ -165,6 +165,6 @@ def test_what_is_wrong_is_one_sentence_and_nothing_is_written(folder, tmp_path, 
 
 def test_on_the_command_line(folder, tmp_path):
     out = tmp_path / "out" / "means.safetensors"
-    failed = command("toxicity/compute_means.py", "--model", folder / "model", "--ordinary", "none.txt", "--out", out)
+    failed = called("toxicity/compute_means.py", "--model", folder / "model", "--ordinary", "none.txt", "--out", out)
     assert failed.returncode == 1 and failed.stdout == "" and not out.parent.exists()
     assert failed.stderr.splitlines()[-1].startswith("error: there is no file none.txt")

@@ -1,12 +1,12 @@
 """Sweeps: which jobs there are, what comes of them, and that a failed one harms no other."""
 
-import subprocess
 import sys
 
 import pytest
+from scripts import called
 
 from circuit_breaking.cli import UserError
-from circuit_breaking.files import ROOT, read_json, write_csv
+from circuit_breaking.files import read_json, write_csv
 from circuit_breaking.sweep_figures import draw_sweep
 from circuit_breaking.sweeps import combinations, flatten, parse_grid, read_table, run_job
 
@@ -60,11 +60,10 @@ def test_tables_come_back(tmp_path):
 
 
 def sweep(folder, *more):
-    command = [
-        sys.executable, str(ROOT / "sweep.py"), str(folder / "stub.py"), "--grid", "size=1,2,4", "seed=0:2",
-        "--fixed", "base=8", "--out", str(folder), "--name", "s", "--at-once", "3", *more,
-    ]  # fmt: skip
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    return called(
+        "sweep.py", folder / "stub.py", "--grid", "size=1,2,4", "seed=0:2", "--fixed", "base=8", "--out", folder,
+        "--name", "s", "--at-once", "3", *more,
+    )  # fmt: skip
 
 
 def test_a_sweep_gathers_what_went_well_and_names_what_failed(tmp_path):

@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 from conftest import small_gpt2
-from scripts import PLAIN, RUDE, command, load_script, save_small_model
+from scripts import PLAIN, RUDE, called, command, load_script, save_small_model
 from test_training import make_task
 
 from circuit_breaking.cli import UserError
@@ -285,7 +285,7 @@ def test_a_budget_of_nothing_in_the_script(folder, tmp_path, capsys):
 
 
 def test_on_the_command_line(folder, tmp_path):
-    failed = command("mask_learning.py", "--model", folder / "model", "--ordinary", "none.txt", "--out", tmp_path / "x")
+    failed = called("mask_learning.py", "--model", folder / "model", "--ordinary", "none.txt", "--out", tmp_path / "x")
     assert failed.returncode == 1 and failed.stdout == "" and not (tmp_path / "x").exists()
     assert failed.stderr.splitlines()[-1].startswith("error: there is no file")
 
