@@ -22,7 +22,7 @@ def inverse_size(x: Tensor, eps: float) -> Tensor:
 
 
 def readers_at_once(x: Tensor) -> int:
-    """How many readers of [R, N, D] to do several things to, a few at a time while they are in a CPU's cache, or all."""
+    """How many readers of [R, N, D] to take at a time: as many as stay in a CPU's cache between two steps, else all."""
     return max(1, CACHED // x[0].numel()) if x.device.type == "cpu" else len(x)
 
 

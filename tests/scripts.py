@@ -64,12 +64,12 @@ def command(path: str, *words: object) -> subprocess.CompletedProcess:
 def called(path: str, *words: object) -> subprocess.CompletedProcess:
     """As `command`, in this process: without the seconds that a new one takes to import everything."""
     file, out, err, code = ROOT / path, StringIO(), StringIO(), 0
-    with patch.object(sys, "argv", [str(file), *map(str, words)]), chdir("/"), beside(file):
-        with redirect_stdout(out), redirect_stderr(err):
-            try:
-                runpy.run_path(str(file), run_name="__main__")
-            except SystemExit as stop:
-                code = stop.code
+    argv = patch.object(sys, "argv", [str(file), *map(str, words)])
+    with argv, chdir("/"), beside(file), redirect_stdout(out), redirect_stderr(err):
+        try:
+            runpy.run_path(str(file), run_name="__main__")
+        except SystemExit as stop:
+            code = stop.code
     return subprocess.CompletedProcess([path, *words], code, out.getvalue(), err.getvalue())
 
 
