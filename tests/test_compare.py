@@ -29,6 +29,7 @@ QUICK = {
     "means_steps": 2,
 }  # fmt: skip
 SHORT = [f"--training.{name.replace('_', '-')}={value}" for name, value in QUICK.items()]
+LITTLE = {"relearn.py": ["--new-tokens=4", "--checks", "0", "2", "4"], "evaluation.py": ["--new-tokens=6"]}
 VARYING = {"cost.json", "costs.json"}  # and, of report.md, what is below the heading of costs
 
 
@@ -66,6 +67,7 @@ def run_parts(chosen, monkeypatch):
                 options = [*options, *SHORT]
             if script in ("sweep_masks.py", "finetune_gpt2.py"):
                 options = [*options, "--no-resume"]  # each run is to make everything
+            options = [*options, *LITTLE.get(script, [])]
             module.main(tyro.cli(module.Settings, args=options))
     monkeypatch.undo()
     return drawn
@@ -304,6 +306,7 @@ def test_the_shipped_model_is_compared_in_time(tmp_path):
         "On the Pareto front" if found["pareto"]["on_front"] else "No mask of at most 12 edges is on the Pareto front"
     )
     assert said in page
-    for row in found["random_edges"]:
-        if row["budget"] <= 12:  # random edges do nothing
-            assert row["toxicity"]["mean"] > -0.15 and row["ordinary_loss"]["mean"] < 0.15
+    for row in found["random_edges"]:  # random edges do less than a mask of as many
+        if row["budget"] <= 12:
+            assert row["toxicity"]["mask"] < row["toxicity"]["lowest"] <= row["toxicity"]["mean"]
+            assert row["ordinary_loss"]["mean"] < 0.15
