@@ -229,7 +229,7 @@ def test_a_folder_that_cannot_be_written(data, tmp_path):
     [
         ("make_ioi_datasets", {"train": 40, "test": 20}),
         ("train_ioi_mask", {**QUICK, "max_edges": 4}),
-        ("alternative_masks", {**QUICK, "max_edges": 4, "masks": 2, "prune_rounds": 6, "shrink": 0.7, "faithful": 0.5}),
+        ("alternative_masks", {**QUICK, "max_edges": 4, "masks": 2, "prune_rounds": 3, "shrink": 0.6, "faithful": 0.4}),
     ],
 )
 def test_notebooks_run_from_top_to_bottom(data, tmp_path, name, changes):
