@@ -88,6 +88,7 @@ class NormedProjection(nn.Module):
         """Replace x, as `forward` left it, by its gradient, given what `forward` returned and the gradient of `out`."""
         along = ((out - self.bias) * gradient).sum(-1, keepdim=True)
         along.mul_(inverse.square()).div_(-x.shape[-1])
+        at_once = readers_at_once(x)
         operands = x, along, (gradient * inverse).to(x.dtype), self.weight.transpose(1, 2)
-        for part, factor, *product in zip(*(one.split(readers_at_once(x)) for one in operands), strict=True):
+        for part, factor, *product in zip(*(one.split(at_once) for one in operands), strict=True):
             part.mul_(factor).baddbmm_(*product)

@@ -116,7 +116,8 @@ def made(folder):
     """What a run left, but for what is not the same twice. (A kill may leave the beginning of a picture, hidden.)"""
     found, elsewhere = {}, {"run": None, "out": None}
     for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.name not in ("cost.json", ".lock") and "finetuning.png" not in path.name:
+        begun = path.name.startswith(".finetuning.png.")
+        if path.is_file() and path.name not in ("cost.json", "finetuning.png", ".lock") and not begun:
             content = path.read_bytes()
             if path.name == "finetuning.json":
                 about = read_json(path)

@@ -2,8 +2,6 @@
 
 import json
 import random
-import subprocess
-import sys
 import tarfile
 from collections import Counter
 
@@ -11,6 +9,7 @@ import pytest
 from dumps import FILES, SAMPLE, SCRIPT, Settings, ndjson, post, random_threads, run, script, tar, zst
 from hypothesis import given
 from hypothesis import strategies as st
+from scripts import command
 
 from circuit_breaking.cli import UserError
 from circuit_breaking.sampling import SmallestKeys, normalised, text_key
@@ -195,17 +194,14 @@ def test_smallest_keys_against_sorting(offers, capacity, rng):
     assert sample.copies == Counter(key for key, _ in offers if key in expected)
 
 
-def command(*words):
-    return subprocess.run([sys.executable, SCRIPT, *map(str, words)], capture_output=True, text=True, cwd="/")
-
-
 def test_on_the_command_line(tmp_path, data):
-    missing = command("--dump", tmp_path / "none.zst", "--out", tmp_path / "out")
+    missing = command(SCRIPT, "--dump", tmp_path / "none.zst", "--out", tmp_path / "out")
     assert missing.returncode == 1 and missing.stdout == ""
     assert missing.stderr.startswith("error: there is no file") and "zenodo.org" in missing.stderr
     assert len(missing.stderr.splitlines()) == 1 and not (tmp_path / "out").exists()
     (tmp_path / "dump.zst").write_bytes(zst(data))
-    done = command("--dump", tmp_path / "dump.zst", "--out", tmp_path / "out", "--n-train", 9, "--n-uniform", 100)
+    sizes = "--n-train", 9, "--n-uniform", 100
+    done = command(SCRIPT, "--dump", tmp_path / "dump.zst", "--out", tmp_path / "out", *sizes)
     assert done.returncode == 0 and "train.jsonl" in done.stdout
     assert len((tmp_path / "out" / "train.jsonl").read_text().splitlines()) == 9
 
