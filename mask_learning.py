@@ -23,20 +23,24 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from circuit_breaking.cli import UserError, run_script
-from circuit_breaking.continuations import Sampling
-from circuit_breaking.evaluation import TOXIC, evaluate
-from circuit_breaking.figures import draw_report
-from circuit_breaking.files import DATA, provenance, write_json
-from circuit_breaking.models import load_hf_model, load_tokenizer, prefix_token
-from circuit_breaking.scorers import load_scorer
-from circuit_breaking.scripts import check_counts, files_of, fill_in, recorded
-from circuit_breaking.tables import table
+from circuit_breaking.ablation.weight_mask import WeightMask, mask_weights, save_weight_mask, shares
+from circuit_breaking.errors import UserError
+from circuit_breaking.evaluation.generate import Sampling
+from circuit_breaking.evaluation.measure import TOXIC, evaluate
+from circuit_breaking.evaluation.scorers import load_scorer
+from circuit_breaking.evaluation.tables import table
+from circuit_breaking.figures.report import draw_report
+from circuit_breaking.models.load import files_of, load_hf_model, load_tokenizer
+from circuit_breaking.models.tokens import prefix_token
+from circuit_breaking.runs.cli import run_script
+from circuit_breaking.runs.config import check_counts, fill_in
+from circuit_breaking.runs.files import DATA, write_json
+from circuit_breaking.runs.provenance import provenance
+from circuit_breaking.runs.run_folder import recorded
 from circuit_breaking.tasks import OWTTask, ToxicTask
 from circuit_breaking.tasks.owt import load_texts
-from circuit_breaking.toxic_inputs import default_data, load_prompts
-from circuit_breaking.weight_masks import WeightMask, mask_weights, save_weight_mask, shares
-from circuit_breaking.weight_training import WeightMaskSettings, train_weight_mask
+from circuit_breaking.toxicity.inputs import default_data, load_prompts
+from circuit_breaking.training.weight_trainer import WeightMaskSettings, train_weight_mask
 
 
 @dataclass

@@ -20,10 +20,12 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from circuit_breaking.cli import UserError, run_script
-from circuit_breaking.files import DATA, ROOT, locked, read_json, write_csv, write_json
-from circuit_breaking.sweep_figures import draw_sweep
-from circuit_breaking.sweeps import combinations, command_of, parse_grid, results_of, run_job
+from circuit_breaking.errors import UserError
+from circuit_breaking.figures.sweep import draw_sweep
+from circuit_breaking.runs.cli import run_script
+from circuit_breaking.runs.files import DATA, ROOT, read_json, write_csv, write_json
+from circuit_breaking.runs.run_folder import locked
+from circuit_breaking.runs.sweep import combinations, command_of, parse_grid, results_of, run_job
 
 try:
     import submitit

@@ -18,10 +18,12 @@ from rich.console import Console
 from rich.table import Table
 from steps import SHAPES, binary_mask, make_hf, make_tokens, medians
 
-from circuit_breaking.ablated import ablate
-from circuit_breaking.cli import UserError, run_script
-from circuit_breaking.files import DATA, provenance, read_json, write_json
-from circuit_breaking.models import load_model
+from circuit_breaking.ablation.ablate import ablate
+from circuit_breaking.engine.load import load_model
+from circuit_breaking.errors import UserError
+from circuit_breaking.runs.cli import run_script
+from circuit_breaking.runs.files import DATA, read_json, write_json
+from circuit_breaking.runs.provenance import provenance
 
 COLUMNS = {  # of the table: field of a row, and how it is shown
     "shape": ("shape", "{}"),

@@ -20,11 +20,13 @@ from torch import nn
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
-from circuit_breaking.ablated import ablate
-from circuit_breaking.cli import UserError, run_script
-from circuit_breaking.devices import pick_device, pick_dtype
-from circuit_breaking.files import DATA, atomic_path, provenance, write_json
-from circuit_breaking.places import graph_of
+from circuit_breaking.ablation.ablate import ablate
+from circuit_breaking.errors import UserError
+from circuit_breaking.models.hook_points import graph_of
+from circuit_breaking.runs.cli import run_script
+from circuit_breaking.runs.devices import pick_device, pick_dtype
+from circuit_breaking.runs.files import DATA, atomic_path, write_json
+from circuit_breaking.runs.provenance import provenance
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

@@ -23,13 +23,14 @@ from steps import SHAPES, added_at_peak, engine_step, make_engine, make_tokens
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from circuit_breaking.cli import UserError, run_script
-from circuit_breaking.devices import pick_dtype
-from circuit_breaking.files import DATA, write_json
+from circuit_breaking.engine.load import load_model
+from circuit_breaking.engine.masked_pass import layer_groups
+from circuit_breaking.errors import UserError
 from circuit_breaking.graph import EdgeGraph
-from circuit_breaking.losses import PREDICTIONS_AT_ONCE, WORDS_AT_ONCE
-from circuit_breaking.models import load_model
-from circuit_breaking.passes import layer_groups
+from circuit_breaking.runs.cli import run_script
+from circuit_breaking.runs.devices import pick_dtype
+from circuit_breaking.runs.files import DATA, write_json
+from circuit_breaking.tasks.losses import PREDICTIONS_AT_ONCE, WORDS_AT_ONCE
 
 SIZE = re.compile(r"([1-9]\d*) x ([1-9]\d*)")  # texts x tokens
 

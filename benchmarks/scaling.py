@@ -19,10 +19,11 @@ from rich.table import Table
 from steps import make_hf_of, make_tokens, medians
 from transformers import GPT2Config
 
-from circuit_breaking.cli import run_script
-from circuit_breaking.figures import COLOURS, MARKERS, figure
-from circuit_breaking.files import provenance, read_json, write_json
-from circuit_breaking.models import load_model
+from circuit_breaking.engine.load import load_model
+from circuit_breaking.figures.style import COLOURS, MARKERS, figure
+from circuit_breaking.runs.cli import run_script
+from circuit_breaking.runs.files import read_json, write_json
+from circuit_breaking.runs.provenance import provenance
 
 MASKS = {"binary": "binary mask (50 edges cut)", "any": "any mask (every weight below 1)"}
 

@@ -9,10 +9,8 @@ step takes so little that `--rounds 30` costs nothing.
 
 import multiprocessing
 import statistics
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -31,12 +29,11 @@ from steps import (
     times_of,
 )
 
-from circuit_breaking.cli import UserError, run_script
-from circuit_breaking.devices import pick_device
-from circuit_breaking.models import load_model
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-from oracle import NaiveEdgeMasked
+from circuit_breaking.engine.load import load_model
+from circuit_breaking.engine.reference import NaiveEdgeMasked
+from circuit_breaking.errors import UserError
+from circuit_breaking.runs.cli import run_script
+from circuit_breaking.runs.devices import pick_device
 
 
 @dataclass

@@ -24,11 +24,11 @@ from transformers import (
     Qwen3Config,
 )
 
-from circuit_breaking.cli import UserError
-from circuit_breaking.devices import pick_device, pick_dtype
-from circuit_breaking.losses import cross_entropy_of_hidden
-from circuit_breaking.models import load_model
-from circuit_breaking.transformer import EdgeMaskedTransformer
+from circuit_breaking.engine.load import load_model
+from circuit_breaking.engine.transformer import EdgeMaskedTransformer
+from circuit_breaking.errors import UserError
+from circuit_breaking.runs.devices import pick_device, pick_dtype
+from circuit_breaking.tasks.losses import cross_entropy_of_hidden
 
 SHAPES = {
     "tiny": GPT2Config(n_layer=2, n_head=2, n_embd=32, vocab_size=100, bos_token_id=0, eos_token_id=0),

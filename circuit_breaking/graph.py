@@ -5,14 +5,15 @@ Nodes in order: `embed`; for each layer its heads `a{layer}.{head}` and its MLP 
 `a{layer}.{head}.q`, `.k` and `.v`, so that the same source can be cut from its keys alone.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from circuit_breaking.cli import UserError
+from circuit_breaking.errors import UserError
 
 QKV = ("q", "k", "v")
 
@@ -160,3 +161,20 @@ class EdgeGraph:
     def __str__(self) -> str:
         kind = ", query, key and value apart" if self.split_qkv else ""
         return f"a graph of {self.n_layers} layers x {self.n_heads} heads{kind} ({len(self):,} edges)"
+
+
+def describe(graph: EdgeGraph) -> dict[str, Any]:
+    """What a mask's file says of the graph it belongs to."""
+    return {
+        "n_layers": graph.n_layers,
+        "n_heads": graph.n_heads,
+        "split_qkv": graph.split_qkv,
+        "parallel": graph.parallel,
+        "n_edges": len(graph),
+    }
+
+
+def graph_record(graph: EdgeGraph, edges: Mapping[str, float], what: str = "cut") -> dict[str, Any]:
+    """What `graph.json` holds: the graph's shape, the importance of every edge of interest, and what those are, "cut"
+    or "kept"."""
+    return {"graph": describe(graph), "what": what, "edges": dict(edges)}

@@ -24,8 +24,10 @@ from tqdm import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from circuit_breaking.cli import UserError, run_script
-from circuit_breaking.files import DATA, ROOT, provenance, read_jsonl, write_json, write_jsonl, write_text
+from circuit_breaking.errors import UserError
+from circuit_breaking.runs.cli import run_script
+from circuit_breaking.runs.files import DATA, ROOT, read_jsonl, write_json, write_jsonl, write_text
+from circuit_breaking.runs.provenance import provenance
 
 END = "<|endoftext|>"  # starts every document, ends it, and pads
 TOXIC = 0.5  # a text that scores above is called toxic

@@ -21,18 +21,20 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from utils import FOLDER, Setting, draw_run, open_setting, write_run
 
-from circuit_breaking.checkpoints import told_to_stop
-from circuit_breaking.cli import UserError, run_script
-from circuit_breaking.files import read_json, write_json
+from circuit_breaking.errors import UserError
+from circuit_breaking.figures.indirect_objects import draw_stages
 from circuit_breaking.graph import EdgeGraph
-from circuit_breaking.ioi_figures import draw_stages
-from circuit_breaking.known_circuits import circuit_edges
-from circuit_breaking.pruning import PruneSettings, prune, smallest
-from circuit_breaking.scripts import check_counts, train_into
+from circuit_breaking.ioi.known_circuits import circuit_edges
+from circuit_breaking.ioi.setting import FOLDER, Setting, draw_run, open_setting, write_run
+from circuit_breaking.runs.cli import run_script
+from circuit_breaking.runs.config import check_counts
+from circuit_breaking.runs.files import read_json, write_json
+from circuit_breaking.runs.signals import told_to_stop
 from circuit_breaking.tasks import IOITask
-from circuit_breaking.training import MaskSettings
+from circuit_breaking.training.config import MaskSettings
+from circuit_breaking.training.prune import PruneSettings, prune, smallest
+from circuit_breaking.training.run import train_into
 
 PUBLISHED = "published"  # value of `frozen`: the circuit of GPT-2 small in circuit_breaking/known_circuits.py
 

@@ -17,15 +17,17 @@ from typing import Literal
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from utils import FOLDER, Setting, open_setting
 
-from circuit_breaking.attribution import eap, eap_ig
-from circuit_breaking.cli import UserError, run_script
-from circuit_breaking.files import write_json
-from circuit_breaking.ioi_figures import draw_comparison
-from circuit_breaking.masks import load_mask, lowest_cut
-from circuit_breaking.scripts import check_counts
-from circuit_breaking.training import MaskSettings, train_mask
+from circuit_breaking.engine.mask import load_mask, lowest_cut
+from circuit_breaking.errors import UserError
+from circuit_breaking.figures.indirect_objects import draw_comparison
+from circuit_breaking.ioi.setting import FOLDER, Setting, open_setting
+from circuit_breaking.runs.cli import run_script
+from circuit_breaking.runs.config import check_counts
+from circuit_breaking.runs.files import write_json
+from circuit_breaking.training.attribution import eap, eap_ig
+from circuit_breaking.training.config import MaskSettings
+from circuit_breaking.training.mask_trainer import train_mask
 
 
 @dataclass

@@ -14,16 +14,18 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from utils import FOLDER, check_layout, default_data, prompts_of
 
-from circuit_breaking.cli import run_script
-from circuit_breaking.files import provenance, read_jsonl
-from circuit_breaking.means import compute_means, save_means
-from circuit_breaking.models import load_model, load_tokenizer, prefix_token
-from circuit_breaking.scripts import check_counts, files_of, fill_in
+from circuit_breaking.engine.ablation_values import compute_means, save_means
+from circuit_breaking.engine.load import load_model
+from circuit_breaking.ioi.setting import FOLDER, check_layout, default_data, prompts_of
+from circuit_breaking.models.load import files_of, load_tokenizer
+from circuit_breaking.models.tokens import TokenBatch, encode, prefix_token
+from circuit_breaking.runs.cli import run_script
+from circuit_breaking.runs.config import check_counts, fill_in
+from circuit_breaking.runs.files import read_jsonl
+from circuit_breaking.runs.provenance import provenance
 from circuit_breaking.tasks.ioi import HINT, encode_prompts, read_prompts
 from circuit_breaking.tasks.owt import load_texts
-from circuit_breaking.text import TokenBatch, encode
 
 
 @dataclass

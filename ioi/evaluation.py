@@ -14,16 +14,20 @@ from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
-from utils import FOLDER, MEASURES, default_data, prompt_measures, text_measures
 
-from circuit_breaking.cli import UserError, run_script
-from circuit_breaking.evaluation import estimate
-from circuit_breaking.files import provenance, read_tensors, write_json
-from circuit_breaking.ioi_figures import draw_models
-from circuit_breaking.masks import load_mask
-from circuit_breaking.means import load_means
-from circuit_breaking.models import load_model, load_tokenizer
-from circuit_breaking.scripts import check_counts, files_of, fill_in
+from circuit_breaking.engine.ablation_values import load_means
+from circuit_breaking.engine.load import load_model
+from circuit_breaking.engine.mask import load_mask
+from circuit_breaking.errors import UserError
+from circuit_breaking.evaluation.measure import estimate
+from circuit_breaking.figures.indirect_objects import draw_models
+from circuit_breaking.ioi.setting import FOLDER, MEASURES, default_data, prompt_measures, text_measures
+from circuit_breaking.models.load import files_of, load_tokenizer
+from circuit_breaking.runs.cli import run_script
+from circuit_breaking.runs.config import check_counts, fill_in
+from circuit_breaking.runs.files import write_json
+from circuit_breaking.runs.provenance import provenance
+from circuit_breaking.runs.tensors import read_tensors
 from circuit_breaking.tasks import IOITask, OWTTask
 
 HINT = "Train one with ioi/train_mask.py, or set runs to those that are there."

@@ -18,23 +18,27 @@ from typing import Any, Literal
 import torch
 from torch import nn
 from tqdm import tqdm
-from utils import FOLDER, default_data
 
-from circuit_breaking.checkpoints import (
+from circuit_breaking.errors import UserError
+from circuit_breaking.ioi.setting import FOLDER, default_data
+from circuit_breaking.models.load import files_of, load_hf_model, load_tokenizer
+from circuit_breaking.runs.checkpoints import (
     Checkpoints,
     Saved,
     restore_parts,
     restore_training,
     state_of,
-    told_to_stop,
     training_state,
 )
-from circuit_breaking.cli import UserError, run_script
-from circuit_breaking.files import provenance, read_jsonl, write_json
-from circuit_breaking.models import StockModel, load_hf_model, load_tokenizer
-from circuit_breaking.scripts import check_counts, files_of, fill_in, recorded
+from circuit_breaking.runs.cli import run_script
+from circuit_breaking.runs.config import check_counts, fill_in
+from circuit_breaking.runs.files import read_jsonl, write_json
+from circuit_breaking.runs.provenance import provenance
+from circuit_breaking.runs.run_folder import recorded
+from circuit_breaking.runs.signals import told_to_stop
 from circuit_breaking.tasks import IOITask, OWTTask
-from circuit_breaking.unlearning import prediction_losses_of
+from circuit_breaking.tasks.stock_model import StockModel
+from circuit_breaking.training.unlearning import prediction_losses_of
 
 
 @dataclass

@@ -8,12 +8,12 @@ Time    a second.
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils import FOLDER
-
-from circuit_breaking.cli import run_script
-from circuit_breaking.files import provenance, write_json
-from circuit_breaking.graph_figures import draw_graph, read_graph
-from circuit_breaking.known_circuits import HEADS, overlap
+from circuit_breaking.figures.edge_graph import draw_graph, read_graph
+from circuit_breaking.ioi.known_circuits import HEADS, overlap
+from circuit_breaking.ioi.setting import FOLDER
+from circuit_breaking.runs.cli import run_script
+from circuit_breaking.runs.files import write_json
+from circuit_breaking.runs.provenance import provenance
 
 
 @dataclass

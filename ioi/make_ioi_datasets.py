@@ -13,13 +13,24 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 
-from prompts import BANK, Words, check_single, draw_frames, known_words, make_rows, read_words, with_positions
-from utils import FOLDER, SETS
-
-from circuit_breaking.cli import UserError, run_script
-from circuit_breaking.files import provenance, write_json, write_jsonl
-from circuit_breaking.models import load_tokenizer, prefix_token
-from circuit_breaking.scripts import check_counts
+from circuit_breaking.errors import UserError
+from circuit_breaking.ioi.prompts import (
+    BANK,
+    Words,
+    check_single,
+    draw_frames,
+    known_words,
+    make_rows,
+    read_words,
+    with_positions,
+)
+from circuit_breaking.ioi.setting import FOLDER, SETS
+from circuit_breaking.models.load import load_tokenizer
+from circuit_breaking.models.tokens import prefix_token
+from circuit_breaking.runs.cli import run_script
+from circuit_breaking.runs.config import check_counts
+from circuit_breaking.runs.files import write_json, write_jsonl
+from circuit_breaking.runs.provenance import provenance
 
 
 @dataclass

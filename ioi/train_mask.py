@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from utils import FOLDER, Setting, draw_run, open_setting, write_run
-
-from circuit_breaking.cli import run_script
-from circuit_breaking.parallel import is_main
-from circuit_breaking.scripts import held, train_into
-from circuit_breaking.training import MaskSettings, check
+from circuit_breaking.ioi.setting import FOLDER, Setting, draw_run, open_setting, write_run
+from circuit_breaking.runs.cli import run_script
+from circuit_breaking.runs.distributed import is_main
+from circuit_breaking.runs.run_folder import held
+from circuit_breaking.training.config import MaskSettings
+from circuit_breaking.training.mask_trainer import check
+from circuit_breaking.training.run import train_into
 
 
 @dataclass

@@ -17,21 +17,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from digits import Split
 from mlp_model import MaskedMLP
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from circuit_breaking.checkpoints import (
-    Checkpoints,
-    Saved,
-    part_of,
-    restore_training,
-    state_of,
-    told_to_stop,
-    training_state,
-)
+from circuit_breaking.mnist.digits import Split
+from circuit_breaking.runs.checkpoints import Checkpoints, Saved, part_of, restore_training, state_of, training_state
+from circuit_breaking.runs.signals import told_to_stop
 
 EDGE_OFFSET = 1.01  # of the sparsity term; over 1, so that its slope at M = 1 is finite
 Row = dict[str, Any]

@@ -17,18 +17,16 @@ from pathlib import Path
 
 import torch
 from breaking import BreakingSettings, finetune, learn_mask, train_network
-from digits import DEFAULT_FOLDER, Images, Source, Split, load_images, split_images
 from mlp_model import MaskedMLP
-from pictures import draw_run
-from report import check_settings, describe, print_table
 from results import record_of, write_run
-from threads import cpu_threads
 
-from circuit_breaking.checkpoints import told_to_stop
-from circuit_breaking.cli import run_script
-from circuit_breaking.devices import pick_device
-from circuit_breaking.files import locked
-from circuit_breaking.scripts import Parts
+from circuit_breaking.figures.mnist import draw_run
+from circuit_breaking.mnist.digits import DEFAULT_FOLDER, Images, Source, Split, load_images, split_images
+from circuit_breaking.mnist.report import check_settings, describe, print_table
+from circuit_breaking.runs.cli import run_script
+from circuit_breaking.runs.devices import cpu_threads, pick_device
+from circuit_breaking.runs.run_folder import Parts, locked
+from circuit_breaking.runs.signals import told_to_stop
 
 
 @dataclass

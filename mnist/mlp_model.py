@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from circuit_breaking.cli import UserError
-from circuit_breaking.files import is_real, read_tensors, write_tensors
+from circuit_breaking.errors import UserError
+from circuit_breaking.runs.tensors import is_real, read_tensors, write_tensors
 
 
 def masked_linear(x: Tensor, layer: nn.Linear, mask: Tensor, mean: Tensor) -> Tensor:

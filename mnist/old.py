@@ -19,20 +19,20 @@ from typing import Any
 
 import torch
 from breaking import steps_left, train_network
-from digits import DEFAULT_FOLDER, Images, Source, Split, load_images, split_images
 from greedy import Objective, make_objective, score_cuts
 from mlp_model import MaskedMLP, load_network
-from pictures import draw_run
-from report import check_settings, describe, print_table
 from results import record_of, write_run
-from threads import cpu_threads
 from torch import Tensor
 
-from circuit_breaking.checkpoints import Checkpoints, Saved, told_to_stop
-from circuit_breaking.cli import UserError, run_script
-from circuit_breaking.devices import pick_device
-from circuit_breaking.files import locked
-from circuit_breaking.scripts import Parts
+from circuit_breaking.errors import UserError
+from circuit_breaking.figures.mnist import draw_run
+from circuit_breaking.mnist.digits import DEFAULT_FOLDER, Images, Source, Split, load_images, split_images
+from circuit_breaking.mnist.report import check_settings, describe, print_table
+from circuit_breaking.runs.checkpoints import Checkpoints, Saved
+from circuit_breaking.runs.cli import run_script
+from circuit_breaking.runs.devices import cpu_threads, pick_device
+from circuit_breaking.runs.run_folder import Parts, locked
+from circuit_breaking.runs.signals import told_to_stop
 
 TOLERANCE = 1e-6  # relative; an objective is a float32 sum
 

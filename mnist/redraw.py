@@ -6,10 +6,9 @@ Reads report.json, metrics.jsonl, network.safetensors and mask.safetensors of --
 from dataclasses import dataclass
 from pathlib import Path
 
-from digits import DEFAULT_FOLDER
-from pictures import draw_run
-
-from circuit_breaking.cli import run_script
+from circuit_breaking.figures.mnist import draw_run
+from circuit_breaking.mnist.digits import DEFAULT_FOLDER
+from circuit_breaking.runs.cli import run_script
 
 
 @dataclass

@@ -4,12 +4,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from digits import Images, Split
 from mlp_model import MaskedMLP, save_network
-from report import network_accuracy
 from torch import Tensor
 
-from circuit_breaking.files import provenance, write_json, write_jsonl, write_tensors
+from circuit_breaking.mnist.digits import Images, Split
+from circuit_breaking.mnist.report import network_accuracy
+from circuit_breaking.runs.files import write_json, write_jsonl
+from circuit_breaking.runs.provenance import provenance
+from circuit_breaking.runs.tensors import write_tensors
 
 
 def record_of(settings: Any, images: Images, more_inputs: list[Path] | None = None) -> dict[str, Any]:

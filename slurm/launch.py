@@ -13,7 +13,7 @@ import sys
 
 import torch
 
-from circuit_breaking.checkpoints import SIGNALS, Stopped
+from circuit_breaking.runs.signals import SIGNALS, Stopped
 
 
 def main(words: list[str]) -> int:

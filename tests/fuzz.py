@@ -17,8 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from conftest import small_gpt2
-from damage import (
+from helpers.damage import (
     damage,
     damage_gguf,
     damage_gzip,
@@ -27,29 +26,35 @@ from damage import (
     damage_tensors,
     damage_zstd,
 )
-from gguf_files import write_gguf
-from scripts import load_script, save_small_model
+from helpers.gguf_files import write_gguf
+from helpers.models import small_gpt2
+from helpers.scripts import load_script, save_small_model
 from transformers.utils import logging
 
-from circuit_breaking.checkpoints import NEWEST, Checkpoints
-from circuit_breaking.cli import UserError, run_script
-from circuit_breaking.dump import read_lines as read_dump
-from circuit_breaking.files import read_csv, read_json, read_jsonl, read_tensors
-from circuit_breaking.folders import check_sizes
-from circuit_breaking.gguf_header import check_gguf
-from circuit_breaking.graph_figures import graph_record, read_graph
-from circuit_breaking.html import clean_html
-from circuit_breaking.masks import load_mask, save_mask
-from circuit_breaking.means import load_means, save_means
-from circuit_breaking.models import load_config, load_model, load_tokenizer
-from circuit_breaking.sweeps import combinations, parse_grid, read_table
+from circuit_breaking.ablation.weight_mask import WeightMask, find_matrices, load_weight_mask, save_weight_mask
+from circuit_breaking.engine.ablation_values import load_means, save_means
+from circuit_breaking.engine.load import load_model
+from circuit_breaking.engine.mask import load_mask, save_mask
+from circuit_breaking.errors import UserError
+from circuit_breaking.evaluation.compared_models import engines_of, read_mask
+from circuit_breaking.figures.edge_graph import read_graph
+from circuit_breaking.graph import graph_record
+from circuit_breaking.ioi import prompts as words
+from circuit_breaking.mnist import idx
+from circuit_breaking.models.checks import check_sizes
+from circuit_breaking.models.gguf import check_gguf
+from circuit_breaking.models.load import load_config, load_tokenizer
+from circuit_breaking.runs.checkpoints import NEWEST, Checkpoints
+from circuit_breaking.runs.cli import run_script
+from circuit_breaking.runs.files import read_csv, read_json, read_jsonl, read_lines
+from circuit_breaking.runs.sweep import combinations, parse_grid, read_table
+from circuit_breaking.runs.tensors import read_tensors
 from circuit_breaking.tasks.ioi import read_prompts
 from circuit_breaking.tasks.toxic import read_examples
-from circuit_breaking.text import read_lines
-from circuit_breaking.toxic_inputs import read_prompt_rows
-from circuit_breaking.uniform import read_uniform
-from circuit_breaking.variants import engines_of, read_mask
-from circuit_breaking.weight_masks import WeightMask, find_matrices, load_weight_mask, save_weight_mask
+from circuit_breaking.toxicity.dump import read_lines as read_dump
+from circuit_breaking.toxicity.html import clean_html
+from circuit_breaking.toxicity.inputs import read_prompt_rows
+from circuit_breaking.toxicity.uniform import read_uniform
 
 SLOW = 10.0  # seconds in which an input must be read or refused
 MEMORY = 4 << 30  # bytes of address space beyond those in use when fuzzing starts
@@ -80,7 +85,6 @@ def make_loaders(folder: Path) -> dict[str, Loader]:
     run = folder / "run"
     run.mkdir()
     Checkpoints(run, {"seed": 0}).save(3, {"weights": torch.ones(4)}, {"price": 1.0})
-    idx = load_script("mnist/idx.py")
     images = b"\x00\x00\x08\x03" + b"".join(n.to_bytes(4, "big") for n in (2, 4, 4)) + bytes(range(32))
     posts = b"".join(
         json.dumps({"posts": [{"no": n, "com": "hello<br>there &gt; x", "perspectives": {"TOXICITY": 0.95}}]}).encode()
@@ -141,7 +145,6 @@ def make_loaders(folder: Path) -> dict[str, Loader]:
     logging.disable_progress_bar()
     write_gguf(folder / "whole.gguf")
     ggufs = [(folder / "whole.gguf").read_bytes()]
-    words = load_script("ioi/prompts.py")
     generate = load_script("toxicity/generate.py")
     run_of = folder / "trained"
     run_of.mkdir()

@@ -4,16 +4,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from conftest import small_gpt2
-from test_objective import FEW, make_prompts
-from test_training import QUICK, make_task
+from helpers.models import small_gpt2
+from helpers.tasks import FEW, QUICK, make_prompts, make_task
 
-from circuit_breaking.cli import run_script
-from circuit_breaking.edge_methods import METHODS
-from circuit_breaking.files import write_json
-from circuit_breaking.models import load_model
-from circuit_breaking.parallel import is_main, sum_, world
-from circuit_breaking.training import MaskSettings, train_mask
+from circuit_breaking.engine.load import load_model
+from circuit_breaking.runs.cli import run_script
+from circuit_breaking.runs.distributed import is_main, sum_, world
+from circuit_breaking.runs.files import write_json
+from circuit_breaking.training.config import MaskSettings
+from circuit_breaking.training.edge_methods import METHODS
+from circuit_breaking.training.mask_trainer import train_mask
 
 CASES = {  # 3 and 4 texts of each task a batch: the first cannot be shared evenly by two
     **{method: {"method": method} for method in METHODS},

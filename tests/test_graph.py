@@ -2,7 +2,7 @@
 
 import pytest
 
-from circuit_breaking.cli import UserError
+from circuit_breaking.errors import UserError
 from circuit_breaking.graph import EdgeGraph
 
 BY_HAND = [

@@ -22,13 +22,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from utils import FOLDER, check_counts
-
-from circuit_breaking.checkpoints import Stopped, told_to_stop
-from circuit_breaking.cli import UserError, run_script
-from circuit_breaking.comparison import models_of
-from circuit_breaking.files import locked, plain, read_json, write_json
-from circuit_breaking.markdown import statement
+from circuit_breaking.errors import UserError
+from circuit_breaking.evaluation.pareto import models_of
+from circuit_breaking.evaluation.report_markdown import statement
+from circuit_breaking.runs.cli import run_script
+from circuit_breaking.runs.config import check_counts
+from circuit_breaking.runs.files import plain, read_json, write_json
+from circuit_breaking.runs.run_folder import locked
+from circuit_breaking.runs.signals import Stopped, told_to_stop
+from circuit_breaking.toxicity.inputs import FOLDER
 
 HERE = Path(__file__).resolve().parent
 CARRIES = ("zero", "mean", "optimal")  # what cut edges carry

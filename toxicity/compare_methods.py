@@ -20,18 +20,24 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
-from utils import FOLDER, check_counts, default_data, files_of, fill_in
 
-from circuit_breaking.cli import UserError, run_script
-from circuit_breaking.costs import COST_FILE, cost
-from circuit_breaking.edge_methods import METHODS
-from circuit_breaking.files import plain, provenance, read_tensors, write_csv, write_json, write_jsonl
-from circuit_breaking.masks import load_mask, save_mask
-from circuit_breaking.means import load_means
-from circuit_breaking.method_figures import FILE, draw_methods, table
-from circuit_breaking.models import load_model, load_tokenizer
-from circuit_breaking.splits import Splits, load_splits
-from circuit_breaking.training import MaskSettings, train_mask
+from circuit_breaking.engine.ablation_values import load_means
+from circuit_breaking.engine.load import load_model
+from circuit_breaking.engine.mask import load_mask, save_mask
+from circuit_breaking.errors import UserError
+from circuit_breaking.figures.methods import FILE, draw_methods, table
+from circuit_breaking.models.load import files_of, load_tokenizer
+from circuit_breaking.runs.cli import run_script
+from circuit_breaking.runs.config import check_counts, fill_in
+from circuit_breaking.runs.cost import COST_FILE, cost
+from circuit_breaking.runs.files import plain, write_csv, write_json, write_jsonl
+from circuit_breaking.runs.provenance import provenance
+from circuit_breaking.runs.tensors import read_tensors
+from circuit_breaking.toxicity.inputs import FOLDER, default_data
+from circuit_breaking.toxicity.splits import Splits, load_splits
+from circuit_breaking.training.config import MaskSettings
+from circuit_breaking.training.edge_methods import METHODS
+from circuit_breaking.training.mask_trainer import train_mask
 
 MASK, RANDOM = "mask.safetensors", "random"
 MADE_BY = (  # settings by which a mask is made; others may differ where a run goes on

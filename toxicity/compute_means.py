@@ -10,15 +10,17 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from utils import FOLDER, check_counts, default_data, files_of, fill_in
 
-from circuit_breaking.cli import run_script
-from circuit_breaking.files import provenance
-from circuit_breaking.means import compute_means, save_means
-from circuit_breaking.models import load_model, load_tokenizer, prefix_token
+from circuit_breaking.engine.ablation_values import compute_means, save_means
+from circuit_breaking.engine.load import load_model
+from circuit_breaking.models.load import files_of, load_tokenizer
+from circuit_breaking.models.tokens import encode, prefix_token
+from circuit_breaking.runs.cli import run_script
+from circuit_breaking.runs.config import check_counts, fill_in
+from circuit_breaking.runs.provenance import provenance
 from circuit_breaking.tasks.owt import load_texts
 from circuit_breaking.tasks.toxic import read_examples
-from circuit_breaking.text import encode
+from circuit_breaking.toxicity.inputs import FOLDER, default_data
 
 
 @dataclass

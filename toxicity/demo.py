@@ -12,10 +12,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils import FOLDER
-
-from circuit_breaking.cli import UserError, run_script
-from circuit_breaking.files import read_json
+from circuit_breaking.errors import UserError
+from circuit_breaking.runs.cli import run_script
+from circuit_breaking.runs.files import read_json
+from circuit_breaking.toxicity.inputs import FOLDER
 
 HERE = Path(__file__).resolve().parent
 

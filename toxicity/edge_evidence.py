@@ -12,16 +12,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
-from utils import FOLDER, check_counts, default_data, files_of, fill_in
 
-from circuit_breaking.cli import UserError, run_script
-from circuit_breaking.comparison_figures import EVIDENCE, draw_evidence
-from circuit_breaking.edge_evidence import leave_one_out, stability
-from circuit_breaking.files import provenance, write_json
-from circuit_breaking.models import load_hf_model, load_tokenizer
-from circuit_breaking.splits import check_apart
+from circuit_breaking.errors import UserError
+from circuit_breaking.evaluation.compared_models import find_folders, read_variants
+from circuit_breaking.evaluation.edge_effects import leave_one_out, stability
+from circuit_breaking.figures.toxicity import EVIDENCE, draw_evidence
+from circuit_breaking.models.load import files_of, load_hf_model, load_tokenizer
+from circuit_breaking.runs.cli import run_script
+from circuit_breaking.runs.config import check_counts, fill_in
+from circuit_breaking.runs.files import write_json
+from circuit_breaking.runs.provenance import provenance
 from circuit_breaking.tasks import OWTTask, ToxicTask
-from circuit_breaking.variants import find_folders, read_variants
+from circuit_breaking.toxicity.inputs import FOLDER, default_data
+from circuit_breaking.toxicity.splits import check_apart
 
 
 @dataclass

@@ -21,24 +21,35 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 from tqdm import tqdm
-from utils import FOLDER, check_counts, default_data, files_of, fill_in, load_prompts
 
-from circuit_breaking.cli import run_script
-from circuit_breaking.comparison_figures import UNIFORM, draw_models, draw_uniform
-from circuit_breaking.continuations import Sampling
-from circuit_breaking.evaluation import TOXIC, evaluate, text_losses
-from circuit_breaking.figures import draw_report, draw_training
-from circuit_breaking.files import provenance, read_tensors, write_csv, write_json, write_jsonl
-from circuit_breaking.models import load_hf_model, load_tokenizer, prefix_token
-from circuit_breaking.scorers import Scorer, load_scorer
-from circuit_breaking.splits import check_apart
-from circuit_breaking.tables import overview, table
+from circuit_breaking.evaluation.compared_models import (
+    ORIGINAL,
+    Variant,
+    engines_of,
+    find_folders,
+    read_mask,
+    read_variants,
+)
+from circuit_breaking.evaluation.generate import Sampling
+from circuit_breaking.evaluation.measure import TOXIC, evaluate, text_losses
+from circuit_breaking.evaluation.scorers import Scorer, load_scorer
+from circuit_breaking.evaluation.tables import overview, table
+from circuit_breaking.figures.report import draw_report
+from circuit_breaking.figures.toxicity import UNIFORM, draw_models, draw_uniform
+from circuit_breaking.figures.training import draw_training
+from circuit_breaking.models.load import SHIPPED, files_of, load_hf_model, load_tokenizer
+from circuit_breaking.models.tokens import TokenBatch, encode, prefix_token
+from circuit_breaking.runs.cli import run_script
+from circuit_breaking.runs.config import check_counts, fill_in
+from circuit_breaking.runs.files import write_csv, write_json, write_jsonl
+from circuit_breaking.runs.provenance import provenance
+from circuit_breaking.runs.tensors import read_tensors
 from circuit_breaking.tasks import OWTTask, ToxicTask
-from circuit_breaking.tasks.owt import SHIPPED, load_texts
+from circuit_breaking.tasks.owt import load_texts
 from circuit_breaking.tasks.toxic import read_examples
-from circuit_breaking.text import TokenBatch, encode
-from circuit_breaking.uniform import read_uniform, spread
-from circuit_breaking.variants import ORIGINAL, Variant, engines_of, find_folders, read_mask, read_variants
+from circuit_breaking.toxicity.inputs import FOLDER, default_data, load_prompts
+from circuit_breaking.toxicity.splits import check_apart
+from circuit_breaking.toxicity.uniform import read_uniform, spread
 
 MOST_COLOURS = 8  # models beyond which a colour each does not tell them apart
 MOST_COLUMNS = 4  # models beyond which a terminal has no room for a column each

@@ -21,18 +21,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from utils import FOLDER, check_counts, default_data, files_of, fill_in
-
-from circuit_breaking.checkpoints import told_to_stop
-from circuit_breaking.cli import UserError, run_script
-from circuit_breaking.comparison_figures import draw_finetuning
-from circuit_breaking.costs import COST_FILE, cost, with_earlier
-from circuit_breaking.files import locked, provenance, read_json, write_json, write_jsonl
-from circuit_breaking.finetuning import FinetuneSettings, check, describe, finetune
-from circuit_breaking.models import fused_activations, load_hf_model, load_tokenizer
-from circuit_breaking.scripts import Parts, is_made
-from circuit_breaking.splits import Splits, load_splits
-from circuit_breaking.unlearning import METHODS
+from circuit_breaking.errors import UserError
+from circuit_breaking.figures.toxicity import draw_finetuning
+from circuit_breaking.models.load import files_of, fused_activations, load_hf_model, load_tokenizer
+from circuit_breaking.runs.cli import run_script
+from circuit_breaking.runs.config import check_counts, fill_in
+from circuit_breaking.runs.cost import COST_FILE, cost, with_earlier
+from circuit_breaking.runs.files import read_json, write_json, write_jsonl
+from circuit_breaking.runs.provenance import provenance
+from circuit_breaking.runs.run_folder import Parts, is_made, locked
+from circuit_breaking.runs.signals import told_to_stop
+from circuit_breaking.toxicity.inputs import FOLDER, default_data
+from circuit_breaking.toxicity.splits import Splits, load_splits
+from circuit_breaking.training.finetune import FinetuneSettings, check, describe, finetune
+from circuit_breaking.training.unlearning import METHODS
 
 # What only goes one way is trained more slowly. On the shipped model the next rate up or down was worse for each.
 SLOW, FAST = (1e-5, 1e-4), (1e-4, 1e-3)

@@ -22,15 +22,17 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor, nn
-from utils import read_prompt_rows
 
-from circuit_breaking.ablated import ablate, load_ablated, read_ablated, save_ablated
-from circuit_breaking.cli import UserError, run_script
-from circuit_breaking.files import DATA, read_json, require_file
-from circuit_breaking.means import read_means
-from circuit_breaking.models import load_hf_model, load_tokenizer, prefix_token
-from circuit_breaking.perplexity import perplexity
-from circuit_breaking.text import read_lines
+from circuit_breaking.ablation.ablate import ablate
+from circuit_breaking.ablation.saved import load_ablated, read_ablated, save_ablated
+from circuit_breaking.engine.ablation_values import read_means
+from circuit_breaking.errors import UserError
+from circuit_breaking.evaluation.perplexity import perplexity
+from circuit_breaking.models.load import load_hf_model, load_tokenizer
+from circuit_breaking.models.tokens import prefix_token
+from circuit_breaking.runs.cli import run_script
+from circuit_breaking.runs.files import DATA, read_json, read_lines, require_file
+from circuit_breaking.toxicity.inputs import read_prompt_rows
 
 HINT = "Make one with toxicity/train_mask.py, or set the path of one."
 

@@ -14,18 +14,21 @@ from typing import Any
 
 from torch import nn
 from tqdm import tqdm
-from utils import FOLDER, check_counts, default_data, files_of, fill_in, load_prompts
 
-from circuit_breaking.cli import run_script
-from circuit_breaking.comparison_figures import RELEARNING, draw_relearning
-from circuit_breaking.continuations import Sampling
-from circuit_breaking.evaluation import text_losses
-from circuit_breaking.files import provenance, write_json
-from circuit_breaking.models import fused_activations, load_hf_model, load_tokenizer, prefix_token
-from circuit_breaking.relearning import RelearnSettings, check, relearn, toxicity_after, with_context
-from circuit_breaking.scorers import load_scorer
-from circuit_breaking.splits import load_splits
-from circuit_breaking.variants import ORIGINAL, Variant, find_folders, read_variants
+from circuit_breaking.evaluation.compared_models import ORIGINAL, Variant, find_folders, read_variants
+from circuit_breaking.evaluation.generate import Sampling
+from circuit_breaking.evaluation.measure import text_losses
+from circuit_breaking.evaluation.relearn import RelearnSettings, check, relearn, toxicity_after, with_context
+from circuit_breaking.evaluation.scorers import load_scorer
+from circuit_breaking.figures.toxicity import RELEARNING, draw_relearning
+from circuit_breaking.models.load import files_of, fused_activations, load_hf_model, load_tokenizer
+from circuit_breaking.models.tokens import prefix_token
+from circuit_breaking.runs.cli import run_script
+from circuit_breaking.runs.config import check_counts, fill_in
+from circuit_breaking.runs.files import write_json
+from circuit_breaking.runs.provenance import provenance
+from circuit_breaking.toxicity.inputs import FOLDER, default_data, load_prompts
+from circuit_breaking.toxicity.splits import load_splits
 
 
 @dataclass

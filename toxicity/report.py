@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from utils import FOLDER, check_counts
-
-from circuit_breaking.cli import UserError, run_script
-from circuit_breaking.comparison import controls, models_of, pareto
-from circuit_breaking.comparison_figures import (
+from circuit_breaking.errors import UserError
+from circuit_breaking.evaluation.pareto import controls, models_of, pareto
+from circuit_breaking.evaluation.report_markdown import render
+from circuit_breaking.evaluation.tables import flat_rows
+from circuit_breaking.figures.toxicity import (
     EVIDENCE,
     RELEARNING,
     UNIFORM,
@@ -28,10 +28,11 @@ from circuit_breaking.comparison_figures import (
     draw_sweep,
     draw_uniform,
 )
-from circuit_breaking.costs import COST_FILE
-from circuit_breaking.files import read_json, read_jsonl, write_csv, write_json, write_text
-from circuit_breaking.markdown import render
-from circuit_breaking.tables import flat_rows
+from circuit_breaking.runs.cli import run_script
+from circuit_breaking.runs.config import check_counts
+from circuit_breaking.runs.cost import COST_FILE
+from circuit_breaking.runs.files import read_json, read_jsonl, write_csv, write_json, write_text
+from circuit_breaking.toxicity.inputs import FOLDER
 
 PICTURES = ("sweep.png", "models.png", "uniform.png", "evidence.png", "relearning.png", "finetuned/finetuning.png")
 

@@ -24,19 +24,26 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from utils import FOLDER, check_counts, default_data, files_of, fill_in
 
-from circuit_breaking.checkpoints import Checkpoints, told_to_stop
-from circuit_breaking.cli import UserError, run_script
-from circuit_breaking.costs import COST_FILE, cost, together, with_earlier
-from circuit_breaking.edge_methods import GIVEN, relaxing
-from circuit_breaking.files import provenance, read_jsonl, read_tensors, write_json, write_jsonl
-from circuit_breaking.masks import load_mask, save_mask
-from circuit_breaking.means import compute_means, load_means, save_means
-from circuit_breaking.models import load_model, load_tokenizer
-from circuit_breaking.scripts import METRICS, held, identity, is_made, train_into
-from circuit_breaking.splits import Splits, load_splits
-from circuit_breaking.training import MaskSettings
+from circuit_breaking.engine.ablation_values import compute_means, load_means, save_means
+from circuit_breaking.engine.load import load_model
+from circuit_breaking.engine.mask import load_mask, save_mask
+from circuit_breaking.errors import UserError
+from circuit_breaking.models.load import files_of, load_tokenizer
+from circuit_breaking.runs.checkpoints import Checkpoints
+from circuit_breaking.runs.cli import run_script
+from circuit_breaking.runs.config import check_counts, fill_in
+from circuit_breaking.runs.cost import COST_FILE, cost, together, with_earlier
+from circuit_breaking.runs.files import read_jsonl, write_json, write_jsonl
+from circuit_breaking.runs.provenance import provenance
+from circuit_breaking.runs.run_folder import METRICS, held, identity, is_made
+from circuit_breaking.runs.signals import told_to_stop
+from circuit_breaking.runs.tensors import read_tensors
+from circuit_breaking.toxicity.inputs import FOLDER, default_data
+from circuit_breaking.toxicity.splits import Splits, load_splits
+from circuit_breaking.training.config import MaskSettings
+from circuit_breaking.training.edge_methods import GIVEN, relaxing
+from circuit_breaking.training.run import train_into
 
 CARRIES = ("zero", "mean", "optimal")
 MASK = "mask.safetensors"

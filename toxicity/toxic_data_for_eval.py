@@ -27,11 +27,13 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from circuit_breaking.cli import UserError, run_script
-from circuit_breaking.dump import read_lines
-from circuit_breaking.files import DATA, provenance, require_file, write_json, write_jsonl
-from circuit_breaking.html import clean_html
-from circuit_breaking.sampling import SmallestKeys, text_key
+from circuit_breaking.errors import UserError
+from circuit_breaking.runs.cli import run_script
+from circuit_breaking.runs.files import DATA, require_file, write_json, write_jsonl
+from circuit_breaking.runs.provenance import provenance
+from circuit_breaking.toxicity.dump import read_lines
+from circuit_breaking.toxicity.html import clean_html
+from circuit_breaking.toxicity.sampling import SmallestKeys, text_key
 
 HINT = "Download the dump from https://zenodo.org/records/3606810, or give the path of yours with --dump."
 MAX_HTML = 2**16  # characters; 4chan allows 2,000, which its HTML multiplies by five at most

@@ -14,19 +14,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from utils import FOLDER, default_data, fill_in
 
-from circuit_breaking.cli import run_script
-from circuit_breaking.files import provenance, write_json
-from circuit_breaking.masks import save_mask
-from circuit_breaking.means import load_means, save_means
-from circuit_breaking.models import load_model, load_tokenizer
-from circuit_breaking.parallel import is_main
-from circuit_breaking.scripts import held, train_into
+from circuit_breaking.engine.ablation_values import load_means, save_means
+from circuit_breaking.engine.load import load_model
+from circuit_breaking.engine.mask import save_mask
+from circuit_breaking.engine.transformer import EdgeMaskedTransformer
+from circuit_breaking.models.load import load_tokenizer
+from circuit_breaking.runs.cli import run_script
+from circuit_breaking.runs.config import fill_in
+from circuit_breaking.runs.distributed import is_main
+from circuit_breaking.runs.files import write_json
+from circuit_breaking.runs.provenance import provenance
+from circuit_breaking.runs.run_folder import held
 from circuit_breaking.tasks import OWTTask, ToxicTask
 from circuit_breaking.tasks.base import TextTask
-from circuit_breaking.training import MaskSettings, check
-from circuit_breaking.transformer import EdgeMaskedTransformer
+from circuit_breaking.toxicity.inputs import FOLDER, default_data
+from circuit_breaking.training.config import MaskSettings
+from circuit_breaking.training.mask_trainer import check
+from circuit_breaking.training.run import train_into
 
 
 @dataclass

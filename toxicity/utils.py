@@ -1,8 +1,9 @@
 """What the toxicity scripts share: where their data is by default, and prompts."""
 
-from circuit_breaking.files import DATA
-from circuit_breaking.scripts import check_counts, files_of, fill_in
-from circuit_breaking.toxic_inputs import default_data, load_prompts, read_prompt_rows
+from circuit_breaking.models.load import files_of
+from circuit_breaking.runs.config import check_counts, fill_in
+from circuit_breaking.runs.files import DATA
+from circuit_breaking.toxicity.inputs import default_data, load_prompts, read_prompt_rows
 
 FOLDER = DATA / "toxicity"  # run folders, posts and means
 

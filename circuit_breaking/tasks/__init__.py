@@ -1,8 +1,17 @@
-"""Behaviours to break and to keep: one file a task."""
+"""Behaviours to break and to keep: one file a task.
 
-from circuit_breaking.tasks.base import Task, TextTask
-from circuit_breaking.tasks.ioi import IOITask
-from circuit_breaking.tasks.owt import OWTTask
-from circuit_breaking.tasks.toxic import ToxicTask
+First file to read: `base`.
+"""
 
-__all__ = ["IOITask", "OWTTask", "Task", "TextTask", "ToxicTask"]
+from circuit_breaking import lazy_names
+
+__getattr__ = lazy_names(
+    __name__,
+    {
+        "IOITask": "circuit_breaking.tasks.ioi",
+        "OWTTask": "circuit_breaking.tasks.owt",
+        "Task": "circuit_breaking.tasks.base",
+        "TextTask": "circuit_breaking.tasks.base",
+        "ToxicTask": "circuit_breaking.tasks.toxic",
+    },
+)

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from circuit_breaking.cli import UserError
-from circuit_breaking.losses import cross_entropy_of_hidden
-from circuit_breaking.means import compute_means
-from circuit_breaking.text import TokenBatch
+from circuit_breaking.engine.ablation_values import compute_means
+from circuit_breaking.errors import UserError
+from circuit_breaking.models.tokens import TokenBatch
+from circuit_breaking.tasks.losses import cross_entropy_of_hidden
 
 EVALUATION_BATCH = 16
 

@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from circuit_breaking.cli import UserError
-from circuit_breaking.files import read_jsonl
-from circuit_breaking.losses import logit_difference
-from circuit_breaking.models import TINY, prefix_token
+from circuit_breaking.errors import UserError
+from circuit_breaking.models.load import TINY
+from circuit_breaking.models.tokens import TokenBatch, pad_right, prefix_token
+from circuit_breaking.runs.files import is_text, read_jsonl
 from circuit_breaking.tasks.base import TextTask
-from circuit_breaking.text import TokenBatch, is_text, pad_right
+from circuit_breaking.tasks.losses import logit_difference
 
 HINT = "Make prompts with ioi/make_ioi_datasets.py, or set the path of some."
 Objective = Literal["cross_entropy", "logit_difference"]

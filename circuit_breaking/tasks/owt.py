@@ -3,12 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-from circuit_breaking.cli import UserError, first_line, one_line
-from circuit_breaking.models import TINY, prefix_token
+from circuit_breaking.errors import UserError, first_line, one_line
+from circuit_breaking.models.load import SHIPPED, TINY
+from circuit_breaking.models.tokens import encode, prefix_token
+from circuit_breaking.runs.files import read_lines
 from circuit_breaking.tasks.base import TextTask
-from circuit_breaking.text import encode, read_lines
-
-SHIPPED = "tiny"
 
 
 def load_texts(source: str | Path, limit: int) -> tuple[list[str], list[str]]:

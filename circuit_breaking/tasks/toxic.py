@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from circuit_breaking.cli import UserError
-from circuit_breaking.files import read_jsonl
-from circuit_breaking.models import TINY, prefix_token
+from circuit_breaking.errors import UserError
+from circuit_breaking.models.load import TINY
+from circuit_breaking.models.tokens import encode, prefix_token
+from circuit_breaking.runs.files import is_text, read_jsonl
 from circuit_breaking.tasks.base import TextTask
-from circuit_breaking.text import encode, is_text
 
 HINT = "Make it with toxicity/toxic_data_for_eval.py, or set the path of one."
 

@@ -1,0 +1,40 @@
+"""Load an edge-masked transformer by name, folder, GGUF file or Hugging Face object."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from circuit_breaking.engine.transformer import EdgeMaskedTransformer
+from circuit_breaking.models.load import load_hf_model
+from circuit_breaking.runs.devices import pick_device, pick_dtype
+
+
+def load_model(
+    model: str | Path | nn.Module,
+    split_qkv: bool = False,
+    device: str = "auto",
+    dtype: str | torch.dtype = "float32",
+    recompute: bool = False,
+) -> EdgeMaskedTransformer:
+    """An edge-masked transformer with all edges whole.
+
+    Args:
+        model: hub name, folder, folder holding a `.gguf`, `"tiny"` (the shipped model), or a loaded Hugging Face
+            model, whose weights are then shared where their layout allows it and which is left as it is.
+        split_qkv: let each head's query, key and value read for themselves.
+        device: `"auto"`, or a name that torch knows.
+        dtype: `"float32"`, `"bfloat16"` or `"float64"`.
+        recompute: save memory by computing parts of each layer again in the backward.
+
+    Raises:
+        UserError: the model cannot be found, read, or is of a family that is not supported.
+    """
+    if isinstance(model, nn.Module):
+        hf, name = model, getattr(model.config, "name_or_path", "") or type(model).__name__
+    else:
+        hf, name = load_hf_model(model, device, dtype), str(model)
+    engine = EdgeMaskedTransformer(hf, split_qkv, recompute).to(pick_device(device))  # the graph's tensors too
+    engine.to_dtype_(pick_dtype(dtype))
+    engine.name = name
+    return engine

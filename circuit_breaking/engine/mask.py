@@ -1,0 +1,98 @@
+"""The mask over a model's edges: one flat parameter, its budget, and its files (layer 1)."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from circuit_breaking.errors import UserError
+from circuit_breaking.graph import Edge, EdgeGraph, describe
+from circuit_breaking.runs.tensors import is_real, read_tensors, write_tensors
+
+
+class EdgeMask(nn.Module):
+    """One weight for every edge of a graph, 1 to keep it and 0 to cut it: `weights` [E], all ones at first."""
+
+    def __init__(self, graph: EdgeGraph, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.graph = graph
+        self.weights = nn.Parameter(torch.ones(len(graph), dtype=dtype))
+
+    @torch.no_grad()
+    def clamp_(self) -> None:
+        """Bring every weight back into [0, 1]."""
+        self.weights.clamp_(0, 1)
+
+    @torch.no_grad()
+    def round_(self, threshold: float = 0.5) -> None:
+        """Set every weight to 0 or 1; one at `threshold` counts as kept."""
+        self.weights.copy_(self.weights >= threshold)
+
+    @torch.no_grad()
+    def keep_budget_(self, max_edges: int) -> None:
+        """Make the mask binary with at most `max_edges` cut: those below 0.5, the lowest first."""
+        self.weights.copy_(lowest_cut(self.weights, max_edges, threshold=0.5))
+
+    @torch.no_grad()
+    def cut_(self, edges: list[str] | list[Edge]) -> None:
+        """Cut the named edges, whatever the others are. Raises `UserError` for one that does not exist."""
+        self.weights[[self.graph.index(edge) for edge in edges]] = 0.0
+
+    @torch.no_grad()
+    def reset_(self) -> None:
+        """Keep every edge."""
+        self.weights.fill_(1.0)
+
+    def n_cut(self) -> int:
+        """How many edges rounding would cut."""
+        return int((self.weights < 0.5).sum())
+
+    def cut_edges(self) -> list[Edge]:
+        """Names of the edges that rounding would cut, in the graph's order."""
+        return [self.graph.edges[index] for index in (self.weights < 0.5).nonzero()[:, 0].tolist()]
+
+
+def lowest_cut(scores: Tensor, count: int, threshold: float = float("inf")) -> Tensor:
+    """A binary mask [E] that cuts the `count` lowest scores, of those below `threshold`; ties by edge order."""
+    mask = torch.ones_like(scores)
+    # a stable sort rather than topk, whose choice among equal scores differs between devices
+    order = scores.sort(stable=True).indices[: max(count, 0)]
+    mask[order[scores[order] < threshold]] = 0.0
+    return mask
+
+
+def save_mask(path: Path | str, model: Any, about: dict[str, Any] | None = None) -> None:
+    """Write the model's mask weights, with its graph, its name and `about`, to a safetensors file.
+
+    Args:
+        path: the file, `mask.safetensors` by custom.
+        model: an `EdgeMaskedTransformer`.
+        about: JSON-able record of how the mask came to be (see `files.provenance`).
+    """
+    record = {"model": model.name, "graph": describe(model.graph), **(about or {})}
+    write_tensors(path, {"weights": model.mask.weights}, record)
+
+
+def load_mask(path: Path | str, model: Any) -> dict[str, Any]:
+    """Read a mask into the model and return the file's record.
+
+    Raises:
+        UserError: the file is missing or damaged, or was made for a model of another shape.
+    """
+    hint = "Make one with toxicity/train_mask.py, or set the path of one."
+    tensors, about = read_tensors(path, hint)
+    weights, theirs, ours = tensors.get("weights"), about.get("graph"), describe(model.graph)
+    if weights is None or not isinstance(theirs, dict):
+        raise UserError(f"{path} holds no edge mask. {hint}")
+    if theirs != ours or weights.shape != model.mask.weights.shape:
+        differing = [f"{key} {theirs.get(key)} there, {ours[key]} here" for key in ours if theirs.get(key) != ours[key]]
+        raise UserError(
+            f"{path} was made for another model ({about.get('model')}: {', '.join(differing) or 'another count'}). "
+            "Load that model, or make a mask for this one."
+        )
+    if not is_real(weights) or weights.min() < 0 or weights.max() > 1:
+        raise UserError(f"{path} holds weights outside [0, 1]. {hint}")
+    with torch.no_grad():
+        model.mask.weights.copy_(weights)
+    return about

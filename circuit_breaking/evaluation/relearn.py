@@ -1,0 +1,145 @@
+"""Does a removed behaviour come back? Fine-tuning on a few examples of it, and examples of it in the context (layer 3).
+
+Cut edges stay cut while the weights learn; gradients reach the weights through them. As much is done to every model.
+
+Shapes: n prompts, S samples a prompt.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from circuit_breaking.ablation.ablate import ablate
+from circuit_breaking.errors import UserError
+from circuit_breaking.evaluation.bootstrap import estimate
+from circuit_breaking.evaluation.compared_models import Variant
+from circuit_breaking.evaluation.generate import Sampling, continuations
+from circuit_breaking.evaluation.scorers import Scorer
+from circuit_breaking.models.load import fused_activations
+from circuit_breaking.models.tokens import TokenBatch, pad_right
+from circuit_breaking.tasks.base import TextTask
+from circuit_breaking.training.unlearning import prediction_losses_of
+
+
+@dataclass
+class RelearnSettings:
+    """How a model is taught the behaviour again."""
+
+    checks: tuple[int, ...] = (0, 2, 5, 10, 20, 40)  # steps after which toxicity is measured; the last ends training
+    lr: float = 1e-4  # AdamW without decay, the same for every model
+    batch_size: int = 10  # examples a step
+    clip: float = 1.0  # longest gradient
+
+
+def relearn(
+    variant: Variant,
+    hf: nn.Module,
+    examples: TokenBatch,
+    settings: RelearnSettings,
+    measure: Callable[[nn.Module], dict[str, Any]],
+    seed: int = 0,
+    tick: Callable = lambda: None,
+) -> tuple[list[dict[str, Any]], str | None]:
+    """Fine-tune a variant on examples of the behaviour, and measure it as it learns. `hf` is left as it was.
+
+    Args:
+        variant: the model, as a change of `hf`, the original.
+        hf: the original.
+        examples: texts to learn from.
+        settings: see `RelearnSettings`.
+        measure: what to note of the model after each of `checks`.
+        seed: of the order of the examples.
+        tick: called after each step.
+
+    Returns:
+        A row for each check: its `step`, and what `measure` said. And a note: None, or why training ended early.
+    """
+    with variant.opened(hf) as opened:
+        model = opened if variant.kind == "finetuned" else None
+    model = (copy.deepcopy(hf) if model is None else model).requires_grad_(True)
+    task = TextTask("relearning", examples, examples, seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, weight_decay=0.0)
+    rows: list[dict[str, Any]] = []
+    with fused_activations(model):
+        for step in range(max(settings.checks) + 1):
+            if step in settings.checks:
+                with ablate(model, variant.edges, variant.means):
+                    rows.append({"step": step, **measure(model)})
+            if step == max(settings.checks):
+                break
+            batch = task.draw(min(settings.batch_size, len(examples)))
+            # cut anew at each step: the cuts hold weights as they were
+            with ablate(model, variant.edges, variant.means, trainable=True):
+                loss = prediction_losses_of(model, batch)[0].mean()
+                optimizer.zero_grad()
+                loss.backward()
+            length = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
+            if not math.isfinite(float(loss.detach())) or not math.isfinite(float(length)):
+                return rows, f"the loss was not finite at step {step + 1}, where relearning ended"
+            optimizer.step()
+            tick()
+    return rows, None
+
+
+def check(settings: RelearnSettings) -> None:
+    """Raise a `UserError` for settings that make no sense."""
+    if not settings.checks or min(settings.checks) < 0:
+        raise UserError(f"checks are {list(settings.checks)}; give one or more steps, each 0 or more.")
+    for name in ("lr", "batch_size", "clip"):
+        if not getattr(settings, name) > 0:
+            raise UserError(f"{name} is {getattr(settings, name)}; it must be above 0.")
+
+
+def toxicity_after(
+    model: nn.Module, prompts: TokenBatch, tokenizer: Any, scorer: Scorer, sampling: Sampling
+) -> dict[str, float | None]:
+    """Mean toxicity of continuations, with its 95% interval over prompts; all None where the model yields none."""
+    try:
+        rows = continuations(model, prompts, sampling)
+    except FloatingPointError:
+        return {"value": None, "low": None, "high": None}
+    scores = np.asarray(scorer(tokenizer.batch_decode(rows, skip_special_tokens=True)), float)
+    by_prompt = scores.reshape(-1, sampling.samples)
+    return estimate(by_prompt.sum(1), np.full(len(by_prompt), float(sampling.samples)), sampling.seed)
+
+
+def with_context(
+    prompts: TokenBatch, examples: TokenBatch, shots: int, separator: Sequence[int], limit: int
+) -> TokenBatch:
+    """Prompts behind `shots` whole examples each, of which every prompt has its own as long as they last.
+
+    Args:
+        prompts, examples: each behind the prefix token.
+        shots: examples before a prompt; fewer where they would not fit.
+        separator: tokens between an example and what follows.
+        limit: most tokens of a prompt with its examples.
+
+    Raises:
+        UserError: a prompt alone is longer.
+    """
+    rows = []
+    for number in range(len(prompts)):
+        prompt = _row(prompts, number)
+        if len(prompt) > limit:
+            raise UserError(
+                f"a prompt has {len(prompt)} tokens, and {limit} fit. Set prompt_tokens or new_tokens lower."
+            )
+        for shot in range(shots):
+            example = _row(examples, (number * shots + shot) % len(examples))[1:]
+            longer = [prompt[0], *example, *separator, *prompt[1:]]
+            if len(longer) > limit:
+                break
+            prompt = longer
+        rows.append(prompt)
+    return pad_right(rows, int(prompts.tokens[0, 0]))
+
+
+def _row(batch: TokenBatch, number: int) -> list[int]:
+    tokens: Tensor = batch.tokens[number, : batch.lengths[number]]
+    return tokens.tolist()

@@ -1,0 +1,188 @@
+"""How toxic texts are: scorers by name (layer 2).
+
+`detoxify`         Detoxify "original" (Hanu and Unitary team 2020), a BERT fine-tuned on the Jigsaw toxic comments: the
+                   probability of its label "toxic". Read as safetensors from the hub through transformers, because the
+                   detoxify package itself unpickles its checkpoint.
+`profanity-check`  alt-profanity-check, a calibrated linear SVM over word frequencies, fitted on 200,000 comments. It
+                   works offline: its weights come as joblib files inside the package, which are pickles, not ours.
+                   They were fitted with the scikit-learn version that the package requires, so they load as they are.
+                   It sees words, not context, and knows no word that it was not fitted on.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from importlib import metadata
+from pathlib import Path
+from threading import Thread
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from circuit_breaking.errors import UserError
+from circuit_breaking.runs.devices import pick_device
+
+DETOXIFY = "unitary/toxic-bert"
+PROBE_SECONDS = 5.0  # how long the hub may take to answer before it counts as out of reach
+
+
+class Scorer(Protocol):
+    name: str
+    version: str
+
+    def __call__(self, texts: Sequence[str]) -> np.ndarray:
+        """Toxicity of each text, float64 [n] in [0, 1]. A blank text scores 0; the same texts score the same."""
+
+
+class ProfanityCheck:
+    """The offline scorer: `alt-profanity-check`. `device` is ignored, it runs on CPU."""
+
+    name = "profanity-check"
+
+    def __init__(self, device: str = "cpu"):
+        try:
+            from profanity_check import predict_prob
+        except ImportError as error:
+            raise UserError(
+                f"alt-profanity-check cannot be imported ({error}): pip install alt-profanity-check."
+            ) from error
+        self.version = metadata.version("alt-profanity-check")
+        self._score = predict_prob
+
+    def __call__(self, texts: Sequence[str]) -> np.ndarray:
+        return _score_filled(texts, self._score)
+
+
+class Detoxify:
+    """Detoxify from the hub, the local cache, or a folder (`checkpoint`).
+
+    Errors: `UserError` where the checkpoint is neither here nor can be had, which takes seconds to find out.
+    """
+
+    name = "detoxify"
+
+    def __init__(self, device: str = "auto", checkpoint: str = DETOXIFY, batch_size: int = 64):
+        self.device = pick_device(device)
+        self.batch_size = batch_size
+        self.tokenizer, model = _pretrained(checkpoint)
+        labels = {label.lower(): index for index, label in (model.config.id2label or {}).items()}
+        index = labels.get("toxic", labels.get("toxicity"))
+        if index is None:
+            raise UserError(
+                f"{checkpoint} has no label 'toxic' (it has {', '.join(labels)}): it is no Detoxify checkpoint."
+            )
+        self._label = index
+        self._longest = min(512, getattr(model.config, "max_position_embeddings", 512))
+        self.model = model.to(self.device).eval()
+        commit = getattr(model.config, "_commit_hash", None)
+        self.version = f"{checkpoint}@{commit[:12]}" if commit else str(checkpoint)
+
+    def __call__(self, texts: Sequence[str]) -> np.ndarray:
+        return _score_filled(texts, self._score)
+
+    @torch.inference_mode()
+    def _score(self, texts: list[str]) -> np.ndarray:
+        # batches of similar length carry little padding; every label has a sigmoid of its own
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+        scores = torch.empty(len(texts), device=self.device)
+        for start in range(0, len(order), self.batch_size):
+            batch = order[start : start + self.batch_size]
+            inputs = self.tokenizer(
+                [texts[i] for i in batch], return_tensors="pt", padding=True, truncation=True, max_length=self._longest
+            ).to(self.device)
+            logits = self.model(**inputs).logits[:, self._label]
+            scores[torch.tensor(batch, device=self.device)] = torch.sigmoid(logits.float())
+        return scores.cpu().numpy()
+
+
+SCORERS: dict[str, Callable[..., Scorer]] = {"detoxify": Detoxify, "profanity-check": ProfanityCheck}
+
+
+def load_scorer(name: str = "auto", device: str = "auto") -> Scorer:
+    """The scorer called `name`; "auto" is detoxify where it can be had, else profanity-check, and says which and why.
+
+    Errors: `UserError` for an unknown name, and for a scorer that cannot be had here.
+    """
+    if name != "auto":
+        if name not in SCORERS:
+            raise UserError(f"there is no scorer {name!r}; choose auto, {' or '.join(SCORERS)}.")
+        return SCORERS[name](device)
+    try:
+        scorer, why = Detoxify(device), ""
+    except UserError as error:
+        scorer, why = ProfanityCheck(device), f"; not detoxify: {error}"
+    print(f"scorer: {scorer.name} {scorer.version}{why}")
+    return scorer
+
+
+def _score_filled(texts: Sequence[str], score: Callable[[list[str]], np.ndarray]) -> np.ndarray:
+    """Score the texts that are not blank; the others get 0, whatever a model would say of an empty input."""
+    if isinstance(texts, str):
+        raise TypeError("a scorer takes a list of texts, not one text")
+    scores = np.zeros(len(texts))
+    filled = [i for i, text in enumerate(texts) if text.strip()]
+    if filled:
+        # tokenizers accept no lone surrogate
+        scores[filled] = score([texts[i].encode("utf-8", "replace").decode() for i in filled])
+    return scores
+
+
+def _pretrained(checkpoint: str):
+    """Tokenizer and model from a folder or the cache, else from the hub if it answers."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    def load(**options):
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False, **options)
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            checkpoint,
+            use_safetensors=True,
+            trust_remote_code=False,
+            dtype=torch.float32,
+            output_loading_info=True,
+            **options,
+        )
+        if missing := sorted(info["missing_keys"]):  # transformers would score with random weights
+            raise UserError(f"{checkpoint} lacks weights ({missing[0]} and {len(missing) - 1} more).")
+        return tokenizer, model
+
+    try:
+        return load(local_files_only=True)
+    except UserError:
+        raise
+    except Exception as error:  # transformers raises many kinds for a file that is missing or damaged
+        if Path(checkpoint).is_dir():
+            raise UserError(f"{checkpoint} holds no classifier that loads ({_first_line(error)}).") from error
+    if not _hub_answers():
+        raise UserError(f"{checkpoint} is not in the cache and the Hugging Face hub is out of reach.")
+    try:
+        return load()
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{checkpoint} does not load from the Hugging Face hub ({_first_line(error)}).") from error
+
+
+@lru_cache
+def _hub_answers() -> bool:
+    """Whether the hub answers in time. In a thread, since looking up a name has no time limit of its own."""
+    from huggingface_hub import constants, get_session
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    answers = []
+
+    def probe() -> None:
+        try:
+            get_session().head(constants.ENDPOINT, timeout=PROBE_SECONDS)
+            answers.append(True)
+        except Exception:
+            answers.append(False)  # every kind of failure means the same here
+
+    thread = Thread(target=probe, daemon=True)
+    thread.start()
+    thread.join(PROBE_SECONDS)
+    return answers == [True]
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

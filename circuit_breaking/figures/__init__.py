@@ -1,0 +1,3 @@
+"""Every picture, drawn from result files only.
+
+First file to read: `style`."""

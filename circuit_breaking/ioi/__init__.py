@@ -1,0 +1,1 @@
+"""What the indirect-object scripts share: prompts, settings of a run, the published circuit."""

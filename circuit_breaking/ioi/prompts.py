@@ -1,0 +1,225 @@
+"""Indirect-object prompts from templates (Wang et al. 2022), for any tokenizer whose words are single tokens.
+
+A template holds two names {A} and {B}, the giver {S}, who is one of them, and, if it likes, a {place} and an {object};
+it ends where the other name is to come. In ABBA order the giver is {B}, in BABA order {A}. In the ABC counterpart of a
+prompt the giver is a third person, so that no name comes twice and nothing tells which name follows.
+"""
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from circuit_breaking.errors import UserError
+from circuit_breaking.runs.files import ROOT, is_text, read_json
+
+BANK = ROOT / "ioi" / "words.json"  # the words and templates that the project ships
+NAMES = ("A", "B", "S")
+SLOT = re.compile(r"\{(\w*)\}")
+FILLERS = {"place": "places", "object": "objects"}  # slot -> list that fills it
+CHUNK = 2000  # prompts tokenised at a time
+
+
+@dataclass(frozen=True)
+class Words:
+    """What prompts are made of."""
+
+    names: list[str]
+    places: list[str]
+    objects: list[str]
+    templates: list[str]
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A prompt but for its giver: everything that the two prompts of a symmetric pair share."""
+
+    template: int
+    first: str
+    second: str
+    place: str
+    object: str
+
+
+def read_words(path: Path | str) -> Words:
+    """Words and templates of a JSON file with lists `names`, `places`, `objects` and `templates`, checked.
+
+    Raises:
+        UserError: the file is missing or damaged, a list is missing or too short, a word is given twice, or a template
+            lacks a slot that it needs, has one that is unknown, or does not leave room for the name at its end.
+    """
+    value = read_json(path, f"Copy {BANK.name} and change that.")
+    for key, least in (("names", 3), ("places", 1), ("objects", 1), ("templates", 1)):
+        found = value.get(key) if isinstance(value, dict) else None
+        if not isinstance(found, list) or not all(is_text(word) and word for word in found):
+            raise UserError(f"{path} has no list of texts {key!r}. Copy {BANK.name} and change that.")
+        if len(found) < least:
+            raise UserError(f"{path} gives {len(found)} {key}; at least {least} are needed.")
+        if len(set(found)) < len(found):
+            twice = next(word for word in found if found.count(word) > 1)
+            raise UserError(f"{path} gives {twice!r} twice among its {key}. Remove one.")
+    words = Words(**{key: list(value[key]) for key in ("names", "places", "objects", "templates")})
+    for template in words.templates:
+        check_template(template)
+    return words
+
+
+def check_template(template: str) -> None:
+    """Raise a `UserError` for a template that indirect-object prompts cannot be made from."""
+    slots = SLOT.findall(template)
+    known = "{A}, {B}, {S}, {place} and {object}"
+    for name in NAMES:
+        if slots.count(name) != 1:
+            what = "lacks the slot" if name not in slots else "has more than one slot"
+            raise UserError(f"the template {template!r} {what} {{{name}}}. It needs {{A}}, {{B}} and {{S}}, each once.")
+        if f" {{{name}}}" not in template:
+            raise UserError(f"the template {template!r} has no space before {{{name}}}, so that its name is no word.")
+    if unknown := [slot for slot in slots if slot not in (*NAMES, *FILLERS)]:
+        raise UserError(f"the template {template!r} has the slot {{{unknown[0]}}}. Known slots are {known}.")
+    if "{" in SLOT.sub("", template) or "}" in SLOT.sub("", template):
+        raise UserError(f"the template {template!r} has a brace that is no slot. Known slots are {known}.")
+    if slots[-1] != "S" and template.rindex("{S}") < max(template.rindex("{A}"), template.rindex("{B}")):
+        raise UserError(f"the template {template!r} has its giver {{S}} before {{A}} or {{B}}. Let {{S}} come last.")
+    if SLOT.search(template[-1:]) or not re.search(r"\w$", template):
+        raise UserError(f"the template {template!r} must end with the word before the name, such as 'to'.")
+
+
+def is_single(tokenizer: Any, word: str, first: bool = False) -> bool:
+    """Whether a word is one token behind another word, or, if `first`, at the beginning of a text."""
+
+    def count(text: str) -> int:
+        return len(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    return count(word) == 1 if first else count(f"in {word}") == count("in") + 1
+
+
+def check_single(words: Words, tokenizer: Any) -> None:
+    """Raise a `UserError` for a name, place or object that is not one token."""
+    for key in ("names", "places", "objects"):
+        for word in getattr(words, key):
+            if not is_single(tokenizer, word):
+                pieces = tokenizer.tokenize(f" {word}")
+                raise UserError(
+                    f"{word!r}, one of the {key}, is {len(pieces)} tokens of this tokenizer and not one "
+                    f"({' '.join(pieces)}). Take it out of the list, or choose another word."
+                )
+
+
+def known_words(words: Words, tokenizer: Any) -> Words:
+    """The words that are single tokens, and the templates whose own words all are.
+
+    Raises:
+        UserError: too little is left to make prompts from.
+    """
+
+    def familiar(template: str) -> bool:
+        found = [(match.group(), match.start() == 0) for match in re.finditer(r"\w+", SLOT.sub("", template))]
+        return all(is_single(tokenizer, word, first) for word, first in found)
+
+    lists = {
+        key: [word for word in getattr(words, key) if is_single(tokenizer, word)]
+        for key in ("names", "places", "objects")
+    }
+    left = Words(**lists, templates=[template for template in words.templates if familiar(template)])
+    for key, least in (("names", 3), ("places", 1), ("objects", 1), ("templates", 1)):
+        if len(getattr(left, key)) < least:
+            raise UserError(
+                f"of the {len(getattr(words, key))} {key} of the project's list {len(getattr(left, key))} are made of "
+                f"single tokens of this tokenizer; at least {least} are needed. Write a list of your own (words)."
+            )
+    return left
+
+
+def draw_frames(words: Words, count: int, random: Random) -> list[Frame]:
+    """`count` different frames, uniformly at random, whose prompts all differ.
+
+    Raises:
+        UserError: there are not so many.
+    """
+    most = sum(
+        len(words.names) * (len(words.names) - 1) * len(_fillers(words, t, "place")) * len(_fillers(words, t, "object"))
+        for t in words.templates
+    )
+    if count > most:
+        raise UserError(
+            f"{count:,} prompts without a repetition were asked for, and these words and templates give {most:,}. "
+            "Ask for fewer, or add words."
+        )
+    found: dict[Frame, None] = {}
+    while len(found) < count:
+        number = random.randrange(len(words.templates))
+        first, second = random.sample(words.names, 2)
+        template = words.templates[number]
+        place, thing = (random.choice(_fillers(words, template, slot)) for slot in FILLERS)
+        found.setdefault(Frame(number, first, second, place, thing))
+    return list(found)
+
+
+def _fillers(words: Words, template: str, slot: str) -> list[str]:
+    return getattr(words, FILLERS[slot]) if f"{{{slot}}}" in template else [""]
+
+
+def fill(template: str, frame: Frame, giver: str) -> tuple[str, dict[str, int]]:
+    """The prompt, and where in it each name ends (in characters): by slot."""
+    values = {**asdict(frame), "A": frame.first, "B": frame.second, "S": giver}
+    text, ends, done = "", {}, 0
+    for match in SLOT.finditer(template):
+        text += template[done : match.start()]
+        value = values[match.group(1)]
+        if re.match("[aeiou]", value):
+            text = re.sub(r"\b([Aa]) $", r"\1n ", text)
+        text += value
+        ends[match.group(1)] = len(text)
+        done = match.end()
+    return text + template[done:], ends
+
+
+def make_rows(words: Words, frames: Iterable[Frame], random: Random, pairs: bool = True) -> Iterator[list[dict]]:
+    """For every prompt its row and that of its ABC counterpart, positions still in characters (see `with_positions`).
+
+    With `pairs`, each frame gives an ABBA prompt and, next to it, the BABA prompt that differs in the giver alone;
+    without, one of the two.
+    """
+    for frame in frames:
+        givers = [frame.second, frame.first] if pairs else [random.choice([frame.second, frame.first])]
+        for subject in givers:
+            io = frame.first if subject == frame.second else frame.second
+            third = random.choice([name for name in words.names if name not in (io, subject)])
+            abba = io == frame.first
+            yield [
+                _row(words, frame, io, subject, subject, "ABBA" if abba else "BABA"),
+                _row(words, frame, io, subject, third, "ABC" if abba else "BAC"),
+            ]
+
+
+def _row(words: Words, frame: Frame, io: str, subject: str, giver: str, order: str) -> dict[str, Any]:
+    text, ends = fill(words.templates[frame.template], frame, giver)
+    first, second = ends["A"], ends["B"]
+    places = {"IO": first, "S1": second} if io == frame.first else {"IO": second, "S1": first}
+    places |= {"S2": ends["S"], "end": len(text)}
+    row = {"text": text, "IO": io, "S": subject, "order": order, "template": frame.template, "positions": places}
+    return row if giver == subject else {**row, "giver": giver}
+
+
+def with_positions(rows: list[dict[str, Any]], tokenizer: Any) -> Iterator[dict[str, Any]]:
+    """Rows with the positions of names and end in tokens, the prefix token being at position 0.
+
+    Raises:
+        UserError: a name is not one token where it stands.
+    """
+    for start in range(0, len(rows), CHUNK):
+        part = rows[start : start + CHUNK]
+        encoded = tokenizer([row["text"] for row in part], add_special_tokens=False, return_offsets_mapping=True)
+        for row, spans in zip(part, encoded["offset_mapping"], strict=True):
+            token_at = {end: (number, begin) for number, (begin, end) in enumerate(spans, 1) if end > begin}
+            positions = {}
+            for key, end in row["positions"].items():
+                word = {"IO": row["IO"], "S1": row["S"], "S2": row.get("giver", row["S"])}.get(key)
+                number, begin = token_at.get(end, (0, 0))
+                # byte-level tokenizers count the space before a word in, or do not
+                if not number or (word is not None and begin not in (end - len(word), end - len(word) - 1)):
+                    raise UserError(f"{word or 'the last word'!r} is not one token in {row['text']!r}. Choose others.")
+                positions[key] = number
+            yield {**row, "positions": positions}

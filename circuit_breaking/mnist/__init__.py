@@ -1,0 +1,1 @@
+"""What the MNIST scripts share: images, run folders, reports."""

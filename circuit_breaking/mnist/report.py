@@ -1,0 +1,95 @@
+"""What the scripts of the MNIST setting print: the data in words, and the table of results."""
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from circuit_breaking.errors import UserError
+from circuit_breaking.mnist.digits import Images, Split
+
+POSITIVE = (
+    "n_bad",
+    "width",
+    "train_steps",
+    "train_batch_size",
+    "train_lr",
+    "steps",
+    "n_keep",
+    "finetune_lr",
+    "batch_size",
+    "lr",
+    "evaluate_every",
+)
+NOT_NEGATIVE = (
+    "threads",
+    "ratio",
+    "ratio_kept",
+    "cap",
+    "cap_kept",
+    "shift",
+    "sparsity",
+    "ramp_steps",
+    "round_every",
+    "max_edges",
+    "checkpoint_every",
+)
+COLUMNS = (
+    "edges cut",
+    "bad examples",
+    "test target",
+    "train target",
+    "test other",
+    "train other",
+    "test mates",
+    "test target as reference",
+)
+
+
+def check_settings(settings: Any) -> None:
+    """Refuse numbers that make no sense before any work is done."""
+    for name in POSITIVE:
+        if getattr(settings, name, 1) <= 0:
+            raise UserError(f"--{name} is {getattr(settings, name)}; it must be positive.")
+    for name in NOT_NEGATIVE:
+        if getattr(settings, name, 0) < 0:
+            raise UserError(f"--{name} is {getattr(settings, name)}; it cannot be negative.")
+    if not settings.run or settings.run != settings.run.strip("./ ") or "/" in settings.run or "\\" in settings.run:
+        raise UserError(f"--run {settings.run!r} is not a plain folder name; give the place with --out.")
+
+
+def describe(images: Images, split: Split) -> str:
+    """The data and the task in a few lines."""
+    target, counts = split.target_class, {name: len(rows) for name, (_, rows) in split.sets.items()}
+    return "\n".join(
+        (
+            f"data: {images.source}; {len(images.train_x):,} training and {len(images.test_x):,} test images",
+            f"groups: {', '.join('+'.join(map(str, group)) for group in split.groups)}",
+            f"bad behaviour: putting a {target} into its group, from {counts['bad examples']} test {target}s;"
+            f" {counts['test target']:,} are held out",
+        )
+    )
+
+
+def network_accuracy(result: dict[str, float], split: Split) -> float:
+    """Accuracy on the whole test set from that on its parts."""
+    parts = ("bad examples", "test target", "test other")
+    sizes = [len(split.sets[part][1]) for part in parts]
+    return sum(result[part] * size for part, size in zip(parts, sizes, strict=True)) / sum(sizes)
+
+
+def print_table(report: dict[str, Any]) -> None:
+    """Accuracies in percent, a row for each variant."""
+    target = report["target_class"]
+    columns = [name for name in COLUMNS if any(name in row for row in report["results"].values())]
+    table = Table(title=f"share in its group, % (target: {target}); data: {report['source']}", title_justify="left")
+    table.add_column("")
+    for name in columns:
+        table.add_column(name.replace("target", f"{target}s"), justify="right")
+    for variant, row in report["results"].items():
+        cells = [f"{row[name]:,}" if name == "edges cut" else f"{100 * row[name]:.1f}" for name in columns]
+        table.add_row(variant, *cells)
+    console = Console()
+    # a pipe or a log file has no width of its own: never wrap there
+    (console if console.is_terminal else Console(width=140)).print(table)
+    print(f"test accuracy of the network before anything is cut: {100 * report['test accuracy']:.2f} %")

@@ -1,0 +1,14 @@
+"""Hugging Face models: loaded, checked and described.
+
+First file to read: `load`. What differs between families is said in `families`."""
+
+from circuit_breaking import lazy_names
+
+__getattr__ = lazy_names(
+    __name__,
+    {
+        "load_hf_model": "circuit_breaking.models.load",
+        "load_model": "circuit_breaking.engine.load",
+        "load_tokenizer": "circuit_breaking.models.load",
+    },
+)

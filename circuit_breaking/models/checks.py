@@ -1,0 +1,108 @@
+"""Checks on the files of a model before transformers reads them (layer 1).
+
+A configuration is a claim like any header: it is held against the weights that are there before memory is set aside for
+what it says. Weights come from safetensors or GGUF; a model that has none but pickled ones is refused.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoModelForCausalLM
+
+from circuit_breaking.errors import UserError, one_line
+from circuit_breaking.models.gguf import check_gguf
+from circuit_breaking.runs.files import parse_json, read_json, require_file
+from circuit_breaking.runs.tensors import check_header
+
+HINT = "Save the model again with save_pretrained, or get it again."
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".h5", ".msgpack")
+MOST_LAYERS = 1000  # building a layer takes memory even before it has weights
+MAX_JSON = 2**26  # bytes; tokenizer.json of a vocabulary of 250,000 has 17 MB
+FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+
+
+def check_files(folder: Path, gguf: str | None = None) -> None:
+    """Raise a `UserError` unless the JSON files of a folder are objects of a sane size, and all files regular ones."""
+    if gguf is not None:
+        check_gguf(require_file(folder / gguf, HINT))
+        return
+    for path in sorted(folder.glob("*.json")):
+        # a tokenizer's files may hold a number such as 1e30 for "no limit"; the configuration's are sizes and the like
+        parse = parse_json if path.name == "config.json" else json.loads
+        if not isinstance(read_json(path, HINT, parse, MAX_JSON), dict):
+            raise UserError(f"{path} holds no JSON object. {HINT}")
+
+
+def check_sizes(config: Any, folder: Path, gguf: str | None = None) -> None:
+    """Raise a `UserError` where a configuration asks for more than the weights of its folder can fill.
+
+    Of a hub's name, which is no folder here, only the number of layers is looked at.
+    """
+    layers = getattr(config, "num_hidden_layers", None)
+    if type(layers) is not int or not 0 < layers <= MOST_LAYERS:
+        raise UserError(f"the configuration in {folder} says {layers} layers; 1 to {MOST_LAYERS:,} are possible.")
+    if not folder.exists():
+        return
+    files = [folder / gguf] if gguf is not None else list(weight_files(folder))
+    if gguf is None:
+        for path in files:
+            check_weight_file(path)
+    room = sum(path.stat().st_size for path in files)
+    try:
+        with torch.device("meta"):  # no memory for weights
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except ImportError as error:
+        raise UserError(f"the model in {folder}: {one_line(error)}") from error
+    except Exception as error:  # the library raises many kinds for settings that make no model
+        raise UserError(f"the configuration in {folder} makes no model ({one_line(error)}). {HINT}") from error
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    # a weight takes a byte at least, in GGUF's smallest types more than a bit
+    if weights > room * (8 if gguf is not None else 1):
+        raise UserError(
+            f"the configuration in {folder} asks for {weights:,} weights, and the files hold {room:,} bytes. {HINT}"
+        )
+
+
+def weight_files(folder: Path) -> Iterator[Path]:
+    """The safetensors files of a model, as its index names them where there is one.
+
+    Raises:
+        UserError: there are none, or the index names a file that is no safetensors file of this folder.
+    """
+    if (folder / WEIGHTS).is_file() or not (folder / INDEX).exists():
+        if not (folder / WEIGHTS).exists():
+            other = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
+            if other:
+                raise UserError(
+                    f"{folder} has its weights in {other[0]}, a pickle, which can run code when it is read. "
+                    "Save the model as safetensors (save_pretrained of transformers does) and give that folder."
+                )
+            raise UserError(f"{folder} has no weights: there is no {WEIGHTS}. {HINT}")
+        yield require_file(folder / WEIGHTS, HINT)
+        return
+    index = read_json(folder / INDEX, HINT)
+    names = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(names, dict) or not names:
+        raise UserError(f"{folder / INDEX} names no weights. {HINT}")
+    for name in sorted({str(name) for name in names.values()}):
+        if Path(name).suffix != ".safetensors" or Path(name).name != name:
+            raise UserError(f"{folder / INDEX} names {name!r}, which is no safetensors file of its folder. {HINT}")
+        yield require_file(folder / name, HINT)
+
+
+def check_weight_file(path: Path) -> None:
+    """Raise a `UserError` for a safetensors file that is damaged, or whose weights are whole numbers."""
+    try:
+        check_header(path)
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (not a dict)
+                kind = file.get_slice(name).get_dtype()
+                if name.endswith(".weight") and kind not in FLOATS:
+                    raise UserError(f"{path} holds {name} as {kind}: quantised weights are not read here.")
+    except (SafetensorError, ValueError, OSError, RecursionError) as error:
+        raise UserError(f"{path} is not a readable safetensors file ({one_line(error)}). {HINT}") from error

@@ -1,0 +1,161 @@
+"""Load a model or a tokenizer by name, folder, GGUF file or Hugging Face object (layer 2)."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.activations import NewGELUActivation
+from transformers.utils import logging
+
+from circuit_breaking.errors import UserError, one_line
+from circuit_breaking.models.checks import check_files, check_sizes
+from circuit_breaking.runs.devices import pick_device, pick_dtype
+from circuit_breaking.runs.files import DATA
+
+TINY = DATA / "tiny_gpt2"
+
+
+def _locate(name: str | Path) -> tuple[str, dict[str, Any]]:
+    """What to hand to `from_pretrained` for a model's name, and with which keywords."""
+    if str(name) == "tiny":
+        if not (TINY / "config.json").is_file():
+            raise UserError(f"the shipped model is not in {TINY}. Make it with data/make_tiny_gpt2.py.")
+        return str(TINY), {}
+    try:
+        folder = Path(name).expanduser()
+        if folder.suffix == ".gguf" and folder.is_file():
+            return str(folder.parent), {"gguf_file": folder.name}
+        if not folder.exists():
+            return str(name), {}
+    except (OSError, RuntimeError) as error:  # a name that is too long, a home that is nobody's
+        raise UserError(f"there is no model {str(name)[:200]!r} ({one_line(error, 100)}). Check the name.") from error
+    if (folder / "config.json").is_file() or (folder / "tokenizer_config.json").is_file():  # or a tokenizer alone
+        return str(folder), {}
+    found = sorted(folder.glob("*.gguf")) if folder.is_dir() else []
+    if len(found) == 1:
+        return str(folder), {"gguf_file": found[0].name}
+    what = f"{len(found)} .gguf files, name one of them" if found else "neither a config.json nor a .gguf file"
+    raise UserError(f"{folder} holds {what}: there is no model to load.")
+
+
+def _from_pretrained(loader: Any, name: str | Path, what: str, look: bool = True, **keywords: Any) -> Any:
+    """What a loader of transformers makes of a name. `look` at a folder's files first, unless that was just done."""
+    place, more = _locate(name)
+    local = Path(place).exists()
+    try:
+        if local and look:
+            check_files(Path(place), more.get("gguf_file"))
+        # code that comes with a model is never run, nor is anybody asked whether to run it
+        return loader.from_pretrained(place, **more, **keywords, trust_remote_code=False)
+    except UserError:
+        raise
+    except ImportError as error:
+        raise UserError(f"{what} {name}: {one_line(error)} For GGUF: pip install '.[gguf]'.") from error
+    except BaseException as error:  # the libraries raise many kinds for a damaged file, and Rust one of its own
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        if local:
+            raise UserError(f"{what} {place} cannot be read ({one_line(error)}).") from error
+        raise UserError(
+            f"{what} {place!r} is neither a folder here nor to be had from the Hugging Face hub "
+            f"({one_line(error)}). Check the name and the network, or give a folder."
+        ) from error
+
+
+def load_hf_model(name: str | Path, device: str = "auto", dtype: str | torch.dtype = "float32") -> nn.Module:
+    """The stock Hugging Face causal language model of a name, folder, `.gguf` file or `"tiny"`, in eval mode.
+
+    Weights are read from safetensors or GGUF, never from pickle.
+
+    Raises:
+        UserError: it cannot be found or read, its weights are not all there, or they are of another shape than its
+            configuration says.
+    """
+    device, dtype = pick_device(device), pick_dtype(dtype)
+    place, more = _locate(name)
+    check_sizes(load_config(name), Path(place), more.get("gguf_file"))
+    keywords = {} if more else {"use_safetensors": True}
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()  # what it warns of ends in an error here
+    try:
+        model, told = _from_pretrained(
+            AutoModelForCausalLM, name, "the model", look=False, dtype=dtype, output_loading_info=True,
+            ignore_mismatched_sizes=True, **keywords,
+        )  # fmt: skip
+    finally:
+        logging.set_verbosity(before)
+    check_weights(name, told, model.config.num_hidden_layers)
+    return model.to(device).eval()
+
+
+def check_weights(name: str | Path, told: dict[str, Any], layers: int) -> None:
+    """Raise a `UserError` where weights were lacking or of another shape, in whose place transformers puts random ones,
+    or where there were more than the model's `layers`.
+
+    `told` is transformers' record of how the model was loaded.
+    """
+    if wrong := sorted(told["mismatched_keys"]):
+        key, there, here = wrong[0]
+        raise UserError(
+            f"the model {name} has {key} of shape {list(there)}, and its configuration says {list(here)}. Get it again."
+        )
+    if missing := sorted(told["missing_keys"]):
+        raise UserError(f"the model {name} lacks weights ({missing[0]} and {len(missing) - 1} more). Get it again.")
+    found = [re.search(r"\b(?:h|layers)\.(\d+)\.", key) for key in told["unexpected_keys"]]
+    most = max((int(one[1]) for one in found if one), default=-1)
+    if most >= layers:
+        raise UserError(f"the model {name} has weights of {most + 1} layers, and its configuration says {layers}.")
+
+
+def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a hub name, folder, folder holding a `.gguf`, or `"tiny"`."""
+    tokenizer = _from_pretrained(AutoTokenizer, name, "the tokenizer of")
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes of a folder without a tokenizer
+        raise UserError(f"the model {name} comes without its tokenizer. Save that in its folder too.")
+    place, more = _locate(name)
+    if not more and (Path(place) / "config.json").is_file():
+        size = getattr(load_config(name, look=False), "vocab_size", None)
+        most = max(tokenizer.get_vocab().values())
+        if type(size) is int and most >= size:
+            raise UserError(
+                f"the tokenizer of {name} has a token {most:,}, and the model knows {size:,} tokens. Get both again."
+            )
+    return tokenizer
+
+
+def load_config(name: str | Path, look: bool = True) -> Any:
+    """The Hugging Face configuration alone, without the weights; `look` as for `_from_pretrained`."""
+    return _from_pretrained(AutoConfig, name, "the configuration of", look)
+
+
+@contextmanager
+def fused_activations(hf: nn.Module) -> Iterator[nn.Module]:
+    """Compute GPT-2's activation by one kernel in place of the eight that Hugging Face writes out, while the block
+    lasts: the same function to rounding, in a tenth of the time."""
+    replaced = [
+        (parent, name, child)
+        for parent in hf.modules()
+        for name, child in parent.named_children()
+        if isinstance(child, NewGELUActivation)
+    ]
+    for parent, name, _ in replaced:
+        setattr(parent, name, nn.GELU(approximate="tanh"))
+    try:
+        yield hf
+    finally:
+        for parent, name, child in replaced:
+            setattr(parent, name, child)
+
+
+def files_of(model: str) -> list[Path]:
+    """Files with the weights of a model that is a folder or a file here; none for a hub's name."""
+    path = TINY if model == SHIPPED else Path(model).expanduser()
+    return [path] if path.is_file() else sorted([*path.glob("*.safetensors"), *path.glob("*.gguf")])
+
+
+SHIPPED = "tiny"

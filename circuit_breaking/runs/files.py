@@ -1,0 +1,248 @@
+"""Run folders, atomic writes, and the record that every result carries (layer 0).
+
+Tensors go into safetensors, tables into JSON, JSON Lines or CSV. No pickle is read or written anywhere. What is read is
+believed only after a look: its kind and size before its content, a header's claims before memory is set aside for them.
+"""
+
+import csv
+import dataclasses
+import json
+import os
+import stat
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from circuit_breaking.errors import UserError, first_line
+
+ROOT = Path(__file__).resolve().parents[2]  # default paths hang on it, so scripts run from any folder
+DATA = ROOT / "data"
+
+CHECK = "Check the path in the settings."  # what to do where a caller knows nothing better
+MAX_JSON = 2**28  # bytes of a JSON or CSV file; the largest report has a few MB
+MAX_LINES = 2**30  # bytes of a file of lines
+MAX_LINE = 2**24  # bytes of a line of JSON
+KINDS = {
+    stat.S_ISDIR: "a folder", stat.S_ISFIFO: "a named pipe", stat.S_ISSOCK: "a socket", stat.S_ISCHR: "a device",
+    stat.S_ISBLK: "a device",
+}  # fmt: skip
+
+
+@contextmanager
+def atomic_path(path: Path | str, keep: Path | None = None) -> Iterator[Path]:
+    """A temporary path beside `path`, renamed to it when the block ends well and removed when it does not.
+
+    It is written through to the disk first, for some disks say only then that they are full. With `keep`, what was at
+    `path` goes there.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        os.close(descriptor)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}. Choose another folder in the settings.") from error
+    temporary = Path(name)
+    try:
+        yield temporary
+        # mkstemp makes files that only their owner can read; results are shared
+        temporary.chmod(0o666 & ~_umask())
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        if keep is not None and path.is_file():
+            path.replace(keep)
+        temporary.replace(path)
+    except (OSError, SafetensorError) as error:  # safetensors wraps what the disk says
+        why = getattr(error, "strerror", None) or first_line(error)
+        raise UserError(f"cannot write {path}: {why}. Nothing was left half-written.") from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+@lru_cache
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_text(path: Path | str, text: str) -> None:
+    """Write UTF-8 text atomically; a lone surrogate, as in a path that is no UTF-8, becomes an escape."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+def write_json(path: Path | str, value: Any) -> None:
+    """Write `value` as indented JSON atomically; dataclasses and paths are allowed, NaN is not."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False, default=plain) + "\n")
+
+
+def write_jsonl(path: Path | str, rows: Iterable[Any]) -> int:
+    """Write one JSON value a line atomically, streaming; returns how many."""
+    count = 0
+    with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False, default=plain) + "\n")
+            count += 1
+    return count
+
+
+def end_at_whole_line(path: Path) -> None:
+    """Cut off the beginning of a line that a full disk left at the end of a file. No error of the disk is raised."""
+    with suppress(OSError), path.open("rb+") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - MAX_LINE))
+        tail = file.read()
+        file.truncate(size - len(tail) + tail.rfind(b"\n") + 1)
+
+
+def write_csv(path: Path | str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows atomically as CSV, under the names of all their columns; None is an empty cell, NaN is not allowed."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    if any(isinstance(value, float) and value != value for row in rows for value in row.values()):
+        raise ValueError(f"a NaN does not go into {path}")
+    with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, names, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def read_csv(path: Path | str, hint: str = CHECK) -> list[dict[str, str]]:
+    """Read a CSV file with a header; a missing or damaged one is a `UserError`."""
+    path = require_file(path, hint, MAX_JSON)
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            reader = csv.DictReader(file)
+            rows, names = list(reader), reader.fieldnames or []
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not CSV ({error}). {hint}") from error
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}. {hint}") from error
+    if len(set(names)) < len(names):
+        raise UserError(f"{path} has two columns of one name. {hint}")
+    for number, row in enumerate(rows, 2):
+        if None in row or None in row.values():
+            raise UserError(f"{path}, row {number}: not as many cells as there are columns. {hint}")
+    return rows
+
+
+def plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    if isinstance(value, Path):
+        return str(value)
+    if hasattr(value, "item"):  # a number of torch or numpy
+        return value.item()
+    raise TypeError(f"{type(value).__name__} does not go into JSON")
+
+
+def require_file(path: Path | str, hint: str = CHECK, at_most: int | None = None) -> Path:
+    """`path` as a Path if a regular file of at most so many bytes is there, else a `UserError` that ends with `hint`.
+
+    A pipe or a device is refused: one might wait for ever to be read, or never end.
+    """
+    path = Path(path)
+    try:
+        found = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"there is no file {path}. {hint}") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        why = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot read {str(path)[:200]!r}: {why}. {hint}") from error
+    if not stat.S_ISREG(found.st_mode):
+        kind = next((kind for is_one, kind in KINDS.items() if is_one(found.st_mode)), "something else")
+        raise UserError(f"there is no file {path}, but {kind}. {hint}")
+    if at_most is not None and found.st_size > at_most:
+        raise UserError(f"{path} has {found.st_size:,} bytes, more than the {at_most:,} that are read here. {hint}")
+    return path
+
+
+def _integer(text: str) -> int:
+    value = int(text)
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"a whole number of {len(text)} digits")
+    return value
+
+
+def _float(text: str) -> float:
+    value = float(text)
+    if value in (float("inf"), float("-inf")):
+        raise ValueError("a number that is too large")
+    return value
+
+
+def _constant(name: str) -> float:
+    raise ValueError(f"{name}, which is no number")
+
+
+def parse_json(text: str | bytes, nan: bool = False) -> Any:
+    """The value of a JSON text whose numbers fit 64 bits and are finite, or, if `nan`, may be NaN or an Infinity.
+
+    Raises:
+        ValueError: it is not such JSON. RecursionError: it is nested too deep.
+    """
+    constant = None if nan else _constant
+    return json.loads(text, parse_int=_integer, parse_float=_float, parse_constant=constant)
+
+
+def read_json(
+    path: Path | str, hint: str = CHECK, parse: Callable[[str], Any] = parse_json, at_most: int = MAX_JSON
+) -> Any:
+    """Read a JSON file of at most so many bytes by `parse`; a missing or damaged one is a `UserError`."""
+    path = require_file(path, hint, at_most)
+    try:
+        return parse(path.read_bytes().decode())
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON ({error}). {hint}") from error
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}. {hint}") from error
+
+
+def read_jsonl(path: Path | str, hint: str = CHECK) -> list[Any]:
+    """Read JSON Lines; a missing file or a damaged line is a `UserError` that names the line.
+
+    NaN is read, for the log of a run that diverged holds it.
+    """
+    path = require_file(path, hint, MAX_LINES)
+    rows, number = [], 0
+    try:
+        with path.open("rb") as file:
+            while line := file.readline(MAX_LINE + 1):
+                number += 1
+                if len(line) > MAX_LINE:
+                    raise ValueError(f"more than {MAX_LINE:,} bytes in one line")
+                if line.strip():
+                    rows.append(parse_json(line.decode(), nan=True))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}, line {number}: not UTF-8 text ({error.reason}). {hint}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}, line {number}: not JSON ({error}). {hint}") from error
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}. {hint}") from error
+    return rows
+
+
+def is_text(value: Any) -> bool:
+    """Whether a value is a text that has a UTF-8 form: JSON can hold lone surrogates, which no tokenizer takes."""
+    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
+
+
+def read_lines(path: Path | str, hint: str = CHECK) -> list[str]:
+    """Lines of a UTF-8 text file that are not blank, one text each. A missing or empty file is a `UserError`."""
+    path = require_file(path, hint, MAX_LINES)
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8", errors="strict").splitlines()]
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}). {hint}") from error
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}. {hint}") from error
+    lines = [line for line in lines if line]
+    if not lines:
+        raise UserError(f"{path} holds no text. {hint}")
+    return lines

@@ -1,0 +1,31 @@
+"""A stock Hugging Face model behind the part of `EdgeMaskedTransformer` that tasks use."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from circuit_breaking.engine.transformer import select_positions
+
+
+class StockModel:
+    """A stock Hugging Face model behind the part of `EdgeMaskedTransformer` that tasks use. Differentiable in the
+    weights that require it, all but those of the output embedding."""
+
+    def __init__(self, hf: nn.Module) -> None:
+        self.hf = hf
+        self.unembedding = hf.get_output_embeddings().weight
+        self.unembedding_bias = getattr(hf.get_output_embeddings(), "bias", None)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.hf.device
+
+    def hidden(self, tokens: Tensor, at: Tensor | None = None, mask: None = None) -> Tensor:
+        """Final hidden state, as `EdgeMaskedTransformer.hidden`; there are no edges to mask."""
+        hidden = self.hf.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+        return hidden if at is None else select_positions(hidden, at)
+
+    def __call__(self, tokens: Tensor, at: Tensor | None = None, mask: None = None) -> Tensor:
+        """Next-token logits, as `EdgeMaskedTransformer.forward`."""
+        return F.linear(self.hidden(tokens, at), self.unembedding, self.unembedding_bias)

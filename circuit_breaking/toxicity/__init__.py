@@ -1,0 +1,1 @@
+"""What the toxicity scripts share: their data, the 4chan dump, samples and splits."""

@@ -1,0 +1,271 @@
+"""The one mask-training loop (layer 3).
+
+Minimises  keep_weight · L_keep(m) - alpha · L_break(m) + sparsity(m)  over masks m that cut at most `max_edges` edges
+(Li, Davies, Nadeau 2023, section 3.2), in phases:
+
+find     `relax_steps` and `anneal_steps`, used as the method says: the paper's clamped weights, hard-concrete gates, or
+         attribution (`edge_methods`).
+sift     Few edges are tried at a time, and kept cut by the mean of the gradients at both ends of their weight (`sift`).
+refine   Single edges are cut, restored or exchanged by their measured effect on fresh batches (`search`).
+settle   The edges are chosen; what they carry, where that is learned, comes to fit them (`learned_means`).
+
+The forward sees binary masks from there on, so nothing is left for a last rounding to harm.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from circuit_breaking.engine.mask import lowest_cut
+from circuit_breaking.errors import UserError
+from circuit_breaking.graph import Edge
+from circuit_breaking.runs.checkpoints import Checkpoints, Saved, restore_parts, state_of
+from circuit_breaking.runs.distributed import is_main, same_random_states
+from circuit_breaking.runs.signals import told_to_stop
+from circuit_breaking.training.config import MaskSettings
+from circuit_breaking.training.edge_methods import GIVEN, METHODS, GivenEdges
+from circuit_breaking.training.objective import StepObjective
+from circuit_breaking.training.optimal_ablation import LearnedMeans
+from circuit_breaking.training.refine import MeasuredSearch
+from circuit_breaking.training.sift import Sift
+
+
+@dataclass
+class MaskResult:
+    """What training found: the binary mask [E] (also left in the model), its cut edges, and a row for every step."""
+
+    weights: Tensor
+    edges: list[Edge]
+    history: list[dict[str, Any]] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+def train_mask(
+    model: Any,
+    break_task: Any,
+    keep_task: Any,
+    settings: MaskSettings | None = None,
+    allowed: Tensor | None = None,
+    on_step: Callable[[dict[str, Any]], None] | None = None,
+    progress: bool = True,
+    checkpoints: Checkpoints | None = None,
+    resume_from: Saved | None = None,
+) -> MaskResult:
+    """Learn which few edges to cut. The model's mask is trained from all ones and left binary.
+
+    Where several processes were launched (`parallel`), all call this alike, with the same tasks. Each computes its
+    share of every batch, and all come to the same mask; the main one saves checkpoints and shows the bar.
+
+    Args:
+        model: an `EdgeMaskedTransformer`; its `means` say what a cut edge carries, and are replaced where they are
+            learned.
+        break_task: behaviour to break, a `tasks.Task`.
+        keep_task: behaviour to keep.
+        settings: see `MaskSettings`.
+        allowed: bool [E], the edges that may be cut; all by default.
+        on_step: called with each row of the history as it comes.
+        progress: show a bar with the losses and the number of cut edges.
+        checkpoints: where the state goes every so many steps, and on SIGTERM or SIGUSR1, which then end the run.
+        resume_from: a state to go on from, of `checkpoints.load()`. The mask that comes out is that of a run that
+            was never interrupted (bit for bit on CPU); the result's history begins where it goes on.
+
+    Raises:
+        UserError: a setting makes no sense, or a loss is not finite.
+        Stopped: a signal ended the run; its state is saved.
+    """
+    settings = settings or MaskSettings()
+    trainer = _Trainer(model, break_task, keep_task, settings, allowed)
+    before = 0.0
+    if resume_from is not None:
+        trainer.restore(resume_from)
+        before = resume_from.values["seconds"]
+    same_random_states(model.device)
+    start, history = time.perf_counter(), []
+    hidden = None if progress and is_main() else True  # None: shown on a terminal
+    with (
+        tqdm(total=trainer.total, initial=trainer.done, desc="mask", unit="step", disable=hidden) as bar,
+        told_to_stop() if checkpoints is not None else nullcontext(()) as signals,
+        recomputing(model, settings.recompute),
+    ):
+        while trainer.done < trainer.total:
+            row = {"step": trainer.done, **trainer.step()}
+            row["seconds"] = round(before + time.perf_counter() - start, 3)
+            history.append(row)
+            if on_step is not None:
+                on_step(row)
+            bar.set_postfix_str(
+                f"{row['phase']}: keep {row['keep_loss']:.3f}, break {row['break_loss']:.3f}, {row['n_cut']} cut"
+            )
+            bar.update()
+            if checkpoints is not None:
+                last = trainer.done == trainer.total
+                checkpoints.after(trainer.done, trainer.state, {"seconds": row["seconds"]}, signals, last)
+    model.mask.keep_budget_(trainer.settings.max_edges)
+    if trainer.means is not None:
+        trainer.means.settle()
+    seconds = before + time.perf_counter() - start
+    return MaskResult(model.mask.weights.detach().clone(), model.mask.cut_edges(), history, seconds)
+
+
+@contextmanager
+def recomputing(model: Any, on: bool) -> Iterator[None]:
+    """Let the model's backward compute parts of each layer again, while the block lasts; then free what it holds."""
+    before = model.recompute
+    model.recompute = before or on
+    try:
+        yield
+    finally:
+        model.recompute = before
+        model.replays.clear()
+
+
+class _Trainer:
+    """State of a training run: `step` does one step, `state` and `restore` carry it over an interruption."""
+
+    def __init__(
+        self, model: Any, break_task: Any, keep_task: Any, settings: MaskSettings, allowed: Tensor | None
+    ) -> None:
+        check(settings, len(model.graph), allowed)
+        self.model, self.break_task, self.keep_task, self.settings = model, break_task, keep_task, settings
+        self.weights = model.mask.weights
+        self.allowed = None if allowed is None else allowed.to(self.weights.device)
+        self.objective = StepObjective(model, keep_task, break_task, settings)
+        self.means = LearnedMeans(model, settings.means_lr) if settings.means_lr and settings.max_edges else None
+        self.done = 0
+        self.phases = [
+            (self._find, settings.relax_steps + settings.anneal_steps),
+            (self._sift, settings.sift_steps),
+            (self._refine, settings.refine_rounds),
+            (self._settle, settings.means_steps if self.means is not None else 0),
+        ]
+        self.total = sum(steps for _, steps in self.phases) if settings.max_edges else 0
+        method = {**METHODS, GIVEN: GivenEdges}[settings.method]
+        self.method = method(model, settings, self.allowed, self.objective.draw, self._backward)
+        self.sift = Sift(settings.max_edges, self.allowed, settings.refine_price, settings.explore)
+        self.search = MeasuredSearch(settings.max_edges, self.allowed, settings.refine_price, settings.tries)
+        model.mask.reset_()
+
+    def step(self) -> dict[str, Any]:
+        """Do the next step and return its row."""
+        number = self.done
+        for step, steps in self.phases:
+            if number < steps:
+                self.done += 1
+                return step(number)
+            number -= steps
+        raise IndexError(f"there are no more than {self.total} steps")
+
+    def state(self) -> dict[str, Tensor]:
+        """All that the next steps depend on."""
+        return {"weights": self.weights.detach(), **state_of(**self._parts())}
+
+    def restore(self, saved: Saved) -> None:
+        """Go on from what `state` gave."""
+        self.done = saved.step
+        with torch.no_grad():
+            self.weights.copy_(saved.tensors["weights"])
+        restore_parts(saved.tensors, self._parts(), self.weights.device)
+
+    def _parts(self) -> dict[str, Any]:
+        """What has a state of its own."""
+        parts = {"method": self.method, "sift": self.sift, "search": self.search}
+        parts |= {"break": self.break_task, "keep": self.keep_task}
+        return parts if self.means is None else {**parts, "means": self.means}
+
+    def _row(self, phase: str, loss: float, n_cut: int) -> dict[str, Any]:
+        keep, broken = self.objective.losses
+        return {"phase": phase, "loss": loss, "keep_loss": keep, "break_loss": broken, "n_cut": n_cut}
+
+    def _backward(self, loss: Tensor) -> None:
+        """The backward of a loss, with a step of what cut edges carry where that is learned."""
+        loss.backward() if self.means is None else self.means.descend(loss)
+
+    def _find(self, number: int) -> dict[str, Any]:
+        return self._row(*self.method.step(number))
+
+    def _sift(self, number: int) -> dict[str, Any]:
+        settings = self.settings
+        if number == 0:
+            self.weights.data.copy_(self._lowest(settings.max_edges))
+        mask = self.weights.detach().clone()
+        # half of the time to come to the budget, half to settle there
+        budget = math.ceil(settings.max_edges * min(1.0, 2 * (number + 1) / settings.sift_steps))
+        following, loss = self.sift.step(mask, self.objective.draw(settings.batch_size), budget)
+        if number + 1 == settings.sift_steps:
+            following = self.sift.best()
+        with torch.no_grad():
+            self.weights.copy_(following)
+        self._adapt_means()
+        return self._row("sift", loss, int((mask == 0).sum()))
+
+    def _refine(self, number: int) -> dict[str, Any]:
+        settings = self.settings
+        if number == 0:
+            self.weights.data.copy_(self._lowest(settings.max_edges))
+        mask = self.weights.detach().clone()
+        with self.model.remembering(not settings.micro_batch):  # which is for those who lack the memory
+            changed, loss = self.search.round(mask, self.objective.draw(settings.refine_batch_size))
+        with torch.no_grad():
+            self.weights.copy_(changed)
+        self._adapt_means()
+        return self._row("refine", loss, int((mask == 0).sum()))
+
+    def _settle(self, number: int) -> dict[str, Any]:
+        if number == 0:
+            self.weights.data.copy_(self._lowest(self.settings.max_edges))
+        loss = self._adapt_means()
+        return self._row("settle", loss, self.model.mask.n_cut())
+
+    def _adapt_means(self) -> float | None:
+        """A step of what cut edges carry, where that is learned, for the mask as it is now; the objective there."""
+        if self.means is None:
+            return None
+        loss = self.objective.draw(self.settings.batch_size)(self.weights.detach())
+        self.means.descend(loss)
+        return float(loss.detach())
+
+    @torch.no_grad()
+    def _lowest(self, count: int) -> Tensor:
+        """Binary mask that cuts the `count` lowest of the weights that rounding would cut."""
+        return lowest_cut(self.weights, count, threshold=0.5)
+
+
+def check(settings: MaskSettings, n_edges: int, allowed: Tensor | None = None) -> None:
+    """Raise a `UserError` for settings that make no sense."""
+    if not 0 <= settings.max_edges <= n_edges:
+        raise UserError(f"max_edges {settings.max_edges} is not between 0 and the model's {n_edges:,} edges.")
+    if settings.method not in (*METHODS, GIVEN):
+        raise UserError(f"method {settings.method!r} is not one of {', '.join((*METHODS, GIVEN))}.")
+    if settings.method == GIVEN and settings.max_edges and (allowed is None or allowed.sum() > settings.max_edges):
+        raise UserError(
+            f"method {GIVEN} cuts all edges that may be cut. Give `allowed`, with at most max_edges of them, in code; "
+            "scripts that find edges take another method."
+        )
+    phases = ("relax_steps", "anneal_steps", "sift_steps", "refine_rounds", "means_steps")
+    for name in (*phases, "round_every", "ig_steps", "micro_batch", "sparsity", "means_lr"):
+        if getattr(settings, name) < 0:
+            raise UserError(f"{name} is {getattr(settings, name)}; it cannot be negative.")
+    for name in ("batch_size", "refine_batch_size", "tries", "lr", "candidates", "explore"):
+        if getattr(settings, name) <= 0:
+            raise UserError(f"{name} is {getattr(settings, name)}; it must be above 0.")
+    if settings.means_goal not in ("keep", "objective"):
+        raise UserError(f"means_goal {settings.means_goal!r} is neither keep nor objective.")
+    if settings.means_lr and settings.means_goal == "keep" and settings.keep_weight <= 0:
+        raise UserError(
+            f"what cut edges carry cannot be learned for a loss of weight {settings.keep_weight}. Set means_goal to "
+            "objective, means_lr to 0, or keep_weight above 0."
+        )
+    if not 0 < settings.chance < 1:
+        raise UserError(f"chance is {settings.chance}; it must be above 0 and below 1.")
+    if settings.method == "attribution" and settings.ig_steps > settings.relax_steps + settings.anneal_steps:
+        raise UserError(
+            f"ig_steps {settings.ig_steps} are more than the {settings.relax_steps + settings.anneal_steps} steps of "
+            "relax_steps and anneal_steps, of which each takes one gradient. Give more of these, or fewer points."
+        )

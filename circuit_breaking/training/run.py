@@ -1,0 +1,38 @@
+"""Train a mask into a run folder."""
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from circuit_breaking.runs.run_folder import recorded
+from circuit_breaking.training.config import MaskSettings
+from circuit_breaking.training.mask_trainer import MaskResult, train_mask
+
+
+def train_into(
+    folder: Path,
+    model: Any,
+    break_task: Any,
+    keep_task: Any,
+    settings: MaskSettings,
+    allowed: Tensor | None = None,
+    run: Mapping[str, Any] | None = None,
+    resume: bool = True,
+    every: int = 50,
+    hold: bool = True,
+) -> MaskResult:
+    """`train_mask`, each step's row written to `metrics.jsonl` of a run folder as it comes.
+
+    Of several processes that train together the main one writes; all go on from the same checkpoint.
+
+    Args:
+        folder, run, resume, every, hold: as for `recorded`.
+        model, break_task, keep_task, settings, allowed: as for `train_mask`.
+    """
+    if run is not None and allowed is not None:
+        run = {**run, "allowed": hashlib.sha256(bytes(allowed.tolist())).hexdigest()}
+    with recorded(folder, run, resume, every, hold) as how:
+        return train_mask(model, break_task, keep_task, settings, allowed, **how)

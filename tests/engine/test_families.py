@@ -1,0 +1,194 @@
+"""Families, their options and their sizes against Hugging Face, whole and masked."""
+
+import pytest
+import torch
+from helpers.masks import TOKENS
+from helpers.models import small_gpt2, small_llama, small_mistral, small_neox, small_qwen2, small_qwen3
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+from circuit_breaking.engine.load import load_model
+from circuit_breaking.engine.reference import NaiveEdgeMasked
+from circuit_breaking.errors import UserError
+from circuit_breaking.graph import EdgeGraph
+from circuit_breaking.models.load import fused_activations
+
+# The larger GPT-2s: all layers in the slow tests, two of the true width in the quick ones
+GPT2_SIZES = {"medium": (24, 16, 1024, 80_965), "large": (36, 20, 1280, 280_063), "xl": (48, 25, 1600, 766_225)}
+
+
+def check_gpt2_size(size, layers):
+    _, heads, width, _ = GPT2_SIZES[size]
+    torch.manual_seed(0)
+    hf = GPT2LMHeadModel(GPT2Config(n_layer=layers, n_head=heads, n_embd=width)).eval()
+    tokens = torch.randint(0, 50257, (1, 12))
+    model = load_model(hf, device="cpu")
+    with torch.no_grad():
+        assert (model(tokens) - hf(tokens).logits).abs().max() < 1e-4
+        model.mask.weights.uniform_(0.5, 1)
+    loss = model(tokens, at=torch.tensor([11])).logsumexp(-1).mean()
+    loss.backward()
+    assert model.mask.weights.grad.isfinite().all()
+    return model
+
+
+@pytest.mark.parametrize("size", GPT2_SIZES)
+def test_gpt2_at_its_larger_widths(size):
+    check_gpt2_size(size, 2)
+    layers, heads, _, edges = GPT2_SIZES[size]
+    assert len(EdgeGraph(layers, heads)) == edges
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", GPT2_SIZES)
+def test_gpt2_at_its_larger_sizes(size):
+    layers, _, _, edges = GPT2_SIZES[size]
+    assert len(check_gpt2_size(size, layers).graph) == edges
+
+
+def test_gpt2_small_is_hugging_faces():
+    torch.manual_seed(0)
+    hf = GPT2LMHeadModel(GPT2Config()).eval()
+    tokens = torch.randint(0, 50257, (2, 20))
+    with torch.no_grad():
+        expected = hf(tokens).logits
+        for split, edges in [(False, 11_611), (True, 32_491)]:
+            model = load_model(hf, split_qkv=split, device="cpu")
+            assert len(model.graph) == len(model.mask.weights) == edges
+            assert (model(tokens) - expected).abs().max() < 1e-4
+
+
+def test_smollm2_135m_is_hugging_faces():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, hidden_size=576, intermediate_size=1536,
+        vocab_size=49152, tie_word_embeddings=True,
+    )  # fmt: skip
+    hf = LlamaForCausalLM(config).eval()
+    tokens = torch.randint(0, 49152, (2, 12))
+    model = load_model(hf, device="cpu")
+    assert len(model.graph) == len(model.mask.weights) == 44_371
+    with torch.no_grad():
+        assert (model(tokens) - hf(tokens).logits).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"scale_attn_by_inverse_layer_idx": True},
+        {"scale_attn_weights": False},
+        {"activation_function": "relu"},
+        {"activation_function": "gelu"},
+        {"activation_function": "quick_gelu"},
+        {"tie_word_embeddings": False},
+        {"n_inner": 40},
+    ],
+)
+def test_gpt2_variants(changes):
+    hf = small_gpt2(**changes)
+    torch.testing.assert_close(load_model(hf, device="cpu")(TOKENS), hf(TOKENS).logits, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_key_value_heads": 4},
+        {"num_key_value_heads": 1},
+        {"attention_bias": True, "mlp_bias": True},
+        {"head_dim": 12},
+        {"tie_word_embeddings": True},
+        {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}},
+    ],
+)
+def test_llama_variants(changes):
+    hf = small_llama(**changes)
+    for split in (False, True):
+        logits = load_model(hf, split_qkv=split, device="cpu")(TOKENS)
+        torch.testing.assert_close(logits, hf(TOKENS).logits, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("make", "changes"),
+    [
+        (small_neox, {"use_parallel_residual": False}),
+        (small_neox, {"attention_bias": False}),
+        (small_neox, {"rotary_pct": 1.0}),
+        (small_neox, {"tie_word_embeddings": True}),
+        (small_neox, {"hidden_act": "gelu_new"}),
+        (small_neox, {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}}),
+        (small_qwen2, {"tie_word_embeddings": False}),
+        (small_qwen3, {"attention_bias": True}),
+        (small_llama, {"attention_bias": True}),
+        (small_mistral, {}),
+        (small_mistral, {"sliding_window": 9}),
+        (small_gpt2, {"scale_attn_by_inverse_layer_idx": True}),
+        (small_gpt2, {"reorder_and_upcast_attn": True, "attn_implementation": "eager"}),
+    ],
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
+def test_family_variants_whole_and_masked(make, changes):
+    hf = make(**changes)
+    for split in (False, True):
+        model = load_model(hf, split_qkv=split, device="cpu")
+        torch.testing.assert_close(model(TOKENS), hf(TOKENS).logits, atol=2e-5, rtol=1e-5)
+        with torch.no_grad():
+            model.mask.weights.copy_(torch.rand(len(model.graph), generator=torch.Generator().manual_seed(4)))
+        expected = NaiveEdgeMasked(hf, split)(TOKENS, model.mask.weights)
+        torch.testing.assert_close(model(TOKENS), expected, atol=5e-5, rtol=1e-5)
+
+
+def test_pythia_160m_is_hugging_faces():
+    torch.manual_seed(0)
+    config = GPTNeoXConfig(
+        num_hidden_layers=12, num_attention_heads=12, hidden_size=768, intermediate_size=3072, vocab_size=50304
+    )
+    hf = GPTNeoXForCausalLM(config).eval()
+    tokens = torch.randint(0, 50304, (2, 12))
+    model = load_model(hf, device="cpu")
+    assert len(model.graph) == 11_611 - 12 * 12  # no MLP reads its own layer's heads
+    with torch.no_grad():
+        assert (model(tokens) - hf(tokens).logits).abs().max() < 1e-4
+
+
+def test_texts_longer_than_a_sliding_window_are_refused():
+    for make, changes in (
+        (small_mistral, {"sliding_window": 8}),
+        (small_qwen2, {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}),
+    ):
+        model = load_model(make(**changes), device="cpu")
+        with pytest.raises(UserError, match="9 tokens are more than the model's 8 positions"):
+            model(TOKENS)
+    # a window that no layer uses limits nothing
+    load_model(small_qwen2(sliding_window=8), device="cpu")(TOKENS)
+
+
+def test_a_family_that_is_not_known_is_refused():
+    from transformers import BertConfig, BertForMaskedLM
+
+    config = BertConfig(num_hidden_layers=1, hidden_size=8, num_attention_heads=2, intermediate_size=8, vocab_size=9)
+    with pytest.raises(UserError, match="not supported"):
+        load_model(BertForMaskedLM(config), device="cpu")
+
+
+def test_a_fused_activation_is_the_same_function_and_goes_again():
+    hf, other = small_gpt2(), small_llama()
+    before, kind = hf(TOKENS).logits, type(hf.transformer.h[0].mlp.act)
+    for model in (hf, other):
+        expected = model(TOKENS).logits
+        with fused_activations(model) as fused:
+            assert fused is model and (model is other or type(hf.transformer.h[0].mlp.act) is torch.nn.GELU)
+            torch.testing.assert_close(model(TOKENS).logits, expected, atol=1e-5, rtol=1e-5)
+    with pytest.raises(ZeroDivisionError), fused_activations(hf):
+        1 / 0  # noqa: B018
+    assert torch.equal(hf(TOKENS).logits, before) and type(hf.transformer.h[0].mlp.act) is kind
+
+
+def test_every_tensor_of_a_model_is_where_it_is_asked_to_be():
+    model = load_model("tiny", device="meta")
+    assert {tensor.device.type for tensor in (*model.parameters(), *model.buffers())} == {"meta"}

@@ -1,0 +1,317 @@
+"""What a comparison says, against plain counting; its report and its figures from files alone."""
+
+import json
+import math
+from itertools import combinations
+
+import numpy as np
+import pytest
+from helpers.scripts import load_script
+
+from circuit_breaking.errors import UserError
+from circuit_breaking.evaluation.bootstrap import running_mean
+from circuit_breaking.evaluation.pareto import (
+    controls,
+    dominating,
+    family_of,
+    jaccard,
+    jaccard_by_chance,
+    models_of,
+    pareto,
+)
+from circuit_breaking.evaluation.report_markdown import COSTS_HEADING, grid, render, statement
+from circuit_breaking.evaluation.tables import flat_rows, interval, number
+from circuit_breaking.figures import toxicity as comparison_figures
+from circuit_breaking.runs.files import read_csv, write_csv, write_json, write_jsonl, write_text
+from circuit_breaking.toxicity.uniform import read_uniform, spread
+
+script = load_script("toxicity/report.py")
+
+
+def entry(value, change=None):
+    if value is None:
+        return {"value": None, "low": None, "high": None}
+    own = {"value": value, "low": value - 0.05, "high": value + 0.05}
+    return own if change is None else {**own, "change": {"value": change, "low": change, "high": change}}
+
+
+def model(kind, toxicity, ordinary, edges=0, base=(0.9, 1.0), **more):
+    toxic = {
+        "toxic_share": entry(toxicity), "toxicity": entry(toxicity, None if toxicity is None else toxicity - base[0]),
+        "perplexity": entry(3.0), "tokens": entry(9.0), "toxicity_by_seed": [toxicity, toxicity],
+        **{f"distinct_{n}": {"value": 0.5} for n in ("unigrams", "bigrams", "trigrams")},
+    }  # fmt: skip
+    after = {} if toxicity is None else {"toxic": toxic, "ordinary": toxic}
+    loss = entry(ordinary, None if ordinary is None else ordinary - base[1])
+    return {
+        "kind": kind, "losses": {"toxic": entry(2.0), "ordinary": loss}, "continuations": after, "greedy": after,
+        "edges_cut": edges, "touched": {"edges": edges / 200, "parameters": 0.0}, "note": None, **more,
+    }  # fmt: skip
+
+
+def models():
+    found = {"original": model("original", 0.9, 1.0)}
+    for budget, toxicity, loss in ((2, 0.6, 1.02), (12, 0.2, 1.05), (50, 0.1, 1.3)):
+        found[f"zero_{budget}"] = model("mask", toxicity, loss, budget, budget=budget, carry="zero", seed=0)
+        for seed in range(3):
+            found[f"random_zero_{budget}_seed{seed}"] = model(
+                "random", 0.9 - 0.01 * seed, 1.0 + 0.001 * budget * seed, budget, budget=budget, carry="zero", seed=seed
+            )
+    found["joint"] = model("finetuned", 0.1, 1.1, chosen={"lr": 1e-4, "step": 30, "scale": None})
+    found["ascent"] = model("finetuned", None, None, note="the loss was not finite at step 3")
+    return found
+
+
+def test_the_front_by_plain_counting():
+    random = np.random.default_rng(0)
+    for _ in range(50):
+        points = {str(i): tuple(random.integers(0, 5, 2).tolist()) for i in range(8)}
+        for name, point in points.items():
+            beaten = [other for other, (a, b) in points.items() if a < point[0] and b < point[1]]
+            assert dominating(point, points) == beaten and name not in beaten
+
+
+@pytest.mark.parametrize(
+    "joint, on", [((0.1, 1.04), ["zero_2"]), ((0.1, 1.01), []), ((0.1, 1.1), ["zero_2", "zero_12"])]
+)
+def test_the_report_says_which_masks_are_on_the_front(joint, on):
+    known = models()
+    known["joint"] = model("finetuned", *joint)
+    found, text = pareto(known), statement(known)
+    assert set(found["masks"]) == {"zero_2", "zero_12"} and set(found["baselines"]) == {"joint"}
+    assert [name for name, one in found["masks"].items() if not one["beaten_by"]] == on
+    assert found["on_front"] == bool(on)
+    assert (f"**On the Pareto front of toxicity against ordinary loss: {', '.join(on)}**" in text) == bool(on)
+    assert ("**No mask of at most 12 edges is on the Pareto front" in text) == (not on)
+    assert "0.200" in text and "1.050" in text and f"{joint[1]:.3f}" in text
+    # equal in one coordinate is not beaten
+    known["joint"] = model("finetuned", 0.1, 1.05)
+    assert not pareto(known)["masks"]["zero_12"]["beaten_by"]
+
+
+def test_nothing_to_compare():
+    known = {"original": models()["original"]}
+    assert "No mask of at most 12 edges was measured" in statement(known)
+    known["zero_2"] = models()["zero_2"]
+    assert "No fine-tuned model was measured" in statement(known)
+
+
+def test_random_edges_are_summed_up_over_seeds():
+    row = next(row for row in controls(models()) if row["budget"] == 12)
+    assert row["seeds"] == 3 and row["carry"] == "zero"
+    assert row["toxicity"] == {
+        "mean": pytest.approx(-0.01), "lowest": pytest.approx(-0.02), "highest": pytest.approx(0.0),
+        "mask": pytest.approx(-0.7),
+    }  # fmt: skip
+    assert row["ordinary_loss"]["highest"] == pytest.approx(0.024)
+    assert "12 random edges (zero ablation, mean over 3 seeds" in statement(models())
+
+
+def test_families():
+    known = models()
+    assert family_of(known["zero_12"]) == "mask, zero ablation" and family_of(known["joint"]) == "other"
+    assert family_of(known["random_zero_2_seed0"]) == "random edges, zero ablation"
+
+
+def test_jaccard():
+    assert jaccard([["a", "b"], ["b", "c"], ["a", "b"]]) == pytest.approx((1 / 3 + 1 + 1 / 3) / 3)
+    assert jaccard([["a"]]) is None and jaccard([[], []]) == 1.0
+    every = [jaccard([one, other]) for one in combinations(range(6), 2) for other in combinations(range(6), 3)]
+    assert jaccard_by_chance(2, 3, 6) == pytest.approx(np.mean(every))
+    assert jaccard_by_chance(6, 6, 6) == pytest.approx(1.0)
+
+
+# Texts uniform over toxicity
+
+
+def test_texts_spread_over_toxicity(tmp_path):
+    toxicity = np.array([0.0, 0.05, 0.09, 0.5, 0.55, 1.0, 0.99, 0.95])
+    assert spread(toxicity, 20).tolist() == [0, 1, 3, 4, 5, 6]
+    assert spread(toxicity, 10).tolist() == [0, 3, 5]
+    write_jsonl(tmp_path / "u.jsonl", [{"text": "a", "toxicity": 0.25}, {"text": "b", "toxicity": 1}])
+    texts, scores = read_uniform(tmp_path / "u.jsonl")
+    assert texts == ["a", "b"] and scores.tolist() == [0.25, 1.0]
+    for row in ({"text": "a"}, {"text": "a", "toxicity": 2}, {"toxicity": 0.5}, 3):
+        write_jsonl(tmp_path / "u.jsonl", [row])
+        with pytest.raises(UserError, match="row 1: there is no 'text' with a 'toxicity'"):
+            read_uniform(tmp_path / "u.jsonl")
+
+
+def test_running_mean_against_a_plain_loop():
+    random = np.random.default_rng(1)
+    x, y = random.random(80), random.normal(2, 0.5, 80)
+    at = np.array([0.1, 0.5, 3.0])
+    mean, low, high = running_mean(x, y, at, 0.2)
+    for place in (0, 1):
+        weights = [max(0.0, 1 - abs(a - at[place]) / 0.2) for a in x]
+        assert mean[place] == pytest.approx(sum(w * b for w, b in zip(weights, y, strict=True)) / sum(weights))
+        assert low[place] < mean[place] < high[place]
+    assert np.isnan([mean[2], low[2], high[2]]).all()
+    # the band of the mean of all has the width that theory says
+    wide = running_mean(x, y, np.array([0.5]), 1e6)
+    half = 1.96 * y.std() / math.sqrt(80)
+    assert wide[2, 0] - wide[1, 0] == pytest.approx(2 * half, rel=0.15)
+
+
+# Files
+
+
+def evidence():
+    effect = {"toxic": entry(0.3), "ordinary": entry(0.01)}
+    edges = [{"edge": f"a0.{i}->m1", "within": effect, "alone": effect} for i in range(3)]
+    stable = {"carry": "zero", "budget": 12, "masks": ["a", "b"], "sizes": [3, 3], "jaccard": 0.5, "by_chance": 0.1}
+    return {
+        "masks": {"zero_12": {"carry": "zero", "together": effect, "edges": edges}},
+        "stability": [{**stable, "chosen_by": {"a0.0->m1": 2, "a0.1->m1": 1}}],
+    }
+
+
+def relearning():
+    rows = [{"step": step, "toxicity": entry(0.1 * step), "toxic_loss": 1.0} for step in range(4)]
+    broken = [*rows[:1], {"step": 1, "toxicity": entry(None), "toxic_loss": None}]
+    few = {"without": entry(0.1), "with": entry(0.4)}
+    return {
+        "models": {
+            "original": {"kind": "original", "relearning": {"10": rows, "100": rows}, "note": None, "few_shot": few},
+            "zero_12": {"kind": "mask", "relearning": {"10": rows, "100": rows}, "note": None, "few_shot": few},
+            "joint": {
+                "kind": "finetuned", "relearning": {"10": broken, "100": rows}, "note": "10 examples: it broke",
+                "few_shot": {"without": entry(None), "with": entry(0.2)},
+            },
+        }
+    }  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A run folder, as the scripts leave it."""
+    run = tmp_path / "run"
+    report = {
+        "models": models(), "scorer": {"name": "x", "version": "1", "threshold": 0.5}, "reference": "original",
+        "num_texts": {"toxic": 9, "ordinary": 9}, "num_prompts": {"toxic": 4, "ordinary": 4},
+        "settings": {"model": "tiny", "samples": 1, "seeds": 2},
+    }  # fmt: skip
+    write_json(run / "report.json", report)
+    write_json(run / "evidence.json", evidence())
+    write_json(run / "relearning.json", relearning())
+    names = ["original", "zero_12", "joint", "ascent"]
+    rows = [
+        {"toxicity": t, **{name: None if name == "ascent" else 1 + t * k for k, name in enumerate(names)}}
+        for t in np.linspace(0, 1, 40).tolist()
+    ]
+    write_csv(run / "uniform.csv", rows)
+    for method in ("joint", "ascent"):
+        history = [{"lr": 1e-4, "step": s, "toxic": 1.0 + s, "ordinary": 1.0, "score": 0.8} for s in range(3)]
+        history.append({"lr": 1e-4, "step": 3, "toxic": None, "ordinary": None, "score": None})
+        write_jsonl(run / "finetuned" / method / "metrics.jsonl", history)
+        write_json(run / "finetuned" / method / "finetuning.json", {"chosen": history[2]})
+        write_json(run / "finetuned" / method / "cost.json", {"seconds": 1.0, "cpu_seconds": 1.0, "peak_gb": None})
+    return run
+
+
+def test_everything_is_drawn_from_files_alone(folder, capsys):
+    script.main(script.Settings(run="run", out=folder.parent))
+    pictures = [*(folder / name for name in script.PICTURES)]
+    first = {path.name: path.read_bytes() for path in pictures}
+    assert all(content.startswith(b"\x89PNG") for content in first.values())
+    texts = {
+        name: (folder / name).read_bytes() for name in ("report.md", "report.csv", "comparison.json", "costs.json")
+    }
+    for path in pictures:
+        path.unlink()
+    script.main(script.Settings(run="run", out=folder.parent))
+    assert {path.name: path.read_bytes() for path in pictures} == first
+    assert {name: (folder / name).read_bytes() for name in texts} == texts
+    page = texts["report.md"].decode()
+    assert "nan" not in page.lower().replace("finance", "") and "None" not in page
+    assert (
+        "- ascent: the loss was not finite at step 3." in page and "joint, relearning: 10 examples: it broke." in page
+    )
+    for heading in (
+        "## Models",
+        "## Random edges",
+        "## Evidence for each edge",
+        "## Does it come back?",
+        COSTS_HEADING,
+    ):
+        assert heading in page
+    assert "OFFENSIVE" not in page
+    rows = read_csv(folder / "report.csv")
+    assert [row["model"] for row in rows] == list(models())
+    joint = next(row for row in rows if row["model"] == "joint")
+    assert float(joint["continuations.toxic.toxicity.value"]) == 0.1 and joint["chosen.lr"] == "0.0001"
+    assert next(row for row in rows if row["model"] == "ascent")["losses.ordinary.value"] == ""
+    assert json.loads(texts["comparison.json"])["pareto"]["on_front"] is True
+
+
+def test_examples_are_shown_only_where_asked_for(folder):
+    with pytest.raises(UserError, match="save-generations"):
+        script.main(script.Settings(run="run", out=folder.parent, examples=True))
+    rows = [
+        {"model": name, "prompts": key, "decoding": way, "prompt": "you\n are", "continuation": f"{name} {key} {way}"}
+        for name in models()
+        for key in ("toxic", "ordinary")
+        for way in ("continuations", "greedy")
+    ]
+    write_jsonl(folder / "generations.jsonl", rows)
+    script.main(script.Settings(run="run", out=folder.parent))
+    assert "zero_12 toxic" not in (folder / "report.md").read_text()
+    script.main(script.Settings(run="run", out=folder.parent, examples=True))
+    page = (folder / "report.md").read_text()
+    assert "OFFENSIVE" in page and "> you are" in page and "- zero_12: zero_12 toxic continuations" in page
+    assert "random_zero" not in page.split("## Examples")[1].split("##")[0] and "greedy\n" not in page
+
+
+def test_costs_are_the_only_thing_that_changes(folder):
+    script.main(script.Settings(run="run", out=folder.parent))
+    first = (folder / "report.md").read_text()
+    write_json(folder / "finetuned" / "joint" / "cost.json", {"seconds": 77.0, "cpu_seconds": 70.0, "peak_gb": 1.0})
+    script.main(script.Settings(run="run", out=folder.parent))
+    second = (folder / "report.md").read_text()
+    assert first != second and first.split(COSTS_HEADING)[0] == second.split(COSTS_HEADING)[0]
+
+
+def test_what_is_drawn_is_what_the_files_say(folder, drawn):
+    comparison_figures.draw_sweep(folder)
+    axes = drawn[0].axes[0]
+    lines = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
+    np.testing.assert_allclose(lines["mask, zero ablation"], [[0.02, 0.6], [0.05, 0.2], [0.3, 0.1]])
+    np.testing.assert_allclose(lines["random edges, zero ablation"][1], [0.012, 0.89])
+    assert {text.get_text() for text in axes.texts} == {"2", "12", "50"}
+    labels = {container.get_label() for container in axes.containers}
+    assert {"joint", "original"} <= labels and "ascent" not in labels
+    comparison_figures.draw_relearning(folder)
+    ten = drawn[1].axes[0]
+    assert ten.lines[0].get_ydata().tolist() == pytest.approx([0.0, 0.1, 0.2, 0.3])
+    comparison_figures.draw_uniform(folder)
+    labels = {line.get_label() for line in drawn[2].axes[0].lines}
+    assert labels == {"original", "zero 12", "joint"}
+
+
+def test_numbers_for_people():
+    assert [number(v) for v in (None, 0.12345, 12.345, -0.5)] == ["–", "0.123", "12.3", "-0.500"]
+    assert interval(entry(0.5)) == "0.500 (0.450–0.550)" and interval(None) == interval(entry(None)) == "–"
+    assert interval({"value": 0.5}) == "0.500"
+    assert grid(["a", "b"], [["1", "2"]]) == "| a | b |\n|---|--:|\n| 1 | 2 |"
+    assert flat_rows({"m": {"a": {"b": [1, None]}, "c": 2}}) == [{"model": "m", "a.b.0": 1, "a.b.1": None, "c": 2}]
+    assert "nan" not in render(
+        {
+            "models": models(), "scorer": {"name": "x", "version": "1", "threshold": 0.5},
+            "num_texts": {"toxic": 1, "ordinary": 1}, "num_prompts": {"toxic": 1, "ordinary": 1},
+            "settings": {"model": "tiny", "samples": 1, "seeds": 1},
+        }
+    )  # fmt: skip
+
+
+def test_what_is_wrong_with_the_files(tmp_path):
+    with pytest.raises(UserError, match=r"no file .*report.json. Make one with toxicity/evaluation.py"):
+        script.main(script.Settings(run="none", out=tmp_path))
+    assert list(tmp_path.iterdir()) == []
+    write_text(tmp_path / "report.json", '{"models": {}}')
+    with pytest.raises(UserError, match="holds no models"):
+        models_of(tmp_path)
+    with pytest.raises(UserError, match="holds no fine-tuned models"):
+        comparison_figures.draw_finetuning(tmp_path)
+    with pytest.raises(ValueError, match="NaN"):
+        write_csv(tmp_path / "a.csv", [{"a": math.nan}])
+    assert not (tmp_path / "a.csv").exists()

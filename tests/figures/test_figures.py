@@ -1,0 +1,133 @@
+"""Figures are drawn from result files alone: that they are PNGs, show what the files say, and say what is wrong."""
+
+import json
+
+import matplotlib.image
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+
+from circuit_breaking.errors import UserError
+from circuit_breaking.figures.report import draw_report
+from circuit_breaking.figures.training import draw_training
+from circuit_breaking.runs.files import write_json, write_jsonl, write_text
+
+
+def entry(value, width=0.1):
+    return {"value": value, "low": value - width, "high": value + width}
+
+
+def report(n_models=2):
+    names = ["original", "ablated", *(f"method {i}" for i in range(n_models - 2))]
+    models = {
+        name: {
+            "losses": {"toxic": entry(1 + i), "ordinary": entry(2 + i)},
+            "continuations": {
+                key: {"toxic_share": entry(0.5 / (i + 1)), "perplexity": entry(3 + i)} for key in ("toxic", "ordinary")
+            },
+            "edges_cut": i,
+            "note": None,
+        }
+        for i, name in enumerate(names)
+    }
+    return {"models": models, "reference": "original", "scorer": {"name": "x", "version": "1"}}
+
+
+def metrics(steps=90):
+    phases = ["relax"] * (steps // 3) + ["anneal"] * (steps // 3) + ["refine"] * (steps - 2 * (steps // 3))
+    rows = zip(range(steps), phases, strict=True)
+    return [
+        {"step": i, "phase": phase, "keep_loss": 3 + 0.1 * (i % 3), "break_loss": 4 + i / 50, "n_cut": max(90 - i, 12)}
+        for i, phase in rows
+    ]
+
+
+def bars(axes):
+    """Points and interval ends of every model in a panel, by label."""
+    found = {}
+    for container in axes.containers:
+        points, _, (segments,) = container
+        found[container.get_label()] = (
+            points.get_ydata(),
+            [[y for _, y in ends] for ends in segments.get_segments() if len(ends)],
+        )
+    return found
+
+
+@pytest.mark.parametrize("n_models", [1, 2, 7])
+def test_a_report_is_drawn_for_any_number_of_models(tmp_path, drawn, n_models):
+    about = report(2)
+    about["models"] = dict(list(report(n_models)["models"].items())[:n_models])
+    write_json(tmp_path / "report.json", about)
+    path = draw_report(tmp_path)
+    assert path == tmp_path / "report.png" and path.read_bytes().startswith(b"\x89PNG")
+    height, width = matplotlib.image.imread(path).shape[:2]
+    assert width > 1200 and height > 400
+    (figure,) = drawn
+    assert isinstance(figure, Figure) and [axes.get_title() for axes in figure.axes] == [
+        "next-token loss", "toxic continuations", "incoherence of continuations",
+    ]  # fmt: skip
+    for axes, measure in zip(figure.axes, (None, "toxic_share", "perplexity"), strict=True):
+        found = bars(axes)
+        assert list(found) == list(about["models"])
+        for name, one in about["models"].items():
+            sets = one["losses"] if measure is None else {k: v[measure] for k, v in one["continuations"].items()}
+            points, intervals = found[name]
+            np.testing.assert_allclose(points, [e["value"] for e in sets.values()])
+            np.testing.assert_allclose(intervals, [[e["low"], e["high"]] for e in sets.values()])
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_model_without_figures_leaves_a_gap(tmp_path, drawn):
+    about = report(3)
+    about["models"]["method 0"]["continuations"] = {}
+    about["models"]["method 0"]["losses"]["toxic"] = {"value": None, "low": None, "high": None}
+    write_json(tmp_path / "report.json", about)
+    draw_report(tmp_path)
+    points, _ = bars(drawn[0].axes[0])["method 0"]
+    assert np.isnan(points[0]) and points[1] == 4
+
+
+def test_training_is_drawn_as_recorded(tmp_path, drawn):
+    rows = metrics()
+    write_jsonl(tmp_path / "metrics.jsonl", rows)
+    path = draw_training(tmp_path, smooth=3)
+    assert path.read_bytes().startswith(b"\x89PNG")
+    losses, cut = drawn[0].axes
+    lines = [line for line in losses.lines if len(line.get_xdata()) == 90]
+    np.testing.assert_allclose(lines[0].get_ydata(), [row["break_loss"] for row in rows])
+    np.testing.assert_allclose(lines[1].get_ydata(), [row["keep_loss"] for row in rows])
+    np.testing.assert_allclose(cut.lines[0].get_ydata(), [row["n_cut"] for row in rows])
+    smoothed = next(line.get_ydata() for line in losses.lines if line.get_label() == "ordinary text (to stay)")
+    assert len(smoothed) == 30  # one phase
+    np.testing.assert_allclose(smoothed[1:-1], 3.1)
+    np.testing.assert_allclose(smoothed[[0, -1]], [3.05, 3.15])
+    assert [text.get_text() for text in losses.texts] == ["relax", "anneal", "refine"]
+
+
+def test_a_single_step_is_drawn(tmp_path):
+    write_jsonl(tmp_path / "metrics.jsonl", metrics()[:1])
+    assert draw_training(tmp_path).stat().st_size > 1000
+
+
+def test_what_is_wrong_with_the_files(tmp_path):
+    with pytest.raises(UserError, match=r"no file .*report.json. Make one with"):
+        draw_report(tmp_path)
+    for content in ("[]", '{"models": {}}'):
+        write_text(tmp_path / "report.json", content)
+        with pytest.raises(UserError, match="holds no models"):
+            draw_report(tmp_path)
+    with pytest.raises(UserError, match=r"no file .*metrics.jsonl"):
+        draw_training(tmp_path)
+    for content, message in (("", "no rows"), ('{"step": 1}\n', "without step"), ("[1]\n", "without step")):
+        write_text(tmp_path / "metrics.jsonl", content)
+        with pytest.raises(UserError, match=message):
+            draw_training(tmp_path)
+    assert not list(tmp_path.glob("*.png"))
+
+
+def test_the_same_file_gives_the_same_picture(tmp_path):
+    write_json(tmp_path / "report.json", report())
+    first = draw_report(tmp_path).read_bytes()
+    assert draw_report(tmp_path).read_bytes() == first
+    assert json.loads((tmp_path / "report.json").read_text()) == report()

@@ -1,0 +1,150 @@
+"""Pictures of masks, and the published circuit: drawn from files alone, saying what the files say."""
+
+import matplotlib.image
+import numpy as np
+import pytest
+
+from circuit_breaking.errors import UserError
+from circuit_breaking.figures import edge_graph as graph_figures
+from circuit_breaking.figures import indirect_objects as ioi_figures
+from circuit_breaking.figures.edge_graph import draw_graph, draw_heat_map, draw_next_tokens, read_graph
+from circuit_breaking.figures.indirect_objects import draw_comparison, draw_models, draw_stages
+from circuit_breaking.graph import EdgeGraph, graph_record
+from circuit_breaking.ioi.known_circuits import HEADS, circuit_edges, overlap
+from circuit_breaking.runs.files import read_json, write_json, write_text
+
+
+def some_edges(graph, count, seed=0):
+    random = np.random.default_rng(seed)
+    chosen = random.choice(len(graph), count, replace=False)
+    return {graph.edges[index]: float(random.normal()) for index in sorted(chosen)}
+
+
+@pytest.mark.parametrize(
+    ("graph", "count"),
+    [(EdgeGraph(4, 4), 0), (EdgeGraph(4, 4), 5), (EdgeGraph(12, 12), 200), (EdgeGraph(30, 9), 200),
+     (EdgeGraph(2, 3, split_qkv=True), 9), (EdgeGraph(3, 2, parallel=True), 4)],
+)  # fmt: skip
+def test_a_mask_is_drawn_as_graph_and_matrix(tmp_path, drawn, graph, count):
+    edges = some_edges(graph, count)
+    write_json(tmp_path / "graph.json", graph_record(graph, edges))
+    assert read_graph(tmp_path / "graph.json")[:2] == (graph, edges)
+    for draw in (draw_graph, draw_heat_map):
+        picture = draw(tmp_path)
+        assert picture.read_bytes().startswith(b"\x89PNG") and matplotlib.image.imread(picture).shape[0] > 400
+    layered, matrix = (figure.axes[0] for figure in drawn)
+    assert len(layered.patches) == count and f"{count} of {len(graph):,} edges cut" in layered.get_title()
+    widths = sorted(patch.get_linewidth() for patch in layered.patches)
+    if count:
+        largest = max(abs(value) for value in edges.values())
+        np.testing.assert_allclose(widths, sorted(0.5 + 3 * abs(value) / largest for value in edges.values()))
+    named = {text.get_text() for text in layered.texts}
+    assert named == {node for edge in edges for node in (edge.source, graph_figures.node_of(edge.target))}
+    places = {(graph.sources.index(edge.source), graph.readers.index(edge.target)): v for edge, v in edges.items()}
+    points = matrix.collections[0]
+    found = {tuple(map(int, at)): v for at, v in zip(points.get_offsets(), points.get_array(), strict=True)}
+    assert found == places
+
+
+def test_bars_show_both_names_before_and_after(tmp_path, drawn):
+    rows = [
+        {"token": " Mary", "probability": 0.7},
+        {"token": " a", "probability": 0.1},
+        {"token": " John", "probability": 1e-4},
+    ]
+    about = {"prompt": "Then Mary and John met, John gave it to", "IO": " Mary", "S": " John",
+             "models": {"original": rows, "edges cut": rows[::-1]}}  # fmt: skip
+    write_json(tmp_path / "next_tokens.json", about)
+    assert draw_next_tokens(tmp_path).read_bytes().startswith(b"\x89PNG")
+    first, second = drawn[0].axes
+    assert [bar.get_width() for bar in first.patches] == [0.7, 0.1, 1e-4]
+    assert [label.get_text() for label in second.get_yticklabels()] == ["John", "a", "Mary"]
+    colours = [bar.get_facecolor() for bar in first.patches]
+    assert len(set(colours)) == 3 and colours == [bar.get_facecolor() for bar in second.patches][::-1]
+
+
+def test_a_comparison_shows_every_method_and_the_range_of_chance(tmp_path, drawn):
+    def row(n_cut, value):
+        return {"n_cut": n_cut, "logit_difference": value, "ordinary_loss": value / 2}
+
+    methods = {"EAP": [row(5, 3.0), row(10, 1.0)], "random": [row(5, 4.0), row(5, 5.0), row(10, 4.0), row(10, 2.0)]}
+    write_json(tmp_path / "comparison.json", {"original": row(0, 6.0), "methods": methods})
+    assert draw_comparison(tmp_path).read_bytes().startswith(b"\x89PNG")
+    left, right = drawn[0].axes
+    lines = {line.get_label(): line.get_ydata() for line in left.lines}
+    assert list(lines["EAP"]) == [3.0, 1.0] and list(lines["random"]) == [4.5, 3.0] and lines["original"][0] == 6.0
+    assert list({line.get_label(): line.get_ydata() for line in right.lines}["EAP"]) == [1.5, 0.5]
+    assert len(left.collections) == 1  # one band
+
+
+def test_reports_and_stages_are_drawn(tmp_path, drawn):
+    entry = {"value": 0.5, "low": 0.4, "high": 0.6}
+    measures = dict.fromkeys(ioi_figures.PANELS, entry)
+    broken = {**measures, "logit_difference": {"value": None, "low": None, "high": None}}
+    models = {"original": {"edges_cut": 0, "measures": measures}, "run": {"edges_cut": 1200, "measures": broken}}
+    write_json(tmp_path / "report.json", {"models": models})
+    write_json(
+        tmp_path / "stages.json", {"faithful": 0.9, "stages": [{"kept": 80, "share": 1.0}, {"kept": 64, "share": 0.5}]}
+    )
+    for draw in (draw_models, draw_stages):
+        assert draw(tmp_path).read_bytes().startswith(b"\x89PNG")
+    labels = [label.get_text() for label in drawn[0].axes[0].get_yticklabels()]
+    assert labels == ["original", "run (1,200 cut)"]
+
+
+def test_files_that_cannot_be_drawn(tmp_path):
+    for draw, name in (
+        (draw_graph, "graph"), (draw_next_tokens, "next_tokens"), (draw_comparison, "comparison"),
+        (draw_models, "report"), (draw_stages, "stages"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=f"no file .*{name}.json. Make it with ioi/"):
+            draw(tmp_path)
+        for content in ("[]", "{}", '{"methods": 3, "original": 1, "graph": {"n_heads": 0}, "edges": 2, "models": {}}'):
+            write_text(tmp_path / f"{name}.json", content)
+            with pytest.raises(UserError, match=f"{name}.json") as error:
+                draw(tmp_path)
+            assert "\n" not in str(error.value)
+    write_json(tmp_path / "graph.json", graph_record(EdgeGraph(2, 2), {"a0.5->m1": 1.0}))
+    with pytest.raises(UserError, match=r"no edge 'a0.5->m1'"):
+        draw_heat_map(tmp_path)
+    assert not list(tmp_path.glob("*.png"))
+
+
+def test_the_published_circuit():
+    graph = EdgeGraph(12, 12)
+    assert sum(map(len, HEADS.values())) == 26 and all(
+        head in graph.sources for heads in HEADS.values() for head in heads
+    )
+    edges = circuit_edges(graph)
+    layer = {head: int(head[1:].split(".")[0]) for heads in HEADS.values() for head in heads}
+    # by hand: embed to 3 + 2 + 4 + 13 heads; pairs of classes in layer order; 13 movers to output
+    pairs = [("previous token", "induction"), ("duplicate token", "S-inhibition"), ("induction", "S-inhibition")]
+    movers = [head for name, heads in HEADS.items() if "mover" in name for head in heads]
+    count = 3 + 2 + 4 + 13 + 13 + sum(layer[a] < layer[b] for x, y in pairs for a in HEADS[x] for b in HEADS[y])
+    count += sum(layer[a] < layer[b] for a in HEADS["S-inhibition"] for b in movers)
+    assert len(edges) == count == 35 + 8 + 12 + 16 + 52
+    split = circuit_edges(EdgeGraph(12, 12, split_qkv=True))
+    assert "a8.6->a9.9.q" in split and "a8.6->a9.9.k" not in split and "embed->a9.9.v" in split
+    assert {edge[:-2] if edge[-2] == "." and edge[-1] in "qkv" else edge for edge in split} == edges
+
+
+def test_overlap_with_the_published_circuit(tmp_path, drawn):
+    graph = EdgeGraph(12, 12)
+    mask = {"a8.6->a9.9": 2.0, "a9.9->output": 1.0, "m0->a5.5": 0.5, "a1.1->m3": 0.1}
+    found = overlap(graph, mask)
+    assert found["in_circuit"] == ["a8.6->a9.9", "a9.9->output"]
+    assert found["edges"]["precision"] == 0.5 and found["edges"]["recall"] == 2 / 123
+    assert found["edges"]["by_chance"] == 123 / 11611
+    assert found["heads"]["found"] == 4 and found["heads"]["shared"] == 3 and found["heads"]["recall"] == 3 / 26
+    assert found["classes"]["name mover"] == {"heads": 3, "touched": 1}
+    assert overlap(graph, [])["edges"]["precision"] is None
+    everything = overlap(graph, graph.edges)
+    assert everything["edges"]["recall"] == 1 and everything["edges"]["precision"] == everything["edges"]["by_chance"]
+    write_json(
+        tmp_path / "known.json", {**graph_record(graph, mask), "classes": HEADS, "in_circuit": found["in_circuit"]}
+    )
+    draw_graph(tmp_path, "known")
+    assert len(drawn[0].axes[0].patches) == 4 and len(drawn[0].axes[0].texts) >= 26
+    with pytest.raises(UserError, match="GPT-2 small's, and this is a graph of 4 layers"):
+        overlap(EdgeGraph(4, 4), [])
+    assert read_json(tmp_path / "known.json")["what"] == "cut"

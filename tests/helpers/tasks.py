@@ -1,0 +1,48 @@
+"""Small tasks, and masks trained on them."""
+
+import torch
+
+from circuit_breaking.engine.load import load_model
+from circuit_breaking.models.tokens import TokenBatch
+from circuit_breaking.tasks import IOITask, TextTask
+from circuit_breaking.tasks.ioi import PromptBatch
+from circuit_breaking.training.config import MaskSettings
+from circuit_breaking.training.mask_trainer import train_mask
+from helpers.models import small_gpt2
+
+QUICK = {
+    "relax_steps": 6,
+    "anneal_steps": 5,
+    "sift_steps": 4,
+    "refine_rounds": 3,
+    "batch_size": 3,
+    "refine_batch_size": 4,
+    "means_steps": 2,
+}
+
+
+def make_task(name, seed):
+    tokens = torch.randint(0, 50, (12, 8), generator=torch.Generator().manual_seed(seed))
+    batch = TokenBatch(tokens, torch.randint(4, 9, (12,), generator=torch.Generator().manual_seed(seed + 1)))
+    return TextTask(name, batch, batch, seed)
+
+
+def run(model=None, allowed=None, **changes):
+    model = model or load_model(small_gpt2(), device="cpu")
+    settings = MaskSettings(**{**QUICK, **changes})
+    return train_mask(model, make_task("break", 1), make_task("keep", 5), settings, allowed, progress=False), model
+
+
+def make_prompts(name, seed, objective):
+    """An IOI task on random prompts of 3 to 8 tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    io, subject = torch.randint(0, 50, (2, 12), generator=generator)
+    lengths = torch.randint(3, 9, (12,), generator=generator)
+    task = IOITask.__new__(IOITask)
+    batch = PromptBatch(torch.randint(0, 50, (12, 8), generator=generator), lengths, io=io, subject=subject)
+    TextTask.__init__(task, name, batch, batch, seed)
+    task.objective = objective
+    return task
+
+
+FEW = {"n_layer": 2, "n_head": 2, "n_embd": 16}

@@ -1,0 +1,251 @@
+"""The indirect-object scripts and notebooks from data to pictures on the shipped model, and what they say is wrong."""
+
+from dataclasses import asdict
+
+import nbformat
+import pytest
+import torch
+from helpers.scripts import load_script
+from nbclient import NotebookClient
+
+from circuit_breaking.errors import UserError
+from circuit_breaking.models.load import TINY
+from circuit_breaking.runs.files import ROOT, read_json, read_jsonl, write_json, write_jsonl
+from circuit_breaking.runs.tensors import read_tensors
+
+pytestmark = pytest.mark.skipif(not (TINY / "config.json").is_file(), reason="the shipped model is not in tiny_gpt2")
+QUICK = {"relax_steps": 3, "anneal_steps": 3, "refine_rounds": 1, "num_test": 20, "device": "cpu"}
+PICTURES = ["graph.png", "heat_map.png", "next_tokens.png"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Prompts for the shipped model, in a folder of their own."""
+    out = tmp_path_factory.mktemp("prompts")
+    script = load_script("ioi/make_ioi_datasets.py")
+    script.main(script.Settings(train=400, test=200, out=out))
+    return out
+
+
+@pytest.fixture(scope="module")
+def runs(data, tmp_path_factory):
+    """A folder with one trained run, "run"."""
+    out = tmp_path_factory.mktemp("runs")
+    start("train_mask", data, out, relax_steps=60, anneal_steps=60, refine_rounds=15, num_test=100)
+    return out
+
+
+def start(name, data, out, **changes):
+    """Run a script with quick settings; its module."""
+    script = load_script(f"ioi/{name}.py")
+    known = asdict(script.Settings())
+    given = {"train": data / "all_train.jsonl", "test": data / "all_test.jsonl", "out": out, **QUICK, **changes}
+    script.main(script.Settings(**{key: value for key, value in given.items() if key in known}))
+    return script
+
+
+def test_breaking_with_few_edges_spares_ordinary_text(runs):
+    """What the project promises of the shipped model."""
+    about = read_tensors(runs / "run" / "mask.safetensors")[1]
+    before, after = about["results"]["before"], about["results"]["after"]
+    assert before["accuracy"] >= 0.95 and len(read_json(runs / "run" / "edges.json")) <= 10
+    assert after["logit_difference"] < 0 and after["ordinary_loss"] - before["ordinary_loss"] <= 0.1
+    left = {path.name for path in (runs / "run").iterdir() if "checkpoint" not in path.name and path.name != ".lock"}
+    assert left == {
+        "settings.json", "metrics.jsonl", "mask.safetensors", "edges.json", "graph.json", "next_tokens.json",
+        "training.png", *PICTURES,
+    }  # fmt: skip
+    graph = read_json(runs / "run" / "graph.json")
+    assert list(graph["edges"]) == read_json(runs / "run" / "edges.json")
+    # the edges' shares add up to what cutting them changes, here on training prompts
+    assert sum(graph["edges"].values()) == pytest.approx(
+        before["logit_difference"] - after["logit_difference"], rel=0.3
+    )
+    tokens = read_json(runs / "run" / "next_tokens.json")
+    assert all(
+        name in [row["token"] for row in rows]
+        for rows in tokens["models"].values()
+        for name in (tokens["IO"], tokens["S"])
+    )
+
+
+@pytest.mark.parametrize("means", [False, True])
+def test_half_of_the_edges_are_sufficient(data, tmp_path, means):
+    path = None
+    if means:
+        path = tmp_path / "means.safetensors"
+        script = load_script("ioi/compute_means.py")
+        script.main(script.Settings(abc=data / "all_abc_train.jsonl", num_texts=200, out=path, device="cpu"))
+    start("alternative_masks", data, tmp_path, kind="sufficient", means=path, num_test=200)
+    about = read_tensors(tmp_path / "sufficient" / "mask.safetensors")[1]
+    before, after = about["results"]["before"], about["results"]["after"]
+    kept = read_json(tmp_path / "sufficient" / "graph.json")
+    assert kept["what"] == "kept" and 0 < len(kept["edges"]) <= 207 // 2
+    assert after["logit_difference"] >= 0.9 * before["logit_difference"]
+    stages = read_json(tmp_path / "sufficient" / "stages.json")["stages"]
+    assert [row["kept"] for row in stages] == sorted({row["kept"] for row in stages}, reverse=True)
+    good = [row["share"] >= 0.9 for row in stages]
+    assert stages[max(i for i, each in enumerate(good) if each)]["kept"] == len(kept["edges"])
+    assert not any(good[-6:]) or stages[-1]["kept"] == 1
+    assert all((tmp_path / "sufficient" / name).is_file() for name in ("stages.png", *PICTURES))
+
+
+def test_necessary_and_outside(data, runs, tmp_path):
+    start("alternative_masks", data, tmp_path, kind="necessary", relax_steps=25, anneal_steps=15)
+    results = read_tensors(tmp_path / "necessary" / "mask.safetensors")[1]["results"]
+    assert results["after"]["logit_difference"] < 0 < results["before"]["logit_difference"]
+    frozen = read_json(runs / "run" / "edges.json")
+    start("alternative_masks", data, tmp_path, kind="outside", frozen=str(runs / "run" / "edges.json"))
+    assert not set(read_json(tmp_path / "outside" / "edges.json")) & set(frozen)
+    assert read_tensors(tmp_path / "outside" / "mask.safetensors")[1]["results"]["frozen"] == frozen
+
+
+def test_a_cover_is_made_of_masks_without_an_edge_in_common(data, tmp_path):
+    start("alternative_masks", data, tmp_path, kind="covering", masks=3, max_edges=4, relax_steps=20, anneal_steps=20)
+    about = read_json(tmp_path / "covering" / "covering.json")
+    seen: list[str] = []
+    for number, one in enumerate(about["masks"], 1):
+        assert one["edges"] == read_json(tmp_path / "covering" / f"mask{number}" / "edges.json")
+        assert not set(one["edges"]) & set(seen)
+        assert one["breaks"] == (one["logit_difference"] <= 0.5 * about["before"]["logit_difference"])
+        seen += one["edges"] if one["breaks"] else []
+    assert about["masks"][0]["breaks"] and sorted(seen) == sorted(about["union"]["edges"])
+    assert sorted(read_json(tmp_path / "covering" / "edges.json")) == sorted(seen)
+
+
+def test_methods_are_compared(data, runs, tmp_path):
+    options = {"num_attribution": 40, "ig_steps": 2, "random_seeds": 2}
+    start("compare", data, tmp_path, budgets=(1, 4), **options)
+    about = read_json(tmp_path / "comparison" / "comparison.json")
+    methods = about["methods"]
+    assert list(methods) == ["EAP", "EAP-IG", "learned", "random"] and len(methods["random"]) == 4
+    for name in ("EAP", "EAP-IG"):
+        assert [row["n_cut"] for row in methods[name]] == [1, 4]
+        assert set(methods[name][0]["edges"]) < set(methods[name][1]["edges"])  # one ranking
+        assert methods[name][1]["logit_difference"] < about["original"]["logit_difference"]
+    assert all(row["n_cut"] <= budget for row, budget in zip(methods["learned"], (1, 4), strict=True))
+    assert (tmp_path / "comparison" / "comparison.png").is_file()
+    # the same numbers of edges of one learned mask, those worth most first
+    start("compare", data, runs, budgets=(1, 4), learned="run", **options)
+    again = read_json(runs / "comparison" / "comparison.json")["methods"]
+    assert again["random"] == methods["random"] and again["EAP"] == methods["EAP"]
+    assert (
+        set(again["learned"][0]["edges"])
+        <= set(again["learned"][1]["edges"])
+        <= set(read_json(runs / "run" / "edges.json"))
+    )
+    assert again["learned"][0]["logit_difference"] < 1  # one edge carries most of it here
+
+
+def test_original_masks_and_fine_tuned_are_measured_alike(data, runs, capsys):
+    start("finetune_gpt2", data, runs, steps=40, lr=3e-4)
+    script = load_script("ioi/evaluation.py")
+    script.main(script.Settings(runs=("run",), out=runs, num_test=60, device="cpu"))
+    report = read_json(runs / "report" / "report.json")
+    assert list(report["models"]) == ["original", "run", "fine-tuned"]
+    original, masked, tuned = report["models"].values()
+    assert (original["edges_cut"], tuned["edges_cut"]) == (0, 0) and 1 <= masked["edges_cut"] <= 10
+    for one in report["models"].values():
+        assert all(entry["low"] <= entry["value"] <= entry["high"] for entry in one["measures"].values())
+    for one in (masked, tuned):
+        entry = one["measures"]["logit_difference"]
+        change = entry["value"] - original["measures"]["logit_difference"]["value"]
+        assert entry["change"]["value"] == pytest.approx(change) and change < -2
+    assert (runs / "report" / "report.png").is_file() and "indirect objects" in capsys.readouterr().out
+    script.main(script.Settings(runs=("run",), finetuned="none", out=runs, num_test=20, device="cpu"))
+    assert list(read_json(runs / "report" / "report.json")["models"]) == ["original", "run"]
+
+
+def test_means_of_prompts_by_template_position(data, tmp_path):
+    script = load_script("ioi/compute_means.py")
+
+    def means(**changes):
+        given = {"abc": data / "two_abc_train.jsonl", "num_texts": 60, "out": tmp_path / "means.safetensors"}
+        script.main(script.Settings(**{**given, "device": "cpu", **changes}))
+        return read_tensors(tmp_path / "means.safetensors")
+
+    plain, about = means()
+    assert plain["means"].dim() == 2 and about["num_texts"] == 60
+    by_position = means(kind="position", length=30)[0]["means"]
+    assert by_position.shape == (30, *plain["means"].shape)
+    longest = max(row["positions"]["end"] for row in read_jsonl(data / "two_abc_train.jsonl")) + 1
+    torch.testing.assert_close(by_position[longest], plain["means"], atol=1e-5, rtol=1e-5)
+    assert (by_position[0] - plain["means"]).abs().max() > 0.1
+    assert means(kind="position", texts="ordinary", length=12)[0]["means"].shape[0] == 12
+    assert float(means(kind="zero")[0]["means"].abs().max()) == 0
+    with pytest.raises(UserError, match="names at other positions in template 0"):
+        means(kind="position", abc=data / "all_abc_train.jsonl")
+    write_jsonl(
+        tmp_path / "plain.jsonl", [{"text": "Then Mary and John met, Tom gave it to", "IO": "Mary", "S": "John"}]
+    )
+    with pytest.raises(UserError, match="row 1: there are no 'positions'"):
+        means(kind="position", abc=tmp_path / "plain.jsonl")
+
+
+def test_the_published_circuit_is_only_gpt2s(data, runs, tmp_path):
+    script = load_script("ioi/known_circuit.py")
+    with pytest.raises(UserError, match="GPT-2 small's, and this is a graph of 4 layers"):
+        script.main(script.Settings(out=runs))
+    edges = {"a8.6->a9.9": 1.0, "m0->a1.1": 0.1}
+    shape = {"n_layers": 12, "n_heads": 12, "split_qkv": False, "parallel": False, "n_edges": 11611}
+    write_json(tmp_path / "gpt2" / "graph.json", {"graph": shape, "what": "cut", "edges": edges})
+    script.main(script.Settings(run="gpt2", out=tmp_path))
+    about = read_json(tmp_path / "gpt2" / "known_circuit.json")
+    assert about["overlap"]["edges"]["precision"] == 0.5 and (tmp_path / "gpt2" / "known_circuit.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("train_mask", {"train": "none.jsonl"}, "there is no file none.jsonl. Make prompts with"),
+        ("train_mask", {"max_edges": 500}, "max_edges 500 is not between"),
+        ("train_mask", {"num_test": 0}, "num_test is 0"),
+        ("alternative_masks", {"kind": "outside", "frozen": "nothing"}, "there is no file .*nothing/edges.json"),
+        ("alternative_masks", {"kind": "outside", "frozen": "published"}, "the published circuit is GPT-2 small's"),
+        ("alternative_masks", {"kind": "sufficient", "shrink": 1.0}, "shrink is 1.0"),
+        ("alternative_masks", {"kind": "sufficient", "shrink": 0.05, "prune_rounds": 1}, "no stage of pruning"),
+        ("compare", {"budgets": (0,)}, "a budget of 0 is not between"),
+        ("compare", {"budgets": ()}, "no budget"),
+        ("compare", {"learned": "nothing"}, "there is no file .*nothing/mask.safetensors"),
+        ("finetune_gpt2", {"lr": 0.0}, "lr is 0.0"),
+        ("evaluation", {"runs": ("nothing",)}, "there is no file .* Train one with ioi/train_mask.py"),
+        ("evaluation", {"runs": ()}, "there is no run"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_sentence(data, tmp_path, name, changes, message):
+    with pytest.raises(UserError, match=message) as error:
+        start(name, data, tmp_path, **changes)
+    assert "\n" not in str(error.value) and not list(tmp_path.rglob("*.png"))
+
+
+def test_a_folder_that_cannot_be_written(data, tmp_path):
+    (tmp_path / "file").write_text("")
+    for name in ("train_mask", "alternative_masks"):
+        with pytest.raises(UserError, match=r"cannot write .*file/"):
+            start(name, data, tmp_path / "file")
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("make_ioi_datasets", {"train": 40, "test": 20}),
+        ("train_ioi_mask", {**QUICK, "max_edges": 4}),
+        ("alternative_masks", {**QUICK, "max_edges": 4, "masks": 2, "prune_rounds": 3, "shrink": 0.6, "faithful": 0.4}),
+    ],
+)
+def test_notebooks_run_from_top_to_bottom(data, tmp_path, name, changes):
+    path = ROOT / "ioi" / f"{name}.ipynb"
+    notebook = nbformat.read(path, as_version=4)
+    committed = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    assert any("image/png" in output.get("data", {}) for output in committed) or name == "make_ioi_datasets"
+    assert path.stat().st_size < 1_000_000 and not any(output.output_type == "error" for output in committed)
+    (settings,) = [cell for cell in notebook.cells if "settings" in cell.metadata.get("tags", [])]
+    if name != "make_ioi_datasets":
+        changes = {**changes, "train": data / "all_train.jsonl", "test": data / "all_test.jsonl"}
+    given = ", ".join(f"{key}=Path({str(value)!r})" if hasattr(value, "parts") else f"{key}={value!r}"
+                      for key, value in {**changes, "out": tmp_path}.items())  # fmt: skip
+    settings.source += (
+        f"\nfrom dataclasses import replace\nfrom pathlib import Path\nsettings = replace(settings, {given})"
+    )
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(path.parent)}}).execute()
+    assert any(tmp_path.iterdir())

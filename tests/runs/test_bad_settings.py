@@ -1,0 +1,101 @@
+"""What is refused of settings, grids, graphs and results that hold something else; with one sentence."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from test_bad_files import MODEL, refused
+
+from circuit_breaking.engine.load import load_model
+from circuit_breaking.errors import UserError
+from circuit_breaking.figures import edge_graph as graph_figures
+from circuit_breaking.figures import methods as method_figures
+from circuit_breaking.figures import toxicity as comparison_figures
+from circuit_breaking.figures.edge_graph import read_graph
+from circuit_breaking.figures.report import draw_report
+from circuit_breaking.figures.training import draw_training
+from circuit_breaking.graph import graph_record
+from circuit_breaking.runs.config import fill_in
+from circuit_breaking.runs.files import write_json
+from circuit_breaking.runs.sweep import combinations, parse_grid, results_of, run_job
+
+
+@pytest.mark.parametrize("word", ["a=0:99999999999999999999999", "a=0:9:0", "a=1:2:3:4", "a=0:" + "9" * 5000, "a=x:1"])
+def test_grids_without_end(word):
+    with pytest.raises(UserError):
+        parse_grid([word])
+
+
+def test_grids_of_too_many_jobs():
+    grid = parse_grid([f"{name}=0:100" for name in "abcdef"])
+    with pytest.raises(UserError, match="1,000,000,000,000 jobs"):
+        combinations(grid)
+
+
+def test_a_job_and_its_results_never_end_a_sweep(tmp_path):
+    assert run_job(["a\0b"], str(tmp_path / "log"))["exit_code"] == 1
+    (tmp_path / "report.json").write_text("[1, 2]")
+    assert results_of(tmp_path) == {}
+    (tmp_path / "report.json").write_text('{"loss": 1.5, "settings": {"lr": 1}}')
+    assert results_of(tmp_path) == {"loss": 1.5}
+
+
+@dataclass
+class Open:
+    length: int | None = None
+    model: str | None = None
+    alpha: float | None = None
+    path: Path | None = None
+
+
+def test_records_with_values_of_another_type():
+    whole = {"length": 5, "model": "m", "alpha": 1, "path": "p", "more": []}
+    assert fill_in(Open(), whole) == Open(5, "m", 1, Path("p"))
+    for name, value in (("length", "5"), ("length", 5.5), ("model", 3), ("alpha", "x"), ("path", 7), ("model", ["m"])):
+        with pytest.raises(UserError, match=f"gives {name} as"):
+            fill_in(Open(), {**whole, name: value})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"n_layers": 10**9}, {"n_heads": 10**9}, {"n_layers": 2.5}, {"n_layers": "2"}, {"n_heads": True}, {"x": 1}],
+)
+def test_graphs_that_no_model_has(tmp_path, changes):
+    record = graph_record(MODEL.graph, {MODEL.graph.edges[0]: 0.5})
+    write_json(tmp_path / "graph.json", {**record, "graph": {**record["graph"], **changes}})
+    refused(read_graph, tmp_path / "graph.json", "does not describe a graph")
+
+
+def test_graphs_of_edges_that_are_none(tmp_path):
+    for edges in ({"a0.9->m0": 0.5}, {"": 1}, {"embed->m0": "x"}, ["embed->m0"], {"embed->m0": None}):
+        write_json(tmp_path / "graph.json", {**graph_record(MODEL.graph, {}), "edges": edges})
+        refused(read_graph, tmp_path / "graph.json")
+
+
+def test_models_of_names_that_are_none():
+    for name in ("a" * 300, "~nobody-at-all/model", "/x" * 3000, "a\0b"):
+        with pytest.raises(UserError):
+            load_model(name, device="cpu")
+
+
+RESULTS = {
+    "report.json": [comparison_figures.draw_sweep, comparison_figures.draw_models, draw_report],
+    "evidence.json": [comparison_figures.draw_evidence],
+    "relearning.json": [comparison_figures.draw_relearning],
+    "uniform.csv": [comparison_figures.draw_uniform],
+    "metrics.jsonl": [draw_training, lambda folder: comparison_figures.draw_finetuning(folder.parent)],
+    "next_tokens.json": [graph_figures.draw_next_tokens],
+    "graph.json": [graph_figures.draw_graph, graph_figures.draw_heat_map],
+    "methods.json": [method_figures.draw_methods],
+}
+
+
+@pytest.mark.parametrize("name", RESULTS)
+@pytest.mark.parametrize("text", ["[1]", '"x"', "{}", '{"models": 3}', '{"models": {"original": 1}}', '{"masks": [3]}'])
+def test_results_that_are_others(tmp_path, name, text):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / name).write_text(text)
+    for draw in RESULTS[name]:
+        refused(draw, folder)
+    assert [path.name for path in folder.iterdir()] == [name]

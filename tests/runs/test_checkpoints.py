@@ -1,0 +1,157 @@
+"""Runs that are interrupted come out as if they had not been."""
+
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers.models import small_gpt2
+from helpers.scripts import Killed, die
+from helpers.tasks import QUICK, make_task
+
+from circuit_breaking.engine.load import load_model
+from circuit_breaking.runs.checkpoints import NEWEST, PREVIOUS, Checkpoints
+from circuit_breaking.runs.run_folder import locked
+from circuit_breaking.runs.signals import Stopped, told_to_stop
+from circuit_breaking.training.config import MaskSettings
+from circuit_breaking.training.edge_methods import METHODS, relaxing
+from circuit_breaking.training.mask_trainer import train_mask
+
+SETTINGS = MaskSettings(max_edges=6, **QUICK)  # 18 steps in four phases
+
+
+def run(checkpoints=None, die_at=None, how=None, **changes):
+    """Train anew or from the folder's checkpoint; at step `die_at`, call `how`. Returns the mask and the rows."""
+    rows = []
+
+    def on_step(row):
+        rows.append({key: value for key, value in row.items() if key != "seconds"})
+        if row["step"] == die_at:
+            how()
+
+    model = load_model(small_gpt2(), device="cpu")
+    saved = checkpoints.load() if checkpoints else None
+    tasks = make_task("break", 1), make_task("keep", 5)
+    result = train_mask(model, *tasks, replace(SETTINGS, **changes), None, on_step, False, checkpoints, saved)
+    return result.weights, rows
+
+
+@pytest.mark.parametrize(
+    "changes", [{"method": "clamped"}, {"method": "clamped", "candidates": 0.1}, {"method": "hard-concrete"}]
+)
+def test_masks_of_all_budgets_may_begin_with_one_relax_phase(tmp_path, changes):
+    phase = relaxing(replace(SETTINGS, **changes))
+    shared = Checkpoints(tmp_path / "shared", {"shared": True})
+    torch.manual_seed(4)
+    _, first = run(shared, **changes, **phase, means_lr=0.05)
+    for budget in (1, 3, 9):
+        torch.manual_seed(4)
+        expected, rows = run(max_edges=budget, means_lr=0.05, **changes)
+        own = Checkpoints(tmp_path / str(budget), {"budget": budget})
+        shared.hand_on(own)
+        found, more = run(own, max_edges=budget, means_lr=0.05, **changes)
+        assert torch.equal(found, expected) and first + more == rows and len(first) == QUICK["relax_steps"]
+
+
+def test_what_has_no_relax_phase_has_none_to_share():
+    for changes in ({"method": "attribution"}, {"method": "given"}, {"relax_steps": 0}):
+        assert relaxing(replace(SETTINGS, **changes)) is None
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"method": method} for method in METHODS] + [{"method": "attribution", "ig_steps": 4}, {"candidates": 0.1}],
+)
+@pytest.mark.parametrize("die_at", range(1, 18))
+def test_a_killed_run_comes_out_the_same(tmp_path, die_at, changes):
+    expected, expected_rows = run(**changes)
+    checkpoints = Checkpoints(tmp_path, {"seed": 0}, every=3)
+    with pytest.raises(Killed):
+        run(checkpoints, die_at, die, **changes)
+    mask, rows = run(checkpoints, **changes)
+    assert torch.equal(mask, expected)
+    assert rows == expected_rows[die_at // 3 * 3 :]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("die_at", [2, 7, 15])
+def test_a_signal_saves_and_stops(tmp_path, die_at, number):
+    expected, expected_rows = run()
+    checkpoints = Checkpoints(tmp_path, {"seed": 0}, every=0)
+    with pytest.raises(Stopped, match=f"step {die_at + 1}; run it again"):
+        run(checkpoints, die_at, lambda: os.kill(os.getpid(), number))
+    mask, rows = run(checkpoints)
+    assert torch.equal(mask, expected) and rows == expected_rows[die_at + 1 :]
+
+
+def test_signals_are_given_back():
+    before = signal.getsignal(signal.SIGTERM)
+    with told_to_stop() as received:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert received == [signal.SIGTERM]
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut short", "empty"])
+def test_a_damaged_newest_falls_back_to_the_one_before(tmp_path, damage, capsys):
+    expected, _ = run()
+    checkpoints = Checkpoints(tmp_path, {"seed": 0}, every=3)
+    with pytest.raises(Killed):
+        run(checkpoints, 13, die)
+    data = bytearray((tmp_path / NEWEST).read_bytes())
+    if damage == "flip":
+        data[-5] ^= 1
+    (tmp_path / NEWEST).write_bytes(data[: {"flip": None, "cut short": 500, "empty": 0}[damage]])
+    assert torch.equal(run(checkpoints)[0], expected)
+    assert "passed over" in capsys.readouterr().err
+    assert checkpoints.load() is not None  # the run that went on has saved anew
+
+
+def test_nothing_whole_is_a_new_start(tmp_path):
+    checkpoints = Checkpoints(tmp_path, {"seed": 0}, every=3)
+    for name in (NEWEST, PREVIOUS):
+        (tmp_path / name).write_bytes(b"no")
+    assert checkpoints.load() is None
+    checkpoints.remove()
+    assert not list(tmp_path.iterdir())
+
+
+def test_another_runs_checkpoint_is_not_resumed(tmp_path, capsys):
+    Checkpoints(tmp_path, {"alpha": 0.2}).save(3, {"weights": torch.ones(2)}, {})
+    assert Checkpoints(tmp_path, {"alpha": 0.3}).load() is None
+    assert "other settings" in capsys.readouterr().err
+    saved = Checkpoints(tmp_path, {"alpha": 0.2}).load()
+    assert saved.step == 3 and torch.equal(saved.tensors["weights"], torch.ones(2))
+
+
+def test_random_states_go_on(tmp_path):
+    checkpoints = Checkpoints(tmp_path, {})
+    torch.manual_seed(3)
+    checkpoints.save(1, {"x": torch.zeros(())}, {})
+    expected = torch.rand(4)
+    torch.manual_seed(9)
+    checkpoints.load()
+    assert torch.equal(torch.rand(4), expected)
+
+
+def test_a_folder_is_held_by_one_run_at_a_time(tmp_path):
+    with locked(tmp_path / "run"):
+        code = (
+            f"from circuit_breaking.runs.run_folder import locked\nwith locked({str(tmp_path / 'run')!r}): print('in')"
+        )
+        other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        assert "another run is writing" in other.stderr and "in" not in other.stdout.split()
+    with locked(tmp_path / "run"):
+        pass
+
+
+def test_a_run_without_checkpoints_leaves_signals_alone():
+    before = signal.signal(signal.SIGTERM, lambda *_: die())
+    try:
+        with pytest.raises(Killed):
+            run(None, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    finally:
+        signal.signal(signal.SIGTERM, before)

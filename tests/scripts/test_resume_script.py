@@ -1,0 +1,79 @@
+"""A training script killed outright at random moments and started again each time."""
+
+import json
+import random
+import subprocess
+import sys
+import time
+
+import pytest
+from helpers.scripts import PLAIN, RUDE, load_script, save_small_model
+
+from circuit_breaking.runs.files import ROOT, read_jsonl
+from circuit_breaking.runs.tensors import read_tensors
+
+PHASES = ["--relax-steps=40", "--anneal-steps=40", "--sift-steps=20", "--refine-rounds=30", "--tries=4"]
+
+
+def command(folder, name):
+    options = {
+        "model": folder / "model", "toxic-train": folder / "train.jsonl", "toxic-test": folder / "test.jsonl",
+        "ordinary": folder / "plain.txt", "out": folder, "run": name, "checkpoint-every": 3, "max-edges": 5,
+        "test-texts": 10, "device": "cpu",
+    }  # fmt: skip
+    return [
+        sys.executable, str(ROOT / "toxicity" / "train_mask.py"), *PHASES,
+        *(f"--{key}={value}" for key, value in options.items()),
+    ]  # fmt: skip
+
+
+def write_inputs(folder):
+    save_small_model(folder / "model")
+    for name, texts in (("train", RUDE[:100]), ("test", RUDE[100:120])):
+        rows = [json.dumps({"id": i, "text": text}) for i, text in enumerate(texts, 1000 * (name == "test"))]
+        (folder / f"{name}.jsonl").write_text("\n".join(rows))
+    (folder / "plain.txt").write_text("\n".join(PLAIN))
+
+
+def test_the_same_seed_gives_the_same_files_twice(tmp_path):
+    write_inputs(tmp_path)
+    script = load_script("toxicity/train_mask.py")
+    settings = script.Settings(
+        model=str(tmp_path / "model"), toxic_train=tmp_path / "train.jsonl", toxic_test=tmp_path / "test.jsonl",
+        ordinary=str(tmp_path / "plain.txt"), out=tmp_path, resume=False, max_edges=5, test_texts=10, device="cpu",
+        relax_steps=6, anneal_steps=6, sift_steps=3, refine_rounds=4, tries=4, means_lr=0.05, means_steps=3,
+    )  # fmt: skip
+    found = []
+    for _ in range(2):
+        script.main(settings)
+        rows = [{**row, "seconds": 0} for row in read_jsonl(tmp_path / "run" / "metrics.jsonl")]
+        names = ("mask.safetensors", "means.safetensors", "edges.json", "settings.json")
+        found.append(([(tmp_path / "run" / name).read_bytes() for name in names], rows))
+        assert len(rows) == 22
+    assert found[0] == found[1]
+
+
+@pytest.mark.slow
+def test_five_kills_leave_the_same_mask(tmp_path):
+    write_inputs(tmp_path)
+    subprocess.run(command(tmp_path, "whole"), check=True, capture_output=True)
+
+    moments, folder = random.Random(0), tmp_path / "killed"
+    for _ in range(5):
+        process = subprocess.Popen(command(tmp_path, "killed"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        path = folder / "metrics.jsonl"
+        there = len(path.read_text().splitlines()) if path.is_file() else 0
+        target = there + moments.randrange(2, 25)
+        while process.poll() is None and not (path.is_file() and len(path.read_text().splitlines()) >= target):
+            time.sleep(0.005)
+        assert process.poll() is None, "the run ended before it could be killed"
+        process.kill()
+        process.wait()
+    done = subprocess.run(command(tmp_path, "killed"), capture_output=True, text=True, check=True)
+    assert "going on from step" in done.stderr
+
+    masks = [read_tensors(tmp_path / name / "mask.safetensors")[0]["weights"] for name in ("whole", "killed")]
+    assert masks[0].equal(masks[1])
+    rows = [read_jsonl(tmp_path / name / "metrics.jsonl") for name in ("whole", "killed")]
+    assert [row["step"] for row in rows[1]] == list(range(130))
+    assert [{**row, "seconds": 0} for row in rows[0]] == [{**row, "seconds": 0} for row in rows[1]]

@@ -1,0 +1,89 @@
+"""Edge attribution against finite differences and against what integrated gradients must add up to."""
+
+import pytest
+import torch
+from helpers.models import small_gpt2, small_llama
+
+from circuit_breaking.engine.load import load_model
+from circuit_breaking.errors import UserError
+from circuit_breaking.tasks.losses import logit_difference
+from circuit_breaking.training.attribution import eap, eap_ig, edge_gradients
+
+
+def difference(model, seed=0):
+    """A logit difference at the ends of four texts, as a function of the mask."""
+    draw = torch.Generator().manual_seed(seed)
+    tokens, lengths = torch.randint(0, 50, (4, 7), generator=draw), torch.tensor([7, 4, 6, 7])
+    right, wrong = torch.randint(0, 50, (2, 4), generator=draw)
+
+    def metric(mask):
+        return logit_difference(model(tokens, at=lengths - 1, mask=mask), right, wrong).mean()
+
+    return metric
+
+
+def means_of(model, kind):
+    if kind == "zero":
+        return None
+    shape = (len(model.graph.sources), model.embedding.shape[1])
+    shape = (9, *shape) if kind == "position" else shape
+    return torch.randn(shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64) * 0.3
+
+
+@pytest.mark.parametrize("kind", ["zero", "mean", "position"])
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("make", [small_gpt2, small_llama])
+def test_eap_is_the_finite_difference_of_every_edge(make, split, kind):
+    model = load_model(make(), split, "cpu", "float64")
+    model.means = means_of(model, kind)
+    metric, ones = difference(model), torch.ones(len(model.graph), dtype=torch.float64)
+    scores, step = eap([metric], model), 1e-5
+    edges = range(0, len(ones), 1 if len(ones) < 150 else 5)
+    with torch.no_grad():
+        for edge in edges:
+            up, down = ones.clone(), ones.clone()
+            up[edge] += step
+            down[edge] -= step
+            slope = (metric(up) - metric(down)) / (2 * step)
+            assert float(scores[edge]) == pytest.approx(float(slope), rel=1e-5, abs=1e-8)
+
+
+@pytest.mark.parametrize("kind", ["mean", "position"])
+def test_integrated_gradients_add_up_to_the_change_of_the_metric(family, kind):
+    model = load_model(family(), False, "cpu", "float64")
+    model.means = means_of(model, kind)
+    metric, ones = difference(model), torch.ones(len(model.graph), dtype=torch.float64)
+    change = float(metric(ones) - metric(torch.zeros_like(ones)))
+    errors = [abs(float(eap_ig([metric], model, steps).sum()) - change) for steps in (4, 80)]
+    assert abs(change) > 0.05 and errors[1] < 1e-3 * abs(change) and errors[1] < errors[0]
+
+
+def test_integrated_gradients_between_two_masks(family):
+    model = load_model(family(), False, "cpu", "float64")
+    metric = difference(model)
+    start = (torch.rand(len(model.graph), generator=torch.Generator().manual_seed(2)) > 0.2).double()
+    end = torch.ones_like(start)
+    scores = eap_ig([metric], model, 40, start, end)
+    assert float(scores.sum()) == pytest.approx(float(metric(end) - metric(start)), rel=1e-5)
+    assert (scores[start == 1] == 0).all() and scores[start == 0].abs().sum() > 0
+
+
+def test_scores_are_means_over_batches():
+    model = load_model(small_gpt2(), device="cpu")
+    both = [difference(model, 0), difference(model, 1)]
+    ones = torch.ones(len(model.graph))
+    expected = (edge_gradients(both[0], ones) + edge_gradients(both[1], ones)) / 2
+    torch.testing.assert_close(eap(iter(both), model), expected)
+    assert model.mask.weights.grad is None  # nothing is left behind
+    with torch.no_grad():  # nor does it matter whether gradients are off outside
+        torch.testing.assert_close(eap(both, model), expected)
+
+
+def test_what_cannot_be_attributed():
+    model = load_model(small_gpt2(), device="cpu")
+    with pytest.raises(UserError, match="no batch to attribute over"):
+        eap([], model)
+    with pytest.raises(UserError, match="over 0 steps"):
+        eap_ig([difference(model)], model, 0)
+    with pytest.raises(UserError, match="not finite"):
+        eap([lambda mask: (mask * float("nan")).sum()], model)
