@@ -33,7 +33,7 @@ from circuit_breaking.figures.report import draw_report
 from circuit_breaking.models.load import files_of, load_hf_model, load_tokenizer
 from circuit_breaking.models.tokens import prefix_token
 from circuit_breaking.runs.cli import run_script
-from circuit_breaking.runs.config import check_counts, fill_in
+from circuit_breaking.runs.config import check_counts, resolve_defaults
 from circuit_breaking.runs.files import DATA, write_json
 from circuit_breaking.runs.provenance import provenance
 from circuit_breaking.runs.run_folder import recorded
@@ -102,7 +102,7 @@ def save_model(folder: Path, hf: nn.Module, tokenizer, mask: WeightMask) -> None
 
 def main(settings: Settings) -> None:
     check_counts(settings, "num_texts", "samples", "prompt_tokens", "new_tokens", "eval_batch")
-    settings = fill_in(settings, default_data(settings.model))
+    settings = resolve_defaults(settings, default_data(settings.model))
     torch.manual_seed(settings.seed)
     folder = settings.out / settings.run
     tokenizer = load_tokenizer(settings.model)

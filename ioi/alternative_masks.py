@@ -30,7 +30,7 @@ from circuit_breaking.ioi.setting import FOLDER, Setting, draw_run, open_setting
 from circuit_breaking.runs.cli import run_script
 from circuit_breaking.runs.config import check_counts
 from circuit_breaking.runs.files import read_json, write_json
-from circuit_breaking.runs.signals import told_to_stop
+from circuit_breaking.runs.signals import stop_signals
 from circuit_breaking.tasks import IOITask
 from circuit_breaking.training.config import MaskSettings
 from circuit_breaking.training.prune import PruneSettings, prune, smallest
@@ -127,7 +127,7 @@ def covering(folder: Path, setting: Setting, before: dict[str, float]) -> None:
     """Masks one after another, each without the edges of those before."""
     model, union, found = setting.model, [], []
     enough = setting.settings.broken * before["logit_difference"]
-    with told_to_stop():
+    with stop_signals():
         for number in range(1, setting.settings.masks + 1):
             if not bool((allowed := without(setting, union)).any()):
                 break

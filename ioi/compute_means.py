@@ -21,7 +21,7 @@ from circuit_breaking.ioi.setting import FOLDER, check_layout, default_data, pro
 from circuit_breaking.models.load import files_of, load_tokenizer
 from circuit_breaking.models.tokens import TokenBatch, encode, prefix_token
 from circuit_breaking.runs.cli import run_script
-from circuit_breaking.runs.config import check_counts, fill_in
+from circuit_breaking.runs.config import check_counts, resolve_defaults
 from circuit_breaking.runs.files import read_jsonl
 from circuit_breaking.runs.provenance import provenance
 from circuit_breaking.tasks.ioi import HINT, encode_prompts, read_prompts
@@ -47,7 +47,7 @@ class Settings:
 def main(settings: Settings) -> None:
     check_counts(settings, "num_texts", "length", "batch_size")
     abc = prompts_of(settings.model, settings.prompts, "train", abc=True)
-    settings = fill_in(settings, {"abc": abc, **default_data(settings.model, settings.prompts)})
+    settings = resolve_defaults(settings, {"abc": abc, **default_data(settings.model, settings.prompts)})
     out = settings.out or FOLDER / "means" / f"{Path(settings.model).name}_{settings.kind}_{settings.texts}.safetensors"
     tokenizer = load_tokenizer(settings.model)
     source = Path(settings.abc if settings.texts == "abc" else settings.ordinary)

@@ -24,7 +24,7 @@ from circuit_breaking.figures.indirect_objects import draw_models
 from circuit_breaking.ioi.setting import FOLDER, MEASURES, default_data, prompt_measures, text_measures
 from circuit_breaking.models.load import files_of, load_tokenizer
 from circuit_breaking.runs.cli import run_script
-from circuit_breaking.runs.config import check_counts, fill_in
+from circuit_breaking.runs.config import check_counts, resolve_defaults
 from circuit_breaking.runs.files import write_json
 from circuit_breaking.runs.provenance import provenance
 from circuit_breaking.runs.tensors import read_tensors
@@ -71,8 +71,8 @@ def main(settings: Settings) -> None:
         raise UserError(f"there is no run to measure. {HINT}")
     abouts = {run: read_tensors(settings.out / run / "mask.safetensors", HINT)[1] for run in settings.runs}
     first = next(iter(abouts.values())).get("settings") or {}
-    settings = fill_in(settings, first, {"model": "tiny", "prompts": "all", "length": 50})
-    settings = fill_in(settings, default_data(settings.model, settings.prompts))
+    settings = resolve_defaults(settings, first, {"model": "tiny", "prompts": "all", "length": 50})
+    settings = resolve_defaults(settings, default_data(settings.model, settings.prompts))
     tuned = settings.out / settings.finetuned / "model" if settings.finetuned else None
     if tuned is not None and not tuned.is_dir():
         settings, tuned = replace(settings, finetuned=None), None

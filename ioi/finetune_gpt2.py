@@ -31,11 +31,11 @@ from circuit_breaking.runs.checkpoints import (
     training_state,
 )
 from circuit_breaking.runs.cli import run_script
-from circuit_breaking.runs.config import check_counts, fill_in
+from circuit_breaking.runs.config import check_counts, resolve_defaults
 from circuit_breaking.runs.files import read_jsonl, write_json
 from circuit_breaking.runs.provenance import provenance
 from circuit_breaking.runs.run_folder import recorded
-from circuit_breaking.runs.signals import told_to_stop
+from circuit_breaking.runs.signals import stop_signals
 from circuit_breaking.tasks import IOITask, OWTTask
 from circuit_breaking.tasks.stock_model import StockModel
 from circuit_breaking.training.unlearning import prediction_losses_of
@@ -68,7 +68,7 @@ def main(settings: Settings) -> None:
     check_counts(settings, "steps", "batch_size")
     if settings.lr <= 0:
         raise UserError(f"lr is {settings.lr}; it must be above 0.")
-    settings = fill_in(settings, default_data(settings.model, settings.prompts))
+    settings = resolve_defaults(settings, default_data(settings.model, settings.prompts))
     torch.manual_seed(settings.seed)
     folder = settings.out / settings.run
     tokenizer = load_tokenizer(settings.model)
@@ -112,7 +112,7 @@ def finetune(
         restore_parts(resume_from.tensors, tasks)
     steps = range(done, settings.steps)
     with (
-        told_to_stop() as signals,
+        stop_signals() as signals,
         tqdm(steps, initial=done, total=settings.steps, desc="fine-tuning", unit="step", disable=None) as bar,
     ):
         for step in bar:

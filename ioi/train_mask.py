@@ -15,7 +15,7 @@ from typing import Literal
 from circuit_breaking.ioi.setting import FOLDER, Setting, draw_run, open_setting, write_run
 from circuit_breaking.runs.cli import run_script
 from circuit_breaking.runs.distributed import is_main
-from circuit_breaking.runs.run_folder import held
+from circuit_breaking.runs.run_folder import hold
 from circuit_breaking.training.config import MaskSettings
 from circuit_breaking.training.mask_trainer import check
 from circuit_breaking.training.run import train_into
@@ -50,11 +50,11 @@ def main(settings: Settings) -> None:
     setting: Setting = open_setting(settings)
     check(settings, len(setting.model.graph))  # before anything is written
     folder = settings.out / settings.run
-    with held(folder):
+    with hold(folder):
         before = setting.summary()
         result = train_into(
             folder, setting.model, setting.ioi, setting.ordinary, settings, None, setting.record, settings.resume,
-            settings.checkpoint_every, hold=False,
+            settings.checkpoint_every, lock=False,
         )  # fmt: skip
         if not is_main():
             return

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from circuit_breaking.mnist.digits import Split
 from circuit_breaking.runs.checkpoints import Checkpoints, Saved, part_of, restore_training, state_of, training_state
-from circuit_breaking.runs.signals import told_to_stop
+from circuit_breaking.runs.signals import stop_signals
 
 EDGE_OFFSET = 1.01  # of the sparsity term; over 1, so that its slope at M = 1 is finite
 Row = dict[str, Any]
@@ -102,7 +102,7 @@ def steps_left(
 ) -> Iterator[tuple[tqdm, Sequence[int]]]:
     """A bar over the steps `done` + 1 to `steps`, and the signals that arrive if there are checkpoints."""
     with (
-        told_to_stop() if checkpoints is not None else nullcontext(()) as signals,
+        stop_signals() if checkpoints is not None else nullcontext(()) as signals,
         tqdm(range(done + 1, steps + 1), label, steps, initial=done, unit=unit, disable=None) as bar,
     ):
         yield bar, signals

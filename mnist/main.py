@@ -25,8 +25,8 @@ from circuit_breaking.mnist.digits import DEFAULT_FOLDER, Images, Source, Split,
 from circuit_breaking.mnist.report import check_settings, describe, print_table
 from circuit_breaking.runs.cli import run_script
 from circuit_breaking.runs.devices import cpu_threads, pick_device
-from circuit_breaking.runs.run_folder import Parts, locked
-from circuit_breaking.runs.signals import told_to_stop
+from circuit_breaking.runs.run_folder import CheckpointedParts, locked
+from circuit_breaking.runs.signals import stop_signals
 
 
 @dataclass
@@ -78,12 +78,15 @@ def run(settings: Settings) -> None:
     images = load_images(settings.data, settings.source, device)
     split = split_images(images, settings.target_class, settings.n_bad, settings.seed)
     print(describe(images, split))
-    parts = Parts(folder / "checkpoints", record_of(settings, images), settings.resume, settings.checkpoint_every)
-    with locked(folder), told_to_stop():
+    record = record_of(settings, images)
+    parts = CheckpointedParts(folder / "checkpoints", record, settings.resume, settings.checkpoint_every)
+    with locked(folder), stop_signals():
         learn(settings, images, split, parts, folder, started)
 
 
-def learn(settings: Settings, images: Images, split: Split, parts: Parts, folder: Path, started: float) -> None:
+def learn(
+    settings: Settings, images: Images, split: Split, parts: CheckpointedParts, folder: Path, started: float
+) -> None:
     """Train, learn, fine-tune, and write what came of it."""
 
     def train(rows: slice | torch.Tensor, label: str) -> MaskedMLP:

@@ -31,8 +31,8 @@ from circuit_breaking.mnist.report import check_settings, describe, print_table
 from circuit_breaking.runs.checkpoints import Checkpoints, Saved
 from circuit_breaking.runs.cli import run_script
 from circuit_breaking.runs.devices import cpu_threads, pick_device
-from circuit_breaking.runs.run_folder import Parts, locked
-from circuit_breaking.runs.signals import told_to_stop
+from circuit_breaking.runs.run_folder import CheckpointedParts, locked
+from circuit_breaking.runs.signals import stop_signals
 
 TOLERANCE = 1e-6  # relative; an objective is a float32 sum
 
@@ -81,8 +81,8 @@ def run(settings: Settings) -> None:
     print(describe(images, split))
     inputs = [settings.network] if settings.network else []
     record = record_of(settings, images, inputs)
-    parts = Parts(folder / "checkpoints", record, settings.resume, settings.checkpoint_every)
-    with locked(folder), told_to_stop():
+    parts = CheckpointedParts(folder / "checkpoints", record, settings.resume, settings.checkpoint_every)
+    with locked(folder), stop_signals():
         cut(settings, images, split, parts, folder, started, inputs)
 
 
@@ -90,7 +90,7 @@ def cut(
     settings: Settings,
     images: Images,
     split: Split,
-    parts: Parts,
+    parts: CheckpointedParts,
     folder: Path,
     started: float,
     inputs: list[Path],
@@ -131,7 +131,7 @@ def cut(
     print(f"greedy steps: {times}; {folder} holds the results and {len(pictures)} pictures")
 
 
-def get_network(settings: Settings, split: Split, source: str, parts: Parts) -> MaskedMLP:
+def get_network(settings: Settings, split: Split, source: str, parts: CheckpointedParts) -> MaskedMLP:
     """The network of `settings.network` if it fits this task, else one trained as main.py trains it."""
     if settings.network is None:
         network = train_network(

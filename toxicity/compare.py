@@ -29,7 +29,7 @@ from circuit_breaking.runs.cli import run_script
 from circuit_breaking.runs.config import check_counts
 from circuit_breaking.runs.files import plain, read_json, write_json
 from circuit_breaking.runs.run_folder import locked
-from circuit_breaking.runs.signals import Stopped, told_to_stop
+from circuit_breaking.runs.signals import Stopped, stop_signals
 from circuit_breaking.toxicity.inputs import FOLDER
 
 HERE = Path(__file__).resolve().parent
@@ -170,7 +170,7 @@ def main(settings: Settings) -> None:
     if settings.judged not in settings.budgets:
         raise UserError(f"judged is {settings.judged}, which is none of the budgets. Set it to one of them.")
     folder, start = settings.out / settings.run, time.perf_counter()
-    with locked(folder), told_to_stop() as signals, ThreadPoolExecutor(settings.workers) as pool:
+    with locked(folder), stop_signals() as signals, ThreadPoolExecutor(settings.workers) as pool:
         prepare(folder, settings)
         for stage in stages(settings):
             running = [pool.submit(run_part, part, settings, signals) for part in stage]

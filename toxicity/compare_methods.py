@@ -28,7 +28,7 @@ from circuit_breaking.errors import UserError
 from circuit_breaking.figures.methods import FILE, draw_methods, table
 from circuit_breaking.models.load import files_of, load_tokenizer
 from circuit_breaking.runs.cli import run_script
-from circuit_breaking.runs.config import check_counts, fill_in
+from circuit_breaking.runs.config import check_counts, resolve_defaults
 from circuit_breaking.runs.cost import COST_FILE, cost
 from circuit_breaking.runs.files import plain, write_csv, write_json, write_jsonl
 from circuit_breaking.runs.provenance import provenance
@@ -115,7 +115,7 @@ def check(settings: Settings) -> None:
 
 def main(settings: Settings) -> None:
     check(settings)
-    settings = fill_in(settings, default_data(settings.model))
+    settings = resolve_defaults(settings, default_data(settings.model))
     folder = settings.out / settings.run
     tokenizer = load_tokenizer(settings.model)
 
@@ -147,7 +147,7 @@ def main(settings: Settings) -> None:
     for method, budget, seed, training in tqdm(masks, desc="masks", unit="mask", disable=None):
         place = folder / "masks" / f"{method.replace(' ', '_')}_{budget}_seed{seed}"
         about = record_of(record, settings, method, budget, seed, training)
-        if not (settings.resume and is_made(place / MASK, about)):
+        if not (settings.resume and is_up_to_date(place / MASK, about)):
             make(place, model, texts(seed).tasks(seed), budget, seed, training)
             write_json(place / "edges.json", model.mask.cut_edges())
             save_mask(place / MASK, model, about)  # last: it says that the folder is complete
@@ -173,7 +173,7 @@ def record_of(
     return json.loads(json.dumps(about, default=plain))  # as it will be read
 
 
-def is_made(path: Path, about: dict[str, Any]) -> bool:
+def is_up_to_date(path: Path, about: dict[str, Any]) -> bool:
     """Whether a mask is there that was made with the same settings from the same files."""
     if not path.is_file():
         return False

@@ -16,7 +16,7 @@ from circuit_breaking.engine.load import load_model
 from circuit_breaking.models.load import files_of, load_tokenizer
 from circuit_breaking.models.tokens import encode, prefix_token
 from circuit_breaking.runs.cli import run_script
-from circuit_breaking.runs.config import check_counts, fill_in
+from circuit_breaking.runs.config import check_counts, resolve_defaults
 from circuit_breaking.runs.provenance import provenance
 from circuit_breaking.tasks.owt import load_texts
 from circuit_breaking.tasks.toxic import read_examples
@@ -40,7 +40,7 @@ class Settings:
 
 def main(settings: Settings) -> None:
     check_counts(settings, "num_texts", "length", "batch_size")
-    settings = fill_in(settings, default_data(settings.model))
+    settings = resolve_defaults(settings, default_data(settings.model))
     out = settings.out or FOLDER / "means" / f"{Path(settings.model).name}_{settings.kind}_{settings.texts}.safetensors"
     model = load_model(settings.model, device=settings.device, dtype=settings.dtype)
     if settings.kind == "zero":

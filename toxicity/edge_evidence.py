@@ -19,7 +19,7 @@ from circuit_breaking.evaluation.edge_effects import leave_one_out, stability
 from circuit_breaking.figures.toxicity import EVIDENCE, draw_evidence
 from circuit_breaking.models.load import files_of, load_hf_model, load_tokenizer
 from circuit_breaking.runs.cli import run_script
-from circuit_breaking.runs.config import check_counts, fill_in
+from circuit_breaking.runs.config import check_counts, resolve_defaults
 from circuit_breaking.runs.files import write_json
 from circuit_breaking.runs.provenance import provenance
 from circuit_breaking.tasks import OWTTask, ToxicTask
@@ -47,7 +47,7 @@ class Settings:
 
 def main(settings: Settings) -> None:
     check_counts(settings, "length", "num_texts", "batch_size")
-    settings = fill_in(settings, default_data(settings.model))
+    settings = resolve_defaults(settings, default_data(settings.model))
     folder = settings.out / settings.run
     check_apart(settings.toxic_train, settings.toxic_test)
     tokenizer = load_tokenizer(settings.model)

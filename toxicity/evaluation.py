@@ -40,7 +40,7 @@ from circuit_breaking.figures.training import draw_training
 from circuit_breaking.models.load import SHIPPED, files_of, load_hf_model, load_tokenizer
 from circuit_breaking.models.tokens import TokenBatch, encode, prefix_token
 from circuit_breaking.runs.cli import run_script
-from circuit_breaking.runs.config import check_counts, fill_in
+from circuit_breaking.runs.config import check_counts, resolve_defaults
 from circuit_breaking.runs.files import write_csv, write_json, write_jsonl
 from circuit_breaking.runs.provenance import provenance
 from circuit_breaking.runs.tensors import read_tensors
@@ -102,7 +102,7 @@ def as_trained(settings: Settings) -> tuple[Settings, dict[str, Path]]:
         trained = {key: value for key, value in trained.items() if key != "means"}
     model = settings.model or trained.get("model") or "tiny"
     known = [{"model": model}, trained, default_data(model), {"length": 50}]
-    return fill_in(settings, *([] if mask is None else [{"mask": mask}]), *known), folders
+    return resolve_defaults(settings, *([] if mask is None else [{"mask": mask}]), *known), folders
 
 
 def read_models(settings: Settings, folders: Mapping[str, Path], hf: Any) -> list[Variant]:

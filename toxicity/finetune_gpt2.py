@@ -25,12 +25,12 @@ from circuit_breaking.errors import UserError
 from circuit_breaking.figures.toxicity import draw_finetuning
 from circuit_breaking.models.load import files_of, fused_activations, load_hf_model, load_tokenizer
 from circuit_breaking.runs.cli import run_script
-from circuit_breaking.runs.config import check_counts, fill_in
+from circuit_breaking.runs.config import check_counts, resolve_defaults
 from circuit_breaking.runs.cost import COST_FILE, cost, with_earlier
 from circuit_breaking.runs.files import read_json, write_json, write_jsonl
 from circuit_breaking.runs.provenance import provenance
-from circuit_breaking.runs.run_folder import Parts, is_made, locked
-from circuit_breaking.runs.signals import told_to_stop
+from circuit_breaking.runs.run_folder import CheckpointedParts, is_up_to_date, locked
+from circuit_breaking.runs.signals import stop_signals
 from circuit_breaking.toxicity.inputs import FOLDER, default_data
 from circuit_breaking.toxicity.splits import Splits, load_splits
 from circuit_breaking.training.finetune import FinetuneSettings, check, describe, finetune
@@ -64,7 +64,7 @@ class Settings(FinetuneSettings):
     device: str = "auto"  # auto, cpu, cuda, mps
 
 
-def best_of_grid(settings: Settings, method: str, splits: Splits, parts: Parts) -> tuple[Any, ...]:
+def best_of_grid(settings: Settings, method: str, splits: Splits, parts: CheckpointedParts) -> tuple[Any, ...]:
     """(model, result, cost) of the learning rate whose best checkpoint has the lowest score; and of all rates the rows,
     the notes, and the seconds."""
     best, notes, history, seconds = None, [], [], 0.0
@@ -109,7 +109,7 @@ def save(folder: Path, hf: Any, tokenizer: Any) -> None:
 
 def make(folder: Path, settings: Settings, method: str, splits: Splits, tokenizer: Any, run: dict[str, Any]) -> None:
     """Fine-tune by one method, write what came of it, and say so."""
-    parts = Parts(folder / PARTS, run, settings.resume, settings.checkpoint_every, APART)
+    parts = CheckpointedParts(folder / PARTS, run, settings.resume, settings.checkpoint_every, APART)
     (hf, result, spent), history, notes, seconds = best_of_grid(settings, method, splits, parts)
     save(folder, hf, tokenizer)
     write_jsonl(folder / "metrics.jsonl", history)
@@ -133,7 +133,7 @@ def main(settings: Settings) -> None:
         raise UserError(f"there is no method {unknown[0]!r}; choose from {', '.join(METHODS)}.")
     if not settings.methods:
         raise UserError(f"methods is empty; choose from {', '.join(METHODS)}.")
-    settings = fill_in(settings, default_data(settings.model))
+    settings = resolve_defaults(settings, default_data(settings.model))
     folder = settings.out / settings.run / "finetuned"
     tokenizer = load_tokenizer(settings.model)
     splits = load_splits(
@@ -141,12 +141,13 @@ def main(settings: Settings) -> None:
         settings.examples or None, settings.validation, settings.seed,
     )  # fmt: skip
     record = provenance(settings, [*splits.files, *files_of(settings.model)], texts=splits.about)
-    with told_to_stop():
+    with stop_signals():
         for method in settings.methods:
             run = {**record, "method": method, "lrs": rates_of(settings, method)}
             with locked(folder / method):
                 place = folder / method
-                if settings.resume and files_of(str(place)) and is_made(place / FINETUNING, read_json, run, *APART):
+                complete = bool(files_of(str(place))) and is_up_to_date(place / FINETUNING, read_json, run, *APART)
+                if settings.resume and complete:
                     print(f"{method}: is there, of the same settings, data and code; --no-resume makes it anew")
                 else:
                     make(place, settings, method, splits, tokenizer, run)

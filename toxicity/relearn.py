@@ -24,7 +24,7 @@ from circuit_breaking.figures.toxicity import RELEARNING, draw_relearning
 from circuit_breaking.models.load import files_of, fused_activations, load_hf_model, load_tokenizer
 from circuit_breaking.models.tokens import prefix_token
 from circuit_breaking.runs.cli import run_script
-from circuit_breaking.runs.config import check_counts, fill_in
+from circuit_breaking.runs.config import check_counts, resolve_defaults
 from circuit_breaking.runs.files import write_json
 from circuit_breaking.runs.provenance import provenance
 from circuit_breaking.toxicity.inputs import FOLDER, default_data, load_prompts
@@ -60,7 +60,7 @@ def main(settings: Settings) -> None:
     names = ("length", "num_texts", "num_prompts", "samples", "prompt_tokens", "new_tokens", "eval_batch_size")
     check_counts(settings, *names)
     check(settings)
-    settings = fill_in(settings, default_data(settings.model))
+    settings = resolve_defaults(settings, default_data(settings.model))
     folder = settings.out / settings.run
     scorer, tokenizer = load_scorer(settings.scorer, settings.device), load_tokenizer(settings.model)
     splits = load_splits(

@@ -32,12 +32,12 @@ from circuit_breaking.errors import UserError
 from circuit_breaking.models.load import files_of, load_tokenizer
 from circuit_breaking.runs.checkpoints import Checkpoints
 from circuit_breaking.runs.cli import run_script
-from circuit_breaking.runs.config import check_counts, fill_in
+from circuit_breaking.runs.config import check_counts, resolve_defaults
 from circuit_breaking.runs.cost import COST_FILE, cost, together, with_earlier
 from circuit_breaking.runs.files import read_jsonl, write_json, write_jsonl
 from circuit_breaking.runs.provenance import provenance
-from circuit_breaking.runs.run_folder import METRICS, held, identity, is_made
-from circuit_breaking.runs.signals import told_to_stop
+from circuit_breaking.runs.run_folder import METRICS, hold, is_up_to_date, resume_key
+from circuit_breaking.runs.signals import stop_signals
 from circuit_breaking.runs.tensors import read_tensors
 from circuit_breaking.toxicity.inputs import FOLDER, default_data
 from circuit_breaking.toxicity.splits import Splits, load_splits
@@ -166,14 +166,14 @@ class Sweep:
         """Train a mask into its folder, unless it is there, or what `edges` [E] carry; how many edges it cuts."""
         kind = "mask" if edges is None else "random"
         place, run = self.folder / "masks" / name, self.about(kind, carry, budget, seed)
-        if self.settings.resume and is_made(place / MASK, lambda path: read_tensors(path)[1], run, *APART):
+        if self.settings.resume and is_up_to_date(place / MASK, lambda path: read_tensors(path)[1], run, *APART):
             load_mask(place / MASK, self.model)
             print(f"{name}: is there, of the same settings, data and code; --no-resume makes it anew", flush=True)
             return self.model.mask.n_cut()
         how = training_of(self.settings, carry, budget)
         how = how if edges is None else given(how)
-        part, resume, earlier = identity(run, *APART), self.settings.resume, None
-        with held(place):
+        part, resume, earlier = resume_key(run, *APART), self.settings.resume, None
+        with hold(place):
             own, phase = Checkpoints(place, part), relaxing(how)
             if phase is not None and not (resume and own.load()):
                 earlier, resume = self.relax(carry, seed, replace(how, **phase), own), True
@@ -192,8 +192,8 @@ class Sweep:
     def relax(self, carry: str, seed: int, how: MaskSettings, own: Checkpoints) -> dict[str, Any]:
         """Let a mask go on from the end of the phase that all budgets share, trained if need be; what that cost."""
         place = self.shared_place(carry, seed)
-        part = identity(self.about("relaxed", carry, 0, seed), *APART)
-        with held(place):
+        part = resume_key(self.about("relaxed", carry, 0, seed), *APART)
+        with hold(place):
             if place not in self.shared:
                 spent = self.train(place, carry, seed, how, part, self.settings.resume)
                 write_json(place / COST_FILE, spent)
@@ -212,7 +212,7 @@ class Sweep:
         self.carry(carry)
         with cost(self.model.device) as spent:
             result = train_into(
-                place, self.model, *tasks, how, edges, part, resume, self.settings.checkpoint_every, hold=False
+                place, self.model, *tasks, how, edges, part, resume, self.settings.checkpoint_every, lock=False
             )
         if earlier is not None:
             return together(earlier, spent)
@@ -239,13 +239,13 @@ class Sweep:
 
 def main(settings: Settings) -> None:
     check(settings)
-    settings = fill_in(settings, default_data(settings.model))
+    settings = resolve_defaults(settings, default_data(settings.model))
     sweep = Sweep(settings)
     n_edges = len(sweep.model.graph)
     if beyond := [budget for budget in settings.budgets if budget > n_edges]:
         print(f"note: the model has {n_edges} edges, so there is no mask of {', '.join(map(str, beyond))}.")
     cut: dict[tuple[str, int], int] = {}
-    with told_to_stop():
+    with stop_signals():
         sweep.average()
         for name, carry, budget, seed in plan(settings, n_edges):
             count = sweep.mask(name, carry, budget, seed)

@@ -21,11 +21,11 @@ from circuit_breaking.engine.mask import save_mask
 from circuit_breaking.engine.transformer import EdgeMaskedTransformer
 from circuit_breaking.models.load import load_tokenizer
 from circuit_breaking.runs.cli import run_script
-from circuit_breaking.runs.config import fill_in
+from circuit_breaking.runs.config import resolve_defaults
 from circuit_breaking.runs.distributed import is_main
 from circuit_breaking.runs.files import write_json
 from circuit_breaking.runs.provenance import provenance
-from circuit_breaking.runs.run_folder import held
+from circuit_breaking.runs.run_folder import hold
 from circuit_breaking.tasks import OWTTask, ToxicTask
 from circuit_breaking.tasks.base import TextTask
 from circuit_breaking.toxicity.inputs import FOLDER, default_data
@@ -59,7 +59,7 @@ class Settings(MaskSettings):
 
 
 def main(settings: Settings) -> None:
-    settings = fill_in(settings, default_data(settings.model))
+    settings = resolve_defaults(settings, default_data(settings.model))
     torch.manual_seed(settings.seed)
     torch.backends.cuda.matmul.allow_tf32 = settings.tf32
     folder = settings.out / settings.run
@@ -77,7 +77,7 @@ def main(settings: Settings) -> None:
     if Path(settings.ordinary).is_file():
         inputs.append(Path(settings.ordinary))
     record = provenance(settings, inputs, model=model.name)
-    with held(folder):
+    with hold(folder):
         train(folder, model, {"ordinary": ordinary, "toxic": toxic}, record, settings)
 
 
@@ -92,7 +92,7 @@ def train(
     before = {name: task.get_test_loss(model, settings.test_texts) for name, task in tasks.items()}
     result = train_into(
         folder, model, tasks["toxic"], tasks["ordinary"], settings, None, record, settings.resume,
-        settings.checkpoint_every, hold=False,
+        settings.checkpoint_every, lock=False,
     )  # fmt: skip
     if not is_main():
         return

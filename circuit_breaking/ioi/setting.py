@@ -17,7 +17,7 @@ from circuit_breaking.figures.edge_graph import draw_graph, draw_heat_map, draw_
 from circuit_breaking.figures.training import draw_training
 from circuit_breaking.graph import graph_record
 from circuit_breaking.models.load import SHIPPED, files_of, load_tokenizer
-from circuit_breaking.runs.config import check_counts, fill_in
+from circuit_breaking.runs.config import check_counts, resolve_defaults
 from circuit_breaking.runs.files import DATA, write_json
 from circuit_breaking.runs.provenance import provenance
 from circuit_breaking.tasks import IOITask, OWTTask, TextTask
@@ -85,7 +85,7 @@ def open_setting(settings: Any) -> Setting:
         UserError: something is missing or does not fit.
     """
     check_counts(settings, "num_test", "batch_size")
-    settings = fill_in(settings, default_data(settings.model, settings.prompts))
+    settings = resolve_defaults(settings, default_data(settings.model, settings.prompts))
     torch.manual_seed(settings.seed)
     tokenizer = load_tokenizer(settings.model)
     ioi = IOITask(tokenizer, settings.train, settings.test, seed=settings.seed, objective=settings.objective)

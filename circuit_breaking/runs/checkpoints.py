@@ -71,7 +71,7 @@ class Checkpoints:
             step: steps done.
             state: gives the tensors that the next steps depend on.
             values: what else they depend on, JSON-able.
-            signals: what `told_to_stop` gave.
+            signals: what `stop_signals` gave.
             last: whether there are no more steps; the end is saved too, so that it is not trained again.
 
         Raises:

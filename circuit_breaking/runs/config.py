@@ -1,4 +1,4 @@
-"""Settings left open: filled in from a record or from defaults, and checked."""
+"""Settings that are left open (None) and resolved from a record or from defaults, and checks of settings."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -10,19 +10,24 @@ from circuit_breaking.errors import UserError
 T = TypeVar("T")
 
 
-def fill_in(settings: T, *sources: Mapping[str, Any]) -> T:
-    """Settings with each None replaced by the first source that has a value of that name; paths become `Path`s.
+def resolve_defaults(settings: T, *sources: Mapping[str, Any]) -> T:
+    """Replace each setting that is None by the first value that a source holds under its name.
 
-    A value of another type than the setting's is a `UserError`.
+    Args:
+        settings: a dataclass. A string that is found for a `Path` becomes a `Path`.
+        sources: mappings from names of settings to values, in the order in which they are asked.
+
+    Raises:
+        UserError: a value has another type than the setting.
     """
     found, types = {}, get_type_hints(type(settings))
     for field in dataclasses.fields(settings):
         if getattr(settings, field.name) is None:
             value = next((s[field.name] for s in sources if s.get(field.name) is not None), None)
-            value = Path(value) if isinstance(value, str) and "Path" in str(field.type) else value
             kinds = get_args(types[field.name]) or (types[field.name],)
+            value = Path(value) if isinstance(value, str) and Path in kinds and str not in kinds else value
             kinds += (int,) if float in kinds else ()
-            # a record that was read may say anything; a choice of words is checked where it is used
+            # sources may be files that were edited by hand; a `Literal` is checked where it is used
             if value is not None and all(isinstance(kind, type) for kind in kinds) and not isinstance(value, kinds):
                 raise UserError(f"the record of the run gives {field.name} as {value!r}. Give it in the settings.")
             found[field.name] = value

@@ -21,14 +21,14 @@ from circuit_breaking.runs.files import end_at_whole_line, plain, read_jsonl, wr
 METRICS = "metrics.jsonl"  # of a run folder: a row a step
 
 
-def held(folder: Path) -> AbstractContextManager[None]:
+def hold(folder: Path) -> AbstractContextManager[None]:
     """Hold a run folder against other runs (`files.locked`), by the main one of the processes of this one."""
     return locked(folder) if is_main() else nullcontext()
 
 
 @contextmanager
 def recorded(
-    folder: Path, run: Mapping[str, Any] | None = None, resume: bool = True, every: int = 50, hold: bool = True
+    folder: Path, run: Mapping[str, Any] | None = None, resume: bool = True, every: int = 50, lock: bool = True
 ) -> Iterator[dict[str, Any]]:
     """`on_step`, `checkpoints` and `resume_from` of a training loop, whose rows go into `metrics.jsonl` of a folder.
 
@@ -38,11 +38,11 @@ def recorded(
             from there if settings, data and code are the same.
         resume: go on from a checkpoint, if there is one.
         every: steps between checkpoints.
-        hold: hold the folder against other runs while the block lasts (`held`); False where the caller does.
+        lock: hold the folder against other runs while the block lasts (`hold`); False where the caller does.
     """
     path = folder / METRICS
-    checkpoints = None if run is None else Checkpoints(folder, identity(run), every)
-    with held(folder) if hold else nullcontext():
+    checkpoints = None if run is None else Checkpoints(folder, resume_key(run), every)
+    with hold(folder) if lock else nullcontext():
         saved = _saved(path, checkpoints if resume else None)
         try:
             with path.open("a", encoding="utf-8") if is_main() else nullcontext() as metrics:
@@ -83,7 +83,7 @@ def _begin(path: Path, checkpoints: Checkpoints | None) -> Saved | None:
 
 
 @dataclasses.dataclass
-class Parts:
+class CheckpointedParts:
     """The trainings of a run that has several, each with checkpoints in a folder of its own until the run is done.
 
     A part that has come to its end has saved that end, so that the run goes on behind it.
@@ -102,7 +102,7 @@ class Parts:
 
     def open(self, name: str, **more: Any) -> dict[str, Any]:
         """`checkpoints` and `resume_from` of the part of a name; `more` is what tells it from other runs' parts."""
-        about = {**identity(self.run, *self.apart), "part": name, **more}
+        about = {**resume_key(self.run, *self.apart), "part": name, **more}
         checkpoints = Checkpoints(self.folder / re.sub(r"[^\w.+-]+", "_", name), about, self.every)
         saved = checkpoints.load() if self.resume else None
         if saved is not None:
@@ -114,14 +114,14 @@ class Parts:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def identity(run: Mapping[str, Any], *apart: str) -> dict[str, Any]:
+def resume_key(run: Mapping[str, Any], *apart: str) -> dict[str, Any]:
     """What of a run's provenance must be the same for it to go on: all but where results go and settings `apart`."""
     elsewhere = {"resume", "checkpoint_every", "run", "out", *apart}
     kept = {name: value for name, value in run["settings"].items() if name not in elsewhere}
     return json.loads(json.dumps({**run, "settings": kept}, default=plain))  # as it will be read
 
 
-def is_made(path: Path, read: Callable[[Path], Any], run: Mapping[str, Any], *apart: str) -> bool:
+def is_up_to_date(path: Path, read: Callable[[Path], Any], run: Mapping[str, Any], *apart: str) -> bool:
     """Whether a result is there whose record, as `read` gives it, is of the same settings, data and code as `run`.
 
     One that cannot be read is said to be made anew.
@@ -137,7 +137,7 @@ def is_same_run(run: Mapping[str, Any], about: Any, *apart: str) -> bool:
     """Whether the record of a result (`about`, which may hold more) is of the same settings, data and code as `run`."""
     if not isinstance(about, dict) or not isinstance(about.get("settings"), dict):
         return False
-    return identity({name: about.get(name) for name in run}, *apart) == identity(run, *apart)
+    return resume_key({name: about.get(name) for name in run}, *apart) == resume_key(run, *apart)
 
 
 @contextmanager

@@ -15,11 +15,11 @@ class Stopped(UserError):
     exit_code = 75  # "try again later" (sysexits.h); slurm/job.sbatch queues the job again for this one alone
 
 
-_received: list[int] | None = None  # of the block of `told_to_stop` that is open, if one is
+_received: list[int] | None = None  # of the block of `stop_signals` that is open, if one is
 
 
 @contextmanager
-def told_to_stop() -> Iterator[list[int]]:
+def stop_signals() -> Iterator[list[int]]:
     """A list that is empty until SIGTERM or SIGUSR1 arrives, and then holds the signal.
 
     So that a step can end and its state be saved first. A block in another has the list of the outer one: a signal

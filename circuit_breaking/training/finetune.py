@@ -25,7 +25,7 @@ from circuit_breaking.runs.checkpoints import (
     state_of,
     training_state,
 )
-from circuit_breaking.runs.signals import told_to_stop
+from circuit_breaking.runs.signals import stop_signals
 from circuit_breaking.tasks.base import TextTask
 from circuit_breaking.training.unlearning import (
     METHODS,
@@ -120,7 +120,7 @@ def finetune(
         tqdm(
             total=settings.steps, initial=run.done, desc=method, unit="step", disable=None if progress else True
         ) as bar,
-        told_to_stop() if checkpoints is not None else nullcontext(()) as signals,
+        stop_signals() if checkpoints is not None else nullcontext(()) as signals,
     ):
         while not run.ended:
             run.advance()

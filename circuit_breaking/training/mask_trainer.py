@@ -28,7 +28,7 @@ from circuit_breaking.errors import UserError
 from circuit_breaking.graph import Edge
 from circuit_breaking.runs.checkpoints import Checkpoints, Saved, restore_parts, state_of
 from circuit_breaking.runs.distributed import is_main, same_random_states
-from circuit_breaking.runs.signals import told_to_stop
+from circuit_breaking.runs.signals import stop_signals
 from circuit_breaking.training.config import MaskSettings
 from circuit_breaking.training.edge_methods import GIVEN, METHODS, GivenEdges
 from circuit_breaking.training.objective import StepObjective
@@ -91,7 +91,7 @@ def train_mask(
     hidden = None if progress and is_main() else True  # None: shown on a terminal
     with (
         tqdm(total=trainer.total, initial=trainer.done, desc="mask", unit="step", disable=hidden) as bar,
-        told_to_stop() if checkpoints is not None else nullcontext(()) as signals,
+        stop_signals() if checkpoints is not None else nullcontext(()) as signals,
         recomputing(model, settings.recompute),
     ):
         while trainer.done < trainer.total:

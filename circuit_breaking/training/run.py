@@ -22,17 +22,17 @@ def train_into(
     run: Mapping[str, Any] | None = None,
     resume: bool = True,
     every: int = 50,
-    hold: bool = True,
+    lock: bool = True,
 ) -> MaskResult:
     """`train_mask`, each step's row written to `metrics.jsonl` of a run folder as it comes.
 
     Of several processes that train together the main one writes; all go on from the same checkpoint.
 
     Args:
-        folder, run, resume, every, hold: as for `recorded`.
+        folder, run, resume, every, lock: as for `recorded`.
         model, break_task, keep_task, settings, allowed: as for `train_mask`.
     """
     if run is not None and allowed is not None:
         run = {**run, "allowed": hashlib.sha256(bytes(allowed.tolist())).hexdigest()}
-    with recorded(folder, run, resume, every, hold) as how:
+    with recorded(folder, run, resume, every, lock) as how:
         return train_mask(model, break_task, keep_task, settings, allowed, **how)

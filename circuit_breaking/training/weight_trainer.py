@@ -34,7 +34,7 @@ from circuit_breaking.runs.checkpoints import (
     state_of,
     training_state,
 )
-from circuit_breaking.runs.signals import told_to_stop
+from circuit_breaking.runs.signals import stop_signals
 from circuit_breaking.tasks.stock_model import StockModel
 from circuit_breaking.training.gates import METHODS, falling_count, next_price
 from circuit_breaking.training.weight_units import Candidates, choose, gradients_taken
@@ -112,7 +112,7 @@ def train_weight_mask(
             unit="step",
             disable=None if progress else True,
         ) as bar,
-        told_to_stop() if checkpoints is not None else nullcontext(()) as signals,
+        stop_signals() if checkpoints is not None else nullcontext(()) as signals,
         closing(trainer.rows()) as rows,  # whatever happens, the weights are put back at once
     ):
         for row in rows if budget else ():

@@ -15,7 +15,7 @@ from circuit_breaking.figures.edge_graph import read_graph
 from circuit_breaking.figures.report import draw_report
 from circuit_breaking.figures.training import draw_training
 from circuit_breaking.graph import graph_record
-from circuit_breaking.runs.config import fill_in
+from circuit_breaking.runs.config import resolve_defaults
 from circuit_breaking.runs.files import write_json
 from circuit_breaking.runs.sweep import combinations, parse_grid, results_of, run_job
 
@@ -50,10 +50,10 @@ class Open:
 
 def test_records_with_values_of_another_type():
     whole = {"length": 5, "model": "m", "alpha": 1, "path": "p", "more": []}
-    assert fill_in(Open(), whole) == Open(5, "m", 1, Path("p"))
+    assert resolve_defaults(Open(), whole) == Open(5, "m", 1, Path("p"))
     for name, value in (("length", "5"), ("length", 5.5), ("model", 3), ("alpha", "x"), ("path", 7), ("model", ["m"])):
         with pytest.raises(UserError, match=f"gives {name} as"):
-            fill_in(Open(), {**whole, name: value})
+            resolve_defaults(Open(), {**whole, name: value})
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from helpers.tasks import QUICK, make_task
 from circuit_breaking.engine.load import load_model
 from circuit_breaking.runs.checkpoints import NEWEST, PREVIOUS, Checkpoints
 from circuit_breaking.runs.run_folder import locked
-from circuit_breaking.runs.signals import Stopped, told_to_stop
+from circuit_breaking.runs.signals import Stopped, stop_signals
 from circuit_breaking.training.config import MaskSettings
 from circuit_breaking.training.edge_methods import METHODS, relaxing
 from circuit_breaking.training.mask_trainer import train_mask
@@ -89,7 +89,7 @@ def test_a_signal_saves_and_stops(tmp_path, die_at, number):
 
 def test_signals_are_given_back():
     before = signal.getsignal(signal.SIGTERM)
-    with told_to_stop() as received:
+    with stop_signals() as received:
         os.kill(os.getpid(), signal.SIGTERM)
         assert received == [signal.SIGTERM]
     assert signal.getsignal(signal.SIGTERM) is before
