@@ -74,7 +74,7 @@ class Settings:
 
 def texts_seen(training: MaskSettings) -> int:
     """Texts of each task that training draws, a text drawn twice counted twice."""
-    steps = training.relax_steps + training.anneal_steps + training.sift_steps
+    steps = training.relax_steps + training.anneal_steps
     return training.batch_size * steps + training.refine_batch_size * training.refine_rounds
 
 

@@ -118,8 +118,8 @@ def training_of(settings: Settings, carry: str, budget: int) -> MaskSettings:
 
 def given(training: MaskSettings) -> MaskSettings:
     """How what given edges carry is trained: in as many steps as a mask."""
-    steps = training.relax_steps + training.anneal_steps + training.sift_steps + training.refine_rounds
-    return replace(training, method=GIVEN, relax_steps=steps, anneal_steps=0, sift_steps=0, refine_rounds=0)
+    steps = training.relax_steps + training.anneal_steps + training.refine_rounds
+    return replace(training, method=GIVEN, relax_steps=steps, anneal_steps=0, refine_rounds=0)
 
 
 class Sweep:

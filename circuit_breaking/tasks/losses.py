@@ -90,8 +90,3 @@ def cross_entropy_of_hidden(hidden: Tensor, unembedding: Tensor, bias: Tensor | 
 def logit_difference(logits: Tensor, right: Tensor, wrong: Tensor) -> Tensor:
     """Logit of the right token minus that of the wrong one: logits [M, V], tokens int64 [M] -> [M]."""
     return logits.gather(1, right[:, None])[:, 0] - logits.gather(1, wrong[:, None])[:, 0]
-
-
-def kl_divergence(logits: Tensor, reference: Tensor) -> Tensor:
-    """KL(reference || model) of every prediction: both logits [M, V] -> [M], nats."""
-    return F.kl_div(logits.log_softmax(-1), reference.log_softmax(-1), reduction="none", log_target=True).sum(-1)

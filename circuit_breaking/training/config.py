@@ -15,7 +15,6 @@ class MaskSettings:
     break_cap: float = 0.0  # most that one prediction counts towards the broken loss; 0: log of the vocabulary
     relax_steps: int = 100  # steps with weights in [0, 1], as in the paper
     anneal_steps: int = 100  # steps in which the number of cut edges falls to the budget; attribution takes both alike
-    sift_steps: int = 0  # steps that try a few edges each and average gradients; for large models, instead of the above
     refine_rounds: int = 60  # rounds of single changes by measured effect
     batch_size: int = 5  # texts of each task a step
     refine_batch_size: int = 20  # texts of each task a round of refinement
@@ -27,7 +26,6 @@ class MaskSettings:
     refine_price: float = 0.0  # what a change must win for each edge that it cuts, nats
     ramp: float = 0.1  # share of the relax phase over which the price rises from 0
     round_every: int = 50  # steps between roundings in the relax phase; 0: never
-    explore: int = 6  # edges that a step of sifting tries
     candidates: float = 3.0  # edges cut when annealing starts, over the budget; below 1: no more, and new cuts measured
     chance: float = 0.5  # hard-concrete: of each edge to be cut at all, be it in part, before anything is learned
     ig_steps: int = 0  # points where attribution takes gradients, from all edges cut on (EAP-IG); 0: all kept (EAP)

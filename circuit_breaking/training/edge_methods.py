@@ -309,4 +309,4 @@ def relaxing(settings: Any) -> dict[str, Any] | None:
     none."""
     if settings.relax_steps == 0 or not issubclass(METHODS.get(settings.method, Method), Learned):
         return None
-    return {"max_edges": 1, "anneal_steps": 0, "sift_steps": 0, "refine_rounds": 0, "means_steps": 0}
+    return {"max_edges": 1, "anneal_steps": 0, "refine_rounds": 0, "means_steps": 0}

@@ -5,14 +5,12 @@ Minimises  keep_weight · L_keep(m) - alpha · L_break(m) + sparsity(m)  over ma
 
 find     `relax_steps` and `anneal_steps`, used as the method says: the paper's clamped weights, hard-concrete gates, or
          attribution (`edge_methods`).
-sift     Few edges are tried at a time, and kept cut by the mean of the gradients at both ends of their weight (`sift`).
 refine   Single edges are cut, restored or exchanged by their measured effect on fresh batches (`search`).
 settle   The edges are chosen; what they carry, where that is learned, comes to fit them (`learned_means`).
 
 The forward sees binary masks from there on, so nothing is left for a last rounding to harm.
 """
 
-import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -34,7 +32,6 @@ from circuit_breaking.training.edge_methods import GIVEN, METHODS, GivenEdges
 from circuit_breaking.training.objective import StepObjective
 from circuit_breaking.training.optimal_ablation import LearnedMeans
 from circuit_breaking.training.refine import MeasuredSearch
-from circuit_breaking.training.sift import Sift
 
 
 @dataclass
@@ -141,14 +138,12 @@ class _Trainer:
         self.done = 0
         self.phases = [
             (self._find, settings.relax_steps + settings.anneal_steps),
-            (self._sift, settings.sift_steps),
             (self._refine, settings.refine_rounds),
             (self._settle, settings.means_steps if self.means is not None else 0),
         ]
         self.total = sum(steps for _, steps in self.phases) if settings.max_edges else 0
         method = {**METHODS, GIVEN: GivenEdges}[settings.method]
         self.method = method(model, settings, self.allowed, self.objective.draw, self._backward)
-        self.sift = Sift(settings.max_edges, self.allowed, settings.refine_price, settings.explore)
         self.search = MeasuredSearch(settings.max_edges, self.allowed, settings.refine_price, settings.tries)
         model.mask.reset_()
 
@@ -175,7 +170,7 @@ class _Trainer:
 
     def _parts(self) -> dict[str, Any]:
         """What has a state of its own."""
-        parts = {"method": self.method, "sift": self.sift, "search": self.search}
+        parts = {"method": self.method, "search": self.search}
         parts |= {"break": self.break_task, "keep": self.keep_task}
         return parts if self.means is None else {**parts, "means": self.means}
 
@@ -189,21 +184,6 @@ class _Trainer:
 
     def _find(self, number: int) -> dict[str, Any]:
         return self._row(*self.method.step(number))
-
-    def _sift(self, number: int) -> dict[str, Any]:
-        settings = self.settings
-        if number == 0:
-            self.weights.data.copy_(self._lowest(settings.max_edges))
-        mask = self.weights.detach().clone()
-        # half of the time to come to the budget, half to settle there
-        budget = math.ceil(settings.max_edges * min(1.0, 2 * (number + 1) / settings.sift_steps))
-        following, loss = self.sift.step(mask, self.objective.draw(settings.batch_size), budget)
-        if number + 1 == settings.sift_steps:
-            following = self.sift.best()
-        with torch.no_grad():
-            self.weights.copy_(following)
-        self._adapt_means()
-        return self._row("sift", loss, int((mask == 0).sum()))
 
     def _refine(self, number: int) -> dict[str, Any]:
         settings = self.settings
@@ -248,11 +228,11 @@ def check(settings: MaskSettings, n_edges: int, allowed: Tensor | None = None) -
             f"method {GIVEN} cuts all edges that may be cut. Give `allowed`, with at most max_edges of them, in code; "
             "scripts that find edges take another method."
         )
-    phases = ("relax_steps", "anneal_steps", "sift_steps", "refine_rounds", "means_steps")
+    phases = ("relax_steps", "anneal_steps", "refine_rounds", "means_steps")
     for name in (*phases, "round_every", "ig_steps", "micro_batch", "sparsity", "means_lr"):
         if getattr(settings, name) < 0:
             raise UserError(f"{name} is {getattr(settings, name)}; it cannot be negative.")
-    for name in ("batch_size", "refine_batch_size", "tries", "lr", "candidates", "explore"):
+    for name in ("batch_size", "refine_batch_size", "tries", "lr", "candidates"):
         if getattr(settings, name) <= 0:
             raise UserError(f"{name} is {getattr(settings, name)}; it must be above 0.")
     if settings.means_goal not in ("keep", "objective"):

@@ -13,8 +13,7 @@ from helpers.models import small_gpt2
 QUICK = {
     "relax_steps": 6,
     "anneal_steps": 5,
-    "sift_steps": 4,
-    "refine_rounds": 3,
+    "refine_rounds": 7,
     "batch_size": 3,
     "refine_batch_size": 4,
     "means_steps": 2,

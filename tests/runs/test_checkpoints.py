@@ -20,7 +20,7 @@ from circuit_breaking.training.config import MaskSettings
 from circuit_breaking.training.edge_methods import METHODS, relaxing
 from circuit_breaking.training.mask_trainer import train_mask
 
-SETTINGS = MaskSettings(max_edges=6, **QUICK)  # 18 steps in four phases
+SETTINGS = MaskSettings(max_edges=6, **QUICK)  # 18 steps in three phases
 
 
 def run(checkpoints=None, die_at=None, how=None, **changes):

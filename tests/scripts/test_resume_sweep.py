@@ -23,7 +23,7 @@ from circuit_breaking.training.config import MaskSettings
 
 sweep = load_script("toxicity/sweep_masks.py")
 QUICK = MaskSettings(
-    relax_steps=4, anneal_steps=4, sift_steps=1, refine_rounds=2, means_steps=2,
+    relax_steps=4, anneal_steps=4, refine_rounds=3, means_steps=2,
     tries=2, batch_size=3, refine_batch_size=3,
 )  # fmt: skip
 RELAX, STEPS, SETTLE = 4, 11, 2  # of the phase that budgets share, of a mask, and more where it learns what it carries

@@ -24,7 +24,7 @@ def small():
 
 
 @pytest.mark.parametrize("alpha", [0.2, 9.0])  # with the second, more edges are worth cutting than may be
-@pytest.mark.parametrize("rest", [{"sift_steps": 0}, {"sift_steps": 0, "refine_rounds": 0}, {"sift_steps": 3}])
+@pytest.mark.parametrize("rest", [{}, {"refine_rounds": 0}])
 @pytest.mark.parametrize("max_edges", [0, 1, 2, 5, 12, ALL])
 @pytest.mark.parametrize("method", METHODS)
 def test_budget_is_a_promise(method, max_edges, rest, alpha, tmp_path):
@@ -75,7 +75,7 @@ def test_what_cut_edges_carry_is_learned_too(method):
 def test_given_edges_are_cut_all_the_time(means_lr):
     model = small()
     allowed = torch.arange(ALL) % 7 == 2
-    result, _ = run(model, allowed, method="given", max_edges=4, refine_rounds=0, sift_steps=0, means_lr=means_lr)
+    result, _ = run(model, allowed, method="given", max_edges=4, refine_rounds=0, means_lr=means_lr)
     assert torch.equal(result.weights == 0, allowed) and {row["n_cut"] for row in result.history} == {4}
     assert (model.means is not None) == bool(means_lr)
     for wrong in (None, torch.arange(ALL) < 5):
@@ -92,7 +92,7 @@ def test_the_objective_falls(method):
 
     before = objective()
     run(
-        model, method=method, max_edges=6, alpha=1.0, relax_steps=40, anneal_steps=40, sift_steps=0, refine_rounds=0,
+        model, method=method, max_edges=6, alpha=1.0, relax_steps=40, anneal_steps=40, refine_rounds=0,
         batch_size=12,
     )  # fmt: skip
     assert objective() < before - 0.02
@@ -140,7 +140,7 @@ def test_gradcheck_of_gates():
 
 @pytest.mark.parametrize("alpha", [0.2, 1.0, 9.0])
 def test_the_number_of_hard_concrete_cuts_falls_to_the_budget(alpha):
-    changes = {"method": "hard-concrete", "relax_steps": 60, "sift_steps": 0, "refine_rounds": 0, "alpha": alpha}
+    changes = {"method": "hard-concrete", "relax_steps": 60, "refine_rounds": 0, "alpha": alpha}
     free, _ = run(small(), max_edges=ALL, anneal_steps=0, **changes)
     result, _ = run(small(), max_edges=4, anneal_steps=120, **changes)
     assert len(free.edges) >= 8 and len(result.edges) == 4
@@ -173,7 +173,7 @@ def test_targets_fall_geometrically_and_stay_for_the_last_quarter():
 def test_with_few_candidates_the_number_of_cuts_rises_to_the_budget():
     counts = [falling_count(3, 48, number, 80) for number in range(80)]
     assert counts[0] == 3 and set(counts[60:]) == {48} and counts == sorted(counts)
-    changes = {"candidates": 0.01, "relax_steps": 8, "anneal_steps": 80, "sift_steps": 0, "refine_rounds": 0}
+    changes = {"candidates": 0.01, "relax_steps": 8, "anneal_steps": 80, "refine_rounds": 0}
     result, _ = run(small(), max_edges=12, alpha=5.0, **changes)
     cut = [row["n_cut"] for row in result.history]
     assert all(n <= falling_count(max(1, cut[7]), 12, number, 80) for number, n in enumerate(cut[8:]))
@@ -211,7 +211,7 @@ def test_attribution_cuts_what_scores_most(ig_steps):
     scores = eap_ig([objective], model, ig_steps) if ig_steps else eap([objective], model)
     result, _ = run(
         model, method="attribution", ig_steps=ig_steps, max_edges=5, alpha=1.0, relax_steps=2, anneal_steps=4,
-        batch_size=12, sift_steps=0, refine_rounds=0,
+        batch_size=12, refine_rounds=0,
     )  # fmt: skip
     assert int((scores > 0).sum()) > 5
     assert set((result.weights == 0).nonzero()[:, 0].tolist()) == set(scores.topk(5).indices.tolist())

@@ -159,7 +159,7 @@ def test_nothing_is_kept_for_a_backward_without_gradients(monkeypatch):
 
 
 def test_recomputing_lasts_as_long_as_training():
-    plain, model = run(max_edges=6)
+    plain, _ = run(double(), max_edges=6)
     seen = []
     model = double()
     before = type(model).hidden
@@ -169,7 +169,7 @@ def test_recomputing_lasts_as_long_as_training():
     finally:
         type(model).hidden = before
     assert set(seen) == {True} and not model.recompute
-    result, _ = run(max_edges=6, recompute=True, micro_batch=2)
+    result, _ = run(double(), max_edges=6, recompute=True, micro_batch=2)
     assert torch.equal(result.weights, plain.weights)
 
 
