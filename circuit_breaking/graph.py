@@ -41,12 +41,13 @@ def node_of(reader: str) -> str:
 
 
 class LayerSlice(NamedTuple):
-    """One layer's edges, as they lie in the flat order: a [rows, sources] block, then its heads into its own MLP."""
+    """Where the edges of one layer lie in the flat order: a block [n_readers, n_earlier_nodes], then the edges from the
+    layer's own heads into its MLP."""
 
-    rows: int  # readers of the block: head readers, then the MLP
-    sources: int  # nodes of earlier layers, which every row reads
-    own: int  # edges from the layer's own heads into its MLP, after the block; 0 where both run in parallel
-    reader: int  # index of the first row among all readers
+    n_readers: int  # rows of the block: the readers of the heads, then the MLP
+    n_earlier_nodes: int  # columns of the block: nodes of earlier layers, which every reader of this layer reads
+    n_same_layer_edges: int  # edges from the layer's own heads into its MLP; 0 where both run in parallel
+    first_reader: int  # index of the first row among all readers
 
 
 @dataclass(frozen=True)
@@ -103,10 +104,14 @@ class EdgeGraph:
     def _ends(self) -> tuple[Tensor, Tensor]:
         readers, sources = [], []
         for part in self.layers:
-            readers.append(torch.arange(part.reader, part.reader + part.rows).repeat_interleave(part.sources))
-            sources.append(torch.arange(part.sources).repeat(part.rows))
-            readers.append(torch.full((part.own,), part.reader + part.rows - 1))
-            sources.append(torch.arange(part.sources, part.sources + part.own))
+            readers.append(
+                torch.arange(part.first_reader, part.first_reader + part.n_readers).repeat_interleave(
+                    part.n_earlier_nodes
+                )
+            )
+            sources.append(torch.arange(part.n_earlier_nodes).repeat(part.n_readers))
+            readers.append(torch.full((part.n_same_layer_edges,), part.first_reader + part.n_readers - 1))
+            sources.append(torch.arange(part.n_earlier_nodes, part.n_earlier_nodes + part.n_same_layer_edges))
         readers.append(torch.full((len(self.sources),), len(self.readers) - 1))
         sources.append(torch.arange(len(self.sources)))
         return torch.cat(readers), torch.cat(sources)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from circuit_breaking.ablation.hooks import Cuts
-from circuit_breaking.engine.transformer import check_means
+from circuit_breaking.engine.ablation_values import check_means
 from circuit_breaking.errors import UserError
 from circuit_breaking.graph import QKV, Edge, EdgeGraph
 from circuit_breaking.models.hook_points import find_places
@@ -85,7 +85,7 @@ def _ends(graph: EdgeGraph, edge: str) -> tuple[str, str]:
         node = node if split else reader
         readable = graph.sources.index(node) if node != "output" else len(graph.sources)
         if node.startswith("a") or (graph.parallel and node.startswith("m")):  # which read no node of their own layer
-            readable = graph.layers[int(node[1:].partition(".")[0])].sources
+            readable = graph.layers[int(node[1:].partition(".")[0])].n_earlier_nodes
         if at < readable and node != "embed" and not (split and node[0] != "a"):
             return source, reader
     if split:

@@ -1,9 +1,14 @@
-"""What a cut edge carries: zero, a node's mean output, or its mean at each position (layer 2)."""
+"""Ablation values: what a cut edge carries. Zero, a node's mean output, its mean by position, or learned constants.
 
+Shapes: B batch, T position, P nodes that write, D width.
+"""
+
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
@@ -13,7 +18,46 @@ from circuit_breaking.models.tokens import TokenBatch
 from circuit_breaking.runs.tensors import is_real, read_tensors, write_tensors
 
 HINT = "Make one with toxicity/compute_means.py, or leave means unset (zero ablation)."
-KINDS = ("zero", "mean", "position")
+
+
+@dataclass(frozen=True)
+class AblationValues:
+    """The ablation values μ of all nodes, in the form in which a pass uses them.
+
+    Attributes:
+        bias_minus_mean: what a node writes whatever it reads, less its ablation value: [P, 1, D], or [P, T, D] where
+            values differ by position.
+        mean_prefix_sums: entry p is the sum of the values of the first p nodes: [P + 1, 1 or T, D]; None for zero.
+    """
+
+    bias_minus_mean: Tensor
+    mean_prefix_sums: Tensor | None
+
+    @classmethod
+    def of(cls, biases: Tensor, means: Tensor | None) -> Self:
+        """Prepare ablation values for a pass.
+
+        Args:
+            biases: what a node writes whatever it reads, [P, 1, D].
+            means: None (zero ablation), [P, D], or [T, P, D] by position.
+        """
+        if means is None:
+            return cls(biases, None)
+        exact = means.detach().to(biases.device, torch.float64)
+        by_node = exact[:, None] if means.dim() == 2 else exact.transpose(0, 1)  # [P, 1 or T, D]
+        sums = F.pad(by_node.cumsum(0), (0, 0, 0, 0, 1, 0))
+        return cls((biases - by_node).to(biases.dtype), sums.to(biases.dtype))
+
+
+def check_means(means: Tensor, nodes: int, width: int) -> None:
+    """Raise a `UserError` for means that are neither [nodes, width] nor [T, nodes, width], or not finite."""
+    if means.dim() not in (2, 3) or means.shape[-2:] != (nodes, width):
+        raise UserError(
+            f"means of shape {list(means.shape)} do not fit this model, which needs [{nodes}, {width}] or "
+            f"[positions, {nodes}, {width}]. Compute them with this model."
+        )
+    if not means.isfinite().all():
+        raise UserError("the means hold a value that is not finite. Compute them again.")
 
 
 @torch.no_grad()

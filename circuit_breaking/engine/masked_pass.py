@@ -1,74 +1,51 @@
-"""One forward and its hand-written backward through a model with a weight on every edge (layer 1).
+"""One forward and its hand-written backward through a network with a weight on every edge.
 
-Shapes: B batch, T position, N tokens = B * T, P sources, R readers, H heads, D width, E edges.
+Layer by layer the forward gives every reader its masked read (`reads`), runs attention and the MLP on it
+(`network.LayerBlock`), and writes the outputs of the layer's nodes. The backward walks the layers in reverse and yields
+the gradient of every edge weight, ∂L/∂m_ij = (x_i - μ_i) · ∂L/∂r_j, with one matrix product for each group of layers.
 
-How it is fast:
-- Node outputs live in one preallocated stack, stored as x_i - μ_i, so that means cost one addition a reader:
-  r_j = Σ_i m_ij (x_i - μ_i) + Σ_i μ_i. The readers of a few layers, a group, are one product
-  [R, P'] · [P', N * D] over the P' nodes before the group; what they read of each other's layers is added on the way.
-- Where most weights are 1, as in a mask that can be saved, a running sum of the nodes takes the place of the product,
-  and only the edges whose weight differs are added apart. The backward does the same with the readers' gradients.
-- Walking the layers in reverse, the gradient of all edges into a group is one product. The gradients of a layer's
-  readers take the place of what they read. Nodes and readers are rows of one memory, which the next pass uses again.
-- A small pass on a GPU is replayed as a CUDA graph (`replays`).
-- Autograd keeps what attention and the MLP need, nothing else, and not even that with `model.recompute`: what the
-  readers read is there in the backward, so one layer at a time is computed again. Model weights are frozen.
+The life of each buffer (`workspace.PassBuffers`, [rows, N * D]):
+
+    buffer          rows                    forward                            backward
+    node_outputs    P nodes                 x_i - μ_i, written layer by layer  read for the gradients of the edges
+    reader_inputs   R readers (without a    r_j; the norm before attention     r_j of a layer is read, then replaced by
+                    backward: of a group)   centres it in place                ∂L/∂r_j, which earlier layers read
+    grad_scratch    nodes of a group        unused                             ∂L/∂x_i of the nodes of one group
+    saved           one entry a layer       norm divisors and the inputs and   used once and dropped; computed again
+                                            outputs of attention and MLP       with gradient checkpointing
+
+`backward` overwrites the buffers and gives their memory back; calling it a second time reruns the forward. The
+model's weights are frozen: autograd sees attention and the MLP of one layer at a time, and nothing else.
+
+Shapes: B batch, T position, N = B * T tokens, P nodes that write, R readers, H heads, D width, K head width, F width of
+the MLP, E edges.
 """
 
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from circuit_breaking.engine.sparse_mask import Exceptions
-from circuit_breaking.graph import EdgeGraph, LayerSlice
-
-# Layers that read all earlier nodes in one product, and whose nodes all later readers give their gradients to in one:
-# a group of four, or more where they are narrow. Products of so many rows run at full speed, and what they make stays
-# small beside the stack.
-GROUP_LAYERS, GROUP_NODES = 4, 52
-# On a GPU the product of masks and node outputs costs less than to find out whether a running sum would do, as long as
-# a layer's share of it takes fewer multiplications and additions than a GPU does while Python launches a layer.
-SMALL_PRODUCT = 1.5e11
+from circuit_breaking.engine.network import Network, PassInputs
+from circuit_breaking.engine.prefix_cache import PrefixCache
+from circuit_breaking.engine.reads import DenseReads, MaskedReads, RunningSumReads, product_is_small
+from circuit_breaking.engine.sparse_mask import SparseMask
+from circuit_breaking.engine.workspace import PassBuffers, Workspace, fill_rows
+from circuit_breaking.graph import LayerSlice
 
 
-def layer_groups(graph: EdgeGraph) -> list[list[LayerSlice]]:
-    """The layers, in groups whose readers are served by one product."""
-    size = max(GROUP_LAYERS, GROUP_NODES // (graph.n_heads + 1))
-    return [graph.layers[start : start + size] for start in range(0, graph.n_layers, size)]
+class MaskedForward(torch.autograd.Function):
+    """What `output` reads [N, D], as a function of the edge weights [E] and, if learned, of ablation constants [P, D].
 
-
-def inner(a: Tensor, b: Tensor) -> Tensor:
-    """a [R, F] · b [P, F]ᵀ, where F is far larger than R and P.
-
-    (One such product keeps few of a GPU's processors busy, so there F is taken in parts at the same time.)
+    `run` is the pass that computes it: a `MaskedPass` for these weights, or a `ReplayedPass` with the same methods.
     """
-    parts = math.gcd(a.shape[1], 256) if a.is_cuda else 1
-    if parts == 1:
-        return a @ b.t()
-    a, b = (x.view(len(x), parts, -1).transpose(0, 1) for x in (a, b))
-    return torch.bmm(a, b.transpose(1, 2)).sum(0)
-
-
-def is_small(model: Any, tokens: Tensor) -> bool:
-    """Whether a pass is on a GPU and its mask products are small there."""
-    operations = 6 * len(model.edge_readers) * tokens.numel() * model.embedding.shape[1]
-    return tokens.is_cuda and operations < SMALL_PRODUCT * model.graph.n_layers
-
-
-class OutputRead(torch.autograd.Function):
-    """What `output` reads [N, D], as a function of the mask weights [E] and of means [P, D] where those are learned."""
 
     @staticmethod
-    def forward(ctx, weights: Tensor, means: Tensor | None, model: Any, tokens: Tensor) -> Tensor:
-        keep, learned = any(ctx.needs_input_grad[:2]), ctx.needs_input_grad[1]
-        run = model.replays.start(model, weights.detach(), tokens, keep, learned)
-        run = run or Pass(model, weights.detach(), tokens, keep)
+    def forward(ctx, weights: Tensor, constants: Tensor | None, run: "MaskedPass") -> Tensor:
         read = run.forward()
-        if keep:
+        if any(ctx.needs_input_grad[:2]):
             ctx.run = run
         else:
             run.release()
@@ -77,262 +54,211 @@ class OutputRead(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: Tensor):
-        return *ctx.run.backward(gradient, means=ctx.needs_input_grad[1]), None, None
+        return *ctx.run.backward(gradient, constants=ctx.needs_input_grad[1]), None
 
 
-class Workspace:
-    """Memory that one pass after another uses: on a CPU, pages that are new cost as much as what is written to them."""
+class MaskedPass:
+    """One forward over one batch, and its backward.
 
-    def __init__(self) -> None:
-        self.free: Tensor | None = None
-
-    def take(self, count: int, like: Tensor) -> Tensor:
-        """At least `count` numbers of any value, of the type of `like`; nobody else's until they are given back."""
-        free, self.free = self.free, None
-        if free is None or len(free) < count or free.dtype != like.dtype or free.device != like.device:
-            return like.new_empty(count)
-        return free
-
-    def give_back(self, memory: Tensor) -> None:
-        """Take back what `take` gave. (A GPU's memory goes to torch, which hands it out again at no cost.)"""
-        if memory.device.type == "cpu":
-            self.free = memory
-
-
-class Pass:
-    """One forward and its backward over one batch. The backward uses the stack up; a second one makes it anew.
-
-    `constants` are what the model's `offsets` and `base` are, or were; a pass that is given them shares no beginnings.
+    Args:
+        network: the network.
+        inputs: tokens, mask and what cut edges carry.
+        workspace: where the memory of the pass comes from.
+        save_for_backward: whether a backward will follow.
+        prefix_cache: node outputs to start from and to add to, if no backward follows.
     """
 
     def __init__(
-        self, model: Any, weights: Tensor, tokens: Tensor, keep: bool,
-        constants: tuple[Tensor, Tensor | None] | None = None,
+        self, network: Network, inputs: PassInputs, workspace: Workspace, save_for_backward: bool,
+        prefix_cache: PrefixCache | None = None,
     ) -> None:  # fmt: skip
-        self.model, self.graph, self.keep = model, model.graph, keep
-        self.batch, self.length = tokens.shape
-        self.tokens = tokens
-        self.mask_dtype, self.weights = weights.dtype, weights
-        self.offsets, self.base = constants or (model.offsets, model.base)
-        self.beginnings = model.beginnings if constants is None else None
-        self.width = model.embedding.shape[1]
-        self.flat = tokens.numel() * self.width  # one node's output, as one row
-        self.rotary = model.rotary_tables(self.length, tokens.device)
-        self.memory: Tensor | None = None
+        self.network, self.inputs, self.workspace = network, inputs, workspace
+        self.save_for_backward, self.prefix_cache = save_for_backward, prefix_cache
+        self.batch, self.length = inputs.tokens.shape
+        self.width = network.embedding.shape[1]
+        self.buffers: PassBuffers | None = None
         self.read_mask()
 
     def read_mask(self) -> None:
-        """Take the weights as they are now."""
-        weights = self.weights.to(self.model.dtype)
-        self.mask, self.exceptions = self._matrix(weights), None
-        if not is_small(self.model, self.tokens):
+        """Take the edge weights as they are now."""
+        weights = self.inputs.mask.to(self.network.embedding.dtype)
+        self.mask, self.sparse = self.network.mask_matrix(weights), None
+        if not product_is_small(self.network, self.inputs.tokens):
             differing = (weights != 1).nonzero()[:, 0]
             if len(differing) <= len(self.mask):
-                self.exceptions = Exceptions(self.model, weights, differing)
-
-    def _matrix(self, weights: Tensor | None = None) -> Tensor:
-        """[R, P], zero where there is no edge; with the weights [E] of those that there are, if given."""
-        matrix = self.model.embedding.new_zeros(len(self.graph.readers), len(self.graph.sources))
-        if weights is not None:
-            matrix[self.model.edge_readers, self.model.edge_sources] = weights
-        return matrix
-
-    def _fill(self, rows: Tensor, constants: Tensor) -> None:
-        """Set [k, N, D] or [k, N * D] to constants [k, 1 or max T, D], which may differ by position."""
-        rows = rows.view(rows.shape[0], self.batch, self.length, self.width)
-        rows.copy_(constants[:, None, : self.length])
+                ends = self.network.edge_readers, self.network.edge_sources
+                self.sparse = SparseMask(self.network.graph, *ends, weights, differing)
 
     def _allocate(self) -> None:
-        """Take the memory of the pass: a row [N * D] for each node and reader, and the gradients of a group's nodes.
-
-        Without a backward the readers of one group are all there are at a time.
-        """
-        graph = self.graph
-        largest = len(self.model.groups[0]) if self.model.groups else 0  # only the last one may be smaller
-        sources = len(graph.sources)
-        readers = len(graph.readers) if self.keep else largest * (graph.head_readers + 1)
-        scratch = largest * (graph.n_heads + 1) if self.keep else 0
-        rows = sources + readers + scratch
-        self.memory = self.model.workspace.take(rows * self.flat, self.model.embedding)
-        parts = self.memory[: rows * self.flat].view(rows, self.flat).split([sources, readers, scratch])
-        self.rows, self.reads, self.scratch = parts
-        self.stack = self.rows.view(sources, -1, self.width)
+        """Take the memory of the pass, and make the masked reads over it."""
+        groups, graph = self.network.groups, self.network.graph
+        largest = len(groups[0]) if groups else 0  # only the last group may be smaller
+        self.buffers = PassBuffers.take(
+            self.workspace, graph, largest, self.inputs.tokens, self.network.embedding, self.save_for_backward
+        )
+        about = self.network, self.mask, self.inputs.values, self.buffers, self.batch, self.length
+        self.reads: MaskedReads = DenseReads(*about) if self.sparse is None else RunningSumReads(self.sparse, *about)
 
     def release(self) -> None:
         """Give the memory of the pass back."""
-        self.model.workspace.give_back(self.memory)
-        self.memory = self.stack = self.rows = self.reads = self.scratch = None
+        self.workspace.give_back(self.buffers.memory)
+        self.buffers = self.reads = None
+
+    def _fill(self, rows: Tensor, nodes: slice) -> None:
+        """Start the outputs of some nodes [k, N, D] with their bias less their ablation value."""
+        fill_rows(rows, self.inputs.values.bias_minus_mean[nodes], self.batch, self.length)
 
     def forward(self) -> Tensor:
-        model, graph, sources = self.model, self.graph, len(self.graph.sources)
-        n_tokens, heads = self.tokens.numel(), graph.n_heads
+        """What `output` reads: [N, D]."""
+        network, graph, tokens = self.network, self.network.graph, self.inputs.tokens
         self._allocate()
-        stack, rows = self.stack, self.rows
-        self.total, self.counted = rows.new_zeros(self.flat), 0
-        beginnings, begin = self.beginnings, 0
-        if beginnings is not None and not self.keep:
-            begin = beginnings.load(self.tokens, self.weights, graph, model.edge_readers, rows)
-        self._fill(stack[:1], self.offsets[:1])
-        embedding = F.embedding(self.tokens, model.embedding)
-        if model.positions is not None:
-            embedding += model.positions[: self.length]
-        stack[0] += embedding.view(n_tokens, -1)
-        self.saved: list[tuple[Tensor, ...] | None] = [None] * begin
-        for group in model.groups:
-            parts = [part for part in group if part.sources // (heads + 1) >= begin]  # of the layers still to do
+        nodes, nodes_3d, reader_inputs = (
+            self.buffers.node_outputs, self.buffers.node_outputs_3d, self.buffers.reader_inputs
+        )  # fmt: skip
+        done = 0  # layers whose node outputs are known already
+        if self.prefix_cache is not None and not self.save_for_backward:
+            done = self.prefix_cache.load(tokens, self.inputs.mask, graph, network.edge_readers, nodes)
+        self._embed(nodes_3d)
+        self.saved: list[tuple[Tensor, ...] | None] = [None] * done
+        for group in network.groups:
+            parts = [part for part in group if part.n_earlier_nodes // (graph.n_heads + 1) >= done]
             if not parts:
                 continue
-            start, end = parts[0].reader, parts[-1].reader + parts[-1].rows
-            reads = self.reads[start:end] if self.keep else self.reads[: end - start]
-            if self.exceptions is None:
-                self._read(reads, start, group[0].sources)
+            start, end = parts[0].first_reader, parts[-1].first_reader + parts[-1].n_readers
+            group_inputs = reader_inputs[start:end] if self.save_for_backward else reader_inputs[: end - start]
+            self.reads.read_group(group_inputs, start, group[0].n_earlier_nodes)
             for part in parts:
-                layer, first, mlp = len(self.saved), part.sources, part.sources + heads
-                block = model.blocks[layer]
-                read = reads[part.reader - start :][: part.rows]
-                if self.exceptions is None:
-                    self._add_group(read, part, group[0].sources)
-                else:
-                    self._read_sum(read, part.reader, first, layer)
-                read = read.view(part.rows, n_tokens, self.width)
-                inverse, qkv, z = self._heads(layer, read)
-                self._fill(stack[first:mlp], self.offsets[first:mlp])
-                stack[first:mlp].baddbmm_(z.detach(), block.w_o)
-                if part.own:
-                    read[-1].view(-1).addmv_(rows[first:mlp].t(), self.mask[part.reader + part.rows - 1, first:mlp])
-                hidden, read_mlp = self._traced(block.mlp, read[-1])
-                self._fill(stack[mlp : mlp + 1], self.offsets[mlp : mlp + 1])
-                stack[mlp].addmm_(hidden.detach(), block.w_down)
-                kept = (inverse, None if model.recompute else (qkv, z, read_mlp, hidden))
-                self.saved.append(kept if self.keep else None)
-        if beginnings is not None:
-            beginnings.keep(self.tokens, self.weights, rows)
-        output, reader = rows.new_empty(1, self.flat), len(self.mask) - 1  # not in the workspace, as others will see it
-        if self.exceptions is None:
-            self._read(output, reader, sources)
-        else:
-            self._read_sum(output, reader, sources, graph.n_layers)
-        return output.view(n_tokens, self.width)
+                layer_inputs = group_inputs[part.first_reader - start :][: part.n_readers]
+                self.reads.read_layer(layer_inputs, len(self.saved), part, group[0].n_earlier_nodes)
+                self._layer(len(self.saved), part, layer_inputs, nodes_3d)
+        if self.prefix_cache is not None:
+            self.prefix_cache.store(tokens, self.inputs.mask, nodes)
+        output = nodes.new_empty(1, nodes.shape[1])  # not in the workspace, since the caller keeps it
+        self.reads.read_output(output)
+        return output.view(-1, self.width)
 
-    def _heads(self, layer: int, read: Tensor, inverse: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """1 / the divisors of the norms of a layer's reads [R, N, D], what they are projected to, and the heads' z.
+    def _embed(self, nodes: Tensor) -> None:
+        """Write the output of `embed`: token embeddings, and learned positions where there are any."""
+        network = self.network
+        self._fill(nodes[:1], slice(0, 1))
+        embedding = F.embedding(self.inputs.tokens, network.embedding)
+        if network.positions is not None:
+            embedding += network.positions[: self.length]
+        nodes[0] += embedding.view(len(nodes[0]), -1)
 
-        With the divisors of the first time the reads are taken as that left them, and all is computed again.
+    def _layer(self, layer: int, part: LayerSlice, layer_inputs: Tensor, nodes: Tensor) -> None:
+        """Compute the nodes of one layer [H + 1, N, D] from what its readers get [readers, N * D]."""
+        network, block = self.network, self.network.blocks[layer]
+        heads = slice(part.n_earlier_nodes, part.n_earlier_nodes + network.graph.n_heads)
+        mlp = heads.stop
+        layer_inputs = layer_inputs.view(part.n_readers, -1, self.width)
+        inverse, qkv, z = self._attend(layer, layer_inputs)
+        self._fill(nodes[heads], heads)
+        nodes[heads].baddbmm_(z.detach(), block.w_o)
+        if part.n_same_layer_edges:
+            self.reads.read_own_heads(layer_inputs[-1].view(-1), part)
+        hidden, mlp_input = self._with_graph(block.mlp, layer_inputs[-1])
+        self._fill(nodes[mlp : mlp + 1], slice(mlp, mlp + 1))
+        nodes[mlp].addmm_(hidden.detach(), block.w_down)
+        activations = None if network.gradient_checkpointing else (qkv, z, mlp_input, hidden)
+        self.saved.append((inverse, activations) if self.save_for_backward else None)
+
+    def _attend(self, layer: int, layer_inputs: Tensor, inverse: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """1 / the norms' divisors, queries, keys and values, and the heads' z, from what the readers get [R, N, D].
+
+        With the divisors of an earlier call, the inputs are taken as that call left them.
         """
-        block = self.model.blocks[layer]
-        qkv, inverse = block.qkv(read[:-1], inverse)
-        z, qkv = self._traced(lambda x: block.attention(x, self.batch, self.rotary), qkv)
+        block = self.network.blocks[layer]
+        qkv, inverse = block.qkv(layer_inputs[:-1], inverse)
+        z, qkv = self._with_graph(lambda x: block.attention(x, self.batch, self.inputs.rotary), qkv)
         return inverse, qkv, z
 
-    def _saved_of(self, layer: int, part: LayerSlice) -> tuple[Tensor, ...]:
-        """What the backward of a layer needs of its forward, computed again where it was not kept."""
-        inverse, kept = self.saved[layer]
-        self.saved[layer] = None
-        if kept is not None:
-            return inverse, *kept
-        read = self.reads[part.reader : part.reader + part.rows].view(part.rows, -1, self.width)
-        hidden, read_mlp = self._traced(self.model.blocks[layer].mlp, read[-1])
-        return *self._heads(layer, read, inverse), read_mlp, hidden
+    def _with_graph(self, function, x: Tensor) -> tuple[Tensor, Tensor]:
+        """`function(x)`, and the x from which its autograd graph starts, if a backward will follow."""
+        with torch.set_grad_enabled(self.save_for_backward):
+            # `data`: autograd does not see writes to other rows of the same storage, which do no harm
+            x = x.data.requires_grad_(self.save_for_backward)
+            return function(x), x
 
-    def _traced(self, function, read: Tensor) -> tuple[Tensor, Tensor]:
-        """`function(read)` with its graph from `read` on, where a backward is to come."""
-        with torch.set_grad_enabled(self.keep):
-            # `data`: what autograd saves is not told of writes to other rows of the same storage, which cannot harm it
-            read = read.data.requires_grad_(self.keep)
-            return function(read), read
+    def backward(self, gradient: Tensor, constants: bool) -> tuple[Tensor, Tensor | None]:
+        """Gradients of the edge weights [E] and, if `constants`, of the ablation constants [P, D].
 
-    def _read(self, out: Tensor, start: int, sources: int) -> None:
-        """Set `out` [k, N * D] to what k readers from `start` on get: the first `sources` nodes, and means."""
-        weights, nodes = self.mask[start : start + len(out), :sources], self.rows[:sources]
-        if self.base is None:
-            torch.mm(weights, nodes, out=out)
-        else:
-            self._fill_base(out, start)
-            out.addmm_(weights, nodes)
-
-    def _fill_base(self, out: Tensor, start: int) -> None:
-        """Set `out` [k, N * D] to the sum of the means of all nodes that k readers from `start` on read."""
-        self._fill(out, self.base[self.model.sources_read[start : start + len(out)]])
-
-    def _add_group(self, read: Tensor, part: LayerSlice, before: int) -> None:
-        """Add to a layer's reads [R, N * D] the nodes of its group's earlier layers, from node `before` on."""
-        if before < part.sources:
-            weights = self.mask[part.reader : part.reader + part.rows, before : part.sources]
-            read.addmm_(weights, self.rows[before : part.sources])
-
-    def _read_sum(self, out: Tensor, start: int, sources: int, layer: int) -> None:
-        """As `_read` for readers of one layer, by the running sum of the nodes."""
-        self.total += self.rows[self.counted : sources].sum(0)
-        self.counted = sources
-        if self.base is None:
-            out.copy_(self.total.expand_as(out))
-        else:
-            self._fill_base(out, start)
-            out += self.total
-        readers, nodes, excess = self.exceptions.into(layer)
-        if len(excess):
-            out.index_add_(0, readers - start, self.rows[nodes].mul_(excess[:, None]))
-
-    def backward(self, gradient: Tensor, means: bool) -> tuple[Tensor, Tensor | None]:
-        """Gradients of the mask weights [E] and, if wanted, of the means [P, D]."""
-        if self.memory is None:
+        Args:
+            gradient: of what `output` reads, [N, D].
+            constants: whether the second is wanted.
+        """
+        if self.buffers is None:
             self.forward()
-        graph, mask, rows, reads, heads = self.graph, self.mask, self.rows, self.reads, self.graph.n_heads
-        readers, sources = mask.shape
-        edge_gradient = self._matrix()
-        edge_gradient[-1] = rows[:sources] @ gradient.reshape(-1)
-        reads[-1] = gradient.reshape(-1)
-        self.total, self.counted = rows.new_zeros(self.flat), readers
-        layer = graph.n_layers
-        for group in reversed(self.model.groups):
-            before, end = group[0].sources, group[-1].reader + group[-1].rows
-            nodes = len(group) * (heads + 1)
-            if self.exceptions is None:
-                at_group = torch.mm(mask[end:, before : before + nodes].t(), reads[end:], out=self.scratch[:nodes])
+        network, nodes, reader_inputs = self.network, self.buffers.node_outputs, self.buffers.reader_inputs
+        grad_matrix = network.mask_matrix()
+        grad_matrix[-1] = nodes @ gradient.reshape(-1)
+        reader_inputs[-1] = gradient.reshape(-1)
+        self.reads.start_backward()
+        layer = network.graph.n_layers
+        for group in reversed(network.groups):
+            self.reads.grad_group(group)
             for part in reversed(group):
                 layer -= 1
-                block = self.model.blocks[layer]
-                inverse, qkv, z, read_mlp, hidden = self._saved_of(layer, part)
-                first, mlp, after = part.sources, part.sources + heads, part.reader + part.rows
-                if self.exceptions is not None:
-                    at_nodes = self._at_nodes_sum(first, after, layer)
-                else:
-                    at_nodes = at_group[first - before :][: heads + 1]
-                    if after < end:
-                        at_nodes.addmm_(mask[after:end, first : mlp + 1].t(), reads[after:end])
-                at_heads, at_mlp = at_nodes[:heads], at_nodes[heads].view(-1, self.width)
-
-                (at_mlp_read,) = torch.autograd.grad(hidden, read_mlp, at_mlp @ block.w_down.t())
-                if part.own:
-                    if not rows.is_cuda:
-                        edge_gradient[after - 1, first:mlp] = rows[first:mlp] @ at_mlp_read.view(-1)
-                    at_heads.addr_(mask[after - 1, first:mlp], at_mlp_read.view(-1))
-                at_z = torch.bmm(at_heads.view(heads, -1, self.width), block.w_o.transpose(1, 2))
-                (at_qkv,) = torch.autograd.grad(z, qkv, at_z)
-
-                here = reads[part.reader : after]
-                block.qkv.backward_(here[:-1].view(len(qkv), -1, self.width), inverse, qkv.detach(), at_qkv)
-                here[-1] = at_mlp_read.view(-1)
-                if before < first and not rows.is_cuda:
-                    edge_gradient[part.reader : after, before:first] = here @ rows[before:first].t()
-            # on a GPU the edges within the group too: a third of the products for nothing, in a quarter of the launches
-            start, counted = group[0].reader, before + nodes * rows.is_cuda
-            edge_gradient[start:end, :counted] = inner(reads[start:end], rows[:counted])
-        at_edges = edge_gradient[self.model.edge_readers, self.model.edge_sources].to(self.mask_dtype)
-        at_means = None
-        if means:
-            cut = self._matrix(torch.ones_like(at_edges, dtype=mask.dtype)) - mask  # 1 - m where there is an edge
-            at_means = cut.t() @ reads.view(readers, -1, self.width).sum(1)
+                self._layer_backward(layer, part, group, grad_matrix)
+            start, end = group[0].first_reader, group[-1].first_reader + group[-1].n_readers
+            n_nodes = group[0].n_earlier_nodes
+            if nodes.is_cuda:  # edges inside the group too: a third more work, in a quarter of the kernel launches
+                n_nodes += len(group) * (network.graph.n_heads + 1)
+            grad_matrix[start:end, :n_nodes] = inner_products(reader_inputs[start:end], nodes[:n_nodes])
+        grad_edges = grad_matrix[network.edge_readers, network.edge_sources].to(self.inputs.mask.dtype)
+        grad_constants = self._grad_constants(reader_inputs) if constants else None
         self.release()
-        return at_edges, at_means
+        return grad_edges, grad_constants
 
-    def _at_nodes_sum(self, first: int, after: int, layer: int) -> Tensor:
-        """Gradient at a layer's nodes by the running sum of the gradients of all later readers: [H + 1, N * D]."""
-        self.total += self.reads[after : self.counted].sum(0)
-        self.counted = after
-        at_nodes = self.scratch[: self.graph.n_heads + 1]
-        at_nodes.copy_(self.total.expand_as(at_nodes))
-        readers, nodes, excess = self.exceptions.out_of(layer)
-        if len(excess):
-            at_nodes.index_add_(0, nodes - first, self.reads[readers].mul_(excess[:, None]))
-        return at_nodes
+    def _layer_backward(self, layer: int, part: LayerSlice, group: list[LayerSlice], grad_matrix: Tensor) -> None:
+        """Replace the inputs of a layer's readers by their gradients, and note the gradients of edges in the group."""
+        block, heads = self.network.blocks[layer], self.network.graph.n_heads
+        nodes, first, end = self.buffers.node_outputs, part.first_reader, part.first_reader + part.n_readers
+        own = slice(part.n_earlier_nodes, part.n_earlier_nodes + heads)
+        in_group = slice(group[0].n_earlier_nodes, part.n_earlier_nodes)
+        inverse, qkv, z, mlp_input, hidden = self._take_saved(layer, part)
+        grad_nodes = self.reads.grad_nodes(layer, part, group)
+        grad_heads, grad_mlp = grad_nodes[:heads], grad_nodes[heads].view(-1, self.width)
+
+        (grad_mlp_input,) = torch.autograd.grad(hidden, mlp_input, grad_mlp @ block.w_down.t())
+        if part.n_same_layer_edges:
+            if not nodes.is_cuda:
+                grad_matrix[end - 1, own] = nodes[own] @ grad_mlp_input.view(-1)
+            self.reads.grad_own_heads(grad_heads, grad_mlp_input.view(-1), part)
+        grad_z = torch.bmm(grad_heads.view(heads, -1, self.width), block.w_o.transpose(1, 2))
+        (grad_qkv,) = torch.autograd.grad(z, qkv, grad_z)
+
+        layer_inputs = self.buffers.reader_inputs[first:end]
+        block.qkv.backward_(layer_inputs[:-1].view(len(qkv), -1, self.width), inverse, qkv.detach(), grad_qkv)
+        layer_inputs[-1] = grad_mlp_input.view(-1)
+        if in_group.start < in_group.stop and not nodes.is_cuda:
+            grad_matrix[first:end, in_group] = layer_inputs @ nodes[in_group].t()
+
+    def _take_saved(self, layer: int, part: LayerSlice) -> tuple[Tensor, ...]:
+        """What the backward of a layer needs of its forward, computed again with gradient checkpointing."""
+        inverse, activations = self.saved[layer]
+        self.saved[layer] = None
+        if activations is not None:
+            return inverse, *activations
+        rows = self.buffers.reader_inputs[part.first_reader : part.first_reader + part.n_readers]
+        layer_inputs = rows.view(part.n_readers, -1, self.width)
+        hidden, mlp_input = self._with_graph(self.network.blocks[layer].mlp, layer_inputs[-1])
+        return *self._attend(layer, layer_inputs, inverse), mlp_input, hidden
+
+    def _grad_constants(self, grad_inputs: Tensor) -> Tensor:
+        """Gradients of the ablation constants, Σ_j (1 - m_ij) ∂L/∂r_j summed over tokens: [P, D]."""
+        ones = self.inputs.mask.new_ones(len(self.inputs.mask), dtype=self.mask.dtype)
+        cut = self.network.mask_matrix(ones) - self.mask  # 1 - m where there is an edge
+        return cut.t() @ grad_inputs.view(len(self.mask), -1, self.width).sum(1)
+
+
+def inner_products(a: Tensor, b: Tensor) -> Tensor:
+    """a [R, F] · b [P, F]ᵀ, where F is far larger than R and P.
+
+    One such product keeps few of a GPU's processors busy, so there F is split into parts that run at the same time.
+    """
+    parts = math.gcd(a.shape[1], 256) if a.is_cuda else 1
+    if parts == 1:
+        return a @ b.t()
+    a, b = (x.view(len(x), parts, -1).transpose(0, 1) for x in (a, b))
+    return torch.bmm(a, b.transpose(1, 2)).sum(0)

@@ -1,9 +1,9 @@
-"""What masks have in common, computed once: the layers before the first edge in which they differ (layer 1).
+"""A cache of node outputs, for many masks that are measured on the same few batches.
 
-A search measures many masks on the same batches, each a few edges away from one. Kept are the outputs of all nodes of
-every batch, which costs the memory of a stack each.
+Refinement measures masks that differ in one or two edges. The layers before the first differing edge compute the same
+for all of them, so their node outputs are loaded from here. Each batch costs the memory of one stack of node outputs.
 
-Shapes: P sources, B batch, T position, N = B * T tokens, D width, E edges.
+Shapes: P nodes that write, B batch, T position, N = B * T tokens, D width, E edges.
 """
 
 import torch
@@ -12,29 +12,33 @@ from torch import Tensor
 from circuit_breaking.graph import EdgeGraph
 
 
-class Beginnings:
-    """Node outputs of batches, each under the mask that was first seen with it."""
+class PrefixCache:
+    """Node outputs of batches, each under the first mask that was used with it."""
 
     def __init__(self) -> None:
         self._kept: list[tuple[Tensor, Tensor, Tensor]] = []  # tokens, mask, node outputs
 
     def _find(self, tokens: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Mask and node outputs that are kept of a batch. It is told by its tokens, as each use may have a copy."""
+        """Mask and node outputs stored for a batch, which is recognised by its tokens: each use may bring a copy."""
         return next((rest for batch, *rest in self._kept if torch.equal(batch, tokens)), None)
 
-    def keep(self, tokens: Tensor, weights: Tensor, rows: Tensor) -> None:
-        """Keep the outputs [P, N * D] of the nodes under a mask [E] of a batch [B, T], if none are kept of it."""
+    def store(self, tokens: Tensor, mask: Tensor, node_outputs: Tensor) -> None:
+        """Store the node outputs [P, N * D] of a batch [B, T] under a mask [E], unless the batch is stored already."""
         if self._find(tokens) is None:
-            self._kept.append((tokens, weights.clone(), rows.clone()))
+            self._kept.append((tokens, mask.clone(), node_outputs.clone()))
 
-    def load(self, tokens: Tensor, weights: Tensor, graph: EdgeGraph, readers: Tensor, rows: Tensor) -> int:
-        """Set the outputs of the nodes that a mask [E] leaves as they were; the first layer that is still to do."""
+    def load(self, tokens: Tensor, mask: Tensor, graph: EdgeGraph, edge_readers: Tensor, node_outputs: Tensor) -> int:
+        """Copy the outputs that this mask leaves unchanged into `node_outputs`.
+
+        Returns:
+            The first layer that has to be computed, 0 if the batch is not stored.
+        """
         found = self._find(tokens)
         if found is None:
             return 0
-        kept, outputs = found
-        differing = readers[(weights != kept).nonzero()[:, 0]]
+        stored_mask, stored_outputs = found
+        differing = edge_readers[(mask != stored_mask).nonzero()[:, 0]]
         layer = int(differing.min()) // (graph.head_readers + 1) if len(differing) else graph.n_layers
-        known = graph.layers[layer].sources if layer < graph.n_layers else len(rows)
-        rows[:known] = outputs[:known]
+        known = graph.layers[layer].n_earlier_nodes if layer < graph.n_layers else len(node_outputs)
+        node_outputs[:known] = stored_outputs[:known]
         return layer

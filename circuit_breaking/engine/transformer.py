@@ -1,11 +1,10 @@
-"""The edge-masked transformer: causal interventions on every edge of a model at once (layer 1).
+"""The edge-masked transformer: a Hugging Face causal language model with a weight on every causal edge.
 
-Reader j gets  r_j = Σ_i [ m_ij x_i + (1 - m_ij) μ_i ],  with x_i the output of node i, m_ij the mask weight of edge
-i -> j and μ_i what a cut edge carries (Li, Davies, Nadeau 2023, section 3). Heads, MLPs and `output` read alike.
+Every reader gets  r_j = Σ_i [ m_ij x_i + (1 - m_ij) μ_i ]  (Li, Davies, Nadeau 2023, section 3), with x_i the output of
+node i, m_ij the weight of edge i -> j and μ_i what a cut edge carries. `reads` computes it for heads, MLPs and `output`
+alike, `masked_pass` runs the network forward and backward, and `reference` is the plain definition of the same.
 
-`passes` runs it forward and backward.
-
-Shapes: B batch, T position, P sources, E edges, D width, V vocabulary.
+Shapes: B batch, T position, P nodes that write, E edges, D width, V vocabulary.
 """
 
 import copy
@@ -16,16 +15,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from circuit_breaking.engine.ablation_values import AblationValues, check_means
 from circuit_breaking.engine.blocks import take_apart
-from circuit_breaking.engine.cuda_graphs import Replays
+from circuit_breaking.engine.cuda_graphs import CudaGraphCache
 from circuit_breaking.engine.mask import EdgeMask
-from circuit_breaking.engine.masked_pass import OutputRead, Pass, Workspace, layer_groups
-from circuit_breaking.engine.prefix_cache import Beginnings
+from circuit_breaking.engine.masked_pass import MaskedForward, MaskedPass
+from circuit_breaking.engine.network import Network, PassInputs, Rotary, layer_groups
+from circuit_breaking.engine.prefix_cache import PrefixCache
+from circuit_breaking.engine.workspace import Workspace
 from circuit_breaking.errors import UserError
 from circuit_breaking.graph import EdgeGraph
-
-# torch.compile would make dozens of pieces of the pass, of which none is faster, and let it keep more
-read_output = torch.compiler.disable(OutputRead.apply)
 
 
 def select_positions(hidden: Tensor, at: Tensor) -> Tensor:
@@ -34,31 +33,21 @@ def select_positions(hidden: Tensor, at: Tensor) -> Tensor:
     return hidden[batch.view(-1, *[1] * (at.dim() - 1)), at]
 
 
-def check_means(means: Tensor, nodes: int, width: int) -> None:
-    """Raise a `UserError` for means that are neither [nodes, width] nor [T, nodes, width], or not finite."""
-    if means.dim() not in (2, 3) or means.shape[-2:] != (nodes, width):
-        raise UserError(
-            f"means of shape {list(means.shape)} do not fit this model, which needs [{nodes}, {width}] or "
-            f"[positions, {nodes}, {width}]. Compute them with this model."
-        )
-    if not means.isfinite().all():
-        raise UserError("the means hold a value that is not finite. Compute them again.")
-
-
 class EdgeMaskedTransformer(nn.Module):
     """A Hugging Face causal language model with a weight on every causal edge.
 
     With all weights 1 it computes the original model's logits. Batches are padded on the right, if at all: causal
-    attention keeps what comes before from seeing the padding, so no attention mask is needed.
+    attention keeps earlier tokens from seeing the padding, so no attention mask is needed.
 
     Attributes:
-        graph: the `EdgeGraph`, in whose order all edges come.
-        mask: the `EdgeMask`; `mask.weights` is the one trainable parameter [E].
-        means: what a cut edge carries: None (zero), [P, D], or [T, P, D] by position. Settable; checked. Means [P, D]
-            that require a gradient get one, so that they can be learned (optimal ablation; Li and Janson 2024).
-        recompute: compute attention and MLPs again in the backward, a layer at a time, in place of keeping what their
-            backward needs: less memory, about a third more time, the same numbers.
-        replays: CUDA graphs of small passes on a GPU; `replays.on = False` does without.
+        graph: the `EdgeGraph`, whose edge order is used everywhere.
+        mask: the `EdgeMask`; `mask.weights` [E] is the one trainable parameter.
+        means: the ablation values, what a cut edge carries: None (zero), [P, D], or [T, P, D] by position. Settable
+            and checked. Means [P, D] that require a gradient get one, so that they can be learned as ablation
+            constants (optimal ablation; Li and Janson 2024).
+        recompute: gradient checkpointing: compute attention and MLPs again in the backward, one layer at a time,
+            instead of keeping their activations. Less memory, about a third more time, the same numbers.
+        cuda_graphs: captured passes for small batches on a GPU; `cuda_graphs.enabled = False` turns them off.
     """
 
     def __init__(self, hf: nn.Module, split_qkv: bool = False, recompute: bool = False) -> None:
@@ -78,19 +67,19 @@ class EdgeMaskedTransformer(nn.Module):
         self.register_buffer("unembedding_bias", None if bias is None else bias.detach())
         self.register_buffer("edge_readers", self.graph.edge_readers)
         self.register_buffer("edge_sources", self.graph.edge_sources)
-        self.register_buffer("sources_read", self.graph.edge_readers.bincount(minlength=len(self.graph.readers)))
+        self.register_buffer("n_read", self.graph.edge_readers.bincount(minlength=len(self.graph.readers)))
         self.groups = layer_groups(self.graph)
         self.workspace = Workspace()
-        self.replays = Replays()
-        # at least float32, so that a step of the optimizer is not lost in bfloat16's rounding
+        self.cuda_graphs = CudaGraphCache()
+        # at least float32, so that an optimizer's small steps are not lost in bfloat16 rounding
         self.mask = EdgeMask(self.graph, dtype=torch.promote_types(self.dtype, torch.float32))
-        self.register_buffer("offsets", None)
-        self.register_buffer("base", None)
+        self.register_buffer("bias_minus_mean", None)
+        self.register_buffer("mean_prefix_sums", None)
         self.register_buffer("_means", None)
-        # means that are learned, in a tuple so as to be no parameter of the model, and their state when they were set
+        # learned means, in a tuple so that they are no parameter of the model, with their version when they were set
         self._learned: tuple[Tensor, int] | None = None
-        self._held = False
-        self.beginnings: Beginnings | None = None
+        self._means_detached = False
+        self.prefix_cache: PrefixCache | None = None
         self.means = None
         self.name: str | None = None  # set by `load_model`; goes into the files that belong to this model
         self.eval()
@@ -105,13 +94,13 @@ class EdgeMaskedTransformer(nn.Module):
         """Where the model is."""
         return self.embedding.device
 
-    def _apply(self, *words, **more) -> nn.Module:
-        self.replays.clear()  # which know where the weights were
-        return super()._apply(*words, **more)
+    def _apply(self, *args, **kwargs) -> nn.Module:
+        self.cuda_graphs.clear()  # captured graphs hold the old weight addresses
+        return super()._apply(*args, **kwargs)
 
     def to_dtype_(self, dtype: torch.dtype) -> None:
-        """Change the type of weights and activations in place; tables of positions and the mask stay precise."""
-        self.replays.clear()
+        """Change the type of weights and activations in place; rotary tables and the mask stay in float32 or better."""
+        self.cuda_graphs.clear()
         self.blocks.to(dtype)
         self.norm.to(dtype)
         for name, tensor in list(self.named_buffers(recurse=False)):
@@ -121,52 +110,50 @@ class EdgeMaskedTransformer(nn.Module):
 
     @property
     def means(self) -> Tensor | None:
-        """What a cut edge carries: None (zero ablation), [P, D], or [T, P, D] by position."""
+        """The ablation values, what a cut edge carries: None (zero ablation), [P, D], or [T, P, D] by position."""
         return self._learned[0] if self._learned else self._means
 
     @means.setter
     def means(self, value: Tensor | None) -> None:
-        constants = [self.embedding.new_zeros(1, self.embedding.shape[1])]
+        biases = self._biases()
+        if value is not None:
+            check_means(value, len(biases), self.embedding.shape[1])
+            if value.requires_grad and value.dim() == 3:
+                raise UserError("means by position cannot be learned. Give one mean a node, [nodes, width].")
+        if self.prefix_cache is not None:
+            self.prefix_cache = PrefixCache()
+        self._learned = (value, value._version) if value is not None and value.requires_grad else None
+        self._means = None if value is None else value.detach().to(self.device, self.dtype)
+        values = AblationValues.of(biases, value)
+        self.bias_minus_mean, self.mean_prefix_sums = values.bias_minus_mean, values.mean_prefix_sums
+
+    def _biases(self) -> Tensor:
+        """What each node writes whatever it reads: [P, 1, D]."""
+        biases = [self.embedding.new_zeros(1, self.embedding.shape[1])]
         for block in self.blocks:
-            constants += [block.b_o.expand(self.graph.n_heads, -1), block.b_down[None]]
-        biases = torch.cat(constants)[:, None]  # [P, 1, D]: what a node adds whatever it reads
-        if self.beginnings is not None:
-            self.beginnings = Beginnings()
-        if value is None:
-            self._learned = self._means = self.base = None
-            self.offsets = biases
-            return
-        check_means(value, len(biases), self.embedding.shape[1])
-        if value.requires_grad and value.dim() == 3:
-            raise UserError("means by position cannot be learned. Give one mean a node, [nodes, width].")
-        self._learned = (value, value._version) if value.requires_grad else None
-        self._means = value.detach().to(self.device, self.dtype)
-        exact = value.detach().to(self.device, torch.float64)
-        by_node = exact[:, None] if value.dim() == 2 else exact.transpose(0, 1)  # [P, 1 or T, D]
-        self.offsets = (biases - by_node).to(self.dtype)
-        # base[p]: the sum of the means of the first p nodes
-        self.base = F.pad(by_node.cumsum(0), (0, 0, 0, 0, 1, 0)).to(self.dtype)
+            biases += [block.b_o.expand(self.graph.n_heads, -1), block.b_down[None]]
+        return torch.cat(biases)[:, None]
 
     @contextmanager
-    def means_held(self) -> Iterator[None]:
-        """While the block lasts, what is computed gives no gradient to means that are learned: they are as they are."""
-        before, self._held = self._held, True
+    def detached_means(self) -> Iterator[None]:
+        """Within the block, learned means are constants: what is computed passes no gradient to them."""
+        before, self._means_detached = self._means_detached, True
         try:
             yield
         finally:
-            self._held = before
+            self._means_detached = before
 
     @contextmanager
-    def remembering(self, on: bool = True) -> Iterator[None]:
-        """While the block lasts, and while means stay the same, keep the node outputs of every batch that is seen, and
-        of a mask without gradient compute only what differs: for many masks on few batches."""
-        before, self.beginnings = self.beginnings, Beginnings() if on else None
+    def caching_prefixes(self, on: bool = True) -> Iterator[None]:
+        """Within the block, and while the means stay the same, keep the node outputs of every batch, so that a mask
+        without gradient is computed only from the first layer on in which it differs. For many masks on few batches."""
+        before, self.prefix_cache = self.prefix_cache, PrefixCache() if on else None
         try:
             yield
         finally:
-            self.beginnings = before
+            self.prefix_cache = before
 
-    def rotary_tables(self, length: int, device: torch.device) -> tuple[Tensor, Tensor] | None:
+    def rotary_tables(self, length: int, device: torch.device) -> Rotary | None:
         """cos and sin [T, K] of the rotary embedding, None where positions are learned."""
         if self.rotary is None:
             return None
@@ -191,15 +178,39 @@ class EdgeMaskedTransformer(nn.Module):
         """
         self._check(tokens)
         weights = self.mask.weights if mask is None else mask
-        learned, version = self._learned or (None, 0)
-        if learned is not None and learned._version != version:
-            self.means = learned  # an optimizer has changed them
-        if self._held:
-            learned = None
-        if not torch.is_grad_enabled():  # which a custom function does not see: it would keep what a backward needs
-            weights, learned = weights.detach(), None
-        read = read_output(weights, learned, self, tokens).view(*tokens.shape, -1)
+        constants, version = self._learned or (None, 0)
+        if constants is not None and constants._version != version:
+            self.means = constants  # an optimizer has changed them
+        if self._means_detached:
+            constants = None
+        if not torch.is_grad_enabled():
+            weights, constants = weights.detach(), None
+        read = self._output_read(weights, constants, tokens).view(*tokens.shape, -1)
         return self.norm(read if at is None else select_positions(read, at))
+
+    @torch.compiler.disable  # it would be split into dozens of graphs, none of them faster, and take more memory
+    def _output_read(self, weights: Tensor, constants: Tensor | None, tokens: Tensor) -> Tensor:
+        """What `output` reads [N, D], differentiable in the edge weights [E] and in ablation constants [P, D]."""
+        backward = weights.requires_grad or constants is not None
+        network, inputs = self._network(), self._inputs(weights.detach(), tokens)
+        run = None
+        if self.cuda_graphs.usable(network, tokens):
+            run = self.cuda_graphs.replay(
+                network, inputs, self.workspace, backward, constants is not None, self.max_positions, self.rotary_tables
+            )
+        if run is None:
+            run = MaskedPass(network, inputs, self.workspace, backward, self.prefix_cache)
+        return MaskedForward.apply(weights, constants, run)
+
+    def _network(self) -> Network:
+        return Network(
+            self.graph, self.groups, self.blocks, self.embedding, self.positions, self.edge_readers, self.edge_sources,
+            self.n_read, self.recompute,
+        )  # fmt: skip
+
+    def _inputs(self, weights: Tensor, tokens: Tensor) -> PassInputs:
+        values = AblationValues(self.bias_minus_mean, self.mean_prefix_sums)
+        return PassInputs(tokens, weights, values, self.rotary_tables(tokens.shape[1], tokens.device))
 
     def forward(self, tokens: Tensor, at: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """Next-token logits.
@@ -218,9 +229,9 @@ class EdgeMaskedTransformer(nn.Module):
     def node_outputs(self, tokens: Tensor) -> Tensor:
         """Output of every node under the mask in force: [P, B, T, D], in the order of `graph.sources`."""
         self._check(tokens)
-        run = Pass(self, self.mask.weights.detach(), tokens, keep=False)
+        run = MaskedPass(self._network(), self._inputs(self.mask.weights.detach(), tokens), self.workspace, False)
         run.forward()
-        outputs = run.stack.view(len(self.graph.sources), *tokens.shape, -1)
+        outputs = run.buffers.node_outputs_3d.view(len(self.graph.sources), *tokens.shape, -1)
         if self._means is not None:
             means = self._means if self._means.dim() == 2 else self._means[: tokens.shape[1]].transpose(0, 1)
             outputs += means[:, None, None] if self._means.dim() == 2 else means[:, None]

@@ -120,7 +120,7 @@ def recomputing(model: Any, on: bool) -> Iterator[None]:
         yield
     finally:
         model.recompute = before
-        model.replays.clear()
+        model.cuda_graphs.clear()
 
 
 class _Trainer:
@@ -190,7 +190,7 @@ class _Trainer:
         if number == 0:
             self.weights.data.copy_(self._lowest(settings.max_edges))
         mask = self.weights.detach().clone()
-        with self.model.remembering(not settings.micro_batch):  # which is for those who lack the memory
+        with self.model.caching_prefixes(not settings.micro_batch):  # which is for those who lack the memory
             changed, loss = self.search.round(mask, self.objective.draw(settings.refine_batch_size))
         with torch.no_grad():
             self.weights.copy_(changed)

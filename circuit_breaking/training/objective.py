@@ -51,7 +51,7 @@ class Term:
 
     def loss(self, model: Any, batch: Any, mask: Tensor) -> Tensor:
         """The task's loss on a batch, without the weight."""
-        with nullcontext() if self.teaches else model.means_held():
+        with nullcontext() if self.teaches else model.detached_means():
             return self.task.loss(model, batch, mask, self.cap)
 
 

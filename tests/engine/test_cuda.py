@@ -12,7 +12,7 @@ from helpers.tasks import QUICK, make_task
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from circuit_breaking.ablation.ablate import ablate
-from circuit_breaking.engine import masked_pass as passes
+from circuit_breaking.engine import reads
 from circuit_breaking.engine.load import load_model
 from circuit_breaking.engine.reference import NaiveEdgeMasked
 from circuit_breaking.models.load import TINY
@@ -27,10 +27,10 @@ WAYS = ("replayed", "launched", "recomputed", "summed")
 
 def set_way(model, way, monkeypatch):
     """Let passes be replayed, launched one by one, recomputed, or done by running sums as those of large models are."""
-    model.replays.clear()
-    model.replays.on, model.recompute = way == "replayed", way == "recomputed"
+    model.cuda_graphs.clear()
+    model.cuda_graphs.enabled, model.recompute = way == "replayed", way == "recomputed"
     if way == "summed":  # the last of them
-        monkeypatch.setattr(passes, "SMALL_PRODUCT", 0)
+        monkeypatch.setattr(reads, "SMALL_PRODUCT", 0)
 
 
 @pytest.mark.parametrize("kind", ["zero", "mean", "position"])
@@ -52,7 +52,7 @@ def test_any_mask_matches_the_oracle_there(family, split, kind, monkeypatch):
             (gradient,) = torch.autograd.grad((logits * readout).sum(), mask)
             torch.testing.assert_close(logits, expected, atol=1e-9, rtol=1e-9)
             torch.testing.assert_close(gradient, expected_gradient, atol=1e-8, rtol=1e-8)
-        assert bool(model.replays._kept) == (way == "replayed")
+        assert bool(model.cuda_graphs._kept) == (way == "replayed")
 
 
 def test_learned_means_get_the_gradient_they_get_on_the_cpu():

@@ -10,8 +10,7 @@ from helpers.masks import TOKENS
 from helpers.models import small_gpt2
 from helpers.tasks import QUICK, make_task
 
-from circuit_breaking.engine import cuda_graphs as replays
-from circuit_breaking.engine import masked_pass as passes
+from circuit_breaking.engine import cuda_graphs, masked_pass
 from circuit_breaking.engine.load import load_model
 from circuit_breaking.training.config import MaskSettings
 from circuit_breaking.training.mask_trainer import train_mask
@@ -43,12 +42,12 @@ def pretend(parts, device, pool):
 @pytest.fixture(autouse=True)
 def recorded(monkeypatch):
     if DEVICE == "cpu":
-        monkeypatch.setattr(replays, "record", pretend)
-        monkeypatch.setattr(replays, "memory_of", lambda device: 10**9)
+        monkeypatch.setattr(cuda_graphs, "capture", pretend)
+        monkeypatch.setattr(cuda_graphs, "memory_of", lambda device: 10**9)
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
         monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
-        for module in (passes, replays):
-            monkeypatch.setattr(module, "is_small", lambda model, tokens: True)
+        for module in (masked_pass, cuda_graphs):
+            monkeypatch.setattr(module, "product_is_small", lambda network, tokens: True)
 
 
 def passes_of(model, kind):
@@ -72,15 +71,15 @@ def passes_of(model, kind):
 @pytest.mark.parametrize("kind", ["zero", "mean", "position", "learned"])
 def test_what_is_replayed_is_what_is_launched(family, kind):
     replayed, launched = (load_model(family(), device=DEVICE, dtype="float64") for _ in range(2))
-    launched.replays.on = False
+    launched.cuda_graphs.enabled = False
     for one, other in zip(passes_of(replayed, kind), passes_of(launched, kind), strict=True):
         torch.testing.assert_close(one, other, atol=1e-8, rtol=1e-8)
-    assert len(replayed.replays._kept) >= 2 and replayed.replays.on
+    assert len(replayed.cuda_graphs._kept) >= 2 and replayed.cuda_graphs.enabled
 
 
 def test_passes_that_overlap_or_come_twice_are_right():
     replayed, launched = (load_model(small_gpt2(), device=DEVICE, dtype="float64") for _ in range(2))
-    launched.replays.on = False
+    launched.cuda_graphs.enabled = False
     results = []
     for model in (replayed, launched):
         torch.manual_seed(0)
@@ -102,11 +101,11 @@ def test_a_model_that_moves_or_is_copied_forgets_what_was_recorded():
     tokens = TOKENS.to(DEVICE)
     for _ in range(4):
         model(tokens).sum().backward()
-    assert model.replays._kept
+    assert model.cuda_graphs._kept
     expected, twin = model(tokens), copy.deepcopy(model)
-    assert not twin.replays._kept
+    assert not twin.cuda_graphs._kept
     model = model.to("cpu").to(DEVICE)
-    assert not model.replays._kept
+    assert not model.cuda_graphs._kept
     for one in (model, twin):
         for _ in range(4):
             torch.testing.assert_close(one(tokens), expected)
@@ -116,23 +115,23 @@ def test_training_is_the_same_replayed_or_launched():
     results = []
     for on in (True, False):
         model = load_model(small_gpt2(), device=DEVICE, dtype="float64")
-        model.replays.on = on
+        model.cuda_graphs.enabled = on
         torch.manual_seed(0)
         settings = MaskSettings(**{**QUICK, "relax_steps": 20}, max_edges=7)
         results.append(train_mask(model, make_task("break", 1), make_task("keep", 5), settings, progress=False))
-        assert not model.replays._kept  # given back
+        assert not model.cuda_graphs._kept  # given back
     assert results[0].edges == results[1].edges
     losses = [[row["keep_loss"] for row in one.history if "keep_loss" in row] for one in results]
     assert losses[0] and losses[0] == pytest.approx(losses[1], abs=1e-6)
 
 
 def test_masks_that_a_search_measures_are_right():
-    """A recording must not take layers of another batch for known; a pass that is computed may (`Beginnings`)."""
+    """A recording must not take layers of another batch for known; a pass that is computed may (`PrefixCache`)."""
     model, tokens = load_model(small_gpt2(), device=DEVICE, dtype="float64"), TOKENS.to(DEVICE)
     masks = (torch.rand(8, len(model.graph), device=DEVICE) > 0.1).double()
     expected = [load_model(small_gpt2(), device=DEVICE, dtype="float64")(tokens, mask=mask) for mask in masks]
     for shift in range(3):
-        with torch.no_grad(), model.remembering():
+        with torch.no_grad(), model.caching_prefixes():
             for mask, logits in zip(masks, expected, strict=True):
                 torch.testing.assert_close(model(tokens.roll(shift, 0), mask=mask).roll(-shift, 0), logits)
 
@@ -140,26 +139,28 @@ def test_masks_that_a_search_measures_are_right():
 def test_little_memory_and_what_cannot_be_recorded(monkeypatch):
     model, tokens = load_model(small_gpt2(), device=DEVICE), TOKENS.to(DEVICE)
     expected = model(tokens).detach()
-    monkeypatch.setattr(replays, "MEMORY_SHARE", 0)
+    monkeypatch.setattr(cuda_graphs, "MEMORY_SHARE", 0)
     for _ in range(5):
         torch.testing.assert_close(model(tokens), expected)
-    assert not model.replays._kept and model.replays.on
-    monkeypatch.setattr(replays, "MEMORY_SHARE", 0.25)
+    assert not model.cuda_graphs._kept and model.cuda_graphs.enabled
+    monkeypatch.setattr(cuda_graphs, "MEMORY_SHARE", 0.25)
 
     def fails(*words):
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    monkeypatch.setattr(replays, "record", fails)
-    for _ in range(5):
-        torch.testing.assert_close(model(tokens), expected)
-    assert not model.replays._kept and not model.replays.on
+    monkeypatch.setattr(cuda_graphs, "capture", fails)
+    with pytest.warns(UserWarning, match="could not be captured as a CUDA graph .operation not permitted") as warned:
+        for _ in range(5):
+            torch.testing.assert_close(model(tokens), expected)
+    assert len(warned) == 1
+    assert not model.cuda_graphs._kept and not model.cuda_graphs.enabled
 
 
 def test_recordings_that_take_too_much_together_are_dropped(monkeypatch):
     model = load_model(small_gpt2(), device=DEVICE)
-    monkeypatch.setattr(replays, "memory_of", lambda device: 4 * 400_000)
+    monkeypatch.setattr(cuda_graphs, "memory_of", lambda device: 4 * 400_000)
     for batch in (1, 2, 3):
         for _ in range(5):
             tokens = TOKENS[:1].repeat(batch, 1).to(DEVICE)
             model(tokens).sum().backward()
-        assert len(model.replays._kept) == 1 + (batch == 2)
+        assert len(model.cuda_graphs._kept) == 1 + (batch == 2)

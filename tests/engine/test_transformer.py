@@ -5,8 +5,7 @@ import torch
 from helpers.masks import TOKENS, make_masks, make_means, width
 from helpers.models import small_gpt2, small_llama, small_neox, small_qwen3
 
-from circuit_breaking.engine import masked_pass as passes
-from circuit_breaking.engine import norms
+from circuit_breaking.engine import network, norms
 from circuit_breaking.engine.load import load_model
 from circuit_breaking.engine.reference import NaiveEdgeMasked
 from circuit_breaking.errors import UserError
@@ -32,8 +31,8 @@ def test_float64_is_hugging_faces(family, split):
 @pytest.mark.parametrize("split", [False, True])
 @pytest.mark.parametrize("group_layers", [1, 2, 4])
 def test_random_masks_match_the_oracle(family, split, kind, group_layers, monkeypatch):
-    monkeypatch.setattr(passes, "GROUP_LAYERS", group_layers)
-    monkeypatch.setattr(passes, "GROUP_NODES", 0)
+    monkeypatch.setattr(network, "GROUP_LAYERS", group_layers)
+    monkeypatch.setattr(network, "GROUP_NODES", 0)
     if group_layers == 1:
         monkeypatch.setattr(norms, "CACHED", 1)  # one reader at a time
     hf = family().double()
@@ -224,7 +223,7 @@ def test_what_masks_have_in_common_is_computed_once(family, split, kind, monkeyp
     n_edges, generator = len(model.graph), torch.Generator().manual_seed(6)
     base = make_masks(n_edges)[1]
     batches = [TOKENS, (TOKENS[1:, :7] + 1) % 50]
-    with model.remembering():
+    with model.caching_prefixes():
         for step in range(24):
             tokens = batches[step % 2].clone()  # as a batch comes that is copied to another device each time
             mask = base.clone() if step < 16 else torch.ones_like(base)
@@ -240,8 +239,8 @@ def test_what_masks_have_in_common_is_computed_once(family, split, kind, monkeyp
                 found, done = model(tokens, mask=mask.detach()), len(layers)
                 torch.testing.assert_close(found, plain(tokens, mask=mask.detach()), atol=1e-9, rtol=1e-9)
             assert done == 0 if step == 10 else done <= len(model.blocks)  # the mask of step 0
-        assert len(model.beginnings._kept) == len(batches)
-    assert model.beginnings is None
+        assert len(model.prefix_cache._kept) == len(batches)
+    assert model.prefix_cache is None
 
 
 def test_what_is_remembered_is_forgotten_with_the_means_it_was_made_with():
@@ -249,7 +248,7 @@ def test_what_is_remembered_is_forgotten_with_the_means_it_was_made_with():
     mask = make_masks(len(model.graph))[1].float()
     means = make_means(model, "mean").requires_grad_()
     model.means = means
-    with torch.no_grad(), model.remembering():
+    with torch.no_grad(), model.caching_prefixes():
         for _ in range(3):
             found = model(TOKENS, mask=mask)
             fresh = load_model(small_gpt2(), device="cpu")

@@ -8,7 +8,7 @@ from helpers.scripts import Killed, die
 from test_mnist_run import SMALL, main, old
 
 from circuit_breaking.errors import UserError
-from circuit_breaking.runs import checkpoints
+from circuit_breaking.runs import signals
 from circuit_breaking.runs.checkpoints import NEWEST, PREVIOUS, Checkpoints
 from circuit_breaking.runs.files import read_json, read_jsonl
 from circuit_breaking.runs.run_folder import locked
@@ -121,4 +121,4 @@ def test_damage_changed_settings_and_a_second_run(whole, tmp_path, monkeypatch, 
     assert "other settings or data: starting anew" in capsys.readouterr().err and len(counted) == STEPS[script]
     with locked(tmp_path / NAMES[script]), pytest.raises(UserError, match="another run is writing"):
         start(script, tmp_path)
-    assert checkpoints._received is None  # signals are given back
+    assert signals._received is None  # signals are given back

@@ -10,7 +10,7 @@ from helpers.models import small_gpt2, small_llama
 from helpers.tasks import FEW, make_prompts, make_task, run
 
 from circuit_breaking.engine.load import load_model
-from circuit_breaking.engine.masked_pass import Pass
+from circuit_breaking.engine.masked_pass import MaskedPass
 from circuit_breaking.engine.reference import NaiveEdgeMasked
 from circuit_breaking.errors import UserError
 from circuit_breaking.tasks import Task, TextTask
@@ -129,14 +129,18 @@ def test_every_method_comes_to_the_same_mask(changes, micro_batch, means_lr):
 def test_no_more_than_a_part_is_in_memory(method, means_lr, monkeypatch):
     """Tokens of all passes that are alive, forward to backward, through every phase."""
     alive, peaks = weakref.WeakSet(), []
-    plain = Pass.forward
+
+    def tokens_of(one):
+        return one.inputs.tokens.numel()
+
+    plain = MaskedPass.forward
 
     def spy(self):
         alive.add(self)
-        peaks.append(sum(one.tokens.numel() for one in alive if one.memory is not None) + self.tokens.numel())
+        peaks.append(sum(tokens_of(one) for one in alive if one.buffers is not None) + tokens_of(self))
         return plain(self)
 
-    monkeypatch.setattr(Pass, "forward", spy)
+    monkeypatch.setattr(MaskedPass, "forward", spy)
     for micro_batch, most in ((0, 2 * 3 * 8), (1, 8)):
         gc.collect()
         peaks.clear()
@@ -145,13 +149,13 @@ def test_no_more_than_a_part_is_in_memory(method, means_lr, monkeypatch):
 
 
 def test_nothing_is_kept_for_a_backward_without_gradients(monkeypatch):
-    kept, plain = [], Pass.__init__
+    kept, plain = [], MaskedPass.__init__
 
-    def spy(self, model, weights, tokens, keep):
-        kept.append(keep)
-        plain(self, model, weights, tokens, keep)
+    def spy(self, network, inputs, workspace, save_for_backward, prefix_cache=None):
+        kept.append(save_for_backward)
+        plain(self, network, inputs, workspace, save_for_backward, prefix_cache)
 
-    monkeypatch.setattr(Pass, "__init__", spy)
+    monkeypatch.setattr(MaskedPass, "__init__", spy)
     model = load_model(small_gpt2(), device="cpu")
     model.means = torch.zeros(len(model.graph.sources), 24, requires_grad=True)
     make_task("keep", 5).get_test_loss(model)

@@ -1,0 +1,197 @@
+"""The masked read: what every reader gets from the nodes before it.
+
+    r_j = Σ_i [ m_ij x_i + (1 - m_ij) μ_i ]            (Li, Davies, Nadeau 2023, section 3)
+
+x_i is the output of node i, m_ij the weight of edge i -> j, μ_i what a cut edge carries. Nodes are stored as x_i - μ_i,
+so that only the sum of all μ_i before the reader, which no mask changes, is left to add:
+
+    r_j = Σ_i m_ij (x_i - μ_i) + Σ_i μ_i
+
+There are two ways to compute it, with one interface. They give the same numbers up to rounding:
+
+DenseReads       the formula as a matrix product, for all readers of a group of layers at once. For any mask.
+RunningSumReads  one running sum of all nodes for all readers, corrected at the few edges whose weight is not 1. For
+                 masks that cut few edges; its cost does not grow with the number of edges.
+
+Backward, the gradient of node i is Σ_j m_ij ∂L/∂r_j, the same product with the mask transposed.
+
+Shapes: B batch, T position, N = B * T tokens, P nodes that write, R readers, H heads, D width, E edges.
+"""
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from circuit_breaking.engine.ablation_values import AblationValues
+from circuit_breaking.engine.network import Network
+from circuit_breaking.engine.sparse_mask import SparseMask
+from circuit_breaking.engine.workspace import PassBuffers, fill_rows
+from circuit_breaking.graph import LayerSlice
+
+# Multiplications and additions a layer up to which a GPU finishes the mask products in the time that Python takes to
+# launch that layer. Looking for the edges that differ from 1 would then cost more than the product.
+SMALL_PRODUCT = 1.5e11
+
+
+def product_is_small(network: Network, tokens: Tensor) -> bool:
+    """Whether a pass runs on a GPU on which its mask products cost next to nothing."""
+    operations = 6 * len(network.edge_readers) * tokens.numel() * network.embedding.shape[1]
+    return tokens.is_cuda and operations < SMALL_PRODUCT * network.graph.n_layers
+
+
+class MaskedReads(ABC):
+    """The masked reads of one pass, and the gradients that go back through them.
+
+    Args:
+        network: the network.
+        mask: edge weights as a matrix [R, P].
+        values: what cut edges carry.
+        buffers: where node outputs are, and where reader inputs and gradients go.
+        batch, length: B and T.
+    """
+
+    def __init__(
+        self, network: Network, mask: Tensor, values: AblationValues, buffers: PassBuffers, batch: int, length: int
+    ) -> None:
+        self.graph, self.n_read = network.graph, network.n_read
+        self.mask, self.mean_sums = mask, values.mean_prefix_sums
+        self.nodes, self.inputs, self.scratch = buffers.node_outputs, buffers.reader_inputs, buffers.grad_scratch
+        self.batch, self.length = batch, length
+
+    @abstractmethod
+    def read_group(self, out: Tensor, first_reader: int, n_nodes: int) -> None:
+        """Start the reads `out` [k, N * D] of a group's readers from the `n_nodes` nodes before the group."""
+
+    @abstractmethod
+    def read_layer(self, out: Tensor, layer: int, part: LayerSlice, n_before_group: int) -> None:
+        """Finish the reads `out` [readers of the layer, N * D]; all nodes of earlier layers are known by now."""
+
+    @abstractmethod
+    def read_output(self, out: Tensor) -> None:
+        """Set `out` [1, N * D] to what `output` reads."""
+
+    def read_own_heads(self, mlp_input: Tensor, part: LayerSlice) -> None:
+        """Add the heads of an MLP's own layer to its read [N * D]."""
+        first, end, mlp = _own_heads(part)
+        mlp_input.addmv_(self.nodes[first:end].t(), self.mask[mlp, first:end])
+
+    @abstractmethod
+    def start_backward(self) -> None:
+        """Get ready to walk the layers in reverse; the gradient of `output`'s read is the last reader input."""
+
+    @abstractmethod
+    def grad_group(self, group: list[LayerSlice]) -> None:
+        """Start the gradients of a group's nodes from the gradients of all readers after the group."""
+
+    @abstractmethod
+    def grad_nodes(self, layer: int, part: LayerSlice, group: list[LayerSlice]) -> Tensor:
+        """Gradients of a layer's nodes, heads and then MLP, from all readers of later layers: [H + 1, N * D]."""
+
+    def grad_own_heads(self, grad_heads: Tensor, grad_mlp_input: Tensor, part: LayerSlice) -> None:
+        """Add to the gradients of a layer's heads [H, N * D] what their own layer's MLP passes back [N * D]."""
+        first, end, mlp = _own_heads(part)
+        grad_heads.addr_(self.mask[mlp, first:end], grad_mlp_input)
+
+    def _set_to_means(self, out: Tensor, first_reader: int) -> None:
+        """Set `out` [k, N * D] to Σ_i μ_i over the nodes that each of k readers reads."""
+        fill_rows(out, self.mean_sums[self.n_read[first_reader : first_reader + len(out)]], self.batch, self.length)
+
+
+def _own_heads(part: LayerSlice) -> tuple[int, int, int]:
+    """First and last (exclusive) head of a layer among the nodes, and its MLP among the readers."""
+    first = part.n_earlier_nodes
+    return first, first + part.n_same_layer_edges, part.first_reader + part.n_readers - 1
+
+
+class DenseReads(MaskedReads):
+    """r = m (x - μ) + Σ μ as a matrix product. Readers of a group of layers share one product over the nodes before the
+    group; the nodes inside the group are added layer by layer."""
+
+    def read_group(self, out: Tensor, first_reader: int, n_nodes: int) -> None:
+        weights, nodes = self.mask[first_reader : first_reader + len(out), :n_nodes], self.nodes[:n_nodes]
+        if self.mean_sums is None:
+            torch.mm(weights, nodes, out=out)
+        else:
+            self._set_to_means(out, first_reader)
+            out.addmm_(weights, nodes)
+
+    def read_layer(self, out: Tensor, layer: int, part: LayerSlice, n_before_group: int) -> None:
+        inside = slice(n_before_group, part.n_earlier_nodes)
+        if inside.start < inside.stop:
+            weights = self.mask[part.first_reader : part.first_reader + part.n_readers, inside]
+            out.addmm_(weights, self.nodes[inside])
+
+    def read_output(self, out: Tensor) -> None:
+        self.read_group(out, len(self.mask) - 1, len(self.nodes))
+
+    def start_backward(self) -> None:
+        pass
+
+    def grad_group(self, group: list[LayerSlice]) -> None:
+        first, after = group[0].n_earlier_nodes, group[-1].first_reader + group[-1].n_readers
+        nodes = len(group) * (self.graph.n_heads + 1)
+        weights = self.mask[after:, first : first + nodes]
+        self.grads = torch.mm(weights.t(), self.inputs[after:], out=self.scratch[:nodes])
+
+    def grad_nodes(self, layer: int, part: LayerSlice, group: list[LayerSlice]) -> Tensor:
+        first, count = part.n_earlier_nodes, self.graph.n_heads + 1
+        grad_nodes = self.grads[first - group[0].n_earlier_nodes :][:count]
+        after, end = part.first_reader + part.n_readers, group[-1].first_reader + group[-1].n_readers
+        if after < end:
+            grad_nodes.addmm_(self.mask[after:end, first : first + count].t(), self.inputs[after:end])
+        return grad_nodes
+
+
+class RunningSumReads(MaskedReads):
+    """r = Σ (x - μ) + Σ μ + Σ over the edges that differ (m - 1) (x - μ).
+
+    Args:
+        sparse: the edges whose weight is not 1.
+        others: as for `MaskedReads`.
+    """
+
+    def __init__(self, sparse: SparseMask, *args) -> None:
+        super().__init__(*args)
+        self.sparse = sparse
+        self.running_sum, self.n_summed = self.nodes.new_zeros(self.nodes.shape[1]), 0
+
+    def read_group(self, out: Tensor, first_reader: int, n_nodes: int) -> None:
+        pass
+
+    def read_layer(self, out: Tensor, layer: int, part: LayerSlice, n_before_group: int) -> None:
+        self._read(out, part.first_reader, part.n_earlier_nodes, layer)
+
+    def read_output(self, out: Tensor) -> None:
+        self._read(out, len(self.mask) - 1, len(self.nodes), self.graph.n_layers)
+
+    def _read(self, out: Tensor, first_reader: int, n_nodes: int, layer: int) -> None:
+        self.running_sum += self.nodes[self.n_summed : n_nodes].sum(0)
+        self.n_summed = n_nodes
+        if self.mean_sums is None:
+            out.copy_(self.running_sum.expand_as(out))
+        else:
+            self._set_to_means(out, first_reader)
+            out += self.running_sum
+        readers, sources, excess = self.sparse.edges_into(layer)
+        if len(excess):
+            out.index_add_(0, readers - first_reader, self.nodes[sources].mul_(excess[:, None]))
+
+    def start_backward(self) -> None:
+        # from here on the sum of the gradients of all readers that come later
+        self.running_sum, self.n_summed = self.nodes.new_zeros(self.nodes.shape[1]), len(self.mask)
+
+    def grad_group(self, group: list[LayerSlice]) -> None:
+        pass
+
+    def grad_nodes(self, layer: int, part: LayerSlice, group: list[LayerSlice]) -> Tensor:
+        after = part.first_reader + part.n_readers
+        self.running_sum += self.inputs[after : self.n_summed].sum(0)
+        self.n_summed = after
+        grad_nodes = self.scratch[: self.graph.n_heads + 1]
+        grad_nodes.copy_(self.running_sum.expand_as(grad_nodes))
+        readers, sources, excess = self.sparse.edges_out_of(layer)
+        if len(excess):
+            added = self.inputs[readers].mul_(excess[:, None])
+            grad_nodes.index_add_(0, sources - part.n_earlier_nodes, added)
+        return grad_nodes
