@@ -33,7 +33,7 @@ from circuit_breaking.runs.signals import Stopped, stop_signals
 from circuit_breaking.toxicity.inputs import FOLDER
 
 HERE = Path(__file__).resolve().parent
-CARRIES = ("zero", "mean", "optimal")  # what cut edges carry
+ABLATIONS = ("zero", "mean", "optimal")  # kinds of ablation value; "optimal" is learned with the mask
 BEGUN = "begun.json"  # settings of a comparison that is not finished
 Part = tuple[str, str, list[str]]  # name, script, options
 
@@ -47,7 +47,9 @@ class Settings:
     toxic_test: Path | None = None  # toxic texts held out; None: shipped for tiny, else posts/test.jsonl
     ordinary: str | None = None  # "tiny", a text file, or a data set's hub name; None: tiny, else NeelNanda/pile-10k
     budgets: tuple[int, ...] = (1, 2, 5, 12, 25, 50, 100, 200)  # most edges to cut, a mask each
-    learned_budgets: tuple[int, ...] = ()  # budgets of masks that learn what cut edges carry, judged is one in any case
+    learned_budgets: tuple[
+        int, ...
+    ] = ()  # budgets of masks with learned ablation values; `judged` is always one of them
     judged: int = 12  # budget of the masks whose edges are judged one by one, over seeds, and that are retaught
     seeds: int = 3  # masks at that budget; draws of continuations
     random_seeds: int = 5  # random masks for each budget
@@ -81,8 +83,8 @@ def stages(settings: Settings) -> list[list[Part]]:
         f"--large-refine-rounds={settings.large_refine_rounds}",
     ]  # fmt: skip
     learned = sorted({*settings.learned_budgets, settings.judged})
-    budgets = {carry: learned if carry == "optimal" else settings.budgets for carry in CARRIES}
-    judged = [folder / "masks" / f"{carry}_{settings.judged}" for carry in CARRIES]
+    budgets = {ablation: learned if ablation == "optimal" else settings.budgets for ablation in ABLATIONS}
+    judged = [folder / "masks" / f"{ablation}_{settings.judged}" for ablation in ABLATIONS]
     keep = ["--save-generations"] if settings.save_generations else []
     scorer = f"--scorer={settings.scorer}"
     tuned = [folder / "finetuned"] if settings.methods else []
@@ -92,8 +94,12 @@ def stages(settings: Settings) -> list[list[Part]]:
         f"--num-control={settings.num_control}", "--batch-size=256", scorer, *keep,
     ]  # fmt: skip
     making = [
-        (f"masks_{carry}", "sweep_masks.py", [*model, *masks, "--carries", carry, "--budgets", *budgets[carry]])
-        for carry in CARRIES
+        (
+            f"masks_{ablation}",
+            "sweep_masks.py",
+            [*model, *masks, "--ablations", ablation, "--budgets", *budgets[ablation]],
+        )
+        for ablation in ABLATIONS
     ]
     if settings.methods:
         chosen = ["--methods", *settings.methods, f"--steps={settings.steps}"]

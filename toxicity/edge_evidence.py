@@ -14,7 +14,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from circuit_breaking.errors import UserError
-from circuit_breaking.evaluation.compared_models import find_folders, read_variants
+from circuit_breaking.evaluation.compared_models import find_folders, read_compared_models
 from circuit_breaking.evaluation.edge_effects import leave_one_out, stability
 from circuit_breaking.figures.toxicity import EVIDENCE, draw_evidence
 from circuit_breaking.models.load import files_of, load_hf_model, load_tokenizer
@@ -55,17 +55,17 @@ def main(settings: Settings) -> None:
     toxic = ToxicTask(tokenizer, settings.toxic_train, settings.toxic_test, settings.length, examples=None)
     texts = {"toxic": toxic.test[: settings.num_texts], "ordinary": ordinary.test[: settings.num_texts]}
     hf = load_hf_model(settings.model, settings.device, settings.dtype)
-    masks = read_variants(find_folders(settings.masks), hf)
+    masks = read_compared_models(find_folders(settings.masks), hf)
     if other := [one.name for one in masks if one.kind == "finetuned"]:
         raise UserError(f"{other[0]} is a fine-tuned model and has no cut edges. Give masks only.")
-    similar = [one for one in read_variants(find_folders(settings.similar), hf) if one.kind == "mask"]
+    similar = [one for one in read_compared_models(find_folders(settings.similar), hf) if one.kind == "mask"]
 
     judged = {}
     with tqdm(total=sum(2 + 2 * len(one.edges) for one in masks), desc="edges", unit="pass", disable=None) as bar:
         for one in masks:
             bar.set_postfix_str(one.name)
             judged[one.name] = {
-                "carry": one.about["carry"],
+                "ablation": one.about["ablation"],
                 **leave_one_out(hf, one.edges, one.means, texts, settings.batch_size, settings.seed, bar.update),
             }
     inputs = {*(one.file for one in (*masks, *similar)), settings.toxic_test, *files_of(settings.model)}
@@ -79,7 +79,7 @@ def main(settings: Settings) -> None:
     draw_evidence(folder)
     for row in report["stability"]:
         print(
-            f"{row['carry']} ablation, at most {row['budget']} edges, {len(row['masks'])} seeds: "
+            f"{row['ablation']} ablation, at most {row['budget']} edges, {len(row['masks'])} seeds: "
             f"Jaccard {row['jaccard']:.2f} (by chance {row['by_chance']:.2f})"
         )
     print(f"written to {folder}")

@@ -24,11 +24,11 @@ from tqdm import tqdm
 
 from circuit_breaking.evaluation.compared_models import (
     ORIGINAL,
-    Variant,
+    ComparedModel,
     engines_of,
     find_folders,
+    read_compared_models,
     read_mask,
-    read_variants,
 )
 from circuit_breaking.evaluation.generate import Sampling
 from circuit_breaking.evaluation.measure import TOXIC, evaluate, text_losses
@@ -105,13 +105,13 @@ def as_trained(settings: Settings) -> tuple[Settings, dict[str, Path]]:
     return resolve_defaults(settings, *([] if mask is None else [{"mask": mask}]), *known), folders
 
 
-def read_models(settings: Settings, folders: Mapping[str, Path], hf: Any) -> list[Variant]:
+def read_models(settings: Settings, folders: Mapping[str, Path], hf: Any) -> list[ComparedModel]:
     """The original, the mask of the run where there is one, and all others."""
-    variants = [Variant(ORIGINAL)]
+    variants = [ComparedModel(ORIGINAL)]
     if settings.mask is not None:
         one = read_mask("ablated", settings.mask, engines_of(hf), settings.means)
         variants.append(replace(one, folder=None))
-    return variants + read_variants(folders, hf)
+    return variants + read_compared_models(folders, hf)
 
 
 def uniform_texts(settings: Settings, tokenizer: Any, scorer: Scorer) -> tuple[TokenBatch, np.ndarray] | None:
@@ -135,12 +135,14 @@ def uniform_texts(settings: Settings, tokenizer: Any, scorer: Scorer) -> tuple[T
     return batch, toxicity[some]
 
 
-def measure_uniform(models: Mapping[str, Variant], hf: Any, uniform: tuple[TokenBatch, np.ndarray], size: int) -> Any:
+def measure_uniform(
+    models: Mapping[str, ComparedModel], hf: Any, uniform: tuple[TokenBatch, np.ndarray], size: int
+) -> Any:
     """Rows of loss by toxicity: a row a text, its toxicity and each model's loss per token, None where not finite."""
     batch, toxicity = uniform
     columns: dict[str, list[float | None]] = {"toxicity": toxicity.tolist()}
     for name, one in tqdm(models.items(), desc="loss by toxicity", unit="model", disable=None):
-        with one.opened(hf) as model:
+        with one.load(hf) as model:
             sums, counts = text_losses(model, batch, size)
         columns[name] = [value if np.isfinite(value) else None for value in (sums / counts).tolist()]
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
@@ -178,7 +180,7 @@ def main(settings: Settings) -> None:
 
     hf = load_hf_model(settings.model, settings.device, settings.dtype)
     variants = {one.name: one for one in read_models(settings, folders, hf)}
-    models = {name: partial(one.opened, hf) for name, one in variants.items()}
+    models = {name: partial(one.load, hf) for name, one in variants.items()}
     sampling = Sampling(
         prefix_token(tokenizer), settings.samples, settings.new_tokens, settings.batch_size, settings.seed
     )
@@ -186,7 +188,7 @@ def main(settings: Settings) -> None:
     measured, generations = evaluate(
         full, tokenizer, texts, prompts, scorer, sampling, ORIGINAL, settings.seeds, settings.greedy
     )
-    control = {name: opened for name, opened in models.items() if name not in full}
+    control = {name: load for name, load in models.items() if name not in full}
     if control:  # many, and compared with the original on the same few texts
         few = [{name: batch[: settings.num_control] for name, batch in sets.items()} for sets in (texts, prompts)]
         some = {ORIGINAL: models[ORIGINAL], **control}
@@ -195,7 +197,12 @@ def main(settings: Settings) -> None:
     for name, one in variants.items():
         notes = filter(None, [one.about.get("note"), measured[name]["note"]])
         about = {key: value for key, value in one.about.items() if key not in ("n_edges", "note")}
-        measured[name] |= {"kind": one.kind, **about, "edges_cut": len(one.edges), "touched": one.touched(hf)}
+        measured[name] |= {
+            "kind": one.kind,
+            **about,
+            "edges_cut": len(one.edges),
+            "changed_share": one.changed_share(hf),
+        }
         measured[name]["note"] = "; ".join(notes) or None
     inputs = [settings.mask, settings.means, settings.toxic_test, *sources.values(), *files_of(settings.model)]
     inputs += [Path(settings.ordinary), *(one.file for one in variants.values())]

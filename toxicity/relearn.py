@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 from tqdm import tqdm
 
-from circuit_breaking.evaluation.compared_models import ORIGINAL, Variant, find_folders, read_variants
+from circuit_breaking.evaluation.compared_models import ORIGINAL, ComparedModel, find_folders, read_compared_models
 from circuit_breaking.evaluation.generate import Sampling
 from circuit_breaking.evaluation.measure import text_losses
 from circuit_breaking.evaluation.relearn import RelearnSettings, check, relearn, toxicity_after, with_context
@@ -75,7 +75,7 @@ def main(settings: Settings) -> None:
         prefix_token(tokenizer), settings.samples, settings.new_tokens, settings.eval_batch_size, settings.seed
     )
     hf = load_hf_model(settings.model, settings.device)
-    variants = [Variant(ORIGINAL), *read_variants(find_folders(settings.models), hf)]
+    variants = [ComparedModel(ORIGINAL), *read_compared_models(find_folders(settings.models), hf)]
 
     def toxicity(model: nn.Module, after: Any = prompts) -> dict[str, float | None]:
         return toxicity_after(model, after, tokenizer, scorer, sampling)
@@ -100,7 +100,7 @@ def main(settings: Settings) -> None:
                 separator = tokenizer(settings.separator, add_special_tokens=False)["input_ids"]
                 limit = hf.config.max_position_embeddings - settings.new_tokens
                 context = with_context(prompts, examples, settings.shots, separator, limit)
-                with one.opened(hf) as model, fused_activations(model):
+                with one.load(hf) as model, fused_activations(model):
                     found[one.name]["few_shot"] = {"without": toxicity(model), "with": toxicity(model, context)}
     inputs = {*(one.file for one in variants), *splits.files, *files_of(settings.model)}
     report = {

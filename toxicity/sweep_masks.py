@@ -1,12 +1,12 @@
-"""Train masks at several budgets of edges, by what cut edges carry and with several seeds, and draw random ones.
+"""Train masks at several budgets of edges, with several ablation values and seeds, and draw random ones.
 
 Reads   a model; toxic posts and ordinary text, the same parts that finetune_gpt2.py trains on.
-Writes  data/toxicity/<run>/masks/<carry>_<budget>[_seed<n>]/: mask.safetensors, edges.json, metrics.jsonl, cost.json;
-        means.safetensors where what cut edges carry is learned; random_<carry>_<budget>_seed<n>/ without metrics: as
-        many edges, drawn evenly, as the mask of that budget cuts; and means_<texts>.safetensors beside masks/, what cut
-        edges carry under mean ablation. While masks are trained, checkpoints in their folders and relaxed/ (the phase
-        that they share), from which a sweep that was interrupted goes on when it is started again; masks that are
-        finished are left alone.
+Writes  data/toxicity/<run>/masks/<ablation>_<budget>[_seed<n>]/: mask.safetensors, edges.json, metrics.jsonl,
+        cost.json; means.safetensors where ablation values are learned; random_<ablation>_<budget>_seed<n>/
+        without metrics: as many edges, drawn evenly, as the mask of that budget cuts; and means_<texts>.safetensors
+        beside masks/, the ablation values of mean ablation. While masks are trained, checkpoints in their folders and
+        relaxed/ (the phase that they share), from which a sweep that was interrupted goes on when it is started again;
+        masks that are finished are left alone.
 Time    half a minute a mask for the shipped model on one core.
 
 The first phase, which the budget does not change, is trained once for all budgets. The masks of seeds above 0, at one
@@ -45,17 +45,17 @@ from circuit_breaking.training.config import MaskSettings
 from circuit_breaking.training.edge_methods import GIVEN, relaxing
 from circuit_breaking.training.run import train_into
 
-CARRIES = ("zero", "mean", "optimal")
+ABLATIONS = ("zero", "mean", "optimal")
 MASK = "mask.safetensors"
 # settings that change no mask, or whose part in one is told by what `Sweep.about` says of it
-APART = ("budgets", "carries", "stable_budget", "seeds", "random_seeds", "large_refine_rounds", "means")
+APART = ("budgets", "ablations", "stable_budget", "seeds", "random_seeds", "large_refine_rounds", "means")
 
 
 @dataclass
 class Settings:
     model: str = "tiny"  # "tiny" (shipped), a hub name such as gpt2, a folder, or a folder holding a .gguf
     budgets: tuple[int, ...] = (1, 2, 5, 12, 25, 50, 100, 200)  # most edges to cut, a mask each; those a model has
-    carries: tuple[str, ...] = CARRIES  # what cut edges carry: zero, mean, optimal (learned with the mask)
+    ablations: tuple[str, ...] = ABLATIONS  # kinds of ablation value: zero, mean, optimal (learned with the mask)
     learned_lr: float = 0.005  # AdamW's, on what cut edges carry where it is learned
     mean_texts: int = 1000  # ordinary training texts to average node outputs over
     stable_budget: int = 12  # budget whose masks are trained with several seeds; 0: none
@@ -81,14 +81,14 @@ class Settings:
 
 
 def plan(settings: Settings, n_edges: int) -> Iterator[tuple[str, str, int, int]]:
-    """(name, carry, budget, seed) of the masks to train."""
-    for carry in settings.carries:
+    """(name, ablation, budget, seed) of the masks to train."""
+    for ablation in settings.ablations:
         for budget in settings.budgets:
             if budget <= n_edges:
-                yield f"{carry}_{budget}", carry, budget, settings.seed
+                yield f"{ablation}_{budget}", ablation, budget, settings.seed
         for more in range(1, settings.seeds if settings.stable_budget else 0):
             seed = settings.seed + more
-            yield f"{carry}_{settings.stable_budget}_seed{seed}", carry, settings.stable_budget, seed
+            yield f"{ablation}_{settings.stable_budget}_seed{seed}", ablation, settings.stable_budget, seed
 
 
 def read_texts(settings: Settings, tokenizer: Any, seed: int) -> Splits:
@@ -105,13 +105,13 @@ def check(settings: Settings) -> None:
             raise UserError(f"{name} is {getattr(settings, name)}; it cannot be negative.")
     if not settings.budgets or min(settings.budgets) < 1:
         raise UserError(f"budgets are {list(settings.budgets)}; give one or more, each 1 or more.")
-    if not settings.carries or not set(settings.carries) <= set(CARRIES):
-        raise UserError(f"carries are {list(settings.carries)}; choose from {', '.join(CARRIES)}.")
+    if not settings.ablations or not set(settings.ablations) <= set(ABLATIONS):
+        raise UserError(f"ablations are {list(settings.ablations)}; choose from {', '.join(ABLATIONS)}.")
 
 
-def training_of(settings: Settings, carry: str, budget: int) -> MaskSettings:
+def training_of(settings: Settings, ablation: str, budget: int) -> MaskSettings:
     """How a mask is trained."""
-    how = replace(settings.training, max_edges=budget, means_lr=settings.learned_lr if carry == "optimal" else 0.0)
+    how = replace(settings.training, max_edges=budget, means_lr=settings.learned_lr if ablation == "optimal" else 0.0)
     fewer = settings.large_refine_rounds
     return how if fewer is None or budget <= settings.stable_budget else replace(how, refine_rounds=fewer)
 
@@ -132,7 +132,7 @@ class Sweep:
         first = self.texts(settings.seed)
         self.model = load_model(settings.model, settings.split_qkv, settings.device, settings.dtype)
         self.record = provenance(settings, [*first.files, *files_of(settings.model)], texts=first.about)
-        self.averages = None if set(settings.carries) == {"zero"} else self.folder / "means_ordinary.safetensors"
+        self.averages = None if set(settings.ablations) == {"zero"} else self.folder / "means_ordinary.safetensors"
         self.shared: dict[Path, dict[str, Any]] = {}  # what phases cost that masks share and that are done, by folder
 
     def texts(self, seed: int) -> Splits:
@@ -148,36 +148,36 @@ class Sweep:
             means = compute_means(self.model, texts)
             save_means(self.averages, self.model, means, {**self.record, "num_texts": len(texts)})
 
-    def carry(self, carry: str) -> None:
+    def set_ablation(self, ablation: str) -> None:
         """Let cut edges carry what is asked for, at first where that is learned."""
         self.model.means = None
-        if carry != "zero":
+        if ablation != "zero":
             load_means(self.averages, self.model)
 
-    def about(self, kind: str, carry: str, budget: int, seed: int) -> dict[str, Any]:
+    def about(self, kind: str, ablation: str, budget: int, seed: int) -> dict[str, Any]:
         """What a mask's file says of it, in the form of train_mask.py, so that evaluation.py reads both."""
-        own = {"means": None if carry == "zero" else self.averages, "max_edges": budget, "seed": seed}
+        own = {"means": None if ablation == "zero" else self.averages, "max_edges": budget, "seed": seed}
         settings = {**self.record["settings"], **own}
-        rounds = training_of(self.settings, carry, budget).refine_rounds
+        rounds = training_of(self.settings, ablation, budget).refine_rounds
         settings["training"] = {**settings["training"], "refine_rounds": rounds}
-        return {**self.record, "settings": settings, "kind": kind, "carry": carry, "first_seed": self.settings.seed}
+        return {**self.record, "settings": settings, "kind": kind, "carry": ablation, "first_seed": self.settings.seed}
 
-    def mask(self, name: str, carry: str, budget: int, seed: int, edges: Tensor | None = None) -> int:
-        """Train a mask into its folder, unless it is there, or what `edges` [E] carry; how many edges it cuts."""
+    def mask(self, name: str, ablation: str, budget: int, seed: int, edges: Tensor | None = None) -> int:
+        """Train a mask, or the ablation constants of `edges` [E], into its folder unless it is there; edges it cuts."""
         kind = "mask" if edges is None else "random"
-        place, run = self.folder / "masks" / name, self.about(kind, carry, budget, seed)
+        place, run = self.folder / "masks" / name, self.about(kind, ablation, budget, seed)
         if self.settings.resume and is_up_to_date(place / MASK, lambda path: read_tensors(path)[1], run, *APART):
             load_mask(place / MASK, self.model)
             print(f"{name}: is there, of the same settings, data and code; --no-resume makes it anew", flush=True)
             return self.model.mask.n_cut()
-        how = training_of(self.settings, carry, budget)
+        how = training_of(self.settings, ablation, budget)
         how = how if edges is None else given(how)
         part, resume, earlier = resume_key(run, *APART), self.settings.resume, None
         with hold(place):
             own, phase = Checkpoints(place, part), relaxing(how)
             if phase is not None and not (resume and own.load()):
-                earlier, resume = self.relax(carry, seed, replace(how, **phase), own), True
-            spent = self.train(place, carry, seed, how, part, resume, edges, earlier)
+                earlier, resume = self.relax(ablation, seed, replace(how, **phase), own), True
+            spent = self.train(place, ablation, seed, how, part, resume, edges, earlier)
             write_json(place / COST_FILE, spent)
             self.save(place, run)
             own.remove()
@@ -185,17 +185,17 @@ class Sweep:
         print(f"{name}: {count} edges cut in {spent['seconds']:.0f} s", flush=True)
         return count
 
-    def shared_place(self, carry: str, seed: int) -> Path:
+    def shared_place(self, ablation: str, seed: int) -> Path:
         """Where the phase is trained that masks of all budgets share."""
-        return self.folder / "relaxed" / f"{carry}_seed{seed}"
+        return self.folder / "relaxed" / f"{ablation}_seed{seed}"
 
-    def relax(self, carry: str, seed: int, how: MaskSettings, own: Checkpoints) -> dict[str, Any]:
+    def relax(self, ablation: str, seed: int, how: MaskSettings, own: Checkpoints) -> dict[str, Any]:
         """Let a mask go on from the end of the phase that all budgets share, trained if need be; what that cost."""
-        place = self.shared_place(carry, seed)
-        part = resume_key(self.about("relaxed", carry, 0, seed), *APART)
+        place = self.shared_place(ablation, seed)
+        part = resume_key(self.about("relaxed", ablation, 0, seed), *APART)
         with hold(place):
             if place not in self.shared:
-                spent = self.train(place, carry, seed, how, part, self.settings.resume)
+                spent = self.train(place, ablation, seed, how, part, self.settings.resume)
                 write_json(place / COST_FILE, spent)
                 self.shared[place] = spent
             write_jsonl(own.folder / METRICS, read_jsonl(place / METRICS))
@@ -203,13 +203,13 @@ class Sweep:
         return self.shared[place]
 
     def train(
-        self, place: Path, carry: str, seed: int, how: MaskSettings, part: dict[str, Any], resume: bool,
+        self, place: Path, ablation: str, seed: int, how: MaskSettings, part: dict[str, Any], resume: bool,
         edges: Tensor | None = None, earlier: dict[str, Any] | None = None,
     ) -> dict[str, Any]:  # fmt: skip
         """Train the model's mask into a folder that is held; what it cost, with what came `earlier`."""
         tasks = self.texts(seed).tasks(seed)
         torch.manual_seed(seed)
-        self.carry(carry)
+        self.set_ablation(ablation)
         with cost(self.model.device) as spent:
             result = train_into(
                 place, self.model, *tasks, how, edges, part, resume, self.settings.checkpoint_every, lock=False
@@ -218,15 +218,15 @@ class Sweep:
             return together(earlier, spent)
         return with_earlier(spent, result.seconds - spent["seconds"])
 
-    def control(self, name: str, carry: str, budget: int, seed: int, count: int) -> None:
+    def control(self, name: str, ablation: str, budget: int, seed: int, count: int) -> None:
         """A control: `count` edges drawn evenly. What they carry is learned at one budget only."""
         self.model.mask.reset_()
         self.model.mask.cut_(random.Random(f"{seed} {budget}").sample(self.model.graph.edges, count))
-        if carry != "optimal":
-            self.carry(carry)
-            self.save(self.folder / "masks" / name, self.about("random", carry, budget, seed))
+        if ablation != "optimal":
+            self.set_ablation(ablation)
+            self.save(self.folder / "masks" / name, self.about("random", ablation, budget, seed))
         elif budget == self.settings.stable_budget:
-            self.mask(name, carry, budget, seed, self.model.mask.weights.detach() == 0)
+            self.mask(name, ablation, budget, seed, self.model.mask.weights.detach() == 0)
 
     def save(self, place: Path, run: dict[str, Any]) -> None:
         """Write the mask that is in the model, last the file that says that the folder is complete."""
@@ -247,15 +247,15 @@ def main(settings: Settings) -> None:
     cut: dict[tuple[str, int], int] = {}
     with stop_signals():
         sweep.average()
-        for name, carry, budget, seed in plan(settings, n_edges):
-            count = sweep.mask(name, carry, budget, seed)
-            cut.setdefault((carry, budget), count)
-        for (carry, budget), count in cut.items():
+        for name, ablation, budget, seed in plan(settings, n_edges):
+            count = sweep.mask(name, ablation, budget, seed)
+            cut.setdefault((ablation, budget), count)
+        for (ablation, budget), count in cut.items():
             for number in range(settings.random_seeds if budget in settings.budgets else 0):
                 seed = settings.seed + number
-                sweep.control(f"random_{carry}_{budget}_seed{seed}", carry, budget, seed, count)
-    for _, carry, _, seed in plan(settings, n_edges):  # of an earlier sweep too, which was interrupted
-        shutil.rmtree(sweep.shared_place(carry, seed), ignore_errors=True)
+                sweep.control(f"random_{ablation}_{budget}_seed{seed}", ablation, budget, seed, count)
+    for _, ablation, _, seed in plan(settings, n_edges):  # of an earlier sweep too, which was interrupted
+        shutil.rmtree(sweep.shared_place(ablation, seed), ignore_errors=True)
     with suppress(OSError):  # another sweep may be at work there
         (sweep.folder / "relaxed").rmdir()
     print(f"written to {sweep.folder / 'masks'}")

@@ -10,7 +10,7 @@ A folder without any of these stands for the folders in it.
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -26,7 +26,6 @@ from circuit_breaking.engine.load import load_model
 from circuit_breaking.engine.mask import load_mask
 from circuit_breaking.errors import UserError
 from circuit_breaking.models.load import load_hf_model
-from circuit_breaking.runs.cost import COST_FILE
 from circuit_breaking.runs.files import read_json, require_file
 from circuit_breaking.runs.tensors import read_tensors
 
@@ -37,7 +36,7 @@ HINT = "Give folders of train_mask.py, sweep_masks.py, finetune_gpt2.py or save_
 
 
 @dataclass
-class Variant:
+class ComparedModel:
     """A model to compare.
 
     Attributes:
@@ -45,8 +44,8 @@ class Variant:
         kind: `"original"`, `"mask"`, `"random"` (a control) or `"finetuned"`.
         folder: where it comes from.
         edges: names of its cut edges.
-        means: what they carry, [P, D]; None for zero.
-        about: JSON-able, for reports: budget, seed, what cut edges carry, method, note.
+        means: their ablation values, [P, D]; None for zero.
+        about: JSON-able, for reports: budget, seed, kind of ablation value, method, note.
     """
 
     name: str
@@ -63,7 +62,7 @@ class Variant:
         return next((self.folder / name for name in names if self.folder and (self.folder / name).is_file()), None)
 
     @contextmanager
-    def opened(self, hf: nn.Module) -> Iterator[nn.Module]:
+    def load(self, hf: nn.Module) -> Iterator[nn.Module]:
         """The model, while the block lasts; `hf`, the original, is lent to those that cut edges in it."""
         if self.kind == "finetuned":
             yield load_hf_model(self.folder, hf.device, hf.dtype)
@@ -73,12 +72,12 @@ class Variant:
         else:
             yield hf
 
-    def touched(self, hf: nn.Module) -> dict[str, float]:
+    def changed_share(self, hf: nn.Module) -> dict[str, float]:
         """Share of the original's edges that are cut, and of its parameters that differ."""
         if self.kind != "finetuned":
             return {"edges": len(self.edges) / self.about["n_edges"] if self.edges else 0.0, "parameters": 0.0}
-        with self.opened(hf) as model:
-            return {"edges": 0.0, "parameters": changed_share(model, hf)}
+        with self.load(hf) as model:
+            return {"edges": 0.0, "parameters": share_of_changed_parameters(model, hf)}
 
 
 def find_folders(paths: Iterable[Path | str]) -> dict[str, Path]:
@@ -117,7 +116,7 @@ def engines_of(hf: nn.Module) -> Engines:
     return cache(lambda split_qkv: load_model(hf, split_qkv, str(hf.device), hf.dtype))
 
 
-def read_variants(folders: Mapping[str, Path], hf: nn.Module) -> list[Variant]:
+def read_compared_models(folders: Mapping[str, Path], hf: nn.Module) -> list[ComparedModel]:
     """The variants of some folders, checked against the original `hf`, in the order of the folders.
 
     Raises:
@@ -127,21 +126,21 @@ def read_variants(folders: Mapping[str, Path], hf: nn.Module) -> list[Variant]:
     return [_read(name, folder, engine) for name, folder in folders.items()]
 
 
-def _read(name: str, folder: Path, engine: Engines) -> Variant:
+def _read(name: str, folder: Path, engine: Engines) -> ComparedModel:
     if (folder / MASK).is_file():
         return read_mask(name, folder / MASK, engine)
     if (folder / CONFIG).is_file():
         about = read_json(folder / FINETUNING, HINT) if (folder / FINETUNING).is_file() else {}
         picked = {key: about[key] for key in ("method", "chosen", "note") if about.get(key) is not None}
-        return Variant(name, "finetuned", folder, about=picked)
+        return ComparedModel(name, "finetuned", folder, about=picked)
     record = read_ablated(folder)
     graph = engine(False).graph
     means = read_means(folder / "means.safetensors")[0] if record["cut_edges_carry"] == "mean" else None
-    about = {"budget": len(record["edges"]), "carry": record["cut_edges_carry"], "n_edges": len(graph)}
-    return Variant(name, "mask", folder, record["edges"], means, about)
+    about = {"budget": len(record["edges"]), "ablation": record["cut_edges_carry"], "n_edges": len(graph)}
+    return ComparedModel(name, "mask", folder, record["edges"], means, about)
 
 
-def read_mask(name: str, path: Path, engine: Engines, means: Path | None = None) -> Variant:
+def read_mask(name: str, path: Path, engine: Engines, means: Path | None = None) -> ComparedModel:
     """The variant of a mask's file. `means` are those of the mask's own record where None."""
     about = read_tensors(path, HINT)[1]
     settings = about["settings"] if isinstance(about.get("settings"), dict) else {}
@@ -157,28 +156,22 @@ def read_mask(name: str, path: Path, engine: Engines, means: Path | None = None)
     told = {
         "budget": settings.get("max_edges", model.mask.n_cut()),
         "seed": settings.get("seed"),
-        "carry": about.get("carry") or _carry(means, settings),
+        "ablation": about.get("carry") or _ablation(means, settings),
         "n_edges": len(model.graph),
         "weights_rounded": int(((weights > 0) & (weights < 1)).sum()),
     }
     kind = about.get("kind") or "mask"
-    return Variant(name, kind, path.parent, list(map(str, model.mask.cut_edges())), model.means, told)
+    return ComparedModel(name, kind, path.parent, list(map(str, model.mask.cut_edges())), model.means, told)
 
 
-def _carry(means: Path | str | None, settings: Mapping[str, Any]) -> str:
-    """What cut edges carry by a mask's record: zero, mean, or optimal (learned with the mask)."""
+def _ablation(means: Path | str | None, settings: Mapping[str, Any]) -> str:
+    """The kind of ablation value by a mask's record: zero, mean, or optimal (learned with the mask)."""
     if means is None:
         return "zero"
     return "optimal" if settings.get("means_lr") else "mean"
 
 
-def read_costs(variants: Sequence[Variant]) -> dict[str, dict[str, Any]]:
-    """What making each of the variants cost, where its folder says."""
-    files = {one.name: one.folder / COST_FILE for one in variants if one.folder is not None}
-    return {name: read_json(path) for name, path in files.items() if path.is_file()}
-
-
-def changed_share(model: nn.Module, original: nn.Module) -> float:
+def share_of_changed_parameters(model: nn.Module, original: nn.Module) -> float:
     """Share of a model's parameters (tied ones once) that are not bit for bit those of another."""
     theirs = dict(original.named_parameters())
     changed, total = 0, 0

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from circuit_breaking.ablation.ablate import ablate
 from circuit_breaking.evaluation.bootstrap import Sums, estimate
-from circuit_breaking.evaluation.compared_models import Variant
+from circuit_breaking.evaluation.compared_models import ComparedModel
 from circuit_breaking.evaluation.measure import text_losses
 from circuit_breaking.evaluation.pareto import jaccard, jaccard_by_chance
 from circuit_breaking.models.tokens import TokenBatch
@@ -23,12 +23,13 @@ def leave_one_out(
     seed: int = 0,
     tick: Callable = lambda: None,
 ) -> dict[str, Any]:
-    """What each cut does to the losses on each set of texts.
+    """Measure how each cut edge changes the loss on each set of texts.
 
     Returns:
-        `together`: by set, the change of the loss when all edges are cut. `edges`: for each its name and, by set,
-        `within`, by how much the loss falls when this edge alone is put back, and `alone`, by how much it rises when
-        this edge alone is cut; all with 95% bootstrap intervals, paired text by text.
+        A JSON-able report. `together` holds, by set of texts, the change of the loss when all edges are cut. `edges`
+        holds one row per edge: its name, and by set of texts its `restore_effect` (how far the loss falls when only
+        this edge is restored and the others stay cut) and its `single_cut_effect` (how far the loss rises when only
+        this edge is cut). All changes are in nats, with 95% bootstrap intervals paired by text.
     """
 
     def losses(cut: list[str]) -> dict[str, Sums]:
@@ -44,11 +45,17 @@ def leave_one_out(
     rows = []
     for edge in edges:
         without = losses([other for other in edges if other != edge])
-        rows.append({"edge": edge, "within": change(together, without), "alone": change(losses([edge]), original)})
+        rows.append(
+            {
+                "edge": edge,
+                "restore_effect": change(together, without),
+                "single_cut_effect": change(losses([edge]), original),
+            }
+        )
     return {"together": change(together, original), "edges": rows}
 
 
-def stability(variants: list[Variant]) -> list[dict[str, Any]]:
+def stability(variants: list[ComparedModel]) -> list[dict[str, Any]]:
     """How alike the masks of one budget and ablation are, over the seeds of their training.
 
     Returns:
@@ -56,12 +63,12 @@ def stability(variants: list[Variant]) -> list[dict[str, Any]]:
         (the mean over all pairs), `by_chance` (that of as many edges drawn at random), and how many of the masks cut
         each edge.
     """
-    groups: dict[tuple[str, int], list[Variant]] = {}
+    groups: dict[tuple[str, int], list[ComparedModel]] = {}
     for one in variants:
         if one.kind == "mask":
-            groups.setdefault((one.about["carry"], one.about["budget"]), []).append(one)
+            groups.setdefault((one.about["ablation"], one.about["budget"]), []).append(one)
     rows = []
-    for (carry, budget), members in groups.items():
+    for (ablation, budget), members in groups.items():
         if len(members) < 2:
             continue
         counts = Counter(edge for one in members for edge in one.edges)
@@ -69,7 +76,7 @@ def stability(variants: list[Variant]) -> list[dict[str, Any]]:
         pairs = [(a, b) for i, a in enumerate(sizes) for b in sizes[i + 1 :]]
         rows.append(
             {
-                "carry": carry,
+                "ablation": ablation,
                 "budget": budget,
                 "masks": [one.name for one in members],
                 "sizes": sizes,

@@ -85,22 +85,24 @@ DISTINCT = {"distinct_unigrams": 1, "distinct_bigrams": 2, "distinct_trigrams": 
 
 
 @dataclass
-class Written:
+class Continuations:
     """What one model wrote after one set of prompts, prompt by prompt, S rows each."""
 
     rows: list[list[int]]  # n * S continuations
     samples: int  # S
     seeds: int = 1  # of which S / seeds rows each, one seed's after the other's
-    judged: Sums | None = None  # their losses under the reference model, [n * S]
+    reference_losses: Sums | None = None  # their losses under the reference model, [n * S]
     scores: np.ndarray | None = None  # their toxicity, [n * S]
 
 
 @dataclass
-class Measured:
+class RawMeasurements:
     """What was measured of one model: before it is summed up."""
 
     losses: dict[str, Sums] = field(default_factory=dict)
-    written: dict[tuple[str, str], Written] = field(default_factory=dict)  # by "continuations" or "greedy", and set
+    written: dict[tuple[str, str], Continuations] = field(
+        default_factory=dict
+    )  # by "continuations" or "greedy", and set
     note: str | None = None
 
 
@@ -141,9 +143,9 @@ def evaluate(
     batches = sum(-(-len(batch) // size) for batch in texts.values())
     batches += sum(-(-len(batch) * each // size) for batch in prompts.values())
     with tqdm(total=batches * len(models), desc="evaluation", unit="batch", disable=None) as bar:
-        for name, opened in models.items():
+        for name, load in models.items():
             bar.set_postfix_str(name)
-            with opened() as model, fused_activations(model):
+            with load() as model, fused_activations(model):
                 measured[name] = _measure(model, texts, prompts, ways, bar.update)
         bar.set_postfix_str("incoherence")
         with models[reference]() as judge, fused_activations(judge):
@@ -177,8 +179,8 @@ def _measure(
     prompts: Mapping[str, TokenBatch],
     ways: Mapping[str, list[Sampling]],
     tick: Callable,
-) -> Measured:
-    result = Measured()
+) -> RawMeasurements:
+    result = RawMeasurements()
     size = ways["continuations"][0].batch_size
     for key, batch in texts.items():
         result.losses[key] = text_losses(model, batch, batch_size=size, tick=tick)
@@ -194,17 +196,17 @@ def _measure(
                 rows = [
                     row for i in range(len(batch)) for some in drawn for row in some[i * samples : (i + 1) * samples]
                 ]
-                result.written[way, key] = Written(rows, samples * len(drawn), len(drawn))
+                result.written[way, key] = Continuations(rows, samples * len(drawn), len(drawn))
     except FloatingPointError as error:
         result.written, result.note = {}, f"{error}, so nothing was sampled"
     return result
 
 
-def _judge(judge: nn.Module, prompts: TokenBatch, written: list[Written], sampling: Sampling, bar: tqdm) -> None:
-    """Set `judged` of all that was written after a set of prompts: summed loss of each continuation given its prompt,
-    and its number of tokens, both [n * S].
+def _judge(judge: nn.Module, prompts: TokenBatch, written: list[Continuations], sampling: Sampling, bar: tqdm) -> None:
+    """Set `reference_losses` of all continuations of one set of prompts: the summed loss of each continuation given its
+    prompt, and its number of tokens, both [n * S].
 
-    What was written twice after a prompt, by whatever model, is judged once.
+    A continuation that occurs several times after a prompt, from any model, is evaluated once.
     """
     keys = [[(i // what.samples, tuple(row)) for i, row in enumerate(what.rows)] for what in written]
     heads = [prompts.tokens[i, : prompts.lengths[i]].tolist() for i in range(len(prompts))]
@@ -218,10 +220,10 @@ def _judge(judge: nn.Module, prompts: TokenBatch, written: list[Written], sampli
     place = {key: number for number, key in enumerate(every)}
     for what, some in zip(written, keys, strict=True):
         at = [place[key] for key in some]
-        what.judged = sums[at], counts[at]
+        what.reference_losses = sums[at], counts[at]
 
 
-def _summary(one: Measured, base: Measured | None, ways: list[str], seed: int) -> dict[str, Any]:
+def _summary(one: RawMeasurements, base: RawMeasurements | None, ways: list[str], seed: int) -> dict[str, Any]:
     """The report of one model; with `base`, losses and toxicity are compared with those of that model."""
     losses = {
         key: estimate(*sums, seed, None if base is None else base.losses[key]) for key, sums in one.losses.items()
@@ -243,9 +245,9 @@ def _summary(one: Measured, base: Measured | None, ways: list[str], seed: int) -
     return {"losses": losses, **about, "note": one.note}
 
 
-def _by_prompt(what: Written) -> dict[str, Sums]:
+def _by_prompt(what: Continuations) -> dict[str, Sums]:
     """Sums and counts over the continuations of each prompt, [n] both, of every measure with an interval."""
-    (loss, tokens), scores, ones = what.judged, what.scores, np.ones(len(what.scores))
+    (loss, tokens), scores, ones = what.reference_losses, what.scores, np.ones(len(what.scores))
     columns = {
         "toxic_share": (scores > TOXIC, ones),
         "toxicity": (scores, ones),
@@ -263,10 +265,10 @@ def _exp(value: float | None) -> float | None:
 
 
 def _rows(
-    about: dict[str, Any], tokenizer: Any, prompts: TokenBatch, decoded: list[str], what: Written
+    about: dict[str, Any], tokenizer: Any, prompts: TokenBatch, decoded: list[str], what: Continuations
 ) -> list[dict[str, Any]]:
     starts = tokenizer.batch_decode([row[1:n].tolist() for row, n in zip(prompts.tokens, prompts.lengths, strict=True)])
-    loss, tokens = what.judged
+    loss, tokens = what.reference_losses
     return [
         {
             **about,

@@ -43,8 +43,8 @@ def perplexity_of(one: Mapping[str, Any]) -> float | None:
 
 def family_of(one: Mapping[str, Any]) -> str:
     """What a model is drawn and grouped as."""
-    if one.get("kind") in ("mask", "random") and one.get("carry"):
-        return f"{'mask' if one['kind'] == 'mask' else 'random edges'}, {one['carry']} ablation"
+    if one.get("kind") in ("mask", "random") and one.get("ablation"):
+        return f"{'mask' if one['kind'] == 'mask' else 'random edges'}, {one['ablation']} ablation"
     return "original" if one.get("kind") == "original" else "other"
 
 
@@ -97,7 +97,7 @@ def change_of(one: Mapping[str, Any], coordinate: int) -> float | None:
 
 
 def controls(models: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What random edges do, by what they carry and budget: mean, lowest and highest change over seeds.
+    """What random edges do, by kind of ablation value and budget: mean, lowest and highest change over seeds.
 
     Changes are to the original: toxicity after toxic prompts and ordinary loss. `mask` is that of the mask of the same
     budget.
@@ -106,12 +106,12 @@ def controls(models: Mapping[str, Any]) -> list[dict[str, Any]]:
     masks: dict[tuple[str, int], Mapping[str, Any]] = {}
     for one in models.values():
         if one.get("kind") == "random":
-            groups.setdefault((one["carry"], one["budget"]), []).append(one)
+            groups.setdefault((one["ablation"], one["budget"]), []).append(one)
         elif one.get("kind") == "mask":
-            masks.setdefault((one["carry"], one["budget"]), one)
+            masks.setdefault((one["ablation"], one["budget"]), one)
     rows = []
     for key, members in sorted(groups.items()):
-        row: dict[str, Any] = {"carry": key[0], "budget": key[1], "seeds": len(members)}
+        row: dict[str, Any] = {"ablation": key[0], "budget": key[1], "seeds": len(members)}
         for at, name in enumerate(("toxicity", "ordinary_loss")):
             changes = [change for one in members if (change := change_of(one, at)) is not None]
             row[name] = {

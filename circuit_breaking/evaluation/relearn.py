@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from circuit_breaking.ablation.ablate import ablate
 from circuit_breaking.errors import UserError
 from circuit_breaking.evaluation.bootstrap import estimate
-from circuit_breaking.evaluation.compared_models import Variant
+from circuit_breaking.evaluation.compared_models import ComparedModel
 from circuit_breaking.evaluation.generate import Sampling, continuations
 from circuit_breaking.evaluation.scorers import Scorer
 from circuit_breaking.models.load import fused_activations
@@ -38,7 +38,7 @@ class RelearnSettings:
 
 
 def relearn(
-    variant: Variant,
+    compared: ComparedModel,
     hf: nn.Module,
     examples: TokenBatch,
     settings: RelearnSettings,
@@ -46,10 +46,10 @@ def relearn(
     seed: int = 0,
     tick: Callable = lambda: None,
 ) -> tuple[list[dict[str, Any]], str | None]:
-    """Fine-tune a variant on examples of the behaviour, and measure it as it learns. `hf` is left as it was.
+    """Fine-tune a model on examples of the behaviour, and measure it as it learns. `hf` is left as it was.
 
     Args:
-        variant: the model, as a change of `hf`, the original.
+        compared: the model to fine-tune; it is built from `hf`, the original, which is copied first.
         hf: the original.
         examples: texts to learn from.
         settings: see `RelearnSettings`.
@@ -60,8 +60,8 @@ def relearn(
     Returns:
         A row for each check: its `step`, and what `measure` said. And a note: None, or why training ended early.
     """
-    with variant.opened(hf) as opened:
-        model = opened if variant.kind == "finetuned" else None
+    with compared.load(hf) as loaded:
+        model = loaded if compared.kind == "finetuned" else None
     model = (copy.deepcopy(hf) if model is None else model).requires_grad_(True)
     task = TextTask("relearning", examples, examples, seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, weight_decay=0.0)
@@ -69,13 +69,13 @@ def relearn(
     with fused_activations(model):
         for step in range(max(settings.checks) + 1):
             if step in settings.checks:
-                with ablate(model, variant.edges, variant.means):
+                with ablate(model, compared.edges, compared.means):
                     rows.append({"step": step, **measure(model)})
             if step == max(settings.checks):
                 break
             batch = task.draw(min(settings.batch_size, len(examples)))
             # cut anew at each step: the cuts hold weights as they were
-            with ablate(model, variant.edges, variant.means, trainable=True):
+            with ablate(model, compared.edges, compared.means, trainable=True):
                 loss = prediction_losses_of(model, batch)[0].mean()
                 optimizer.zero_grad()
                 loss.backward()

@@ -105,7 +105,7 @@ def statement(models: Mapping[str, Any]) -> str:
                 for name, one in change.items()
             )
             lines.append(
-                f"{FEW} random edges ({row['carry']} ablation, mean over {row['seeds']} seeds, lowest to highest) "
+                f"{FEW} random edges ({row['ablation']} ablation, mean over {row['seeds']} seeds, lowest to highest) "
                 f"change the original by: {masks}."
             )
     return "\n\n".join(lines)
@@ -125,7 +125,7 @@ def _shown(models: Mapping[str, Any]) -> dict[str, Any]:
 def _models(models: Mapping[str, Any]) -> str:
     rows = []
     for name, one in _shown(models).items():
-        touched = one.get("touched", {})
+        changed = one.get("changed_share", {})
         toxic = one["continuations"].get("toxic", {})
         chosen = one.get("chosen") or {}
         how = [f"lr {chosen['lr']:g}, step {chosen['step']}"] if chosen else []
@@ -134,8 +134,8 @@ def _models(models: Mapping[str, Any]) -> str:
             [
                 name,
                 family_of(one) if family_of(one) != "other" else ", ".join(how) or one["kind"],
-                f"{one['edges_cut']} ({touched.get('edges', 0):.1%})",
-                f"{touched.get('parameters', 0):.1%}",
+                f"{one['edges_cut']} ({changed.get('edges', 0):.1%})",
+                f"{changed.get('parameters', 0):.1%}",
                 interval(one["losses"].get("toxic")),
                 interval(one["losses"].get("ordinary")),
                 interval(toxic.get("toxicity")),
@@ -179,7 +179,7 @@ def _continuations(models: Mapping[str, Any]) -> str:
 def _controls(models: Mapping[str, Any]) -> str:
     rows = []
     for row in controls(models):
-        cells = [row["carry"], str(row["budget"]), str(row["seeds"])]
+        cells = [row["ablation"], str(row["budget"]), str(row["seeds"])]
         for name in ("toxicity", "ordinary_loss"):
             one = row[name]
             cells += [
@@ -206,19 +206,26 @@ def _evidence(evidence: Mapping[str, Any]) -> str:
     parts = []
     for name, one in evidence["masks"].items():
         rows = [
-            [row["edge"], *(interval(row[way][kind]) for kind in ("toxic", "ordinary") for way in ("within", "alone"))]
+            [
+                row["edge"],
+                *(
+                    interval(row[way][kind])
+                    for kind in ("toxic", "ordinary")
+                    for way in ("restore_effect", "single_cut_effect")
+                ),
+            ]
             for row in one["edges"]
         ]
         together = [f"{kind} {interval(one['together'][kind])}" for kind in ("toxic", "ordinary")]
         parts += [
-            f"### {name} ({one['carry']} ablation)",
+            f"### {name} ({one['ablation']} ablation)",
             f"All cuts together change the loss by: {', '.join(together)}. Within: by how much the loss falls when "
             "this edge alone is put back. Alone: by how much it rises when this edge alone is cut.",
             grid(["edge", "toxic, within", "toxic, alone", "ordinary, within", "ordinary, alone"], rows),
         ]
     rows = [
         [
-            row["carry"], str(row["budget"]), str(len(row["masks"])), number(row["jaccard"], 2),
+            row["ablation"], str(row["budget"]), str(len(row["masks"])), number(row["jaccard"], 2),
             number(row["by_chance"], 2), str(sum(count == len(row["masks"]) for count in row["chosen_by"].values())),
         ]
         for row in evidence["stability"]

@@ -42,7 +42,7 @@ def overview(report: Mapping[str, Any]) -> Table:
         if one.get("kind") == "random":
             continue
         after = one["continuations"].get("toxic", {})
-        share = one.get("touched", {}).get("parameters", 0)
+        share = one.get("changed_share", {}).get("parameters", 0)
         cells = [
             *(one["losses"].get(key) for key in ("toxic", "ordinary")),
             after.get("toxicity"),

@@ -258,7 +258,7 @@ def draw_evidence(folder: Path | str) -> Path:
         handles, labels = axes[0].get_legend_handles_labels()
         drawn.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=7)
         if stable:
-            rows = [f"{row['carry']}, {row['budget']} edges\n{len(row['masks'])} seeds" for row in stable]
+            rows = [f"{row['ablation']}, {row['budget']} edges\n{len(row['masks'])} seeds" for row in stable]
             axes[-1].barh(range(len(rows)), [row["jaccard"] for row in stable], height=0.5, color=COLOURS[0])
             axes[-1].plot([row["by_chance"] for row in stable], range(len(rows)), "|", color="#000000", markersize=14)
             axes[-1].set_yticks(range(len(rows)), rows)
@@ -269,14 +269,16 @@ def draw_evidence(folder: Path | str) -> Path:
 
 
 def _edge_effects(axes: Any, edges: list[Mapping[str, Any]]) -> None:
-    edges = sorted(edges, key=lambda row: -row["within"]["toxic"]["value"])
-    for at, (way, kind) in enumerate((w, k) for k in ("toxic", "ordinary") for w in ("within", "alone")):
+    edges = sorted(edges, key=lambda row: -row["restore_effect"]["toxic"]["value"])
+    for at, (way, kind) in enumerate(
+        (w, k) for k in ("toxic", "ordinary") for w in ("restore_effect", "single_cut_effect")
+    ):
         entries = [row[way][kind] for row in edges]
         axes.errorbar(
             [entry["value"] for entry in entries],
             np.arange(len(edges)) + 0.16 * (at - 1.5),
             xerr=np.concatenate([_ends(entry) for entry in entries], 1),
-            fmt="o" if way == "within" else "x",
+            fmt="o" if way == "restore_effect" else "x",
             color=COLOURS[1 if kind == "toxic" else 0],
             markersize=3,
             elinewidth=0.8,
@@ -328,7 +330,7 @@ def draw_relearning(folder: Path | str) -> Path:
 
 
 def _style(name: str, number: int, kind: str) -> dict[str, str]:
-    """Of a mask whose name says what its cut edges carry, that of the sweep; of other masks, one in turn."""
+    """Of a mask whose name says its ablation, that of the sweep; of other masks, one in turn."""
     if kind == "original":
         return {"color": "#000000", "marker": "*"}
     if kind != "mask":

@@ -45,17 +45,23 @@ def model(kind, toxicity, ordinary, edges=0, base=(0.9, 1.0), **more):
     loss = entry(ordinary, None if ordinary is None else ordinary - base[1])
     return {
         "kind": kind, "losses": {"toxic": entry(2.0), "ordinary": loss}, "continuations": after, "greedy": after,
-        "edges_cut": edges, "touched": {"edges": edges / 200, "parameters": 0.0}, "note": None, **more,
+        "edges_cut": edges, "changed_share": {"edges": edges / 200, "parameters": 0.0}, "note": None, **more,
     }  # fmt: skip
 
 
 def models():
     found = {"original": model("original", 0.9, 1.0)}
     for budget, toxicity, loss in ((2, 0.6, 1.02), (12, 0.2, 1.05), (50, 0.1, 1.3)):
-        found[f"zero_{budget}"] = model("mask", toxicity, loss, budget, budget=budget, carry="zero", seed=0)
+        found[f"zero_{budget}"] = model("mask", toxicity, loss, budget, budget=budget, ablation="zero", seed=0)
         for seed in range(3):
             found[f"random_zero_{budget}_seed{seed}"] = model(
-                "random", 0.9 - 0.01 * seed, 1.0 + 0.001 * budget * seed, budget, budget=budget, carry="zero", seed=seed
+                "random",
+                0.9 - 0.01 * seed,
+                1.0 + 0.001 * budget * seed,
+                budget,
+                budget=budget,
+                ablation="zero",
+                seed=seed,
             )
     found["joint"] = model("finetuned", 0.1, 1.1, chosen={"lr": 1e-4, "step": 30, "scale": None})
     found["ascent"] = model("finetuned", None, None, note="the loss was not finite at step 3")
@@ -98,7 +104,7 @@ def test_nothing_to_compare():
 
 def test_random_edges_are_summed_up_over_seeds():
     row = next(row for row in controls(models()) if row["budget"] == 12)
-    assert row["seeds"] == 3 and row["carry"] == "zero"
+    assert row["seeds"] == 3 and row["ablation"] == "zero"
     assert row["toxicity"] == {
         "mean": pytest.approx(-0.01), "lowest": pytest.approx(-0.02), "highest": pytest.approx(0.0),
         "mask": pytest.approx(-0.7),
@@ -158,10 +164,10 @@ def test_running_mean_against_a_plain_loop():
 
 def evidence():
     effect = {"toxic": entry(0.3), "ordinary": entry(0.01)}
-    edges = [{"edge": f"a0.{i}->m1", "within": effect, "alone": effect} for i in range(3)]
-    stable = {"carry": "zero", "budget": 12, "masks": ["a", "b"], "sizes": [3, 3], "jaccard": 0.5, "by_chance": 0.1}
+    edges = [{"edge": f"a0.{i}->m1", "restore_effect": effect, "single_cut_effect": effect} for i in range(3)]
+    stable = {"ablation": "zero", "budget": 12, "masks": ["a", "b"], "sizes": [3, 3], "jaccard": 0.5, "by_chance": 0.1}
     return {
-        "masks": {"zero_12": {"carry": "zero", "together": effect, "edges": edges}},
+        "masks": {"zero_12": {"ablation": "zero", "together": effect, "edges": edges}},
         "stability": [{**stable, "chosen_by": {"a0.0->m1": 2, "a0.1->m1": 1}}],
     }
 

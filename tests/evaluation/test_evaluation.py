@@ -23,7 +23,7 @@ from circuit_breaking.errors import UserError
 from circuit_breaking.evaluation import measure as evaluation
 from circuit_breaking.evaluation.bootstrap import estimate
 from circuit_breaking.evaluation.generate import Sampling, continuations
-from circuit_breaking.evaluation.measure import Written, distinct, evaluate, text_losses
+from circuit_breaking.evaluation.measure import Continuations, distinct, evaluate, text_losses
 from circuit_breaking.evaluation.tables import table
 from circuit_breaking.models.tokens import encode, pad_right
 from circuit_breaking.runs.files import write_jsonl, write_text
@@ -79,7 +79,7 @@ def test_changes_are_paired():
 
 def test_what_is_written_twice_is_judged_once(monkeypatch):
     hf, prompts = small_gpt2(), pad_right([[0, 5, 7], [0, 3]], 0)
-    written = [Written([[4, 9], [4, 9], [8], [1, 2, 3]], 2), Written([[8], [4, 9], [8], [8]], 2)]
+    written = [Continuations([[4, 9], [4, 9], [8], [1, 2, 3]], 2), Continuations([[8], [4, 9], [8], [8]], 2)]
     seen, plain = [], evaluation.text_losses
     monkeypatch.setattr(
         evaluation, "text_losses", lambda judge, texts, *more: seen.append(len(texts)) or plain(judge, texts, *more)
@@ -92,7 +92,9 @@ def test_what_is_written_twice_is_judged_once(monkeypatch):
             head = [[0, 5, 7], [0, 3]][number // 2]
             logits = hf(torch.tensor([head + row])).logits[0].detach().log_softmax(-1)
             loss = -sum(float(logits[len(head) - 1 + k, token]) for k, token in enumerate(row))
-            assert what.judged[0][number] == pytest.approx(loss, abs=1e-5) and what.judged[1][number] == len(row)
+            assert what.reference_losses[0][number] == pytest.approx(loss, abs=1e-5) and what.reference_losses[1][
+                number
+            ] == len(row)
 
 
 def test_distinct_runs():

@@ -13,7 +13,7 @@ from circuit_breaking.ablation.ablate import ablate
 from circuit_breaking.engine.load import load_model
 from circuit_breaking.engine.reference import NaiveEdgeMasked
 from circuit_breaking.errors import UserError
-from circuit_breaking.evaluation.compared_models import Variant
+from circuit_breaking.evaluation.compared_models import ComparedModel
 from circuit_breaking.evaluation.generate import Sampling
 from circuit_breaking.evaluation.relearn import RelearnSettings, check, relearn, toxicity_after, with_context
 from circuit_breaking.models.tokens import pad_right
@@ -68,7 +68,7 @@ def losses(examples):
 def test_a_cut_model_learns_with_its_edges_cut():
     hf, examples = learner()
     before = copy.deepcopy(hf.state_dict())
-    cut = Variant("cut", "mask", edges=EDGES, about={"n_edges": 100})
+    cut = ComparedModel("cut", "mask", edges=EDGES, about={"n_edges": 100})
     settings = RelearnSettings(checks=(0, 5, 30), lr=1e-2, batch_size=6)
     rows, note = relearn(cut, hf, examples, settings, losses(examples))
     assert note is None and [row["step"] for row in rows] == [0, 5, 30]
@@ -79,7 +79,7 @@ def test_a_cut_model_learns_with_its_edges_cut():
     assert not any(p.requires_grad for p in hf.parameters())
     assert relearn(cut, hf, examples, settings, losses(examples))[0] == rows
     # the last loss is that of the cut model, not of the whole one with the same weights
-    whole, _ = relearn(Variant("whole"), hf, examples, settings, losses(examples))
+    whole, _ = relearn(ComparedModel("whole"), hf, examples, settings, losses(examples))
     assert whole[0]["loss"] != rows[0]["loss"] and whole[2]["loss"] != rows[2]["loss"]
 
 
@@ -87,7 +87,7 @@ def test_relearning_that_explodes_is_noted():
     hf, examples = learner()
     with torch.no_grad():
         hf.transformer.h[0].mlp.c_fc.weight[0] = math.nan
-    rows, note = relearn(Variant("original"), hf, examples, RelearnSettings(checks=(0, 3)), lambda model: {})
+    rows, note = relearn(ComparedModel("original"), hf, examples, RelearnSettings(checks=(0, 3)), lambda model: {})
     assert [row["step"] for row in rows] == [0] and "not finite at step 1" in note
     for changes in ({"checks": ()}, {"checks": (-1,)}, {"lr": 0.0}, {"batch_size": 0}):
         with pytest.raises(UserError, match=next(iter(changes))):

@@ -97,9 +97,11 @@ def test_every_promised_file_is_there(finished):
     assert not (run / "generations.jsonl").exists()
     report = json.loads((run / "report.json").read_text())
     names = set(report["models"])
-    masks = {f"{carry}_{b}" for carry in ("zero", "mean", "optimal") for b in ("1", "2", "2_seed1")} - {"optimal_1"}
+    masks = {f"{ablation}_{b}" for ablation in ("zero", "mean", "optimal") for b in ("1", "2", "2_seed1")} - {
+        "optimal_1"
+    }
     learned = {f"random_optimal_2_seed{s}" for s in (0, 1)}  # trained, among so many random edges
-    chance = {f"random_{carry}_{b}_seed{s}" for carry in ("zero", "mean") for b in (1, 2) for s in (0, 1)}
+    chance = {f"random_{ablation}_{b}_seed{s}" for ablation in ("zero", "mean") for b in (1, 2) for s in (0, 1)}
     assert names == {"original", "joint", "ascent", "task_arithmetic", "npo", "rmu"} | masks | chance | learned
     for name, one in report["models"].items():
         if name in masks:
@@ -131,8 +133,8 @@ def test_every_promised_file_is_there(finished):
     assert set(taught["joint"]["relearning"]) == {"10", "100"}
     evidence = json.loads((run / "evidence.json").read_text())
     assert set(evidence["masks"]) == {"zero_2", "mean_2", "optimal_2"}
-    assert {(row["carry"], len(row["masks"])) for row in evidence["stability"]} == {
-        (carry, 2) for carry in ("zero", "mean", "optimal")
+    assert {(row["ablation"], len(row["masks"])) for row in evidence["stability"]} == {
+        (ablation, 2) for ablation in ("zero", "mean", "optimal")
     }
     assert len(read_csv(run / "uniform.csv")) > 20
 
@@ -265,7 +267,7 @@ def test_an_interrupted_comparison_goes_on(data, tmp_path, monkeypatch):
     "script, changes, message",
     [
         ("sweep_masks", {"budgets": ()}, "budgets are"),
-        ("sweep_masks", {"carries": ("nothing",)}, "carries are"),
+        ("sweep_masks", {"ablations": ("nothing",)}, "ablations are"),
         ("sweep_masks", {"seeds": -1}, "seeds is -1"),
         ("finetune_gpt2", {"methods": ("joy",)}, "no method 'joy'"),
         ("finetune_gpt2", {"methods": ()}, "methods is empty"),

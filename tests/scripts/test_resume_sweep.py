@@ -38,7 +38,7 @@ def given(data, out, **changes):  # noqa: F811
     return {
         "model": str(data / "model"), "toxic_train": data / "train.jsonl", "toxic_test": data / "test.jsonl",
         "ordinary": str(data / "plain.txt"), "out": out, "training": QUICK, "budgets": (2, 4), "stable_budget": 2,
-        "seeds": 2, "random_seeds": 1, "carries": ("optimal", "mean"), "mean_texts": 20, "device": "cpu",
+        "seeds": 2, "random_seeds": 1, "ablations": ("optimal", "mean"), "mean_texts": 20, "device": "cpu",
         "checkpoint_every": 3, **changes,
     }  # fmt: skip
 
@@ -85,7 +85,7 @@ def whole(data, tmp_path_factory):  # noqa: F811
 def test_the_same_seed_gives_the_same_masks_twice(data, whole, tmp_path):  # noqa: F811
     start(data, tmp_path)
     assert made(tmp_path) == whole
-    trained = {f"{carry}_{name}" for carry in ("optimal", "mean") for name in ("2", "4", "2_seed1")}
+    trained = {f"{ablation}_{name}" for ablation in ("optimal", "mean") for name in ("2", "4", "2_seed1")}
     chance = {"random_optimal_2_seed0", "random_mean_2_seed0", "random_mean_4_seed0"}
     assert set(whole) == trained | chance
     for name, (files, rows, _, _) in whole.items():
@@ -99,19 +99,19 @@ def test_sharing_a_phase_changes_nothing(data, whole):  # noqa: F811
     for name, (_, rows, tensors, edges) in whole.items():
         if name.startswith("random"):
             continue
-        carry, budget, *more = name.split("_")
+        ablation, budget, *more = name.split("_")
         seed = 1 if more else 0
         settings = sweep.Settings(**given(data, None))
         splits = sweep.read_texts(settings, load_tokenizer(settings.model), seed)
         model = load_model(settings.model, device="cpu")
         model.means = compute_means(model, splits.ordinary["train"][:20])
         torch.manual_seed(seed)
-        how = replace(QUICK, max_edges=int(budget), means_lr=settings.learned_lr if carry == "optimal" else 0.0)
+        how = replace(QUICK, max_edges=int(budget), means_lr=settings.learned_lr if ablation == "optimal" else 0.0)
         result = training.train_mask(model, *splits.tasks(seed), how, progress=False)
         assert [{**row, "seconds": 0} for row in result.history] == rows
         assert [str(edge) for edge in result.edges] == edges
         assert model.mask.weights.tolist() == tensors[0]["weights"]
-        assert carry == "mean" or model.means.tolist() == tensors[1]["means"]
+        assert ablation == "mean" or model.means.tolist() == tensors[1]["means"]
 
 
 def test_random_edges_are_all_cut_and_only_what_they_carry_is_learned(data, whole):  # noqa: F811
@@ -150,7 +150,7 @@ def test_an_interrupted_sweep_leaves_what_a_whole_one_does(data, whole, tmp_path
 
 def test_only_what_makes_a_difference_makes_a_mask_anew(data, tmp_path, monkeypatch, capsys):  # noqa: F811
     counted = at_step(monkeypatch, 0, die)
-    few = {"carries": ("zero",), "budgets": (2,), "seeds": 1}
+    few = {"ablations": ("zero",), "budgets": (2,), "seeds": 1}
     for changes, masks in (
         ({}, 1),
         ({"budgets": (2, 4)}, 1),
@@ -177,4 +177,4 @@ def test_a_mask_is_made_by_one_run_at_a_time_and_others_beside_it(data, tmp_path
         locked(tmp_path / "sweep" / "masks" / name),
         nullcontext() if free else pytest.raises(UserError, match="another run is writing"),
     ):
-        start(data, tmp_path, carries=("zero",), budgets=(2,), seeds=1)
+        start(data, tmp_path, ablations=("zero",), budgets=(2,), seeds=1)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from helpers.models import small_gpt2
 
 from circuit_breaking.errors import UserError
-from circuit_breaking.evaluation.compared_models import changed_share
+from circuit_breaking.evaluation.compared_models import share_of_changed_parameters
 from circuit_breaking.models.tokens import TokenBatch
 from circuit_breaking.tasks import TextTask
 from circuit_breaking.training.finetune import FinetuneSettings, describe, finetune
@@ -123,7 +123,7 @@ def test_the_best_checkpoint_is_left_and_is_the_best(method):
         assert losses[name] == pytest.approx(result.best[name], rel=1e-5)
     assert result.best["score"] == pytest.approx(losses["ordinary"] - 0.2 * losses["toxic"], rel=1e-5)
     assert not any(p.requires_grad for p in hf.parameters()) and not hf.training
-    share = changed_share(hf, before)
+    share = share_of_changed_parameters(hf, before)
     assert (0 < share < 0.3) if method == "rmu" else share > 0.9
     again, twin = run(method)
     assert again.history == result.history and all(
@@ -161,7 +161,7 @@ def test_training_stops_when_nothing_gets_better():
     assert steps == list(range(len(steps)))
     bad, hf = run("task_arithmetic", scales=(-1.0,), steps=20)  # towards toxicity
     assert bad.best["step"] == 0 and "no checkpoint was better" in bad.note
-    assert changed_share(hf, small_gpt2()) == 0.0
+    assert share_of_changed_parameters(hf, small_gpt2()) == 0.0
 
 
 @pytest.mark.parametrize("method", ["joint", "ascent", "task_arithmetic"])
@@ -171,7 +171,7 @@ def test_a_loss_that_explodes_ends_the_method_with_a_note(method):
     assert all(p.isfinite().all() for p in hf.parameters())
     text = json.dumps([describe(result), result.history], allow_nan=False)
     assert "NaN" not in text and "null" in text
-    assert changed_share(hf, small_gpt2()) == 0.0
+    assert share_of_changed_parameters(hf, small_gpt2()) == 0.0
 
 
 def test_a_checkpoint_before_the_explosion_is_kept():

@@ -14,7 +14,7 @@ from circuit_breaking.engine.ablation_values import save_means
 from circuit_breaking.engine.load import load_model
 from circuit_breaking.engine.mask import save_mask
 from circuit_breaking.errors import UserError
-from circuit_breaking.evaluation.compared_models import Variant, find_folders, read_variants
+from circuit_breaking.evaluation.compared_models import ComparedModel, find_folders, read_compared_models
 from circuit_breaking.evaluation.edge_effects import leave_one_out, stability
 from circuit_breaking.evaluation.measure import text_losses
 from circuit_breaking.models.load import load_hf_model
@@ -70,7 +70,7 @@ def test_folders_are_told_apart(folder):
 def test_each_opens_as_the_model_it_is(folder):
     hf = load_hf_model(str(folder / "base"), "cpu")
     plain = hf(TOKENS).logits
-    found = {one.name: one for one in read_variants(find_folders([folder / "all"]), hf)}
+    found = {one.name: one for one in read_compared_models(find_folders([folder / "all"]), hf)}
     assert {name: one.kind for name, one in found.items()} == {
         "mean": "random", "saved": "mask", "split": "mask", "tuned": "finetuned", "zero": "mask",
     }  # fmt: skip
@@ -79,30 +79,30 @@ def test_each_opens_as_the_model_it_is(folder):
     for name, (edges, carried) in expected.items():
         one = found[name]
         assert sorted(one.edges) == sorted(edges)
-        with one.opened(hf) as model:
+        with one.load(hf) as model:
             got = model(TOKENS).logits
         with ablate(hf, edges, carried):
             torch.testing.assert_close(got, hf(TOKENS).logits)
         assert not torch.allclose(got, plain, atol=1e-3)
         n_edges = len(load_model(hf, name == "split", "cpu").graph)
-        assert one.touched(hf) == {"edges": len(edges) / n_edges, "parameters": 0.0}
+        assert one.changed_share(hf) == {"edges": len(edges) / n_edges, "parameters": 0.0}
         assert torch.equal(hf(TOKENS).logits, plain)
     assert found["zero"].about["budget"] == 5 and found["zero"].about["seed"] == 3
-    assert found["mean"].about["carry"] == "mean" and found["zero"].about["carry"] == "zero"
+    assert found["mean"].about["ablation"] == "mean" and found["zero"].about["ablation"] == "zero"
     tuned = found["tuned"]
     total = sum(p.numel() for p in hf.parameters())
-    assert tuned.touched(hf) == {"edges": 0.0, "parameters": pytest.approx(3 * 96 / total)}
+    assert tuned.changed_share(hf) == {"edges": 0.0, "parameters": pytest.approx(3 * 96 / total)}
     assert tuned.about == {"method": "joint", "note": "short"} and tuned.file.name == "model.safetensors"
-    with tuned.opened(hf) as model:
+    with tuned.load(hf) as model:
         assert model is not hf and not torch.allclose(model(TOKENS).logits, plain)
-    with Variant("original").opened(hf) as model:
+    with ComparedModel("original").load(hf) as model:
         assert model is hf
 
 
 def test_a_mask_of_another_model_is_named(folder):
     hf = load_hf_model(str(folder / "base"), "cpu")
     with pytest.raises(UserError, match="made for another model"):
-        read_variants(find_folders([folder / "other"]), hf)
+        read_compared_models(find_folders([folder / "other"]), hf)
 
 
 # Evidence for each edge
@@ -127,14 +127,22 @@ def test_leave_one_out_against_plain_runs():
         assert report["together"][name]["value"] == pytest.approx(loss(name, EDGES) - loss(name, []))
         for row in report["edges"]:
             others = [edge for edge in EDGES if edge != row["edge"]]
-            assert row["within"][name]["value"] == pytest.approx(loss(name, EDGES) - loss(name, others), abs=1e-6)
-            assert row["alone"][name]["value"] == pytest.approx(loss(name, [row["edge"]]) - loss(name, []), abs=1e-6)
-            assert row["within"][name]["low"] <= row["within"][name]["value"] <= row["within"][name]["high"]
+            assert row["restore_effect"][name]["value"] == pytest.approx(
+                loss(name, EDGES) - loss(name, others), abs=1e-6
+            )
+            assert row["single_cut_effect"][name]["value"] == pytest.approx(
+                loss(name, [row["edge"]]) - loss(name, []), abs=1e-6
+            )
+            assert (
+                row["restore_effect"][name]["low"]
+                <= row["restore_effect"][name]["value"]
+                <= row["restore_effect"][name]["high"]
+            )
 
 
 def test_stability_groups_masks_that_differ_in_seed():
-    def mask(name, edges, carry="zero", budget=2, kind="mask"):
-        return Variant(name, kind, edges=edges, about={"carry": carry, "budget": budget, "n_edges": 10})
+    def mask(name, edges, ablation="zero", budget=2, kind="mask"):
+        return ComparedModel(name, kind, edges=edges, about={"ablation": ablation, "budget": budget, "n_edges": 10})
 
     masks = [mask("a", ["x", "y"]), mask("b", ["x", "z"]), mask("c", ["x", "y"]), mask("alone", ["x"], "mean")]
     masks += [mask("other", ["x"], budget=1), mask("chance", ["q", "r"], kind="random")]
