@@ -23,9 +23,8 @@ from torch import Tensor
 
 from circuit_breaking.engine.ablation_values import AblationValues
 from circuit_breaking.engine.masked_pass import MaskedPass
-from circuit_breaking.engine.network import Network, PassInputs, Rotary
+from circuit_breaking.engine.network import Network, PassInputs, Rotary, Workspace
 from circuit_breaking.engine.reads import product_is_small
-from circuit_breaking.engine.workspace import Workspace
 from circuit_breaking.errors import first_line
 
 PAD = 8

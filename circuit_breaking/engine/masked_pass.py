@@ -4,7 +4,7 @@ Layer by layer the forward gives every reader its masked read (`reads`), runs at
 (`network.LayerBlock`), and writes the outputs of the layer's nodes. The backward walks the layers in reverse and yields
 the gradient of every edge weight, ∂L/∂m_ij = (x_i - μ_i) · ∂L/∂r_j, with one matrix product for each group of layers.
 
-The life of each buffer (`workspace.PassBuffers`, [rows, N * D]):
+The life of each buffer (`network.PassBuffers`, [rows, N * D]):
 
     buffer          rows                    forward                            backward
     node_outputs    P nodes                 x_i - μ_i, written layer by layer  read for the gradients of the edges
@@ -28,11 +28,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from circuit_breaking.engine.network import Network, PassInputs
+from circuit_breaking.engine.network import Network, PassBuffers, PassInputs, Workspace, fill_rows
 from circuit_breaking.engine.prefix_cache import PrefixCache
-from circuit_breaking.engine.reads import DenseReads, MaskedReads, RunningSumReads, product_is_small
-from circuit_breaking.engine.sparse_mask import SparseMask
-from circuit_breaking.engine.workspace import PassBuffers, Workspace, fill_rows
+from circuit_breaking.engine.reads import DenseReads, MaskedReads, RunningSumReads, SparseMask, product_is_small
 from circuit_breaking.graph import LayerSlice
 
 

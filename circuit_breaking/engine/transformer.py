@@ -20,9 +20,8 @@ from circuit_breaking.engine.blocks import take_apart
 from circuit_breaking.engine.cuda_graphs import CudaGraphCache
 from circuit_breaking.engine.mask import EdgeMask
 from circuit_breaking.engine.masked_pass import MaskedForward, MaskedPass
-from circuit_breaking.engine.network import Network, PassInputs, Rotary, layer_groups
+from circuit_breaking.engine.network import Network, PassInputs, Rotary, Workspace, layer_groups
 from circuit_breaking.engine.prefix_cache import PrefixCache
-from circuit_breaking.engine.workspace import Workspace
 from circuit_breaking.errors import UserError
 from circuit_breaking.graph import EdgeGraph
 

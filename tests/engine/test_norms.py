@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from circuit_breaking.engine.network import Workspace
 from circuit_breaking.engine.norms import NormedProjection, rms_norm
-from circuit_breaking.engine.workspace import Workspace
 
 EPS = 1e-5
 
