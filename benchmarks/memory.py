@@ -24,7 +24,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from circuit_breaking.engine.load import load_model
-from circuit_breaking.engine.masked_pass import layer_groups
+from circuit_breaking.engine.network import layer_groups
 from circuit_breaking.errors import UserError
 from circuit_breaking.graph import EdgeGraph
 from circuit_breaking.runs.cli import run_script

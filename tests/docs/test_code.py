@@ -1,0 +1,52 @@
+"""The Python of the documentation runs as it stands."""
+
+from contextlib import chdir
+
+import pytest
+import torch
+from helpers.markdown import blocks
+
+from circuit_breaking.ablation.weight_mask import WeightMask, save_weight_mask
+from circuit_breaking.models import load_hf_model
+from circuit_breaking.runs.files import ROOT
+
+
+def run(page: str, number: int, folder, **names) -> dict:
+    """Run a page's block of Python in a folder; the names that it leaves."""
+    names["__name__"] = "__main__"
+    with chdir(folder):
+        exec(compile(blocks(ROOT / page, "python")[number], f"{page}, block {number}", "exec"), names)
+    return names
+
+
+def test_readme(tmp_path, capsys):
+    names = run("README.md", 0, tmp_path)
+    text = capsys.readouterr().out
+    assert text.startswith("<|endoftext|>Tom went to the shop.") and len(text) > 40
+    assert names["model"].edge_cuts.edges == names["edges"]
+    lines = blocks(ROOT / "README.md", "python")[0].strip().splitlines()
+    assert len([line for line in lines if line and "import" not in line]) <= 10
+
+
+def test_getting_started(tmp_path):
+    names = run("docs/getting-started.md", 0, tmp_path)
+    assert names["model"].mask.weights.grad.isfinite().all() and not hasattr(names["hf"], "edge_cuts")
+
+
+def test_training_in_getting_started(tmp_path):
+    names = run("docs/getting-started.md", 1, tmp_path)
+    assert 0 < len(names["result"].edges) <= 12
+    assert (tmp_path / "mask.safetensors").is_file()
+
+
+def test_weight_mask_in_experiments(tmp_path):
+    hf = load_hf_model("tiny")
+    name = next(name for name, _ in hf.named_parameters() if name.endswith("0.mlp.c_proj.weight"))
+    path = tmp_path / "data/mask_learning/run/weight_mask.safetensors"
+    save_weight_mask(path, hf, WeightMask("weight", {name: torch.tensor([3, 5])}))
+    run("docs/experiments.md", 0, tmp_path, tokens=torch.zeros(1, 3, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/getting-started.md"])
+def test_blocks_that_run_are_counted(page):
+    assert len(blocks(ROOT / page, "python")) == {"README.md": 1, "docs/getting-started.md": 2}[page]
