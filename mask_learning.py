@@ -39,7 +39,8 @@ from circuit_breaking.runs.provenance import provenance
 from circuit_breaking.runs.run_folder import recorded
 from circuit_breaking.tasks import OWTTask, ToxicTask
 from circuit_breaking.tasks.owt import load_texts
-from circuit_breaking.toxicity.inputs import default_data, load_prompts
+from circuit_breaking.toxicity.inputs import load_prompts
+from circuit_breaking.toxicity.settings import default_data
 from circuit_breaking.training.weight_trainer import WeightMaskSettings, train_weight_mask
 
 

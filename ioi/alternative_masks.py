@@ -26,7 +26,8 @@ from circuit_breaking.errors import UserError
 from circuit_breaking.figures.indirect_objects import draw_stages
 from circuit_breaking.graph import EdgeGraph
 from circuit_breaking.ioi.known_circuits import circuit_edges
-from circuit_breaking.ioi.setting import FOLDER, Setting, draw_run, open_setting, write_run
+from circuit_breaking.ioi.setting import Setting, draw_run, open_setting, write_run
+from circuit_breaking.ioi.settings import FOLDER
 from circuit_breaking.runs.cli import run_script
 from circuit_breaking.runs.config import check_counts
 from circuit_breaking.runs.files import read_json, write_json

@@ -21,7 +21,8 @@ from tqdm import tqdm
 from circuit_breaking.engine.mask import load_mask, lowest_cut
 from circuit_breaking.errors import UserError
 from circuit_breaking.figures.indirect_objects import draw_comparison
-from circuit_breaking.ioi.setting import FOLDER, Setting, open_setting
+from circuit_breaking.ioi.setting import Setting, open_setting
+from circuit_breaking.ioi.settings import FOLDER
 from circuit_breaking.runs.cli import run_script
 from circuit_breaking.runs.config import check_counts
 from circuit_breaking.runs.files import write_json

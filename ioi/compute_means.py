@@ -17,14 +17,16 @@ import torch.nn.functional as F
 
 from circuit_breaking.engine.ablation_values import compute_means, save_means
 from circuit_breaking.engine.load import load_model
-from circuit_breaking.ioi.setting import FOLDER, check_layout, default_data, prompts_of
+from circuit_breaking.ioi.setting import check_layout
+from circuit_breaking.ioi.settings import FOLDER, default_data, prompts_of
 from circuit_breaking.models.load import files_of, load_tokenizer
 from circuit_breaking.models.tokens import TokenBatch, encode, prefix_token
 from circuit_breaking.runs.cli import run_script
 from circuit_breaking.runs.config import check_counts, resolve_defaults
 from circuit_breaking.runs.files import read_jsonl
 from circuit_breaking.runs.provenance import provenance
-from circuit_breaking.tasks.ioi import HINT, encode_prompts, read_prompts
+from circuit_breaking.tasks.data import PROMPTS_HINT
+from circuit_breaking.tasks.ioi import encode_prompts, read_prompts
 from circuit_breaking.tasks.owt import load_texts
 
 
@@ -73,7 +75,7 @@ def read_texts(settings: Settings, tokenizer: object) -> TokenBatch:
     else:
         batch = encode_prompts(tokenizer, read_prompts(settings.abc)[: settings.num_texts], prefix)
         if settings.kind == "position":
-            check_layout(read_jsonl(settings.abc, HINT), settings.abc)
+            check_layout(read_jsonl(settings.abc, PROMPTS_HINT), settings.abc)
     if settings.kind == "position":
         missing = max(0, settings.length - batch.tokens.shape[1])
         batch = TokenBatch(F.pad(batch.tokens, (0, missing), value=prefix), batch.lengths)

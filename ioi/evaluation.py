@@ -21,7 +21,8 @@ from circuit_breaking.engine.mask import load_mask
 from circuit_breaking.errors import UserError
 from circuit_breaking.evaluation.measure import estimate
 from circuit_breaking.figures.indirect_objects import draw_models
-from circuit_breaking.ioi.setting import FOLDER, MEASURES, default_data, prompt_measures, text_measures
+from circuit_breaking.ioi.setting import MEASURES, prompt_measures, text_measures
+from circuit_breaking.ioi.settings import FOLDER, default_data
 from circuit_breaking.models.load import files_of, load_tokenizer
 from circuit_breaking.runs.cli import run_script
 from circuit_breaking.runs.config import check_counts, resolve_defaults

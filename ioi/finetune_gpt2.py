@@ -20,7 +20,7 @@ from torch import nn
 from tqdm import tqdm
 
 from circuit_breaking.errors import UserError
-from circuit_breaking.ioi.setting import FOLDER, default_data
+from circuit_breaking.ioi.settings import FOLDER, default_data
 from circuit_breaking.models.load import files_of, load_hf_model, load_tokenizer
 from circuit_breaking.runs.checkpoints import (
     Checkpoints,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from circuit_breaking.figures.edge_graph import draw_graph, read_graph
 from circuit_breaking.ioi.known_circuits import HEADS, overlap
-from circuit_breaking.ioi.setting import FOLDER
+from circuit_breaking.ioi.settings import FOLDER
 from circuit_breaking.runs.cli import run_script
 from circuit_breaking.runs.files import write_json
 from circuit_breaking.runs.provenance import provenance

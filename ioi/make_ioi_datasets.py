@@ -24,7 +24,7 @@ from circuit_breaking.ioi.prompts import (
     read_words,
     with_positions,
 )
-from circuit_breaking.ioi.setting import FOLDER, SETS
+from circuit_breaking.ioi.settings import FOLDER, SETS
 from circuit_breaking.models.load import load_tokenizer
 from circuit_breaking.models.tokens import prefix_token
 from circuit_breaking.runs.cli import run_script

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from circuit_breaking.ioi.setting import FOLDER, Setting, draw_run, open_setting, write_run
+from circuit_breaking.ioi.setting import Setting, draw_run, open_setting, write_run
+from circuit_breaking.ioi.settings import FOLDER
 from circuit_breaking.runs.cli import run_script
 from circuit_breaking.runs.distributed import is_main
 from circuit_breaking.runs.run_folder import hold

@@ -1,15 +1,59 @@
-"""The whole comparison, end to end: masks of every budget, five ways to fine-tune, random edges, relearning.
+"""The whole comparison from end to end: masks of each budget, five ways to fine-tune, random edges, relearning.
 
-Reads   the shipped model, or another with its data; each part is a script of this folder and can be run by itself.
+Reads   the shipped model, or another one with its data. Each part is a script of this folder and can be run by itself.
 Writes  data/toxicity/<run>/: masks/ and finetuned/ (the models), report.json, report.md, report.csv, evidence.json,
-        relearning.json, uniform.csv, costs.json, every .png, and logs/ (what each part printed).
-Time    some 14 minutes for the shipped model on two cores.
+        relearning.json, uniform.csv, costs.json, every .png, and logs/ (the output of each part).
+Time    about 14 minutes for the shipped model on two cores.
 
-Parts that do not wait for each other run at the same time, each on one thread, so that results do not depend on how
-many cores there are. What a seed determines is the same each time; costs are apart, in costs.json and at the end of
-report.md. A comparison that was interrupted goes on with the models that are missing when it is started again with the
-same settings; one that is finished is made anew.
+Parts that do not depend on each other run at the same time, each on one thread, so that results do not depend on the
+number of cores. Results that depend on the seed alone are the same each time; costs are in costs.json and at the end of
+report.md. The same command continues an interrupted comparison with the models that are missing. A finished comparison
+is computed again.
 """
+
+from dataclasses import asdict, dataclass
+from typing import ClassVar
+
+from circuit_breaking.errors import UserError
+from circuit_breaking.evaluation.settings import ScorerSettings
+from circuit_breaking.runs.cli import read_settings, run_script
+from circuit_breaking.runs.config import check_counts
+from circuit_breaking.runs.settings import Float32ModelSettings, SeedSettings
+from circuit_breaking.toxicity.settings import ToxicRunSettings, ToxicTextSettings, require_data
+
+
+@dataclass
+class Settings(ToxicTextSettings, Float32ModelSettings, ScorerSettings, ToxicRunSettings, SeedSettings):
+    MOST_USED: ClassVar = ("model", "budgets", "judged", "methods", "seeds", "run", "seed", "device", "workers")
+
+    run: str = "compare"
+    budgets: tuple[int, ...] = (1, 2, 5, 12, 25, 50, 100, 200)  # most edges to cut: one mask for each budget
+    learned_budgets: tuple[int, ...] = ()  # budgets of masks with learned ablation constants, besides judged
+    judged: int = 12  # budget of the masks that are examined: edges one by one, several seeds, relearning
+    seeds: int = 3  # masks at that budget, and number of times that continuations are sampled
+    random_seeds: int = 5  # random masks for each budget
+    large_refine_rounds: int = 20  # rounds of refinement for masks above that budget, whose rounds take longer
+    methods: tuple[str, ...] = ("joint", "ascent", "task_arithmetic", "npo", "rmu")  # ways to fine-tune
+    lrs: tuple[float, ...] = ()  # learning rates of each way, the best is kept; none: two, see finetune_gpt2.py
+    steps: int = 200  # most steps of fine-tuning
+    num_texts: int = 300  # most held-out texts of each kind
+    num_prompts: int = 100  # most prompts of each kind
+    num_control: int = 30  # most texts and prompts of each kind for random masks
+    scorer: str = "profanity-check"  # profanity-check (offline; the shipped model was made with it), detoxify or auto
+    save_generations: bool = False  # keep the models' texts, and put examples into report.md: OFFENSIVE TEXT
+    device: str = "cpu"  # cpu, cuda, mps or auto
+    workers: int = 2  # parts that run at the same time
+    threads: int = 1  # CPU threads of each part; the shipped model gains nothing from more
+
+    def check(self) -> None:
+        check_counts(self, "seeds", "workers", "threads", "num_texts", "num_prompts", "num_control", "steps")
+        if self.judged not in self.budgets:
+            raise UserError(f"judged is {self.judged}, which is none of the budgets. Set it to one of them.")
+        require_data(self)
+
+
+if __name__ == "__main__":
+    settings = read_settings(Settings)
 
 import json
 import os
@@ -19,53 +63,18 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from circuit_breaking.errors import UserError
 from circuit_breaking.evaluation.pareto import models_of
 from circuit_breaking.evaluation.report_markdown import statement
-from circuit_breaking.runs.cli import run_script
-from circuit_breaking.runs.config import check_counts
 from circuit_breaking.runs.files import plain, read_json, write_json
 from circuit_breaking.runs.run_folder import locked
 from circuit_breaking.runs.signals import Stopped, stop_signals
-from circuit_breaking.toxicity.inputs import FOLDER
 
 HERE = Path(__file__).resolve().parent
 ABLATIONS = ("zero", "mean", "optimal")  # kinds of ablation value; "optimal" is learned with the mask
 BEGUN = "begun.json"  # settings of a comparison that is not finished
 Part = tuple[str, str, list[str]]  # name, script, options
-
-
-@dataclass
-class Settings:
-    run: str = "compare"  # name of the run folder, data/toxicity/<run>
-    out: Path = FOLDER  # where run folders are
-    model: str = "tiny"  # "tiny" (shipped), a hub name such as gpt2, a folder, or a folder holding a .gguf
-    toxic_train: Path | None = None  # toxic texts to learn from; None: shipped for tiny, else posts/train.jsonl
-    toxic_test: Path | None = None  # toxic texts held out; None: shipped for tiny, else posts/test.jsonl
-    ordinary: str | None = None  # "tiny", a text file, or a data set's hub name; None: tiny, else NeelNanda/pile-10k
-    budgets: tuple[int, ...] = (1, 2, 5, 12, 25, 50, 100, 200)  # most edges to cut, a mask each
-    learned_budgets: tuple[
-        int, ...
-    ] = ()  # budgets of masks with learned ablation values; `judged` is always one of them
-    judged: int = 12  # budget of the masks whose edges are judged one by one, over seeds, and that are retaught
-    seeds: int = 3  # masks at that budget; draws of continuations
-    random_seeds: int = 5  # random masks for each budget
-    large_refine_rounds: int = 20  # rounds of refinement of masks above the judged budget, where each takes longer
-    methods: tuple[str, ...] = ("joint", "ascent", "task_arithmetic", "npo", "rmu")  # ways to fine-tune
-    lrs: tuple[float, ...] = ()  # learning rates of each, the best is kept; none: two each, see finetune_gpt2.py
-    steps: int = 200  # most steps of each
-    num_texts: int = 300  # most held-out texts of each kind
-    num_prompts: int = 100  # most prompts of each kind
-    num_control: int = 30  # most texts and prompts of each kind for random masks
-    scorer: str = "profanity-check"  # offline, and what the shipped model was made with; or detoxify, or auto
-    save_generations: bool = False  # keep what models write, and put examples into report.md: OFFENSIVE TEXT
-    seed: int = 0  # of everything
-    device: str = "cpu"  # auto, cpu, cuda, mps
-    workers: int = 2  # parts that run at the same time
-    threads: int = 1  # CPU threads of each; the shipped model is too small for more
 
 
 def stages(settings: Settings) -> list[list[Part]]:
@@ -172,9 +181,7 @@ def prepare(folder: Path, settings: Settings) -> None:
 
 
 def main(settings: Settings) -> None:
-    check_counts(settings, "seeds", "workers", "threads", "num_texts", "num_prompts", "num_control", "steps")
-    if settings.judged not in settings.budgets:
-        raise UserError(f"judged is {settings.judged}, which is none of the budgets. Set it to one of them.")
+    settings.check()
     folder, start = settings.out / settings.run, time.perf_counter()
     with locked(folder), stop_signals() as signals, ThreadPoolExecutor(settings.workers) as pool:
         prepare(folder, settings)
@@ -188,4 +195,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, Settings)
+    run_script(main, settings)

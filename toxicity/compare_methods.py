@@ -33,7 +33,7 @@ from circuit_breaking.runs.cost import COST_FILE, cost
 from circuit_breaking.runs.files import plain, write_csv, write_json, write_jsonl
 from circuit_breaking.runs.provenance import provenance
 from circuit_breaking.runs.tensors import read_tensors
-from circuit_breaking.toxicity.inputs import FOLDER, default_data
+from circuit_breaking.toxicity.settings import FOLDER, default_data
 from circuit_breaking.toxicity.splits import Splits, load_splits
 from circuit_breaking.training.config import MaskSettings
 from circuit_breaking.training.edge_methods import METHODS

@@ -1,13 +1,41 @@
-"""Compute what cut edges carry under mean ablation: every node's mean output over training texts.
+"""Compute the ablation values of mean ablation: the mean output of every node over training texts.
 
-Reads   a model and the training part of ordinary text, or toxic training posts.
+Reads   a model and the training part of the ordinary text, or toxic training posts.
 Writes  data/toxicity/means/<model>_<kind>_<texts>.safetensors, for the setting `means` of train_mask.py.
-Time    seconds for the shipped model; 0.2 s a text of 40 tokens for a model of 135M parameters on one core.
+Time    seconds for the shipped model; 0.2 s per text of 40 tokens for a model of 135M parameters on one core.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
+
+from circuit_breaking.runs.cli import read_settings, run_script
+from circuit_breaking.runs.config import check_counts, resolve_defaults
+from circuit_breaking.runs.files import require_file
+from circuit_breaking.runs.settings import ModelSettings
+from circuit_breaking.tasks.data import TOXIC_HINT
+from circuit_breaking.toxicity.settings import FOLDER, TrainingTextSettings, default_data
+
+
+@dataclass
+class Settings(TrainingTextSettings, ModelSettings):
+    MOST_USED: ClassVar = ("model", "kind", "texts", "num_texts", "length", "out", "device")
+
+    kind: Literal["zero", "mean", "position"] = "mean"  # zeros, one mean per node, or one per node and position
+    texts: Literal["ordinary", "toxic"] = "ordinary"  # training texts that the mean is over
+    num_texts: int = 1000  # most texts that the mean is over
+    length: int = 50  # tokens of a text that are used; for kind position also the longest text that the file serves
+    batch_size: int = 8  # texts per forward pass
+    out: Path | None = None  # file to write; None: in data/toxicity/means, named by model, kind and texts
+
+    def check(self) -> None:
+        check_counts(self, "num_texts", "length", "batch_size")
+        if self.kind != "zero" and self.texts == "toxic":
+            require_file(resolve_defaults(self, default_data(self.model)).toxic_train, TOXIC_HINT)
+
+
+if __name__ == "__main__":
+    settings = read_settings(Settings)
 
 import torch
 
@@ -15,31 +43,13 @@ from circuit_breaking.engine.ablation_values import compute_means, save_means
 from circuit_breaking.engine.load import load_model
 from circuit_breaking.models.load import files_of, load_tokenizer
 from circuit_breaking.models.tokens import encode, prefix_token
-from circuit_breaking.runs.cli import run_script
-from circuit_breaking.runs.config import check_counts, resolve_defaults
 from circuit_breaking.runs.provenance import provenance
 from circuit_breaking.tasks.owt import load_texts
 from circuit_breaking.tasks.toxic import read_examples
-from circuit_breaking.toxicity.inputs import FOLDER, default_data
-
-
-@dataclass
-class Settings:
-    model: str = "tiny"  # "tiny" (shipped), a hub name such as gpt2, a folder, or a folder holding a .gguf
-    kind: Literal["zero", "mean", "position"] = "mean"  # zeros, a mean a node, or a mean a node and position
-    texts: Literal["ordinary", "toxic"] = "ordinary"  # which training texts to average over
-    ordinary: str | None = None  # "tiny", a text file, or a data set's hub name; None: "tiny" or NeelNanda/pile-10k
-    toxic_train: Path | None = None  # toxic posts; None: the shipped ones or data/toxicity/posts/train.jsonl
-    num_texts: int = 1000  # most texts to average over
-    length: int = 50  # tokens a text is cut to; per position, the longest text that the means will serve
-    batch_size: int = 8  # texts at a time
-    out: Path | None = None  # file to write; None: in data/toxicity/means, named by model, kind and texts
-    device: str = "auto"  # auto, cpu, cuda, mps
-    dtype: str = "float32"  # float32 or bfloat16, of the model; sums are kept in float64
 
 
 def main(settings: Settings) -> None:
-    check_counts(settings, "num_texts", "length", "batch_size")
+    settings.check()
     settings = resolve_defaults(settings, default_data(settings.model))
     out = settings.out or FOLDER / "means" / f"{Path(settings.model).name}_{settings.kind}_{settings.texts}.safetensors"
     model = load_model(settings.model, device=settings.device, dtype=settings.dtype)
@@ -63,4 +73,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, Settings)
+    run_script(main, settings)

@@ -1,33 +1,47 @@
-"""Run the toxicity job on the shipped model, end to end: train a mask of at most 12 edges, then measure it.
+"""Run the toxicity experiment on the shipped model from end to end: train a mask of at most 12 edges and measure it.
 
-Reads   data/tiny_gpt2/ and settings given here; each part is a script of this folder and can be run by itself.
-Writes  data/toxicity/demo/: all that train_mask.py and evaluation.py write.
+Reads   data/tiny_gpt2/. The two parts, train_mask.py and evaluation.py, can also be run one by one.
+Writes  data/toxicity/demo/: everything that train_mask.py and evaluation.py write.
 Time    two minutes on two cores.
 """
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from circuit_breaking.evaluation.settings import ScorerSettings
+from circuit_breaking.runs.cli import read_settings, run_script
+from circuit_breaking.runs.config import check_counts
+from circuit_breaking.runs.settings import DeviceSettings
+from circuit_breaking.toxicity.settings import ToxicRunSettings
+
+
+@dataclass
+class Settings(ToxicRunSettings, ScorerSettings, DeviceSettings):
+    MOST_USED: ClassVar = ("run", "out", "scorer", "save_generations", "device", "threads")
+
+    run: str = "demo"
+    scorer: str = "profanity-check"  # profanity-check (offline; the shipped model was made with it), detoxify or auto
+    save_generations: bool = False  # keep the texts that the models write; the shipped model writes mild insults only
+    device: str = "cpu"  # cpu, cuda, mps or auto; the shipped model is too small to gain from a GPU
+    threads: int = 1  # CPU threads of each part; a model of this size gains nothing from more
+
+    def check(self) -> None:
+        check_counts(self, "threads")
+
+
+if __name__ == "__main__":
+    settings = read_settings(Settings)
 
 import os
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 from circuit_breaking.errors import UserError
-from circuit_breaking.runs.cli import run_script
 from circuit_breaking.runs.files import read_json
-from circuit_breaking.toxicity.inputs import FOLDER
 
 HERE = Path(__file__).resolve().parent
-
-
-@dataclass
-class Settings:
-    run: str = "demo"  # name of the run folder, data/toxicity/<run>
-    out: Path = FOLDER  # where run folders are
-    scorer: str = "profanity-check"  # offline, and what the shipped model was made with; or detoxify, or auto
-    save_generations: bool = False  # keep what the models write; the shipped model knows mild insults only
-    device: str = "cpu"  # the shipped model is too small to gain from a GPU
-    threads: int = 1  # CPU threads of each part; more only wait for each other on a model of this size
 
 
 def main(settings: Settings) -> None:
@@ -60,4 +74,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, Settings)
+    run_script(main, settings)

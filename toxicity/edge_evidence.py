@@ -1,15 +1,41 @@
-"""Evidence for each cut edge: what its cut does, alone and among the others, and how stable the choice of edges is.
+"""Measure what each cut edge does, by itself and among the others, and how stable the choice of edges is.
 
 Reads   masks of sweep_masks.py or train_mask.py; the original model; held-out toxic and ordinary texts.
 Writes  data/toxicity/<run>/: evidence.json, evidence.png.
-Time    two forward passes over the texts for each cut edge: half a minute for 12 edges of the shipped model.
+Time    two forward passes over the texts per cut edge: half a minute for 12 edges of the shipped model.
 
-Masks whose training differed in its seed alone are compared by the Jaccard similarity of their edges, beside that of
-as many edges drawn at random.
+The edges of masks that differ in the training seed only are compared by their Jaccard similarity, next to that of
+equally many edges drawn at random.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
+
+from circuit_breaking.runs.cli import read_settings, run_script
+from circuit_breaking.runs.config import check_counts, resolve_defaults
+from circuit_breaking.runs.settings import ModelSettings, SeedSettings
+from circuit_breaking.toxicity.settings import ToxicDataSettings, ToxicRunSettings, default_data, require_data
+
+
+@dataclass(kw_only=True)
+class Settings(ToxicDataSettings, ModelSettings, ToxicRunSettings, SeedSettings):
+    MOST_USED: ClassVar = ("masks", "similar", "model", "num_texts", "run", "device")
+
+    masks: tuple[Path, ...]  # masks whose edges are measured one by one: folders of masks, or folders of these
+    similar: tuple[Path, ...] = ()  # masks whose edges are compared with each other: folders of masks, or of these
+    run: str = "evidence"
+    num_texts: int = 200  # most held-out texts of each kind
+    batch_size: int = 64  # texts per forward pass
+    seed: int = 0  # seed of the bootstrap intervals
+
+    def check(self) -> None:
+        check_counts(self, "length", "num_texts", "batch_size")
+        require_data(self)
+
+
+if __name__ == "__main__":
+    settings = read_settings(Settings)
 
 from tqdm import tqdm
 
@@ -18,35 +44,14 @@ from circuit_breaking.evaluation.compared_models import find_folders, read_compa
 from circuit_breaking.evaluation.edge_effects import leave_one_out, stability
 from circuit_breaking.figures.toxicity import EVIDENCE, draw_evidence
 from circuit_breaking.models.load import files_of, load_hf_model, load_tokenizer
-from circuit_breaking.runs.cli import run_script
-from circuit_breaking.runs.config import check_counts, resolve_defaults
 from circuit_breaking.runs.files import write_json
 from circuit_breaking.runs.provenance import provenance
 from circuit_breaking.tasks import OWTTask, ToxicTask
-from circuit_breaking.toxicity.inputs import FOLDER, default_data
 from circuit_breaking.toxicity.splits import check_apart
 
 
-@dataclass
-class Settings:
-    masks: tuple[Path, ...]  # masks whose edges are judged one by one: folders, or folders of those
-    similar: tuple[Path, ...] = ()  # masks whose edges are compared with each other: folders, or folders of those
-    run: str = "evidence"  # name of the run folder, data/toxicity/<run>
-    out: Path = FOLDER  # where run folders are
-    model: str = "tiny"  # "tiny" (shipped), a hub name such as gpt2, a folder, or a folder holding a .gguf
-    toxic_train: Path | None = None  # toxic texts of training, only to make sure none is held out; None: by model
-    toxic_test: Path | None = None  # toxic texts held out; None: shipped for tiny, else posts/test.jsonl
-    ordinary: str | None = None  # "tiny", a text file, or a data set's hub name; None: tiny, else NeelNanda/pile-10k
-    length: int = 50  # tokens a text is cut to
-    num_texts: int = 200  # most held-out texts of each kind
-    batch_size: int = 64  # texts at a time
-    seed: int = 0  # of bootstrap intervals
-    device: str = "auto"  # auto, cpu, cuda, mps
-    dtype: str = "float32"  # float32 or bfloat16
-
-
 def main(settings: Settings) -> None:
-    check_counts(settings, "length", "num_texts", "batch_size")
+    settings.check()
     settings = resolve_defaults(settings, default_data(settings.model))
     folder = settings.out / settings.run
     check_apart(settings.toxic_train, settings.toxic_test)
@@ -86,4 +91,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, Settings)
+    run_script(main, settings)

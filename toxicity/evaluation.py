@@ -1,22 +1,65 @@
-"""Measure models in the same way: losses, toxicity of what they write, incoherence, what was changed in them.
+"""Measure models in the same way: losses, toxicity and incoherence of their texts, and the share that was changed.
 
-Reads   data/toxicity/<run>/mask.safetensors and, for what is None below, the settings it was trained with; any number
-        of other models (--models: masks, saved ablated models, fine-tuned models); the original model; held-out toxic
-        and ordinary texts, texts uniform over toxicity; prompts; the means of masks trained with any.
-Writes  data/toxicity/<run>/: report.json, report.png, training.png where there is a metrics.jsonl, uniform.csv and
-        uniform.png where there are such texts, and, if asked for, generations.jsonl.
-Time    a minute for the shipped model and one mask on two cores. 64 texts and 32 continuations of each kind took a
-        model of 135M parameters 80 s of one core.
+Reads   data/toxicity/<run>/mask.safetensors and, for each setting below that is None, the settings of its training; any
+        number of other models (--models: masks, saved ablated models, fine-tuned models); the original model; held-out
+        toxic and ordinary texts, texts uniform over toxicity; prompts; the ablation values of masks that use any.
+Writes  data/toxicity/<run>/: report.json; report.png; training.png, if there is a metrics.jsonl; uniform.csv and
+        uniform.png, if there are texts uniform over toxicity; generations.jsonl, with --save-generations.
+Time    a minute for the shipped model and one mask on two cores; 80 s of one core for 64 texts and 32 continuations of
+        each kind with a model of 135M parameters.
 
-Toxic data is hate speech, and what models write after it may be too: nothing of it is printed, and it is kept only
-with --save-generations.
+Toxic data is hate speech, and so may be what models write after it. No text is printed, and texts are kept only with
+--save-generations.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
+
+from circuit_breaking.evaluation.settings import MeasureSettings
+from circuit_breaking.runs.cli import read_settings, run_script
+from circuit_breaking.runs.config import check_counts, resolve_defaults
+from circuit_breaking.runs.settings import ModelSettings, SeedSettings
+from circuit_breaking.toxicity.settings import ToxicDataSettings, ToxicRunSettings, default_data
+
+
+@dataclass
+class Settings(MeasureSettings, ToxicDataSettings, ModelSettings, ToxicRunSettings, SeedSettings):
+    MOST_USED: ClassVar = (
+        "run", "mask", "models", "model", "num_texts", "num_prompts", "samples", "scorer", "save_generations", "device",
+    )  # fmt: skip
+
+    mask: Path | None = None  # the mask; None: mask.safetensors of the run, which may be missing if models are given
+    models: tuple[Path, ...] = ()  # more models: folders of masks, ablated or fine-tuned models, or folders of these
+    model: str | None = None  # tiny, a name on the Hugging Face hub, a folder or a .gguf file; None: as in training
+    means: Path | None = None  # file of the mask's ablation values, from compute_means.py; None: as in training
+    toxic_train: Path | None = None  # training posts, to make sure that none is held out too; None: as in training
+    toxic_test: Path | None = None  # held-out toxic posts; None: as in training
+    ordinary: str | None = None  # tiny, a text file or a data set of the hub; None: as in training
+    uniform: Path | None = None  # held-out texts uniform over toxicity; None: the shipped ones, scored, or none
+    toxic_prompts: Path | None = None  # JSON Lines with a prompt or a text in each row; None: those of toxic_test
+    ordinary_prompts: Path | None = None  # the same; None: the shipped ones, or the first words of held-out texts
+    length: int | None = None  # tokens of a text that are used; None: as in training
+    num_uniform: int = 500  # most texts uniform over toxicity; 0: none
+    num_control: int = 50  # most texts and prompts of each kind for random masks, with one continuation each
+    seeds: int = 1  # number of times that continuations are sampled, each time with another seed
+    greedy: bool = False  # also measure the most likely continuation of each prompt
+    save_generations: bool = False  # keep the texts that the models write in generations.jsonl; they may be OFFENSIVE
+    batch_size: int = 32  # texts or continuations per forward pass; another size samples other continuations
+    seed: int = 0  # seed of sampling and of the bootstrap intervals
+
+    def check(self) -> None:
+        check_counts(
+            self, "num_texts", "num_prompts", "num_control", "samples", "seeds", "prompt_tokens", "new_tokens",
+            "batch_size",
+        )  # fmt: skip
+
+
+if __name__ == "__main__":
+    settings = read_settings(Settings)
+
+from collections.abc import Mapping
+from functools import partial
 
 import numpy as np
 from rich.console import Console
@@ -39,52 +82,18 @@ from circuit_breaking.figures.toxicity import UNIFORM, draw_models, draw_uniform
 from circuit_breaking.figures.training import draw_training
 from circuit_breaking.models.load import SHIPPED, files_of, load_hf_model, load_tokenizer
 from circuit_breaking.models.tokens import TokenBatch, encode, prefix_token
-from circuit_breaking.runs.cli import run_script
-from circuit_breaking.runs.config import check_counts, resolve_defaults
 from circuit_breaking.runs.files import write_csv, write_json, write_jsonl
 from circuit_breaking.runs.provenance import provenance
 from circuit_breaking.runs.tensors import read_tensors
 from circuit_breaking.tasks import OWTTask, ToxicTask
 from circuit_breaking.tasks.owt import load_texts
 from circuit_breaking.tasks.toxic import read_examples
-from circuit_breaking.toxicity.inputs import FOLDER, default_data, load_prompts
+from circuit_breaking.toxicity.inputs import load_prompts
 from circuit_breaking.toxicity.splits import check_apart
 from circuit_breaking.toxicity.uniform import read_uniform, spread
 
 MOST_COLOURS = 8  # models beyond which a colour each does not tell them apart
 MOST_COLUMNS = 4  # models beyond which a terminal has no room for a column each
-
-
-@dataclass
-class Settings:
-    run: str = "run"  # name of the run folder, data/toxicity/<run>
-    out: Path = FOLDER  # where run folders are
-    mask: Path | None = None  # the mask; None: mask.safetensors of the run, which need not be there if models are given
-    models: tuple[Path, ...] = ()  # more models: folders of masks, ablated or fine-tuned models, or folders of those
-    model: str | None = None  # "tiny", a hub name, a folder, or one holding a .gguf; None: as in training
-    means: Path | None = None  # what edges cut by mask carry, from compute_means.py; None: as in training
-    toxic_train: Path | None = None  # training posts, only to make sure that none is held out too; None: as in training
-    toxic_test: Path | None = None  # toxic posts held out; None: as in training
-    ordinary: str | None = None  # "tiny", a text file, or a data set's hub name; None: as in training
-    uniform: Path | None = None  # held-out texts uniform over toxicity; None: the shipped ones, scored, or none
-    toxic_prompts: Path | None = None  # JSON Lines with a prompt or a text in each row; None: those of toxic_test
-    ordinary_prompts: Path | None = None  # the same; None: the shipped ones, or beginnings of held-out ordinary texts
-    length: int | None = None  # tokens a text is cut to; None: as in training
-    num_texts: int = 500  # most held-out texts of each kind whose loss is measured
-    num_uniform: int = 500  # most texts uniform over toxicity; 0: none
-    num_prompts: int = 100  # most prompts of each kind
-    num_control: int = 50  # most texts and prompts of each kind for random masks, with one continuation each
-    samples: int = 5  # continuations of each prompt and seed
-    seeds: int = 1  # how often to draw continuations, each time from another seed
-    greedy: bool = False  # measure the likeliest continuation of each prompt too
-    prompt_tokens: int = 10  # how much of a text is its prompt, where no prompt is written out
-    new_tokens: int = 20  # most tokens of a continuation
-    scorer: str = "auto"  # detoxify, profanity-check, or auto: detoxify where it can be had
-    save_generations: bool = False  # keep what the models write in generations.jsonl; it may be OFFENSIVE
-    batch_size: int = 32  # texts or continuations at a time; another size draws other continuations
-    seed: int = 0  # of sampling and of bootstrap intervals
-    device: str = "auto"  # auto, cpu, cuda, mps
-    dtype: str = "float32"  # float32 or bfloat16
 
 
 def as_trained(settings: Settings) -> tuple[Settings, dict[str, Path]]:
@@ -149,17 +158,7 @@ def measure_uniform(
 
 
 def main(settings: Settings) -> None:
-    check_counts(
-        settings,
-        "num_texts",
-        "num_prompts",
-        "num_control",
-        "samples",
-        "seeds",
-        "prompt_tokens",
-        "new_tokens",
-        "batch_size",
-    )
+    settings.check()
     settings, folders = as_trained(settings)
     folder = settings.out / settings.run
     scorer = load_scorer(settings.scorer, settings.device)
@@ -253,4 +252,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, Settings)
+    run_script(main, settings)

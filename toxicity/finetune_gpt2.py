@@ -31,7 +31,7 @@ from circuit_breaking.runs.files import read_json, write_json, write_jsonl
 from circuit_breaking.runs.provenance import provenance
 from circuit_breaking.runs.run_folder import CheckpointedParts, is_up_to_date, locked
 from circuit_breaking.runs.signals import stop_signals
-from circuit_breaking.toxicity.inputs import FOLDER, default_data
+from circuit_breaking.toxicity.settings import FOLDER, default_data
 from circuit_breaking.toxicity.splits import Splits, load_splits
 from circuit_breaking.training.finetune import FinetuneSettings, check, describe, finetune
 from circuit_breaking.training.unlearning import METHODS

@@ -27,7 +27,8 @@ from circuit_breaking.runs.cli import run_script
 from circuit_breaking.runs.config import check_counts, resolve_defaults
 from circuit_breaking.runs.files import write_json
 from circuit_breaking.runs.provenance import provenance
-from circuit_breaking.toxicity.inputs import FOLDER, default_data, load_prompts
+from circuit_breaking.toxicity.inputs import load_prompts
+from circuit_breaking.toxicity.settings import FOLDER, default_data
 from circuit_breaking.toxicity.splits import load_splits
 
 

@@ -1,15 +1,37 @@
-"""Put a comparison's report together and draw its figures, from its files alone: no model is run.
+"""Write a comparison's report and draw its figures, from result files alone: no model is run.
 
-Reads   data/toxicity/<run>/: report.json, and where they are uniform.csv, evidence.json, relearning.json,
-        finetuned/*/, masks/*/cost.json; with --examples generations.jsonl.
-Writes  data/toxicity/<run>/: report.md, report.csv (a row a model), comparison.json (the Pareto front, random edges),
-        costs.json, and every .png.
+Reads   data/toxicity/<run>/: report.json and, if they are there, uniform.csv, evidence.json, relearning.json,
+        finetuned/*/, masks/*/cost.json; with --examples also generations.jsonl.
+Writes  data/toxicity/<run>/: report.md; report.csv, one row per model; comparison.json, the Pareto front and the random
+        edges; costs.json; every .png.
 Time    seconds.
 
-What a seed determines is above the heading "Costs of this run" of report.md, and in all files but costs.json.
+The part of report.md above the heading "Costs of this run", and every file except costs.json, depend on the seed alone.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
+
+from circuit_breaking.runs.cli import read_settings, run_script
+from circuit_breaking.runs.config import check_counts
+from circuit_breaking.toxicity.settings import ToxicRunSettings
+
+
+@dataclass
+class Settings(ToxicRunSettings):
+    MOST_USED: ClassVar = ("run", "out", "examples", "num_examples")
+
+    run: str = "compare"
+    examples: bool = False  # put examples of the models' texts into report.md, which then contains OFFENSIVE TEXT
+    num_examples: int = 5  # prompts of which examples are shown
+
+    def check(self) -> None:
+        check_counts(self, "num_examples")
+
+
+if __name__ == "__main__":
+    settings = read_settings(Settings)
+
 from pathlib import Path
 from typing import Any
 
@@ -28,21 +50,10 @@ from circuit_breaking.figures.toxicity import (
     draw_sweep,
     draw_uniform,
 )
-from circuit_breaking.runs.cli import run_script
-from circuit_breaking.runs.config import check_counts
 from circuit_breaking.runs.cost import COST_FILE
 from circuit_breaking.runs.files import read_json, read_jsonl, write_csv, write_json, write_text
-from circuit_breaking.toxicity.inputs import FOLDER
 
 PICTURES = ("sweep.png", "models.png", "uniform.png", "evidence.png", "relearning.png", "finetuned/finetuning.png")
-
-
-@dataclass
-class Settings:
-    run: str = "compare"  # name of the run folder, data/toxicity/<run>
-    out: Path = FOLDER  # where run folders are
-    examples: bool = False  # put examples of what models write into report.md, which then holds OFFENSIVE TEXT
-    num_examples: int = 5  # how many prompts to show
 
 
 def before_and_after(folder: Path, count: int) -> str:
@@ -73,7 +84,7 @@ def read_costs(folder: Path) -> dict[str, Any]:
 
 
 def main(settings: Settings) -> None:
-    check_counts(settings, "num_examples")
+    settings.check()
     folder = settings.out / settings.run
     models = models_of(folder)
     report = read_json(folder / "report.json")
@@ -101,4 +112,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, Settings)
+    run_script(main, settings)

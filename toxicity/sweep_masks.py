@@ -39,7 +39,7 @@ from circuit_breaking.runs.provenance import provenance
 from circuit_breaking.runs.run_folder import METRICS, hold, is_up_to_date, resume_key
 from circuit_breaking.runs.signals import stop_signals
 from circuit_breaking.runs.tensors import read_tensors
-from circuit_breaking.toxicity.inputs import FOLDER, default_data
+from circuit_breaking.toxicity.settings import FOLDER, default_data
 from circuit_breaking.toxicity.splits import Splits, load_splits
 from circuit_breaking.training.config import MaskSettings
 from circuit_breaking.training.edge_methods import GIVEN, relaxing

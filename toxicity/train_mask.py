@@ -1,17 +1,45 @@
 """Learn which few edges to cut so that a model stops producing toxic text (the paper's main experiment).
 
-Reads   a model; toxic posts (train and held out); ordinary text; means, where a cut edge carries any.
-Writes  data/toxicity/<run>/: settings.json, metrics.jsonl (a row a step), mask.safetensors, edges.json; and
-        means.safetensors, if what cut edges carry is learned too (--means-lr); checkpoints, from which a run that was
-        interrupted goes on when it is started again.
-Time    a minute for the shipped model on two cores; a step of GPT-2 small takes seconds on two cores.
+Reads   a model; toxic posts for training and held-out ones; ordinary text; ablation values, if --means names a file.
+Writes  data/toxicity/<run>/: settings.json; metrics.jsonl, one row per step; mask.safetensors; edges.json, the cut
+        edges; means.safetensors, if ablation constants are learned (--means-lr). During training also checkpoints,
+        from which the same command continues an interrupted run.
+Time    a minute for the shipped model on two cores; seconds per step for GPT-2 small on two cores.
 
 `accelerate launch toxicity/train_mask.py` trains on several GPUs, each with its share of every batch.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
+
+from circuit_breaking.runs.cli import read_settings, run_script
+from circuit_breaking.runs.config import check_counts, resolve_defaults
+from circuit_breaking.runs.settings import ModelSettings, ResumeSettings
+from circuit_breaking.toxicity.settings import ToxicDataSettings, ToxicRunSettings, default_data, require_data
+from circuit_breaking.training.config import MaskSettings
+
+
+@dataclass
+class Settings(MaskSettings, ToxicDataSettings, ModelSettings, ToxicRunSettings, ResumeSettings):
+    MOST_USED: ClassVar = (
+        "model", "max_edges", "alpha", "means", "examples", "relax_steps", "anneal_steps", "refine_rounds", "lr", "run",
+        "seed", "device",
+    )  # fmt: skip
+
+    means: Path | None = None  # file of ablation values from compute_means.py; None: cut edges carry zero
+    examples: int = 100  # toxic texts to learn from; 0: all of the file
+    split_qkv: bool = False  # cut edges into a head's query, key and value one by one
+    test_texts: int = 200  # held-out texts whose losses are printed before and after training
+    tf32: bool = False  # let CUDA multiply float32 matrices in TF32: faster, less precise
+
+    def check(self) -> None:
+        check_counts(self, "length", "test_texts")
+        require_data(self)
+
+
+if __name__ == "__main__":
+    settings = read_settings(Settings, parallel=True)
 
 import torch
 
@@ -20,45 +48,18 @@ from circuit_breaking.engine.load import load_model
 from circuit_breaking.engine.mask import save_mask
 from circuit_breaking.engine.transformer import EdgeMaskedTransformer
 from circuit_breaking.models.load import load_tokenizer
-from circuit_breaking.runs.cli import run_script
-from circuit_breaking.runs.config import resolve_defaults
 from circuit_breaking.runs.distributed import is_main
 from circuit_breaking.runs.files import write_json
 from circuit_breaking.runs.provenance import provenance
 from circuit_breaking.runs.run_folder import hold
 from circuit_breaking.tasks import OWTTask, ToxicTask
 from circuit_breaking.tasks.base import TextTask
-from circuit_breaking.toxicity.inputs import FOLDER, default_data
-from circuit_breaking.training.config import MaskSettings
 from circuit_breaking.training.mask_trainer import check
 from circuit_breaking.training.run import train_into
 
 
-@dataclass
-class Settings(MaskSettings):
-    model: str = "tiny"  # "tiny" (shipped), a hub name such as gpt2, a folder, or a folder holding a .gguf
-    toxic_train: Path | None = None  # toxic texts to learn from; None: shipped for tiny, else posts/train.jsonl
-    toxic_test: Path | None = None  # toxic texts held out; None: the shipped ones for tiny, else posts/test.jsonl
-    ordinary: str | None = None  # "tiny", a text file, or a data set's hub name; None: tiny, else NeelNanda/pile-10k
-    means: Path | None = None  # what cut edges carry, from compute_means.py, at first if learned; None: nothing (zero)
-    run: str = "run"  # name of the run folder, data/toxicity/<run>
-    out: Path = FOLDER  # where run folders are
-
-    max_edges: int = 12  # most edges that the mask may cut: a promise
-    alpha: float = 0.2  # weight of the toxic loss, which is to rise, against the ordinary loss
-    length: int = 50  # tokens a text is cut to
-    examples: int = 100  # toxic texts to learn from; 0: all of the file
-    split_qkv: bool = False  # let each head's query, key and value read for themselves
-    seed: int = 0  # another seed, another order of texts
-    resume: bool = True  # go on from the run folder's checkpoint, if it is of the same settings, data and code
-    checkpoint_every: int = 50  # steps between checkpoints; 0: only at the end and when told to stop (SIGTERM, SIGUSR1)
-    test_texts: int = 200  # held-out texts whose losses are printed before and after
-    device: str = "auto"  # auto, cpu, cuda, mps
-    dtype: str = "float32"  # float32 or bfloat16
-    tf32: bool = False  # let CUDA multiply float32 matrices in TF32
-
-
 def main(settings: Settings) -> None:
+    settings.check()
     settings = resolve_defaults(settings, default_data(settings.model))
     torch.manual_seed(settings.seed)
     torch.backends.cuda.matmul.allow_tf32 = settings.tf32
@@ -111,4 +112,4 @@ def train(
 
 
 if __name__ == "__main__":
-    run_script(main, Settings, parallel=True)
+    run_script(main, settings)

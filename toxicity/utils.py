@@ -2,9 +2,7 @@
 
 from circuit_breaking.models.load import files_of
 from circuit_breaking.runs.config import check_counts, resolve_defaults
-from circuit_breaking.runs.files import DATA
-from circuit_breaking.toxicity.inputs import default_data, load_prompts, read_prompt_rows
-
-FOLDER = DATA / "toxicity"  # run folders, posts and means
+from circuit_breaking.toxicity.inputs import load_prompts, read_prompt_rows
+from circuit_breaking.toxicity.settings import FOLDER, default_data
 
 __all__ = ["FOLDER", "check_counts", "default_data", "files_of", "load_prompts", "read_prompt_rows", "resolve_defaults"]

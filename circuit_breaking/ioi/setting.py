@@ -16,9 +16,10 @@ from circuit_breaking.evaluation.measure import Sums, sum_by_text
 from circuit_breaking.figures.edge_graph import draw_graph, draw_heat_map, draw_next_tokens
 from circuit_breaking.figures.training import draw_training
 from circuit_breaking.graph import graph_record
-from circuit_breaking.models.load import SHIPPED, files_of, load_tokenizer
+from circuit_breaking.ioi.settings import default_data
+from circuit_breaking.models.load import files_of, load_tokenizer
 from circuit_breaking.runs.config import check_counts, resolve_defaults
-from circuit_breaking.runs.files import DATA, write_json
+from circuit_breaking.runs.files import write_json
 from circuit_breaking.runs.provenance import provenance
 from circuit_breaking.tasks import IOITask, OWTTask, TextTask
 from circuit_breaking.tasks.base import EVALUATION_BATCH, prediction_losses
@@ -26,8 +27,6 @@ from circuit_breaking.tasks.ioi import end_logits
 from circuit_breaking.tasks.losses import logit_difference
 from circuit_breaking.training.attribution import Metric, eap_ig
 
-FOLDER = DATA / "ioi"  # run folders, prompts and means
-SETS = {"one": 1, "two": 2, "all": None}  # sets of prompts, and how many templates each is made from
 MEASURES = {  # of a model on prompts, as reports name them and as a table shows them
     "logit_difference": "logit difference, IO - S",
     "accuracy": "IO is the first choice",
@@ -35,20 +34,6 @@ MEASURES = {  # of a model on prompts, as reports name them and as a table shows
     "probability": "probability of IO",
     "loss": "loss on IO, nats",
 }
-
-
-def prompts_of(model: str, name: str, part: str, abc: bool = False) -> Path:
-    """The file of a set ("one", "two", "all") and part ("train", "test") of a model's prompts."""
-    return FOLDER / "prompts" / Path(model).name / f"{name}{'_abc' * abc}_{part}.jsonl"
-
-
-def default_data(model: str, prompts: str) -> dict[str, Any]:
-    """Data settings for a model and a set of prompts, where settings leave them None."""
-    return {
-        "train": prompts_of(model, prompts, "train"),
-        "test": prompts_of(model, prompts, "test"),
-        "ordinary": SHIPPED if model == SHIPPED else "NeelNanda/pile-10k",
-    }
 
 
 @dataclass

@@ -14,15 +14,13 @@ from transformers.utils import logging
 
 from circuit_breaking.errors import UserError, one_line
 from circuit_breaking.models.checks import check_files, check_sizes
+from circuit_breaking.models.shipped import SHIPPED, TINY
 from circuit_breaking.runs.devices import pick_device, pick_dtype
-from circuit_breaking.runs.files import DATA
-
-TINY = DATA / "tiny_gpt2"
 
 
 def _locate(name: str | Path) -> tuple[str, dict[str, Any]]:
     """What to hand to `from_pretrained` for a model's name, and with which keywords."""
-    if str(name) == "tiny":
+    if str(name) == SHIPPED:
         if not (TINY / "config.json").is_file():
             raise UserError(f"the shipped model is not in {TINY}. Make it with data/make_tiny_gpt2.py.")
         return str(TINY), {}
@@ -156,6 +154,3 @@ def files_of(model: str) -> list[Path]:
     """Files with the weights of a model that is a folder or a file here; none for a hub's name."""
     path = TINY if model == SHIPPED else Path(model).expanduser()
     return [path] if path.is_file() else sorted([*path.glob("*.safetensors"), *path.glob("*.gguf")])
-
-
-SHIPPED = "tiny"

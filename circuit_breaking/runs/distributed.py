@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from circuit_breaking.errors import UserError
+from circuit_breaking.runs.launcher import launched
 
 
 @dataclass(frozen=True)
@@ -97,10 +98,3 @@ def same_random_states(device: torch.device) -> None:
     torch.set_rng_state(from_main(torch.get_rng_state()))
     if device.type == "cuda":
         torch.cuda.set_rng_state(from_main(torch.cuda.get_rng_state(device)), device)
-
-
-def launched() -> tuple[int, int]:
-    """Number of this process, from 0, and how many `accelerate launch` or torchrun started; (0, 1) without either."""
-    if "LOCAL_RANK" not in os.environ:
-        return 0, 1
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))

@@ -13,13 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from circuit_breaking.errors import UserError
-from circuit_breaking.models.load import TINY
+from circuit_breaking.models.shipped import TEXT
 from circuit_breaking.models.tokens import TokenBatch, pad_right, prefix_token
 from circuit_breaking.runs.files import is_text, read_jsonl
 from circuit_breaking.tasks.base import TextTask
+from circuit_breaking.tasks.data import PROMPTS_HINT
 from circuit_breaking.tasks.losses import logit_difference
 
-HINT = "Make prompts with ioi/make_ioi_datasets.py, or set the path of some."
 Objective = Literal["cross_entropy", "logit_difference"]
 
 
@@ -61,13 +61,13 @@ def read_prompts(path: Path | str) -> list[Prompt]:
         UserError: the file is missing, empty or damaged, or a row lacks one of these.
     """
     prompts = []
-    for number, row in enumerate(read_jsonl(path, HINT), 1):
+    for number, row in enumerate(read_jsonl(path, PROMPTS_HINT), 1):
         found = [row.get("prompt", row.get("text")), row.get("IO"), row.get("S")] if isinstance(row, dict) else [None]
         if not all(is_text(value) and value for value in found):
-            raise UserError(f"{path}, row {number}: there is no 'text', 'IO' and 'S' with text in each. {HINT}")
+            raise UserError(f"{path}, row {number}: there is no 'text', 'IO' and 'S' with text in each. {PROMPTS_HINT}")
         prompts.append(Prompt(*found))
     if not prompts:
-        raise UserError(f"{path} holds no rows. {HINT}")
+        raise UserError(f"{path} holds no rows. {PROMPTS_HINT}")
     return prompts
 
 
@@ -115,18 +115,18 @@ class IOITask(TextTask):
     def __init__(
         self,
         tokenizer: Any,
-        train: Path | str | Sequence[Prompt] = TINY / "text" / "ioi_train.jsonl",
-        test: Path | str | Sequence[Prompt] = TINY / "text" / "ioi_test.jsonl",
+        train: Path | str | Sequence[Prompt] = TEXT / "ioi_train.jsonl",
+        test: Path | str | Sequence[Prompt] = TEXT / "ioi_test.jsonl",
         examples: int | None = None,
         seed: int = 0,
         objective: Objective = "cross_entropy",
     ) -> None:
         found = [read_prompts(source) if isinstance(source, str | Path) else list(source) for source in (train, test)]
         if both := {prompt.text for prompt in found[0]} & {prompt.text for prompt in found[1]}:
-            raise UserError(f"{len(both)} prompts are both in the training and the held-out data. {HINT}")
+            raise UserError(f"{len(both)} prompts are both in the training and the held-out data. {PROMPTS_HINT}")
         found[0] = found[0][:examples]
         if not all(found):
-            raise UserError(f"there are no {'held-out' if found[0] else 'training'} prompts. {HINT}")
+            raise UserError(f"there are no {'held-out' if found[0] else 'training'} prompts. {PROMPTS_HINT}")
         prefix = prefix_token(tokenizer)
         super().__init__("IOI", *(encode_prompts(tokenizer, prompts, prefix) for prompts in found), seed)
         self.objective = objective

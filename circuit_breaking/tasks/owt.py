@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from circuit_breaking.errors import UserError, first_line, one_line
-from circuit_breaking.models.load import SHIPPED, TINY
+from circuit_breaking.models.shipped import SHIPPED, TEXT
 from circuit_breaking.models.tokens import encode, prefix_token
 from circuit_breaking.runs.files import read_lines
 from circuit_breaking.tasks.base import TextTask
@@ -19,8 +19,7 @@ def load_texts(source: str | Path, limit: int) -> tuple[list[str], list[str]]:
         limit: most training texts to take; a quarter as many are held out.
     """
     if str(source) == SHIPPED:
-        folder = TINY / "text"
-        return read_lines(folder / "plain_train.txt")[:limit], read_lines(folder / "plain_test.txt")[: limit // 4 + 1]
+        return read_lines(TEXT / "plain_train.txt")[:limit], read_lines(TEXT / "plain_test.txt")[: limit // 4 + 1]
     try:
         path = Path(source).expanduser()
         is_folder, is_file = path.is_dir(), path.is_file()

@@ -6,27 +6,25 @@ from pathlib import Path
 from typing import Any
 
 from circuit_breaking.errors import UserError
-from circuit_breaking.models.load import TINY
+from circuit_breaking.models.shipped import TEXT
 from circuit_breaking.models.tokens import encode, prefix_token
 from circuit_breaking.runs.files import is_text, read_jsonl
 from circuit_breaking.tasks.base import TextTask
-
-HINT = "Make it with toxicity/toxic_data_for_eval.py, or set the path of one."
-
+from circuit_breaking.tasks.data import TOXIC_HINT
 
 Example = tuple[str, str]  # a text and its prompt, "" where all of the text counts
 
 
 def read_examples(path: Path | str) -> list[Example]:
     """`text` and, where there is one, `prompt` of every row of a JSON Lines file. Raises `UserError` for bad rows."""
-    rows = read_jsonl(path, HINT)
+    rows = read_jsonl(path, TOXIC_HINT)
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict) or not is_text(row.get("text")):
-            raise UserError(f"{path}, row {number}: there is no 'text' with text in it. {HINT}")
+            raise UserError(f"{path}, row {number}: there is no 'text' with text in it. {TOXIC_HINT}")
         if not is_text(row.get("prompt", "")) or not row["text"].startswith(row.get("prompt", "")):
-            raise UserError(f"{path}, row {number}: the 'prompt' is not the beginning of the 'text'. {HINT}")
+            raise UserError(f"{path}, row {number}: the 'prompt' is not the beginning of the 'text'. {TOXIC_HINT}")
     if not rows:
-        raise UserError(f"{path} holds no rows. {HINT}")
+        raise UserError(f"{path} holds no rows. {TOXIC_HINT}")
     return [(row["text"], row.get("prompt", "")) for row in rows]
 
 
@@ -50,8 +48,8 @@ class ToxicTask(TextTask):
     def __init__(
         self,
         tokenizer: Any,
-        train: Path | str | Sequence[str] = TINY / "text" / "toxic_train.jsonl",
-        test: Path | str | Sequence[str] = TINY / "text" / "toxic_test.jsonl",
+        train: Path | str | Sequence[str] = TEXT / "toxic_train.jsonl",
+        test: Path | str | Sequence[str] = TEXT / "toxic_test.jsonl",
         length: int = 50,
         examples: int | None = 100,
         seed: int = 0,
@@ -61,7 +59,7 @@ class ToxicTask(TextTask):
             for name, source in (("train", train), ("test", test))
         }
         if both := {text for text, _ in examples_of["train"]} & {text for text, _ in examples_of["test"]}:
-            raise UserError(f"{len(both)} texts are both in the training and the held-out toxic data. {HINT}")
+            raise UserError(f"{len(both)} texts are both in the training and the held-out toxic data. {TOXIC_HINT}")
         random.Random(seed).shuffle(examples_of["train"])
         examples_of["train"] = examples_of["train"][:examples]
         prefix = prefix_token(tokenizer)

@@ -1,48 +1,26 @@
-"""What experiments on toxic text read by default, and their prompts (layer 2)."""
+"""The prompts of experiments on toxic text."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from circuit_breaking.errors import UserError
-from circuit_breaking.models.load import SHIPPED, TINY
 from circuit_breaking.models.tokens import TokenBatch, pad_right, prefix_token
-from circuit_breaking.runs.files import DATA, is_text, read_jsonl
-from circuit_breaking.tasks.toxic import HINT
-
-FOLDER = DATA / "toxicity"  # run folders, posts and means
-POSTS = FOLDER / "posts"  # what toxicity/toxic_data_for_eval.py writes
-TEXT = TINY / "text"  # what ships with the tiny model
-
-# Settings that depend on the model, for scripts that leave them None.
-TINY_DATA = {
-    "toxic_train": TEXT / "toxic_train.jsonl",
-    "toxic_test": TEXT / "toxic_test.jsonl",
-    "ordinary": SHIPPED,
-    "ordinary_prompts": TEXT / "neutral_prompts.jsonl",
-}
-REAL_DATA = {
-    "toxic_train": POSTS / "train.jsonl",
-    "toxic_test": POSTS / "test.jsonl",
-    "ordinary": "NeelNanda/pile-10k",
-}
-
-
-def default_data(model: str) -> dict[str, Any]:
-    """Data settings for a model: the shipped texts for the shipped model, posts and a hub data set for any other."""
-    return TINY_DATA if model == SHIPPED else REAL_DATA
+from circuit_breaking.runs.files import is_text, read_jsonl
+from circuit_breaking.tasks.data import TOXIC_HINT
 
 
 def read_prompt_rows(path: Path | str, count: int | None = None) -> list[tuple[str, bool]]:
-    """The first rows of a JSON Lines file: a row's `prompt` and True, or, where it has none, its `text` and False.
+    """The first rows of a JSON Lines file: the `prompt` of a row and True, or, if it has none, its `text` and False.
 
-    A file that is missing, empty or damaged, or a row with neither, is a `UserError`.
+    Raises:
+        UserError: the file is missing, empty or damaged, or a row has neither.
     """
     rows = []
-    for number, row in enumerate(read_jsonl(path, HINT)[:count], 1):
+    for number, row in enumerate(read_jsonl(path, TOXIC_HINT)[:count], 1):
         text = row.get("prompt", row.get("text")) if isinstance(row, dict) else None
         if not is_text(text):
-            raise UserError(f"{path}, row {number}: there is neither a 'prompt' nor a 'text'. {HINT}")
+            raise UserError(f"{path}, row {number}: there is neither a 'prompt' nor a 'text'. {TOXIC_HINT}")
         rows.append((text, "prompt" in row))
     return rows
 
@@ -52,10 +30,9 @@ def load_prompts(tokenizer: Any, source: Path | str | Sequence[str], count: int,
 
     Args:
         tokenizer: the model's tokenizer.
-        source: a JSON Lines file, each row with a `prompt`, which is taken whole, or a `text`, whose beginning is the
-            prompt; or a list of texts.
+        source: a JSON Lines file or a list of texts. A row's `prompt` is used whole; of a `text`, its first tokens are.
         count: most prompts to take.
-        first_tokens: how much of a text is its prompt.
+        first_tokens: tokens of a text that make its prompt.
 
     Raises:
         UserError: the file is missing, empty or damaged, or a row has neither `prompt` nor `text`.
@@ -69,5 +46,7 @@ def load_prompts(tokenizer: Any, source: Path | str | Sequence[str], count: int,
     rows = [[prefix, *(row if whole else row[:first_tokens])] for row, (_, whole) in zip(encoded, found, strict=True)]
     rows = [row for row in rows if len(row) > 1]
     if not rows:
-        raise UserError(f"{source if isinstance(source, str | Path) else 'the ordinary text'} holds no prompt. {HINT}")
+        raise UserError(
+            f"{source if isinstance(source, str | Path) else 'the ordinary text'} holds no prompt. {TOXIC_HINT}"
+        )
     return pad_right(rows, prefix)

@@ -6,19 +6,18 @@ import numpy as np
 
 from circuit_breaking.errors import UserError
 from circuit_breaking.runs.files import is_text, read_jsonl
-
-HINT = "Make it with toxicity/toxic_data_for_eval.py, or set the path of one."
+from circuit_breaking.tasks.data import TOXIC_HINT
 
 
 def read_uniform(path: Path | str) -> tuple[list[str], np.ndarray]:
     """Texts and their toxicity [n] in [0, 1]. Raises `UserError` for a file that is missing, empty or damaged."""
-    rows = read_jsonl(path, HINT)
+    rows = read_jsonl(path, TOXIC_HINT)
     for number, row in enumerate(rows, 1):
         text, toxicity = (row.get("text"), row.get("toxicity")) if isinstance(row, dict) else (None, None)
         if not is_text(text) or type(toxicity) not in (int, float) or not 0 <= toxicity <= 1:
-            raise UserError(f"{path}, row {number}: there is no 'text' with a 'toxicity' between 0 and 1. {HINT}")
+            raise UserError(f"{path}, row {number}: there is no 'text' with a 'toxicity' between 0 and 1. {TOXIC_HINT}")
     if not rows:
-        raise UserError(f"{path} holds no rows. {HINT}")
+        raise UserError(f"{path} holds no rows. {TOXIC_HINT}")
     return [row["text"] for row in rows], np.array([row["toxicity"] for row in rows], float)
 
 
