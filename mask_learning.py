@@ -41,7 +41,8 @@ from circuit_breaking.tasks import OWTTask, ToxicTask
 from circuit_breaking.tasks.owt import load_texts
 from circuit_breaking.toxicity.inputs import load_prompts
 from circuit_breaking.toxicity.settings import default_data
-from circuit_breaking.training.weight_trainer import WeightMaskSettings, train_weight_mask
+from circuit_breaking.training.config import WeightMaskSettings
+from circuit_breaking.training.weight_trainer import train_weight_mask
 
 
 @dataclass

@@ -40,7 +40,7 @@ class Settings:
     shapes: tuple[str, ...] = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # of steps.SHAPES
     dtypes: tuple[str, ...] = ("float32", "bfloat16")  # of weights and activations
     sizes: tuple[str, ...] = ("10 x 50", "32 x 64")  # texts x tokens that are computed at a time
-    recompute: tuple[bool, ...] = (False, True)  # compute parts of each layer again in the backward
+    gradient_checkpointing: tuple[bool, ...] = (False, True)  # compute parts of each layer again in the backward
     split_qkv: bool = False  # masks for query, key and value apart
     limit_gb: float = 12.0  # most that is tried out, of weights and step together; 0: nothing is measured
     threads: int = 2  # CPU threads
@@ -80,7 +80,9 @@ def kept_by_layer(block: nn.Module, rows: int, width: int, length: int, rotary) 
     return sum(seen.values()) / length
 
 
-def computed(shape: str, dtype: str, batch: int, length: int, recompute: bool, split_qkv: bool) -> dict[str, float]:
+def computed(
+    shape: str, dtype: str, batch: int, length: int, gradient_checkpointing: bool, split_qkv: bool
+) -> dict[str, float]:
     """GB that weights and step need: {"weights", "step"}."""
     config = copy.deepcopy(SHAPES[shape])
     layers = getattr(config, layers_of(config))
@@ -98,7 +100,7 @@ def computed(shape: str, dtype: str, batch: int, length: int, recompute: bool, s
     # for a moment: chunks of logits beside the states and their gradients, or the gradients within a layer
     chunk = min(tokens, PREDICTIONS_AT_ONCE) * WORDS_AT_ONCE * 4 * 3 + 4 * tokens * width * 4
     moment = max(chunk, kept)
-    step = (rows + 4) * tokens * width * item + (1 if recompute else layers) * kept + moment
+    step = (rows + 4) * tokens * width * item + (1 if gradient_checkpointing else layers) * kept + moment
     return {"weights": (outer + layers * size_of(block, item)) / 1e9, "step": step / 1e9}
 
 
@@ -122,14 +124,20 @@ def main(settings: Settings) -> None:
         for size in settings.sizes:
             batch, length = map(int, SIZE.fullmatch(size).groups())
             for dtype in settings.dtypes:
-                for recompute in settings.recompute:
-                    row = {"shape": shape, "size": size, "dtype": dtype, "recompute": recompute}
-                    row |= computed(shape, dtype, batch, length, recompute, settings.split_qkv)
+                for gradient_checkpointing in settings.gradient_checkpointing:
+                    row = {
+                        "shape": shape,
+                        "size": size,
+                        "dtype": dtype,
+                        "gradient_checkpointing": gradient_checkpointing,
+                    }
+                    row |= computed(shape, dtype, batch, length, gradient_checkpointing, settings.split_qkv)
                     row["measured"] = None
                     if row["weights"] * 2 + row["step"] < settings.limit_gb:
                         one = SimpleNamespace(
-                            shape=shape, dtype=dtype, batch=batch, length=length, recompute=recompute,
-                            split_qkv=settings.split_qkv, threads=settings.threads, device=settings.device,
+                            shape=shape, dtype=dtype, batch=batch, length=length, split_qkv=settings.split_qkv,
+                            gradient_checkpointing=gradient_checkpointing, threads=settings.threads,
+                            device=settings.device,
                         )  # fmt: skip
                         with context.Pool(1) as pool:
                             row["measured"] = pool.apply(measured, (one,))
@@ -148,7 +156,7 @@ def table_of(rows: list[dict]) -> Table:
     for row in rows:
         key = (row["shape"], row["size"], row["dtype"], f"{row['weights']:.2f}")
         found = "" if row["measured"] is None else f" ({row['measured']:.2f})"
-        cells.setdefault(key, {})[row["recompute"]] = f"{row['step']:.2f}{found}"
+        cells.setdefault(key, {})[row["gradient_checkpointing"]] = f"{row['step']:.2f}{found}"
     for key, pair in cells.items():
         table.add_row(*key, pair.get(False, "–"), pair.get(True, "–"))
     return table

@@ -43,7 +43,9 @@ class Settings:
     length: int = 50  # tokens a text
     rounds: int = 5  # steps of each variant; the median counts
     split_qkv: bool = False  # masks for query, key and value apart
-    recompute: bool = False  # the engine computes parts of each layer again in the backward, to save memory
+    gradient_checkpointing: bool = (
+        False  # the engine computes parts of each layer again in the backward, to save memory
+    )
     compile: bool = False  # torch.compile, of the plain model and of the engine; compiling itself is not timed
     cut: int = 50  # edges that the binary mask cuts
     naive: bool = True  # time the naive formulation too (slow, and a lot of memory)

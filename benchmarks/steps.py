@@ -2,7 +2,7 @@
 
 A step is a forward over the batch and a backward from its next-token loss: to the mask for the engine, to the
 embeddings for plain Hugging Face. `settings` are a script's own, with shape, batch, length, device and dtype, and for
-the engine split_qkv and recompute.
+the engine split_qkv and gradient_checkpointing.
 """
 
 import statistics
@@ -78,7 +78,11 @@ def make_hf_of(config: PretrainedConfig, device: str, dtype: str) -> nn.Module:
 def make_engine(settings: Any) -> EdgeMaskedTransformer:
     """The engine on such a model."""
     return load_model(
-        make_hf(settings), settings.split_qkv, settings.device, settings.dtype, recompute=settings.recompute
+        make_hf(settings),
+        settings.split_qkv,
+        settings.device,
+        settings.dtype,
+        gradient_checkpointing=settings.gradient_checkpointing,
     )
 
 

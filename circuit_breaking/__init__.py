@@ -31,7 +31,7 @@ def lazy_names(package: str, modules: Mapping[str, str]) -> Callable[[str], Any]
 PUBLIC = {
     "EdgeGraph": "circuit_breaking.graph",
     "EdgeMaskedTransformer": "circuit_breaking.engine.transformer",
-    "MaskSettings": "circuit_breaking.training.config",
+    "MaskConfig": "circuit_breaking.training.config",
     "ablate": "circuit_breaking.ablation.ablate",
     "load_ablated": "circuit_breaking.ablation.saved",
     "load_mask": "circuit_breaking.engine.mask",

@@ -33,15 +33,15 @@ from circuit_breaking.runs.config import check_counts
 from circuit_breaking.runs.files import read_json, write_json
 from circuit_breaking.runs.signals import stop_signals
 from circuit_breaking.tasks import IOITask
-from circuit_breaking.training.config import MaskSettings
-from circuit_breaking.training.prune import PruneSettings, prune, smallest
+from circuit_breaking.training.config import MaskConfig, PruneSettings
+from circuit_breaking.training.prune import prune, smallest
 from circuit_breaking.training.run import train_into
 
 PUBLISHED = "published"  # value of `frozen`: the circuit of GPT-2 small in circuit_breaking/known_circuits.py
 
 
 @dataclass
-class Settings(MaskSettings):
+class Settings(MaskConfig):
     kind: Literal["necessary", "sufficient", "outside", "covering"] = "necessary"  # see above
     model: str = "tiny"  # "tiny" (shipped), a hub name such as gpt2, a folder, or a folder holding a .gguf
     prompts: Literal["one", "two", "all"] = "all"  # set of prompts that make_ioi_datasets.py wrote for this model

@@ -27,12 +27,12 @@ from circuit_breaking.runs.cli import run_script
 from circuit_breaking.runs.config import check_counts
 from circuit_breaking.runs.files import write_json
 from circuit_breaking.training.attribution import eap, eap_ig
-from circuit_breaking.training.config import MaskSettings
+from circuit_breaking.training.config import MaskConfig
 from circuit_breaking.training.mask_trainer import train_mask
 
 
 @dataclass
-class Settings(MaskSettings):
+class Settings(MaskConfig):
     model: str = "tiny"  # "tiny" (shipped), a hub name such as gpt2, a folder, or a folder holding a .gguf
     prompts: Literal["one", "two", "all"] = "all"  # set of prompts that make_ioi_datasets.py wrote for this model
     train: Path | None = None  # training prompts; None: those of the set

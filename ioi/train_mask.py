@@ -17,13 +17,12 @@ from circuit_breaking.ioi.settings import FOLDER
 from circuit_breaking.runs.cli import run_script
 from circuit_breaking.runs.distributed import is_main
 from circuit_breaking.runs.run_folder import hold
-from circuit_breaking.training.config import MaskSettings
-from circuit_breaking.training.mask_trainer import check
+from circuit_breaking.training.config import MaskConfig, check_mask
 from circuit_breaking.training.run import train_into
 
 
 @dataclass
-class Settings(MaskSettings):
+class Settings(MaskConfig):
     model: str = "tiny"  # "tiny" (shipped), a hub name such as gpt2, a folder, or a folder holding a .gguf
     prompts: Literal["one", "two", "all"] = "all"  # set of prompts that make_ioi_datasets.py wrote for this model
     train: Path | None = None  # training prompts; None: those of the set
@@ -49,7 +48,7 @@ class Settings(MaskSettings):
 
 def main(settings: Settings) -> None:
     setting: Setting = open_setting(settings)
-    check(settings, len(setting.model.graph))  # before anything is written
+    check_mask(settings, len(setting.model.graph))  # before anything is written
     folder = settings.out / settings.run
     with hold(folder):
         before = setting.summary()

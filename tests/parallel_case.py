@@ -11,16 +11,16 @@ from circuit_breaking.engine.load import load_model
 from circuit_breaking.runs.cli import run_script
 from circuit_breaking.runs.distributed import is_main, sum_, world
 from circuit_breaking.runs.files import write_json
-from circuit_breaking.training.config import MaskSettings
+from circuit_breaking.training.config import MaskConfig
 from circuit_breaking.training.edge_methods import METHODS
 from circuit_breaking.training.mask_trainer import train_mask
 
 CASES = {  # 3 and 4 texts of each task a batch: the first cannot be shared evenly by two
     **{method: {"method": method} for method in METHODS},
     "EAP-IG": {"method": "attribution", "ig_steps": 4},
-    "means": {"means_lr": 0.05},
-    "means for all": {"means_lr": 0.05, "means_goal": "objective"},
-    "parts": {"micro_batch": 1, "means_lr": 0.05},
+    "means": {"constants_lr": 0.05},
+    "means for all": {"constants_lr": 0.05, "constants_loss": "objective"},
+    "parts": {"micro_batch": 1, "constants_lr": 0.05},
     "few": {"batch_size": 1, "refine_batch_size": 1},  # so that one of two has none of a task
     "IOI": {},
 }
@@ -40,7 +40,7 @@ def main(settings: Settings) -> None:
         torch.manual_seed(world().rank)  # gates are drawn as the first process draws them
         model = load_model(small_gpt2(**FEW).double(), device="auto" if world().size > 1 else "cpu", dtype="float64")
         broken = make_prompts("break", 1, "cross_entropy") if name == "IOI" else make_task("break", 1)
-        training = MaskSettings(**{**QUICK, **changes}, max_edges=9)
+        training = MaskConfig(**{**QUICK, **changes}, max_edges=9)
         result = train_mask(model, broken, make_task("keep", 5), training, progress=False)
         means = [] if model.means is None else model.means.flatten().tolist()
         rows = [[row[key] for key in ("loss", "keep_loss", "break_loss", "n_cut")] for row in result.history]

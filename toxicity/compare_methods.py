@@ -35,7 +35,7 @@ from circuit_breaking.runs.provenance import provenance
 from circuit_breaking.runs.tensors import read_tensors
 from circuit_breaking.toxicity.settings import FOLDER, default_data
 from circuit_breaking.toxicity.splits import Splits, load_splits
-from circuit_breaking.training.config import MaskSettings
+from circuit_breaking.training.config import MaskConfig
 from circuit_breaking.training.edge_methods import METHODS
 from circuit_breaking.training.mask_trainer import train_mask
 
@@ -54,7 +54,7 @@ class Settings:
     alone: tuple[str, ...] = tuple(METHODS)  # ways to find edges, not refined
     seeds: int = 3  # masks of each
     random_seeds: int = 5  # masks of each budget whose edges are drawn evenly from all
-    training: MaskSettings = field(default_factory=MaskSettings)  # of every mask, but for max_edges and method
+    training: MaskConfig = field(default_factory=MaskConfig)  # of every mask, but for max_edges and method
     means: Path | None = None  # what cut edges carry, from compute_means.py; None: nothing (zero)
     toxic_train: Path | None = None  # toxic texts to learn from; None: shipped for tiny, else posts/train.jsonl
     toxic_test: Path | None = None  # toxic texts held out; None: the shipped ones for tiny, else posts/test.jsonl
@@ -72,13 +72,13 @@ class Settings:
     dtype: str = "float32"  # float32 or bfloat16
 
 
-def texts_seen(training: MaskSettings) -> int:
+def texts_seen(training: MaskConfig) -> int:
     """Texts of each task that training draws, a text drawn twice counted twice."""
     steps = training.relax_steps + training.anneal_steps
     return training.batch_size * steps + training.refine_batch_size * training.refine_rounds
 
 
-def unrefined(training: MaskSettings) -> MaskSettings:
+def unrefined(training: MaskConfig) -> MaskConfig:
     """The same without refinement, whose texts are seen in more steps of both phases that find edges."""
     more = training.refine_batch_size * training.refine_rounds // training.batch_size
     relax, anneal = training.relax_steps, training.anneal_steps
@@ -86,7 +86,7 @@ def unrefined(training: MaskSettings) -> MaskSettings:
     return replace(training, refine_rounds=0, relax_steps=relax + share, anneal_steps=anneal + more - share)
 
 
-def plan(settings: Settings, budgets: list[int]) -> Iterator[tuple[str, int, int, MaskSettings | None]]:
+def plan(settings: Settings, budgets: list[int]) -> Iterator[tuple[str, int, int, MaskConfig | None]]:
     """(method, budget, seed, training) of every mask; random ones are not trained."""
     ways = {method: replace(settings.training, method=method) for method in settings.methods}
     ways |= {f"{method} alone": unrefined(replace(settings.training, method=method)) for method in settings.alone}
@@ -107,9 +107,9 @@ def check(settings: Settings) -> None:
         raise UserError(f"budgets are {list(settings.budgets)}; give one or more, each 1 or more.")
     if wrong := [name for name in (*settings.methods, *settings.alone) if name not in METHODS]:
         raise UserError(f"method {wrong[0]!r} is not one of {', '.join(METHODS)}.")
-    if settings.training.means_lr:
+    if settings.training.constants_lr:
         raise UserError(
-            "means_lr is not compared here: it would tell methods apart by more than their edges. Set it to 0."
+            "constants_lr is not compared here: it would tell methods apart by more than their edges. Set it to 0."
         )
 
 
@@ -164,7 +164,7 @@ def main(settings: Settings) -> None:
 
 
 def record_of(
-    record: dict[str, Any], settings: Settings, method: str, budget: int, seed: int, training: MaskSettings | None
+    record: dict[str, Any], settings: Settings, method: str, budget: int, seed: int, training: MaskConfig | None
 ) -> dict[str, Any]:
     """What a mask's file says of how it was made, in the form of train_mask.py, so that evaluation.py reads both."""
     own = {"max_edges": budget, "seed": seed, "means": settings.means, "training": training}
@@ -183,9 +183,7 @@ def is_up_to_date(path: Path, about: dict[str, Any]) -> bool:
     return mine == theirs and all(about[name] == there.get(name) for name in same)
 
 
-def make(
-    folder: Path, model: Any, tasks: tuple[Any, Any], budget: int, seed: int, training: MaskSettings | None
-) -> None:
+def make(folder: Path, model: Any, tasks: tuple[Any, Any], budget: int, seed: int, training: MaskConfig | None) -> None:
     """Put a mask into the model, trained or drawn, and what training left into a folder."""
     if training is None:
         model.mask.reset_()

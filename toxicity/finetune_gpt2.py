@@ -33,7 +33,8 @@ from circuit_breaking.runs.run_folder import CheckpointedParts, is_up_to_date, l
 from circuit_breaking.runs.signals import stop_signals
 from circuit_breaking.toxicity.settings import FOLDER, default_data
 from circuit_breaking.toxicity.splits import Splits, load_splits
-from circuit_breaking.training.finetune import FinetuneSettings, check, describe, finetune
+from circuit_breaking.training.config import FinetuneSettings, check_finetune
+from circuit_breaking.training.finetune import describe, finetune
 from circuit_breaking.training.unlearning import METHODS
 
 # What only goes one way is trained more slowly. On the shipped model the next rate up or down was worse for each.
@@ -127,7 +128,7 @@ def make(folder: Path, settings: Settings, method: str, splits: Splits, tokenize
 
 
 def main(settings: Settings) -> None:
-    check(settings)
+    check_finetune(settings)
     check_counts(settings, "validation", "length")
     if unknown := [name for name in settings.methods if name not in METHODS]:
         raise UserError(f"there is no method {unknown[0]!r}; choose from {', '.join(METHODS)}.")

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from circuit_breaking.evaluation.compared_models import ORIGINAL, ComparedModel, find_folders, read_compared_models
 from circuit_breaking.evaluation.generate import Sampling
 from circuit_breaking.evaluation.measure import text_losses
-from circuit_breaking.evaluation.relearn import RelearnSettings, check, relearn, toxicity_after, with_context
+from circuit_breaking.evaluation.relearn import relearn, toxicity_after, with_context
 from circuit_breaking.evaluation.scorers import load_scorer
 from circuit_breaking.figures.toxicity import RELEARNING, draw_relearning
 from circuit_breaking.models.load import files_of, fused_activations, load_hf_model, load_tokenizer
@@ -30,6 +30,7 @@ from circuit_breaking.runs.provenance import provenance
 from circuit_breaking.toxicity.inputs import load_prompts
 from circuit_breaking.toxicity.settings import FOLDER, default_data
 from circuit_breaking.toxicity.splits import load_splits
+from circuit_breaking.training.config import RelearnSettings, check_relearn
 
 
 @dataclass
@@ -60,7 +61,7 @@ class Settings(RelearnSettings):
 def main(settings: Settings) -> None:
     names = ("length", "num_texts", "num_prompts", "samples", "prompt_tokens", "new_tokens", "eval_batch_size")
     check_counts(settings, *names)
-    check(settings)
+    check_relearn(settings)
     settings = resolve_defaults(settings, default_data(settings.model))
     folder = settings.out / settings.run
     scorer, tokenizer = load_scorer(settings.scorer, settings.device), load_tokenizer(settings.model)

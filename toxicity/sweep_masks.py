@@ -41,8 +41,8 @@ from circuit_breaking.runs.signals import stop_signals
 from circuit_breaking.runs.tensors import read_tensors
 from circuit_breaking.toxicity.settings import FOLDER, default_data
 from circuit_breaking.toxicity.splits import Splits, load_splits
-from circuit_breaking.training.config import MaskSettings
-from circuit_breaking.training.edge_methods import GIVEN, relaxing
+from circuit_breaking.training.config import GIVEN, MaskConfig
+from circuit_breaking.training.edge_methods import relaxing
 from circuit_breaking.training.run import train_into
 
 ABLATIONS = ("zero", "mean", "optimal")
@@ -62,7 +62,7 @@ class Settings:
     seeds: int = 3  # masks at that budget, the first with the setting seed
     random_seeds: int = 5  # random masks for each budget, as a control
     large_refine_rounds: int | None = None  # rounds of refinement above stable_budget, where each takes longer
-    training: MaskSettings = field(default_factory=MaskSettings)  # of every mask; its max_edges is not used
+    training: MaskConfig = field(default_factory=MaskConfig)  # of every mask; its max_edges is not used
     toxic_train: Path | None = None  # toxic texts to learn from; None: shipped for tiny, else posts/train.jsonl
     toxic_test: Path | None = None  # toxic texts held out, only to make sure none is trained on; None: as above
     ordinary: str | None = None  # "tiny", a text file, or a data set's hub name; None: tiny, else NeelNanda/pile-10k
@@ -109,14 +109,16 @@ def check(settings: Settings) -> None:
         raise UserError(f"ablations are {list(settings.ablations)}; choose from {', '.join(ABLATIONS)}.")
 
 
-def training_of(settings: Settings, ablation: str, budget: int) -> MaskSettings:
+def training_of(settings: Settings, ablation: str, budget: int) -> MaskConfig:
     """How a mask is trained."""
-    how = replace(settings.training, max_edges=budget, means_lr=settings.learned_lr if ablation == "optimal" else 0.0)
+    how = replace(
+        settings.training, max_edges=budget, constants_lr=settings.learned_lr if ablation == "optimal" else 0.0
+    )
     fewer = settings.large_refine_rounds
     return how if fewer is None or budget <= settings.stable_budget else replace(how, refine_rounds=fewer)
 
 
-def given(training: MaskSettings) -> MaskSettings:
+def given(training: MaskConfig) -> MaskConfig:
     """How what given edges carry is trained: in as many steps as a mask."""
     steps = training.relax_steps + training.anneal_steps + training.refine_rounds
     return replace(training, method=GIVEN, relax_steps=steps, anneal_steps=0, refine_rounds=0)
@@ -189,7 +191,7 @@ class Sweep:
         """Where the phase is trained that masks of all budgets share."""
         return self.folder / "relaxed" / f"{ablation}_seed{seed}"
 
-    def relax(self, ablation: str, seed: int, how: MaskSettings, own: Checkpoints) -> dict[str, Any]:
+    def relax(self, ablation: str, seed: int, how: MaskConfig, own: Checkpoints) -> dict[str, Any]:
         """Let a mask go on from the end of the phase that all budgets share, trained if need be; what that cost."""
         place = self.shared_place(ablation, seed)
         part = resume_key(self.about("relaxed", ablation, 0, seed), *APART)
@@ -203,7 +205,7 @@ class Sweep:
         return self.shared[place]
 
     def train(
-        self, place: Path, ablation: str, seed: int, how: MaskSettings, part: dict[str, Any], resume: bool,
+        self, place: Path, ablation: str, seed: int, how: MaskConfig, part: dict[str, Any], resume: bool,
         edges: Tensor | None = None, earlier: dict[str, Any] | None = None,
     ) -> dict[str, Any]:  # fmt: skip
         """Train the model's mask into a folder that is held; what it cost, with what came `earlier`."""

@@ -2,7 +2,7 @@
 
 Reads   a model; toxic posts for training and held-out ones; ordinary text; ablation values, if --means names a file.
 Writes  data/toxicity/<run>/: settings.json; metrics.jsonl, one row per step; mask.safetensors; edges.json, the cut
-        edges; means.safetensors, if ablation constants are learned (--means-lr). During training also checkpoints,
+        edges; means.safetensors, if ablation constants are learned (--constants-lr). During training also checkpoints,
         from which the same command continues an interrupted run.
 Time    a minute for the shipped model on two cores; seconds per step for GPT-2 small on two cores.
 
@@ -17,11 +17,11 @@ from circuit_breaking.runs.cli import read_settings, run_script
 from circuit_breaking.runs.config import check_counts, resolve_defaults
 from circuit_breaking.runs.settings import ModelSettings, ResumeSettings
 from circuit_breaking.toxicity.settings import ToxicDataSettings, ToxicRunSettings, default_data, require_data
-from circuit_breaking.training.config import MaskSettings
+from circuit_breaking.training.config import MaskConfig, check_mask
 
 
 @dataclass
-class Settings(MaskSettings, ToxicDataSettings, ModelSettings, ToxicRunSettings, ResumeSettings):
+class Settings(MaskConfig, ToxicDataSettings, ModelSettings, ToxicRunSettings, ResumeSettings):
     MOST_USED: ClassVar = (
         "model", "max_edges", "alpha", "means", "examples", "relax_steps", "anneal_steps", "refine_rounds", "lr", "run",
         "seed", "device",
@@ -34,6 +34,7 @@ class Settings(MaskSettings, ToxicDataSettings, ModelSettings, ToxicRunSettings,
     tf32: bool = False  # let CUDA multiply float32 matrices in TF32: faster, less precise
 
     def check(self) -> None:
+        check_mask(self)
         check_counts(self, "length", "test_texts")
         require_data(self)
 
@@ -54,7 +55,6 @@ from circuit_breaking.runs.provenance import provenance
 from circuit_breaking.runs.run_folder import hold
 from circuit_breaking.tasks import OWTTask, ToxicTask
 from circuit_breaking.tasks.base import TextTask
-from circuit_breaking.training.mask_trainer import check
 from circuit_breaking.training.run import train_into
 
 
@@ -70,7 +70,7 @@ def main(settings: Settings) -> None:
         tokenizer, settings.toxic_train, settings.toxic_test, settings.length, settings.examples or None, settings.seed
     )
     model = load_model(settings.model, settings.split_qkv, settings.device, settings.dtype)
-    check(settings, len(model.graph))  # before anything is written
+    check_mask(settings, len(model.graph))  # before anything is written
     inputs = [settings.toxic_train, settings.toxic_test]
     if settings.means is not None:
         load_means(settings.means, model)
@@ -99,7 +99,7 @@ def train(
         return
     after = {name: task.get_test_loss(model, settings.test_texts) for name, task in tasks.items()}
 
-    if settings.means_lr and model.means is not None:  # evaluation.py finds them by the mask's record
+    if settings.constants_lr and model.means is not None:  # evaluation.py finds them by the mask's record
         save_means(folder / "means.safetensors", model, model.means, record)
         record["settings"]["means"] = folder / "means.safetensors"
     losses = {"before": before, "after": after}

@@ -15,7 +15,7 @@ def load_model(
     split_qkv: bool = False,
     device: str = "auto",
     dtype: str | torch.dtype = "float32",
-    recompute: bool = False,
+    gradient_checkpointing: bool = False,
 ) -> EdgeMaskedTransformer:
     """An edge-masked transformer with all edges whole.
 
@@ -25,7 +25,7 @@ def load_model(
         split_qkv: let each head's query, key and value read for themselves.
         device: `"auto"`, or a name that torch knows.
         dtype: `"float32"`, `"bfloat16"` or `"float64"`.
-        recompute: save memory by computing parts of each layer again in the backward.
+        gradient_checkpointing: save memory by computing parts of each layer again in the backward.
 
     Raises:
         UserError: the model cannot be found, read, or is of a family that is not supported.
@@ -34,7 +34,9 @@ def load_model(
         hf, name = model, getattr(model.config, "name_or_path", "") or type(model).__name__
     else:
         hf, name = load_hf_model(model, device, dtype), str(model)
-    engine = EdgeMaskedTransformer(hf, split_qkv, recompute).to(pick_device(device))  # the graph's tensors too
+    engine = EdgeMaskedTransformer(hf, split_qkv, gradient_checkpointing).to(
+        pick_device(device)
+    )  # the graph's tensors too
     engine.to_dtype_(pick_dtype(dtype))
     engine.name = name
     return engine

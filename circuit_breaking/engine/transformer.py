@@ -44,14 +44,14 @@ class EdgeMaskedTransformer(nn.Module):
         means: the ablation values, what a cut edge carries: None (zero), [P, D], or [T, P, D] by position. Settable
             and checked. Means [P, D] that require a gradient get one, so that they can be learned as ablation
             constants (optimal ablation; Li and Janson 2024).
-        recompute: gradient checkpointing: compute attention and MLPs again in the backward, one layer at a time,
-            instead of keeping their activations. Less memory, about a third more time, the same numbers.
+        gradient_checkpointing: recompute attention and MLPs in the backward pass, one layer at a time, instead of
+            keeping their activations. Less memory, about a third more time, the same numbers.
         cuda_graphs: captured passes for small batches on a GPU; `cuda_graphs.enabled = False` turns them off.
     """
 
-    def __init__(self, hf: nn.Module, split_qkv: bool = False, recompute: bool = False) -> None:
+    def __init__(self, hf: nn.Module, split_qkv: bool = False, gradient_checkpointing: bool = False) -> None:
         super().__init__()
-        self.recompute = recompute
+        self.gradient_checkpointing = gradient_checkpointing
         parts = take_apart(hf, split_qkv)
         heads = len(parts.blocks[0].w_o)
         self.graph = EdgeGraph(len(parts.blocks), heads, split_qkv, parts.parallel)
@@ -204,7 +204,7 @@ class EdgeMaskedTransformer(nn.Module):
     def _network(self) -> Network:
         return Network(
             self.graph, self.groups, self.blocks, self.embedding, self.positions, self.edge_readers, self.edge_sources,
-            self.n_read, self.recompute,
+            self.n_read, self.gradient_checkpointing,
         )  # fmt: skip
 
     def _inputs(self, weights: Tensor, tokens: Tensor) -> PassInputs:

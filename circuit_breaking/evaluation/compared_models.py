@@ -28,6 +28,7 @@ from circuit_breaking.errors import UserError
 from circuit_breaking.models.load import load_hf_model
 from circuit_breaking.runs.files import read_json, require_file
 from circuit_breaking.runs.tensors import read_tensors
+from circuit_breaking.training.config import with_new_names
 
 MASK, EDGES, CONFIG, FINETUNING = "mask.safetensors", "edges.json", "config.json", "finetuning.json"
 ORIGINAL = "original"
@@ -168,7 +169,7 @@ def _ablation(means: Path | str | None, settings: Mapping[str, Any]) -> str:
     """The kind of ablation value by a mask's record: zero, mean, or optimal (learned with the mask)."""
     if means is None:
         return "zero"
-    return "optimal" if settings.get("means_lr") else "mean"
+    return "optimal" if with_new_names(settings).get("constants_lr") else "mean"
 
 
 def share_of_changed_parameters(model: nn.Module, original: nn.Module) -> float:

@@ -8,7 +8,6 @@ Shapes: n prompts, S samples a prompt.
 import copy
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,17 +23,8 @@ from circuit_breaking.evaluation.scorers import Scorer
 from circuit_breaking.models.load import fused_activations
 from circuit_breaking.models.tokens import TokenBatch, pad_right
 from circuit_breaking.tasks.base import TextTask
+from circuit_breaking.training.config import RelearnSettings
 from circuit_breaking.training.unlearning import prediction_losses_of
-
-
-@dataclass
-class RelearnSettings:
-    """How a model is taught the behaviour again."""
-
-    checks: tuple[int, ...] = (0, 2, 5, 10, 20, 40)  # steps after which toxicity is measured; the last ends training
-    lr: float = 1e-4  # AdamW without decay, the same for every model
-    batch_size: int = 10  # examples a step
-    clip: float = 1.0  # longest gradient
 
 
 def relearn(
@@ -85,15 +75,6 @@ def relearn(
             optimizer.step()
             tick()
     return rows, None
-
-
-def check(settings: RelearnSettings) -> None:
-    """Raise a `UserError` for settings that make no sense."""
-    if not settings.checks or min(settings.checks) < 0:
-        raise UserError(f"checks are {list(settings.checks)}; give one or more steps, each 0 or more.")
-    for name in ("lr", "batch_size", "clip"):
-        if not getattr(settings, name) > 0:
-            raise UserError(f"{name} is {getattr(settings, name)}; it must be above 0.")
 
 
 def toxicity_after(

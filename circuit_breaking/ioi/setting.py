@@ -77,7 +77,9 @@ def open_setting(settings: Any) -> Setting:
     ordinary = OWTTask(tokenizer, settings.ordinary, settings.length, seed=settings.seed)
     for task in (ioi, ordinary):
         task.evaluation_batch = settings.micro_batch or task.evaluation_batch
-    model = load_model(settings.model, settings.split_qkv, settings.device, settings.dtype, settings.recompute)
+    model = load_model(
+        settings.model, settings.split_qkv, settings.device, settings.dtype, settings.gradient_checkpointing
+    )
     if settings.means is not None:
         load_means(settings.means, model)
     inputs = [settings.train, settings.test, settings.means, Path(settings.ordinary), *files_of(settings.model)]

@@ -1,7 +1,7 @@
 """Settings that are left open (None) and resolved from a record or from defaults, and checks of settings."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
@@ -36,6 +36,28 @@ def resolve_defaults(settings: T, *sources: Mapping[str, Any]) -> T:
 
 def check_counts(settings: Any, *names: str) -> None:
     """Raise a `UserError` for a setting of these names that is below 1."""
+    _check(settings, names, lambda value: value >= 1, "give 1 or more")
+
+
+def check_positive(settings: Any, *names: str) -> None:
+    """Raise a `UserError` for a setting of these names that is not above 0."""
+    _check(settings, names, lambda value: value > 0, "it must be above 0")
+
+
+def check_not_negative(settings: Any, *names: str) -> None:
+    """Raise a `UserError` for a setting of these names that is below 0."""
+    _check(settings, names, lambda value: value >= 0, "it cannot be negative")
+
+
+def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
+    """Raise a `UserError` for a value that is not one of the choices; `name` says what it is a choice of."""
+    choices = tuple(choices)
+    if value not in choices:
+        raise UserError(f"{name} {value!r} is not one of {', '.join(choices)}.")
+
+
+def _check(settings: Any, names: Sequence[str], is_right: Callable[[Any], bool], advice: str) -> None:
     for name in names:
-        if getattr(settings, name) < 1:
-            raise UserError(f"{name} is {getattr(settings, name)}; give 1 or more.")
+        value = getattr(settings, name)
+        if not is_right(value):  # which NaN never is
+            raise UserError(f"{name} is {value}; {advice}.")

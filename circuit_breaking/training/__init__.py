@@ -8,7 +8,7 @@ __getattr__ = lazy_names(
     __name__,
     {
         "MaskResult": "circuit_breaking.training.mask_trainer",
-        "MaskSettings": "circuit_breaking.training.config",
+        "MaskConfig": "circuit_breaking.training.config",
         "train_mask": "circuit_breaking.training.mask_trainer",
     },
 )

@@ -1,34 +1,226 @@
-"""How a mask is trained."""
+"""Settings of everything that is trained, and their checks.
 
+Imports neither torch nor transformers, so that a script can print its `--help` and refuse a setting at once.
+"""
+
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+from circuit_breaking.errors import UserError
+from circuit_breaking.runs.config import check_choice, check_not_negative, check_positive
+
+MaskMethod = Literal["clamped", "hard-concrete", "attribution"]  # the keys of `training.methods.METHODS`
+MASK_METHODS = ("clamped", "hard-concrete", "attribution")
+GIVEN = "given"  # in code only: cut all edges that may be cut
+WEIGHT_METHODS = ("clamped", "hard-concrete")
+WEIGHT_BUDGETS = {"weight": 0.0005, "neuron": 0.04, "head": 0.25}  # default share of all units that may be masked
 
 
 @dataclass
-class MaskSettings:
-    """How a mask is trained. Losses are in nats; a step sees `batch_size` texts of each task."""
+class MaskConfig:
+    """How an edge mask is trained. Losses are in nats; a step sees `batch_size` texts of each task."""
 
-    method: Literal["clamped", "hard-concrete", "attribution", "given"] = "clamped"  # how edges are found at first
+    method: MaskMethod = "clamped"  # how edges are first found
     max_edges: int = 12  # most edges that the mask may cut: a promise
     alpha: float = 0.2  # weight of the loss to raise (paper: 0.2); negative to lower it too
     keep_weight: float = 1.0  # weight of the loss to keep low; 0 finds edges that the behaviour needs
-    break_cap: float = 0.0  # most that one prediction counts towards the broken loss; 0: log of the vocabulary
+    break_cap: float = 0.0  # most that one prediction counts towards the broken loss; 0: log of the vocabulary size
     relax_steps: int = 100  # steps with weights in [0, 1], as in the paper
-    anneal_steps: int = 100  # steps in which the number of cut edges falls to the budget; attribution takes both alike
-    refine_rounds: int = 60  # rounds of single changes by measured effect
-    batch_size: int = 5  # texts of each task a step
-    refine_batch_size: int = 20  # texts of each task a round of refinement
-    micro_batch: int = 0  # texts computed at a time, gradients added up: less memory, same result; 0: a batch at once
-    recompute: bool = False  # compute parts of each layer again in the backward: less memory, more time
-    tries: int = 8  # most masks measured in a round of refinement
-    lr: float = 0.05  # AdamW without decay, on weights in [0, 1]
-    sparsity: float = 0.0005  # price of a cut edge in the relax phase, after its ramp, nats
-    refine_price: float = 0.0  # what a change must win for each edge that it cuts, nats
-    ramp: float = 0.1  # share of the relax phase over which the price rises from 0
+    anneal_steps: int = 100  # steps while the number of cut edges falls to the budget; attribution adds both counts
+    refine_rounds: int = 60  # rounds of single-edge changes, each accepted by its measured effect
+    batch_size: int = 5  # texts of each task in a step
+    refine_batch_size: int = 20  # texts of each task in a round of refinement
+    micro_batch: int = 0  # texts computed at a time, with gradients added up: same result, less memory; 0: all
+    gradient_checkpointing: bool = False  # recompute parts of each layer in the backward pass: less memory, more time
+    moves_per_round: int = 8  # most changes that are measured in a round of refinement
+    lr: float = 0.05  # learning rate of AdamW (no weight decay) on weights in [0, 1]
+    edge_penalty: float = 0.0005  # penalty for each cut edge in the relax phase, after its ramp, nats
+    min_gain: float = 0.0  # least gain that refinement and attribution ask of each cut edge, nats
+    ramp: float = 0.1  # share of the relax phase in which the penalty rises from 0
     round_every: int = 50  # steps between roundings in the relax phase; 0: never
-    candidates: float = 3.0  # edges cut when annealing starts, over the budget; below 1: no more, and new cuts measured
-    chance: float = 0.5  # hard-concrete: of each edge to be cut at all, be it in part, before anything is learned
-    ig_steps: int = 0  # points where attribution takes gradients, from all edges cut on (EAP-IG); 0: all kept (EAP)
-    means_lr: float = 0.0  # AdamW's, on what cut edges carry, learned with the mask (optimal ablation); 0: it stays
-    means_steps: int = 100  # where it is learned, steps at the end in which only this is
-    means_goal: Literal["keep", "objective"] = "keep"  # what it is learned for: the loss to keep low, or all of this
+    anneal_start: float = 3.0  # edges cut when annealing starts, in budgets, or more if the relax phase found more
+    measure_new_cuts: bool = False  # clamped: while annealing, cut another edge only if a batch measures a gain
+    init_cut_prob: float = 0.5  # hard-concrete: initial probability that a gate is below 1
+    ig_steps: int = 0  # attribution: points of EAP-IG between all edges cut and all kept; 0: EAP, at all kept
+    constants_lr: float = 0.0  # learning rate of ablation constants (optimal ablation); 0: they are not learned
+    constants_steps: int = 100  # last steps, in which only the constants are learned
+    constants_loss: Literal["keep", "objective"] = "keep"  # what they minimise: the loss to keep, or the objective
+
+
+OLD_NAMES = {
+    "sparsity": "edge_penalty",
+    "refine_price": "min_gain",
+    "chance": "init_cut_prob",
+    "tries": "moves_per_round",
+    "recompute": "gradient_checkpointing",
+    "means_lr": "constants_lr",
+    "means_steps": "constants_steps",
+    "means_goal": "constants_loss",
+    "candidates": "anneal_start",
+}
+REMOVED = ("sift_steps", "explore")
+
+
+def with_new_names(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of an edge mask as `MaskConfig` names them, given those of an earlier version's record.
+
+    `candidates` below 1 also asked for each new cut to be measured, which `measure_new_cuts` does now.
+    """
+    renamed = {OLD_NAMES.get(name, name): value for name, value in settings.items() if name not in REMOVED}
+    if "candidates" in settings:
+        renamed.setdefault("measure_new_cuts", settings["candidates"] < 1)
+    return renamed
+
+
+@dataclass
+class WeightMaskSettings:
+    """How a mask over weights is learned. Losses are in nats; a step sees `batch_size` texts of each task."""
+
+    granularity: str = "weight"  # unit that is masked as a whole: weight, neuron or head
+    max_masked: int | None = (
+        None  # most units that may be masked, a promise; None: 0.05% of weights, 4% of neurons, 25% of heads
+    )
+    method: str = "clamped"  # weights in [0, 1]: clamped as in the paper, or hard-concrete (Louizos et al. 2018)
+    alpha: float = 0.2  # weight of the loss to raise; negative to lower it too
+    keep_weight: float = 1.0  # weight of the loss to keep low
+    break_cap: float = 0.0  # most that one prediction counts towards the broken loss; 0: log of the vocabulary size
+    candidates: int = 10  # units that have a mask weight, as a multiple of max_masked
+    choose_size: int = 50  # texts of each task by which candidates are chosen
+    relax_steps: int = 100  # steps with weights in [0, 1]
+    anneal_steps: int = 100  # steps with binary masks
+    batch_size: int = 10  # texts of each task in a step
+    lr: float = 0.05  # learning rate of Adam, on weights in [0, 1] (clamped) or on log odds (hard-concrete)
+    penalty: float = 0.002  # penalty for masking the whole budget, at the end of the relax phase, nats
+
+
+@dataclass
+class LossSettings:
+    """Settings of the losses of fine-tuning methods (`training.unlearning`)."""
+
+    ratio: float = 0.2  # joint: weight of the toxic loss (paper: eq. 4), as alpha is for masks
+    cap: float = 0.0  # joint and ascent: most that one toxic prediction counts, nats; 0: log of the vocabulary size
+    npo_beta: float = 0.1  # npo: inverse temperature (Zhang et al.: 0.1)
+    npo_retain: float = 1.0  # npo: weight of the ordinary loss
+    rmu_layer: int = -1  # rmu: layer whose output is steered, from 0; -1: the one at half the depth
+    rmu_steer: float = 5.0  # rmu: length of the target, in mean lengths of the activations
+    rmu_retain: float = 100.0  # rmu: weight of leaving ordinary activations as they were
+
+
+@dataclass
+class FinetuneSettings(LossSettings):
+    """How a model is fine-tuned. A step sees `batch_size` texts of each kind."""
+
+    steps: int = 200  # most steps of a method
+    lr: float = 1e-4  # learning rate of AdamW (no weight decay)
+    warmup: int = 10  # steps over which the learning rate rises
+    clip: float = 1.0  # largest norm of the gradient
+    batch_size: int = 10  # texts of each kind in a step
+    check_every: int = 10  # steps between validations
+    patience: int = 5  # validations without a better score after which training stops
+    alpha: float = 0.2  # weight of the toxic loss in the validation score; the mask's alpha
+    scales: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # task_arithmetic: multiples of the change to subtract
+    seed: int = 0  # of the order of texts
+
+
+@dataclass
+class PruneSettings:
+    """How a model is pruned to the few edges that are enough for a behaviour."""
+
+    rounds: int = 20  # rounds of a stage, each with one gradient
+    shrink: float = 0.8  # edges kept after a stage, as a share of those kept before it
+    memory: float = 0.9  # weight of older gradients in the running mean of an edge's worth
+    batch_size: int = 20  # examples of a round
+    fewest: int = 1  # number of edges at which pruning ends
+
+
+@dataclass
+class RelearnSettings:
+    """How a model is fine-tuned on a behaviour that was removed."""
+
+    checks: tuple[int, ...] = (0, 2, 5, 10, 20, 40)  # steps after which toxicity is measured; the last ends training
+    lr: float = 1e-4  # learning rate of AdamW (no weight decay), the same for every model
+    batch_size: int = 10  # examples in a step
+    clip: float = 1.0  # largest norm of the gradient
+
+
+def check_mask(config: MaskConfig, n_edges: int | None = None, n_allowed: int | None = None) -> None:
+    """Raise a `UserError` for settings that make no sense.
+
+    Args:
+        config: the settings.
+        n_edges: edges of the model; None if it is not known yet.
+        n_allowed: edges that may be cut; None if all may be.
+    """
+    if n_edges is not None and not 0 <= config.max_edges <= n_edges:
+        raise UserError(f"max_edges {config.max_edges} is not between 0 and the model's {n_edges:,} edges.")
+    if config.method != GIVEN:
+        check_choice("method", config.method, MASK_METHODS)
+    if config.method == GIVEN and config.max_edges and (n_allowed is None or n_allowed > config.max_edges):
+        raise UserError(
+            f"method {GIVEN} cuts all edges that may be cut. Give `allowed`, with at most max_edges of them, in code; "
+            "scripts that find edges take another method."
+        )
+    check_not_negative(
+        config, "max_edges", "relax_steps", "anneal_steps", "refine_rounds", "constants_steps", "round_every",
+        "ig_steps", "micro_batch", "edge_penalty", "constants_lr",
+    )  # fmt: skip
+    check_positive(config, "batch_size", "refine_batch_size", "moves_per_round", "lr", "anneal_start")
+    check_choice("constants_loss", config.constants_loss, ("keep", "objective"))
+    if config.constants_lr and config.constants_loss == "keep" and config.keep_weight <= 0:
+        raise UserError(
+            f"ablation constants cannot be learned for a loss of weight {config.keep_weight}. Set constants_loss to "
+            "objective, constants_lr to 0, or keep_weight above 0."
+        )
+    if not 0 < config.init_cut_prob < 1:
+        raise UserError(f"init_cut_prob is {config.init_cut_prob}; it must be above 0 and below 1.")
+    if config.method == "attribution" and config.ig_steps > config.relax_steps + config.anneal_steps:
+        raise UserError(
+            f"ig_steps {config.ig_steps} are more than the {config.relax_steps + config.anneal_steps} steps of "
+            "relax_steps and anneal_steps, of which each takes one gradient. Give more of these, or fewer points."
+        )
+
+
+def check_weight_mask(settings: WeightMaskSettings) -> None:
+    """Raise a `UserError` for settings that make no sense."""
+    check_choice("granularity", settings.granularity, WEIGHT_BUDGETS)
+    check_choice("method", settings.method, WEIGHT_METHODS)
+    check_not_negative(settings, "relax_steps", "anneal_steps", "penalty")
+    check_positive(settings, "batch_size", "choose_size", "lr", "candidates")
+
+
+def weight_budget(settings: WeightMaskSettings, n_units: int) -> int:
+    """Most units to mask in a model that has `n_units`. Raises a `UserError` if it has fewer than were asked for."""
+    budget = settings.max_masked
+    if budget is None:
+        budget = round(WEIGHT_BUDGETS[settings.granularity] * n_units)
+    if not 0 <= budget <= n_units:
+        raise UserError(f"max_masked {budget} is not between 0 and the model's {n_units:,} {settings.granularity}s.")
+    return budget
+
+
+def check_finetune(settings: FinetuneSettings) -> None:
+    """Raise a `UserError` for settings that make no sense."""
+    check_positive(settings, "steps", "lr", "batch_size", "check_every", "patience", "clip", "npo_beta")
+    if not settings.scales:
+        raise UserError("scales is empty; give at least one for task_arithmetic.")
+
+
+def check_prune(settings: PruneSettings) -> None:
+    """Raise a `UserError` for settings that make no sense."""
+    for name, right in (
+        ("rounds", settings.rounds >= 1),
+        ("shrink", 0 < settings.shrink < 1),
+        ("memory", 0 <= settings.memory < 1),
+        ("batch_size", settings.batch_size >= 1),
+        ("fewest", settings.fewest >= 1),
+    ):
+        if not right:
+            raise UserError(f"{name} is {getattr(settings, name)}, with which edges cannot be pruned.")
+
+
+def check_relearn(settings: RelearnSettings) -> None:
+    """Raise a `UserError` for settings that make no sense."""
+    if not settings.checks or min(settings.checks) < 0:
+        raise UserError(f"checks are {list(settings.checks)}; give one or more steps, each 0 or more.")
+    check_positive(settings, "lr", "batch_size", "clip")

@@ -3,12 +3,12 @@
 Each spends `relax_steps + anneal_steps` steps, a step on one batch of each task with one backward, and leaves its
 answer in the model's mask: edges with weights below 0.5 are to be cut, the lowest first.
 
-clamped         The paper's (Li, Davies, Nadeau 2023). relax: weights in [0, 1], AdamW, a sparsity price that ramps up,
-                rounding on a schedule. anneal: the forward sees a binary mask, at most the k lowest weights cut;
-                gradients pass straight through to all weights, so that what is learned is learned about masks that can
-                be saved. k falls geometrically to the budget, and the price follows it.
+clamped         The paper's (Li, Davies, Nadeau 2023). relax: weights in [0, 1], AdamW, a penalty for each cut edge that
+                ramps up, rounding on a schedule. anneal: the forward sees a binary mask, at most the k lowest weights
+                cut; gradients pass straight through to all weights, so that what is learned is learned about masks that
+                can be saved. k falls geometrically to the budget, and the penalty follows it.
 hard-concrete   L0 regularisation (Louizos, Welling, Kingma 2018): whether an edge is cut is a random variable whose log
-                odds are learned. relax: a price on the expected number of cut edges. anneal: in its place, all log odds
+                odds are learned. relax: a penalty on the expected number of cut edges. anneal: instead, all log odds
                 are lowered alike after each step, so that this number falls to the budget. The answer: the edges most
                 surely cut, of those that would be more likely cut than kept without that lowering.
 attribution     EAP or EAP-IG of the objective (`attribution`), averaged over the batches of all steps: the edges whose
@@ -27,10 +27,10 @@ from torch import Tensor
 from circuit_breaking.engine.mask import lowest_cut
 from circuit_breaking.runs.checkpoints import optimizer_state, part_of, restore_optimizer
 from circuit_breaking.training.attribution import line_points
-from circuit_breaking.training.gates import HardConcrete, falling_count, next_price
+from circuit_breaking.training.gates import HardConcrete, falling_count, next_penalty
 from circuit_breaking.training.refine import Objective, differentiate
 
-Step = tuple[str, float, int]  # phase, objective without its price, edges cut
+Step = tuple[str, float, int]  # phase, objective without its penalty, edges cut
 
 
 class Method(ABC):
@@ -38,9 +38,9 @@ class Method(ABC):
 
     Args:
         model: whose mask is learned, all ones at first.
-        settings: see `training.MaskSettings`.
+        settings: see `training.MaskConfig`.
         allowed: bool [E], edges that may be cut; all when None.
-        next_objective: from a number of texts, the objective on the next batches, without its price, as a function of
+        next_objective: from a number of texts, the objective on the next batches, without its penalty, as a function of
             the mask.
         backward: the backward of a loss.
     """
@@ -71,7 +71,7 @@ class Method(ABC):
 
 
 class Learned(Method):
-    """By gradient descent in two phases: relax, with a price for each cut edge, and anneal, down to the budget."""
+    """By gradient descent in two phases: relax, with a penalty for each cut edge, and anneal, down to the budget."""
 
     def __init__(self, *words: Any) -> None:
         super().__init__(*words)
@@ -82,7 +82,7 @@ class Learned(Method):
         settings = self.settings
         if number < settings.relax_steps:
             ramp = min(1.0, number / max(1.0, settings.ramp * settings.relax_steps))
-            return "relax", *self.relax(number, settings.sparsity * ramp)
+            return "relax", *self.relax(number, settings.edge_penalty * ramp)
         return "anneal", *self.anneal(number - settings.relax_steps)
 
     @property
@@ -95,8 +95,8 @@ class Learned(Method):
         """An optimizer of `parameter`."""
 
     @abstractmethod
-    def relax(self, number: int, price: float) -> tuple[float, int]:
-        """A step at a price; the objective, and edges cut."""
+    def relax(self, number: int, penalty: float) -> tuple[float, int]:
+        """A step at a penalty; the objective, and edges cut."""
 
     @abstractmethod
     def anneal(self, number: int) -> tuple[float, int]:
@@ -106,7 +106,7 @@ class Learned(Method):
         """Most edges to cut at a step of annealing, when `count` are cut at its beginning."""
         budget = self.settings.max_edges
         if number == 0:
-            self.start = max(1, round(count), round(self.settings.candidates * budget))
+            self.start = max(1, round(count), round(self.settings.anneal_start * budget))
         return falling_count(self.start, budget, number, self.settings.anneal_steps)
 
     def state(self) -> dict[str, Tensor]:
@@ -123,7 +123,7 @@ class ClampedEdges(Learned):
 
     def __init__(self, *words: Any) -> None:
         super().__init__(*words)
-        self.price = self.settings.sparsity  # while annealing
+        self.penalty = self.settings.edge_penalty  # while annealing
         self.admitted: Tensor | None = None  # mask [E] of the last step of annealing, where new cuts are measured
 
     @property
@@ -133,10 +133,10 @@ class ClampedEdges(Learned):
     def make_optimizer(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW([self.weights], lr=self.settings.lr, weight_decay=0.0)
 
-    def relax(self, number: int, price: float) -> tuple[float, int]:
+    def relax(self, number: int, penalty: float) -> tuple[float, int]:
         settings = self.settings
         objective = self.next_objective(settings.batch_size)(self.weights)
-        self._descend(objective + price * (1 - self.weights).sum())
+        self._descend(objective + penalty * (1 - self.weights).sum())
         rounds = settings.round_every and (number + 1) % settings.round_every == 0
         if rounds and number + 1 < settings.relax_steps:
             self.model.mask.round_()
@@ -148,13 +148,13 @@ class ClampedEdges(Learned):
             self.optimizer = self.make_optimizer()
         count = self.target(number, self.model.mask.n_cut())
         measure = self.next_objective(self.settings.batch_size)
-        if self.settings.candidates < 1:
+        if self.settings.measure_new_cuts:
             binary = self._admit(count, measure)
         else:
             binary = lowest_cut(weights.detach(), count, threshold=0.5)
-            self.price = next_price(self.price, self.model.mask.n_cut(), count)
+            self.penalty = next_penalty(self.penalty, self.model.mask.n_cut(), count)
         objective = measure(binary + (weights - weights.detach()))
-        self._descend(objective + self.price * (1 - weights).sum())
+        self._descend(objective + self.penalty * (1 - weights).sum())
         if self.admitted is not None and number + 1 == self.settings.anneal_steps:
             weights.data.copy_(self.admitted)  # nothing is cut in the end that was not measured
         return float(objective.detach()), int((binary == 0).sum())
@@ -190,11 +190,11 @@ class ClampedEdges(Learned):
 
     def state(self) -> dict[str, Tensor]:
         kept = {} if self.admitted is None else {"admitted": self.admitted}
-        return {**super().state(), **kept, "price": torch.tensor(self.price, dtype=torch.float64)}
+        return {**super().state(), **kept, "penalty": torch.tensor(self.penalty, dtype=torch.float64)}
 
     def restore(self, state: dict[str, Tensor], device: torch.device) -> None:
         super().restore(state, device)
-        self.price = float(state["price"])
+        self.penalty = float(state["penalty"])
         self.admitted = state["admitted"].to(device) if "admitted" in state else None
 
 
@@ -204,7 +204,7 @@ class HardConcreteEdges(Learned):
     def __init__(self, model: Any, settings: Any, allowed: Tensor | None, *words: Any) -> None:
         every = torch.ones_like(model.mask.weights, dtype=torch.bool)
         self.places = (every if allowed is None else allowed).nonzero()[:, 0]
-        self.gates = HardConcrete(len(self.places), model.mask.weights.device, settings.chance)
+        self.gates = HardConcrete(len(self.places), model.mask.weights.device, settings.init_cut_prob)
         self.lowered = 0.0  # by how much all log odds were lowered for the sake of the budget
         super().__init__(model, settings, allowed, *words)
 
@@ -215,17 +215,17 @@ class HardConcreteEdges(Learned):
     def make_optimizer(self) -> torch.optim.Optimizer:
         return torch.optim.Adam([self.parameter], lr=self.settings.lr)
 
-    def relax(self, number: int, price: float) -> tuple[float, int]:
-        return self._descend(price)
+    def relax(self, number: int, penalty: float) -> tuple[float, int]:
+        return self._descend(penalty)
 
     def anneal(self, number: int) -> tuple[float, int]:
         return self._descend(0.0, self.target(number, float(self.gates.masked().detach())))
 
-    def _descend(self, price: float, target: int | None = None) -> tuple[float, int]:
+    def _descend(self, penalty: float, target: int | None = None) -> tuple[float, int]:
         mask = torch.ones_like(self.weights).index_put((self.places,), self.gates.sample().to(self.weights.dtype))
         objective = self.next_objective(self.settings.batch_size)(mask)
         self.optimizer.zero_grad()
-        self.backward(objective + price * self.gates.masked())
+        self.backward(objective + penalty * self.gates.masked())
         self.optimizer.step()
         if target is not None:
             self.lowered += self.gates.at_most_(target)
@@ -263,7 +263,7 @@ class AttributedEdges(Method):
         self.totals[at] += gradient
         self.seen[at] += 1
         # cutting an edge gains its score, what keeping it adds to the objective
-        loss = settings.refine_price - self.scores()
+        loss = settings.min_gain - self.scores()
         if self.allowed is not None:
             loss = loss.masked_fill(~self.allowed, float("inf"))
         with torch.no_grad():
@@ -301,7 +301,6 @@ class GivenEdges(Method):
 
 
 METHODS = {"clamped": ClampedEdges, "hard-concrete": HardConcreteEdges, "attribution": AttributedEdges}  # that find
-GIVEN = "given"
 
 
 def relaxing(settings: Any) -> dict[str, Any] | None:
@@ -309,4 +308,4 @@ def relaxing(settings: Any) -> dict[str, Any] | None:
     none."""
     if settings.relax_steps == 0 or not issubclass(METHODS.get(settings.method, Method), Learned):
         return None
-    return {"max_edges": 1, "anneal_steps": 0, "refine_rounds": 0, "means_steps": 0}
+    return {"max_edges": 1, "anneal_steps": 0, "refine_rounds": 0, "constants_steps": 0}

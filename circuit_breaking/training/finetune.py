@@ -27,9 +27,9 @@ from circuit_breaking.runs.checkpoints import (
 )
 from circuit_breaking.runs.signals import stop_signals
 from circuit_breaking.tasks.base import TextTask
+from circuit_breaking.training.config import FinetuneSettings, check_finetune
 from circuit_breaking.training.unlearning import (
     METHODS,
-    LossSettings,
     Method,
     State,
     Weights,
@@ -37,22 +37,6 @@ from circuit_breaking.training.unlearning import (
     prediction_losses_of,
     start,
 )
-
-
-@dataclass
-class FinetuneSettings(LossSettings):
-    """How a model is fine-tuned. A step sees `batch_size` texts of each kind."""
-
-    steps: int = 200  # most steps of a method
-    lr: float = 1e-4  # AdamW without decay
-    warmup: int = 10  # steps over which the learning rate rises
-    clip: float = 1.0  # longest gradient
-    batch_size: int = 10  # texts of each kind a step
-    check_every: int = 10  # steps between checkpoints
-    patience: int = 5  # checkpoints without a better one, after which training stops
-    alpha: float = 0.2  # weight of the toxic loss when checkpoints are compared; the mask's alpha
-    scales: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # task_arithmetic: what may be subtracted
-    seed: int = 0  # of the order of texts
 
 
 @dataclass
@@ -67,15 +51,6 @@ class Finetuned:
     best: dict[str, Any]
     history: list[dict[str, Any]] = field(default_factory=list)
     note: str | None = None
-
-
-def check(settings: FinetuneSettings) -> None:
-    """Raise a `UserError` for settings that make no sense."""
-    for name in ("steps", "lr", "batch_size", "check_every", "patience", "clip", "npo_beta"):
-        if not getattr(settings, name) > 0:
-            raise UserError(f"{name} is {getattr(settings, name)}; it must be above 0.")
-    if not settings.scales:
-        raise UserError("scales is empty; give at least one for task_arithmetic.")
 
 
 def finetune(
@@ -108,7 +83,7 @@ def finetune(
         Stopped: a signal ended the run; its state is saved.
     """
     settings = settings or FinetuneSettings()
-    check(settings)
+    check_finetune(settings)
     if method not in METHODS:
         raise UserError(f"there is no method {method!r}; choose from {', '.join(METHODS)}.")
     run = _Run(model.eval(), METHODS[method], toxic, ordinary, settings)

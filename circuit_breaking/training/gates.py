@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 HALVINGS = 40  # of an interval, until what is sought in it is exact to float32
-PRICE_STEP = 1.1  # factor by which the price of what is masked moves at each step while its number falls
+PENALTY_STEP = 1.1  # factor by which the penalty of what is masked moves at each step while its number falls
 
 
 def falling_count(first: int, budget: int, number: int, steps: int) -> int:
@@ -21,12 +21,12 @@ def falling_count(first: int, budget: int, number: int, steps: int) -> int:
     return round(first * (budget / first) ** progress)
 
 
-def next_price(price: float, count: float, target: float) -> float:
-    """The price goes up where more is masked than there should be, else down.
+def next_penalty(penalty: float, count: float, target: float) -> float:
+    """The penalty goes up where more is masked than there should be, else down.
 
     It tells which effects are too small for the budget, which Adam, blind to their size, would not.
     """
-    return price * (PRICE_STEP if count > target else 1 / PRICE_STEP)
+    return penalty * (PENALTY_STEP if count > target else 1 / PENALTY_STEP)
 
 
 class Clamped:
@@ -60,9 +60,9 @@ class HardConcrete:
     start = -3.0  # log odds, at which the chance of a candidate to be masked at all is 0.2
     scale = 5.0  # log odds that one unit of the parameter stands for, so that both methods learn at the same rate
 
-    def __init__(self, count: int, device: torch.device, chance: float | None = None) -> None:
-        """`chance` of each candidate to be masked at all at first; None: that of `start`."""
-        start = self.start if chance is None else math.log(chance / (1 - chance)) + self._shift()
+    def __init__(self, count: int, device: torch.device, init_cut_prob: float | None = None) -> None:
+        """`init_cut_prob` is the initial probability that a gate is below 1; None: that of `start`."""
+        start = self.start if init_cut_prob is None else math.log(init_cut_prob / (1 - init_cut_prob)) + self._shift()
         self.parameter = nn.Parameter(torch.full((count,), start / self.scale, device=device))
 
     def _shift(self) -> float:
@@ -93,7 +93,7 @@ class HardConcrete:
         """Lower all log odds alike, by the least that leaves `count` candidates, or fewer, expected to be masked.
 
         A projection, as that of Zhou et al. 2021 ("Effective sparsification of neural networks with global sparsity
-        constraint"), there of chances. What is subtracted stands for the price of a candidate, found at once.
+        constraint"), there of chances. What is subtracted stands for the penalty of a candidate, found at once.
 
         Args:
             count: above 0.

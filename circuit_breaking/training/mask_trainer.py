@@ -22,16 +22,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from circuit_breaking.engine.mask import lowest_cut
-from circuit_breaking.errors import UserError
 from circuit_breaking.graph import Edge
 from circuit_breaking.runs.checkpoints import Checkpoints, Saved, restore_parts, state_of
 from circuit_breaking.runs.distributed import is_main, same_random_states
 from circuit_breaking.runs.signals import stop_signals
-from circuit_breaking.training.config import MaskSettings
-from circuit_breaking.training.edge_methods import GIVEN, METHODS, GivenEdges
+from circuit_breaking.training.config import GIVEN, MaskConfig, check_mask
+from circuit_breaking.training.edge_methods import METHODS, GivenEdges
 from circuit_breaking.training.objective import StepObjective
-from circuit_breaking.training.optimal_ablation import LearnedMeans
-from circuit_breaking.training.refine import MeasuredSearch
+from circuit_breaking.training.optimal_ablation import AblationConstants
+from circuit_breaking.training.refine import EdgeRefiner
 
 
 @dataclass
@@ -48,7 +47,7 @@ def train_mask(
     model: Any,
     break_task: Any,
     keep_task: Any,
-    settings: MaskSettings | None = None,
+    settings: MaskConfig | None = None,
     allowed: Tensor | None = None,
     on_step: Callable[[dict[str, Any]], None] | None = None,
     progress: bool = True,
@@ -65,7 +64,7 @@ def train_mask(
             learned.
         break_task: behaviour to break, a `tasks.Task`.
         keep_task: behaviour to keep.
-        settings: see `MaskSettings`.
+        settings: see `MaskConfig`.
         allowed: bool [E], the edges that may be cut; all by default.
         on_step: called with each row of the history as it comes.
         progress: show a bar with the losses and the number of cut edges.
@@ -77,7 +76,7 @@ def train_mask(
         UserError: a setting makes no sense, or a loss is not finite.
         Stopped: a signal ended the run; its state is saved.
     """
-    settings = settings or MaskSettings()
+    settings = settings or MaskConfig()
     trainer = _Trainer(model, break_task, keep_task, settings, allowed)
     before = 0.0
     if resume_from is not None:
@@ -89,7 +88,7 @@ def train_mask(
     with (
         tqdm(total=trainer.total, initial=trainer.done, desc="mask", unit="step", disable=hidden) as bar,
         stop_signals() if checkpoints is not None else nullcontext(()) as signals,
-        recomputing(model, settings.recompute),
+        gradient_checkpointing_on(model, settings.gradient_checkpointing),
     ):
         while trainer.done < trainer.total:
             row = {"step": trainer.done, **trainer.step()}
@@ -112,14 +111,14 @@ def train_mask(
 
 
 @contextmanager
-def recomputing(model: Any, on: bool) -> Iterator[None]:
+def gradient_checkpointing_on(model: Any, on: bool) -> Iterator[None]:
     """Let the model's backward compute parts of each layer again, while the block lasts; then free what it holds."""
-    before = model.recompute
-    model.recompute = before or on
+    before = model.gradient_checkpointing
+    model.gradient_checkpointing = before or on
     try:
         yield
     finally:
-        model.recompute = before
+        model.gradient_checkpointing = before
         model.cuda_graphs.clear()
 
 
@@ -127,24 +126,26 @@ class _Trainer:
     """State of a training run: `step` does one step, `state` and `restore` carry it over an interruption."""
 
     def __init__(
-        self, model: Any, break_task: Any, keep_task: Any, settings: MaskSettings, allowed: Tensor | None
+        self, model: Any, break_task: Any, keep_task: Any, settings: MaskConfig, allowed: Tensor | None
     ) -> None:
-        check(settings, len(model.graph), allowed)
+        check_mask(settings, len(model.graph), None if allowed is None else int(allowed.sum()))
         self.model, self.break_task, self.keep_task, self.settings = model, break_task, keep_task, settings
         self.weights = model.mask.weights
         self.allowed = None if allowed is None else allowed.to(self.weights.device)
         self.objective = StepObjective(model, keep_task, break_task, settings)
-        self.means = LearnedMeans(model, settings.means_lr) if settings.means_lr and settings.max_edges else None
+        self.means = (
+            AblationConstants(model, settings.constants_lr) if settings.constants_lr and settings.max_edges else None
+        )
         self.done = 0
         self.phases = [
             (self._find, settings.relax_steps + settings.anneal_steps),
             (self._refine, settings.refine_rounds),
-            (self._settle, settings.means_steps if self.means is not None else 0),
+            (self._settle, settings.constants_steps if self.means is not None else 0),
         ]
         self.total = sum(steps for _, steps in self.phases) if settings.max_edges else 0
         method = {**METHODS, GIVEN: GivenEdges}[settings.method]
         self.method = method(model, settings, self.allowed, self.objective.draw, self._backward)
-        self.search = MeasuredSearch(settings.max_edges, self.allowed, settings.refine_price, settings.tries)
+        self.search = EdgeRefiner(settings.max_edges, self.allowed, settings.min_gain, settings.moves_per_round)
         model.mask.reset_()
 
     def step(self) -> dict[str, Any]:
@@ -215,37 +216,3 @@ class _Trainer:
     def _lowest(self, count: int) -> Tensor:
         """Binary mask that cuts the `count` lowest of the weights that rounding would cut."""
         return lowest_cut(self.weights, count, threshold=0.5)
-
-
-def check(settings: MaskSettings, n_edges: int, allowed: Tensor | None = None) -> None:
-    """Raise a `UserError` for settings that make no sense."""
-    if not 0 <= settings.max_edges <= n_edges:
-        raise UserError(f"max_edges {settings.max_edges} is not between 0 and the model's {n_edges:,} edges.")
-    if settings.method not in (*METHODS, GIVEN):
-        raise UserError(f"method {settings.method!r} is not one of {', '.join((*METHODS, GIVEN))}.")
-    if settings.method == GIVEN and settings.max_edges and (allowed is None or allowed.sum() > settings.max_edges):
-        raise UserError(
-            f"method {GIVEN} cuts all edges that may be cut. Give `allowed`, with at most max_edges of them, in code; "
-            "scripts that find edges take another method."
-        )
-    phases = ("relax_steps", "anneal_steps", "refine_rounds", "means_steps")
-    for name in (*phases, "round_every", "ig_steps", "micro_batch", "sparsity", "means_lr"):
-        if getattr(settings, name) < 0:
-            raise UserError(f"{name} is {getattr(settings, name)}; it cannot be negative.")
-    for name in ("batch_size", "refine_batch_size", "tries", "lr", "candidates"):
-        if getattr(settings, name) <= 0:
-            raise UserError(f"{name} is {getattr(settings, name)}; it must be above 0.")
-    if settings.means_goal not in ("keep", "objective"):
-        raise UserError(f"means_goal {settings.means_goal!r} is neither keep nor objective.")
-    if settings.means_lr and settings.means_goal == "keep" and settings.keep_weight <= 0:
-        raise UserError(
-            f"what cut edges carry cannot be learned for a loss of weight {settings.keep_weight}. Set means_goal to "
-            "objective, means_lr to 0, or keep_weight above 0."
-        )
-    if not 0 < settings.chance < 1:
-        raise UserError(f"chance is {settings.chance}; it must be above 0 and below 1.")
-    if settings.method == "attribution" and settings.ig_steps > settings.relax_steps + settings.anneal_steps:
-        raise UserError(
-            f"ig_steps {settings.ig_steps} are more than the {settings.relax_steps + settings.anneal_steps} steps of "
-            "relax_steps and anneal_steps, of which each takes one gradient. Give more of these, or fewer points."
-        )

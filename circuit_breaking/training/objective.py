@@ -66,7 +66,7 @@ class StepObjective:
         self.model, self.micro_batch = model, settings.micro_batch
         cap = settings.break_cap or math.log(len(model.unembedding))
         self.keep = Term(keep_task, settings.keep_weight)
-        self.broken = Term(break_task, -settings.alpha, cap, settings.means_goal == "objective")
+        self.broken = Term(break_task, -settings.alpha, cap, settings.constants_loss == "objective")
         self.losses = (0.0, 0.0)
 
     def draw(self, batch_size: int) -> Objective:

@@ -1,7 +1,7 @@
 """What cut edges carry, learned with the mask: one constant a node (optimal ablation; Li and Janson 2024; layer 3).
 
 Zero or a mean output may be far from anything that a reader is used to, so that a cut harms for that alone. Here the
-constants are learned from the engine's gradient of its means, by `means_goal` for one of two things:
+constants are learned from the engine's gradient of its means, by `constants_loss` for one of two things:
 
 keep        The ordinary loss alone, as Li and Janson define them: the constants with which the model does best what it
             is meant to do. What they do to the behaviour is the cuts' own doing.
@@ -17,7 +17,7 @@ from torch import Tensor
 from circuit_breaking.runs.checkpoints import optimizer_state, restore_optimizer
 
 
-class LearnedMeans:
+class AblationConstants:
     """The constants of a model, [P, D], from its own means or zero on, with their optimizer (AdamW without decay)."""
 
     def __init__(self, model: Any, lr: float) -> None:

@@ -17,17 +17,7 @@ from tqdm import tqdm
 from circuit_breaking.engine.mask import lowest_cut
 from circuit_breaking.errors import UserError
 from circuit_breaking.training.attribution import edge_gradients
-
-
-@dataclass
-class PruneSettings:
-    """How edges are pruned."""
-
-    rounds: int = 20  # rounds of a stage, each with one gradient
-    shrink: float = 0.8  # edges kept after a stage, of those kept before
-    memory: float = 0.9  # weight of older gradients in an edge's worth
-    batch_size: int = 20  # examples of a round
-    fewest: int = 1  # edges below which pruning ends
+from circuit_breaking.training.config import PruneSettings, check_prune
 
 
 @dataclass
@@ -50,15 +40,7 @@ def prune(model: Any, task: Any, settings: PruneSettings) -> Iterator[Stage]:
     Raises:
         UserError: a setting makes no sense, or a gradient is not finite.
     """
-    for name, right in (
-        ("rounds", settings.rounds >= 1),
-        ("shrink", 0 < settings.shrink < 1),
-        ("memory", 0 <= settings.memory < 1),
-        ("batch_size", settings.batch_size >= 1),
-        ("fewest", settings.fewest >= 1),
-    ):
-        if not right:
-            raise UserError(f"{name} is {getattr(settings, name)}, with which edges cannot be pruned.")
+    check_prune(settings)
     mask = torch.ones_like(model.mask.weights)
     every = kept = len(mask)
     cost: Tensor | None = None  # minus an edge's worth

@@ -23,14 +23,14 @@ class Move:
 
 
 @dataclass
-class MeasuredSearch:
+class EdgeRefiner:
     """State of the search over binary masks that cut at most `max_edges`.
 
     Attributes:
         max_edges: the budget; no mask that is visited exceeds it.
         allowed: bool [E], edges that may be cut; all when None.
-        price: what a cut edge must win at least, in the objective's units.
-        tries: most changes that are measured in a round.
+        min_gain: what a cut edge must win at least, in the objective's units.
+        moves_per_round: most changes that are measured in a round.
         memory: weight of older gradients in their running mean, which evens out the noise of one batch.
         gradient: that running mean [E].
         correction: what to add to the first-order gain of flipping each edge [E], from what was measured before.
@@ -38,8 +38,8 @@ class MeasuredSearch:
 
     max_edges: int
     allowed: Tensor | None = None
-    price: float = 0.0
-    tries: int = 8
+    min_gain: float = 0.0
+    moves_per_round: int = 8
     memory: float = 0.5
     gradient: Tensor | None = None
     correction: Tensor | None = None
@@ -71,7 +71,7 @@ class MeasuredSearch:
         before, gradient = differentiate(mask, objective)
         self._remember(mask, gradient)
         start, value = mask, before
-        for move in self._moves(mask)[: self.tries]:
+        for move in self._moves(mask)[: self.moves_per_round]:
             at = list(move.edges)
             candidate = mask.clone()
             candidate[at] = 1 - candidate[at]
@@ -79,7 +79,7 @@ class MeasuredSearch:
                 continue  # an earlier change of this round has overtaken it
             with torch.no_grad():
                 after = float(objective(candidate))
-            gain = value - after - self.price * int((mask - candidate).sum())
+            gain = value - after - self.min_gain * int((mask - candidate).sum())
             for edge in at:
                 self.correction[edge] += (gain - move.predicted) / len(at)
             if gain > 0:
@@ -95,13 +95,13 @@ class MeasuredSearch:
             self.correction = torch.zeros_like(gradient)
         # flipping an edge back would lose what its flip gained
         for edge, gain in self._flipped.items():
-            self.correction[edge] = -gain - float((self.gradient[edge] - self.price) * (2 * mask[edge] - 1))
+            self.correction[edge] = -gain - float((self.gradient[edge] - self.min_gain) * (2 * mask[edge] - 1))
         self._flipped.clear()
 
     def _gains(self, mask: Tensor) -> Tensor:
         """What flipping each edge is expected to gain, [E]; -inf where it may not be."""
         # a cut gains F(1) - F(0), for which the gradient at either end is the first-order estimate
-        gains = (self.gradient - self.price) * (2 * mask - 1) + self.correction
+        gains = (self.gradient - self.min_gain) * (2 * mask - 1) + self.correction
         return gains if self.allowed is None else gains.masked_fill(~self.allowed & (mask == 1), float("-inf"))
 
     def _moves(self, mask: Tensor) -> list[Move]:
@@ -109,7 +109,7 @@ class MeasuredSearch:
         gains = self._gains(mask)
         cut = (mask == 0).nonzero()[:, 0].tolist()
         restore = sorted(((float(gains[edge]), edge) for edge in cut), reverse=True)
-        top = gains.masked_fill(mask == 0, float("-inf")).topk(min(self.tries, len(gains)))
+        top = gains.masked_fill(mask == 0, float("-inf")).topk(min(self.moves_per_round, len(gains)))
         add = [(g, edge) for g, edge in zip(top.values.tolist(), top.indices.tolist(), strict=True) if g > 0]
         moves = [Move((edge,), gain) for gain, edge in restore if gain > 0]
         if len(cut) < self.max_edges:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from circuit_breaking.runs.run_folder import recorded
-from circuit_breaking.training.config import MaskSettings
+from circuit_breaking.training.config import MaskConfig
 from circuit_breaking.training.mask_trainer import MaskResult, train_mask
 
 
@@ -17,7 +17,7 @@ def train_into(
     model: Any,
     break_task: Any,
     keep_task: Any,
-    settings: MaskSettings,
+    settings: MaskConfig,
     allowed: Tensor | None = None,
     run: Mapping[str, Any] | None = None,
     resume: bool = True,

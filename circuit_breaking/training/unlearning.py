@@ -25,22 +25,10 @@ from torch import Tensor, nn
 
 from circuit_breaking.errors import UserError
 from circuit_breaking.models.tokens import TokenBatch
+from circuit_breaking.training.config import LossSettings
 
 MLP_OUT = re.compile(r"\.(\d+)\.(?:mlp|feed_forward)\.(?:c_proj|down_proj|dense_4h_to_h|fc_out)\.weight$")
 Weights = dict[str, Tensor]
-
-
-@dataclass
-class LossSettings:
-    """What the methods leave open."""
-
-    ratio: float = 0.2  # joint: weight of the toxic loss (paper: eq. 4), as alpha is for masks
-    cap: float = 0.0  # joint and ascent: most that one toxic prediction counts with, nats; 0: log of the vocabulary
-    npo_beta: float = 0.1  # npo: inverse temperature (Zhang et al.: 0.1)
-    npo_retain: float = 1.0  # npo: weight of the ordinary loss
-    rmu_layer: int = -1  # rmu: layer whose output is steered, from 0; -1: the one at half the depth
-    rmu_steer: float = 5.0  # rmu: length of the target, in mean lengths of the activations
-    rmu_retain: float = 100.0  # rmu: weight of leaving ordinary activations as they were
 
 
 def prediction_losses_of(model: nn.Module, batch: TokenBatch) -> tuple[Tensor, Tensor]:

@@ -1,10 +1,10 @@
 """Learn a mask over a model's weights (layer 3).
 
-Minimises  keep_weight · L_keep(m) - alpha · L_break(m) + price · (units masked)  over which units are set to zero
+Minimises  keep_weight · L_keep(m) - alpha · L_break(m) + penalty · (units masked)  over which units are set to zero
 (`weight_masks.UNITS` says what a unit is), at most `max_masked` of them:
 
 choose   First-order effect of masking each unit, from one batch of each task; the most promising are candidates.
-relax    Each candidate has a weight in [0, 1], learned by a method of `METHODS`, with a price that rises.
+relax    Each candidate has a weight in [0, 1], learned by a method of `METHODS`, with a penalty that rises.
 anneal   The forward sees a binary mask of at most k units; gradients pass straight through. k falls to the budget.
 
 Candidates, and why this takes little memory, are in `weight_candidates`. When training ends, well or not, the weights
@@ -36,31 +36,9 @@ from circuit_breaking.runs.checkpoints import (
 )
 from circuit_breaking.runs.signals import stop_signals
 from circuit_breaking.tasks.stock_model import StockModel
-from circuit_breaking.training.gates import METHODS, falling_count, next_price
+from circuit_breaking.training.config import WeightMaskSettings, check_weight_mask, weight_budget
+from circuit_breaking.training.gates import METHODS, falling_count, next_penalty
 from circuit_breaking.training.weight_units import Candidates, choose, gradients_taken
-
-BUDGETS = {"weight": 0.0005, "neuron": 0.04, "head": 0.25}  # share of all units that may be masked by default
-
-
-@dataclass
-class WeightMaskSettings:
-    """How a mask over weights is learned. Losses are in nats; a step sees `batch_size` texts of each task."""
-
-    granularity: str = "weight"  # what is masked as a whole: weight, neuron or head
-    max_masked: int | None = (
-        None  # most units that may be masked, a promise; None: 0.05% of weights, 4% of neurons, 25% of heads
-    )
-    method: str = "clamped"  # weights in [0, 1]: clamped as in the paper, or hard-concrete (Louizos et al. 2018)
-    alpha: float = 0.2  # weight of the loss to raise; negative to lower it too
-    keep_weight: float = 1.0  # weight of the loss to keep low
-    break_cap: float = 0.0  # most that one prediction counts towards the broken loss; 0: log of the vocabulary
-    candidates: int = 10  # units that are learned about, as a multiple of max_masked
-    choose_size: int = 50  # texts of each task by which candidates are chosen
-    relax_steps: int = 100  # steps with weights in [0, 1]
-    anneal_steps: int = 100  # steps with binary masks
-    batch_size: int = 10  # texts of each task a step
-    lr: float = 0.05  # Adam, on weights in [0, 1] (clamped) or on log odds (hard-concrete)
-    sparsity: float = 0.002  # price of masking the whole budget at the end of the relax phase, nats
 
 
 @dataclass
@@ -100,7 +78,8 @@ def train_weight_mask(
         Stopped: a signal ended the run; its state is saved.
     """
     settings = settings or WeightMaskSettings()
-    budget = check(settings, sum(matrix.count for matrix in find_matrices(hf, settings.granularity)))
+    check_weight_mask(settings)
+    budget = weight_budget(settings, sum(matrix.count for matrix in find_matrices(hf, settings.granularity)))
     start, history = time.perf_counter(), []
     before = 0.0 if resume_from is None else resume_from.values["seconds"]
     trainer = _Trainer(hf, break_task, keep_task, settings, budget, resume_from)
@@ -151,7 +130,7 @@ class _Trainer:
         self.total = settings.relax_steps + settings.anneal_steps
         self.units: dict[str, Tensor] = {}  # the mask, once it is learned
         self.saved, self.done = saved, 0 if saved is None else saved.step
-        self.price, self.first = settings.sparsity / max(1, budget), 0  # the latter: masked as annealing begins
+        self.penalty, self.first = settings.penalty / max(1, budget), 0  # the latter: masked as annealing begins
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors that the next steps depend on: candidates, what is learned of them, the tasks' states."""
@@ -161,7 +140,7 @@ class _Trainer:
 
     def values(self) -> dict[str, Any]:
         """All else that they depend on."""
-        return {"price": self.price, "first": self.first}
+        return {"penalty": self.penalty, "first": self.first}
 
     def _start(self) -> bool:
         """Choose candidates, or take those of the saved state; False if there are none."""
@@ -179,7 +158,7 @@ class _Trainer:
         if self.saved is not None:
             restore_training(self.optimizer, {"gates": self.method.parameter}, self.saved.tensors)
             restore_parts(self.saved.tensors, self.tasks, self.method.parameter.device)
-            self.price, self.first = self.saved.values["price"], self.saved.values["first"]
+            self.penalty, self.first = self.saved.values["penalty"], self.saved.values["first"]
         return True
 
     def rows(self) -> Iterator[dict[str, Any]]:
@@ -203,7 +182,7 @@ class _Trainer:
 
     def _relax(self) -> dict[str, Any]:
         ramp = min(1.0, 2 * self.done / self.settings.relax_steps)
-        return self._step("relax", self.method.sample(), ramp * self.price)
+        return self._step("relax", self.method.sample(), ramp * self.penalty)
 
     def _anneal(self) -> dict[str, Any]:
         number, scores = self.done - self.settings.relax_steps - 1, self.method.scores()
@@ -212,8 +191,8 @@ class _Trainer:
             self.first = max(self.budget, lowest)
         count = falling_count(self.first, self.budget, number, self.settings.anneal_steps)
         binary = lowest_cut(scores.detach(), count, threshold=0.5)
-        self.price = next_price(self.price, lowest, count)
-        return self._step("anneal", binary + (scores - scores.detach()), self.price)
+        self.penalty = next_penalty(self.penalty, lowest, count)
+        return self._step("anneal", binary + (scores - scores.detach()), self.penalty)
 
     def _choose(self) -> list[tuple[Matrix, Tensor]]:
         """Empty if masking anything would only harm, to first order."""
@@ -226,7 +205,7 @@ class _Trainer:
 
         return choose(self.hf, self.settings.granularity, self.settings.candidates * self.budget, backward)
 
-    def _step(self, phase: str, values: Tensor, price: float) -> dict[str, Any]:
+    def _step(self, phase: str, values: Tensor, penalty: float) -> dict[str, Any]:
         settings, candidates, method = self.settings, self.candidates, self.method
         candidates.write(values.detach())
         candidates.gradient.zero_()
@@ -237,7 +216,7 @@ class _Trainer:
         (-settings.alpha * broken).backward()
         loss = float(self._weigh(keep, broken).detach())
         self.optimizer.zero_grad()
-        ((values * candidates.gradient).sum() + price * method.masked()).backward()
+        ((values * candidates.gradient).sum() + penalty * method.masked()).backward()
         self.optimizer.step()
         method.settle_()
         n_masked = int((method.scores() < 0.5).sum())
@@ -245,7 +224,7 @@ class _Trainer:
         return {"phase": phase, **losses, "n_masked": n_masked}
 
     def _weigh(self, keep: Tensor, broken: Tensor) -> Tensor:
-        """The objective without its price."""
+        """The objective without its penalty."""
         loss = self.settings.keep_weight * keep - self.settings.alpha * broken
         if not math.isfinite(float(loss.detach())):
             raise UserError(
@@ -253,21 +232,3 @@ class _Trainer:
                 "Lower the learning rate or alpha."
             )
         return loss
-
-
-def check(settings: WeightMaskSettings, n_units: int) -> int:
-    """The budget in units. Raises a `UserError` for settings that make no sense."""
-    if settings.method not in METHODS:
-        raise UserError(f"method {settings.method!r} is not one of {', '.join(METHODS)}.")
-    for name in ("relax_steps", "anneal_steps", "sparsity"):
-        if getattr(settings, name) < 0:
-            raise UserError(f"{name} is {getattr(settings, name)}; it cannot be negative.")
-    for name in ("batch_size", "choose_size", "lr", "candidates"):
-        if getattr(settings, name) <= 0:
-            raise UserError(f"{name} is {getattr(settings, name)}; it must be above 0.")
-    budget = settings.max_masked
-    if budget is None:
-        budget = round(BUDGETS[settings.granularity] * n_units)
-    if not 0 <= budget <= n_units:
-        raise UserError(f"max_masked {budget} is not between 0 and the model's {n_units:,} {settings.granularity}s.")
-    return budget

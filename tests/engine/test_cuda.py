@@ -16,7 +16,7 @@ from circuit_breaking.engine import reads
 from circuit_breaking.engine.load import load_model
 from circuit_breaking.engine.reference import NaiveEdgeMasked
 from circuit_breaking.models.load import TINY
-from circuit_breaking.training.config import MaskSettings
+from circuit_breaking.training.config import MaskConfig
 from circuit_breaking.training.mask_trainer import train_mask
 from circuit_breaking.training.weight_trainer import WeightMaskSettings, train_weight_mask
 
@@ -28,7 +28,7 @@ WAYS = ("replayed", "launched", "recomputed", "summed")
 def set_way(model, way, monkeypatch):
     """Let passes be replayed, launched one by one, recomputed, or done by running sums as those of large models are."""
     model.cuda_graphs.clear()
-    model.cuda_graphs.enabled, model.recompute = way == "replayed", way == "recomputed"
+    model.cuda_graphs.enabled, model.gradient_checkpointing = way == "replayed", way == "recomputed"
     if way == "summed":  # the last of them
         monkeypatch.setattr(reads, "SMALL_PRODUCT", 0)
 
@@ -87,7 +87,7 @@ def test_bfloat16_is_near_float32():
 @pytest.mark.parametrize("max_edges", [0, 7])
 def test_training_keeps_the_budget_there(method, max_edges):
     model = load_model(small_gpt2(), device=GPU)
-    settings = MaskSettings(**QUICK, max_edges=max_edges, method=method)
+    settings = MaskConfig(**QUICK, max_edges=max_edges, method=method)
     result = train_mask(model, make_task("break", 1), make_task("keep", 5), settings, progress=False)
     assert len(result.edges) <= max_edges and len(result.edges) == model.mask.n_cut()
     assert model.mask.weights.device.type == GPU
@@ -95,7 +95,7 @@ def test_training_keeps_the_budget_there(method, max_edges):
 
 def test_training_learns_constants_there():
     model = load_model(small_gpt2(), device=GPU)
-    settings = MaskSettings(**QUICK, max_edges=5, means_lr=0.05)
+    settings = MaskConfig(**QUICK, max_edges=5, constants_lr=0.05)
     keep = make_task("keep", 5)
     model.means = keep.compute_means(model)
     before = model.means.clone()
@@ -120,7 +120,7 @@ def test_generation_is_the_engines(family):
 
 def test_weight_masks_are_learned_there():
     settings = WeightMaskSettings(
-        max_masked=30, relax_steps=4, anneal_steps=4, batch_size=3, choose_size=6, lr=0.3, sparsity=0
+        max_masked=30, relax_steps=4, anneal_steps=4, batch_size=3, choose_size=6, lr=0.3, penalty=0
     )
     hf = small_gpt2().to(GPU)
     result = train_weight_mask(hf, make_task("break", 1), make_task("keep", 5), settings, progress=False)
@@ -132,8 +132,8 @@ SMALL = ("--num-texts", 20, "--num-prompts", 5, "--samples", 1)
 CHAINS = {
     "toxicity": [
         ("toxicity/compute_means.py", "--num-texts", 30, "--out", "{out}/means.safetensors"),
-        ("toxicity/train_mask.py", *SHORT, "--means", "{out}/means.safetensors", "--means-lr", 0.01, "--means-steps", 3,
-         "--run", "cut", "--out", "{out}"),
+        ("toxicity/train_mask.py", *SHORT, "--means", "{out}/means.safetensors", "--constants-lr", 0.01,
+         "--constants-steps", 3, "--run", "cut", "--out", "{out}"),
         ("toxicity/finetune_gpt2.py", "--steps", 4, "--check-every", 2, "--lrs", 1e-4, "--run", "tuned",
          "--out", "{out}"),
         ("toxicity/evaluation.py", "--models", "{out}/tuned/finetuned", *SMALL, "--num-uniform", 20, "--num-control", 5,

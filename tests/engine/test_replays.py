@@ -12,7 +12,7 @@ from helpers.tasks import QUICK, make_task
 
 from circuit_breaking.engine import cuda_graphs, masked_pass
 from circuit_breaking.engine.load import load_model
-from circuit_breaking.training.config import MaskSettings
+from circuit_breaking.training.config import MaskConfig
 from circuit_breaking.training.mask_trainer import train_mask
 
 DEVICE = "cuda" if "TEST_GPU" in os.environ else "cpu"
@@ -117,7 +117,7 @@ def test_training_is_the_same_replayed_or_launched():
         model = load_model(small_gpt2(), device=DEVICE, dtype="float64")
         model.cuda_graphs.enabled = on
         torch.manual_seed(0)
-        settings = MaskSettings(**{**QUICK, "relax_steps": 20}, max_edges=7)
+        settings = MaskConfig(**{**QUICK, "relax_steps": 20}, max_edges=7)
         results.append(train_mask(model, make_task("break", 1), make_task("keep", 5), settings, progress=False))
         assert not model.cuda_graphs._kept  # given back
     assert results[0].edges == results[1].edges

@@ -15,8 +15,9 @@ from circuit_breaking.engine.reference import NaiveEdgeMasked
 from circuit_breaking.errors import UserError
 from circuit_breaking.evaluation.compared_models import ComparedModel
 from circuit_breaking.evaluation.generate import Sampling
-from circuit_breaking.evaluation.relearn import RelearnSettings, check, relearn, toxicity_after, with_context
+from circuit_breaking.evaluation.relearn import relearn, toxicity_after, with_context
 from circuit_breaking.models.tokens import pad_right
+from circuit_breaking.training.config import RelearnSettings, check_relearn
 
 EDGES = ["embed->a0.1", "a0.0->m1", "a0.1->a1.2", "a0.1->a2.0", "m0->a2.0", "m1->output", "embed->output"]
 
@@ -91,7 +92,7 @@ def test_relearning_that_explodes_is_noted():
     assert [row["step"] for row in rows] == [0] and "not finite at step 1" in note
     for changes in ({"checks": ()}, {"checks": (-1,)}, {"lr": 0.0}, {"batch_size": 0}):
         with pytest.raises(UserError, match=next(iter(changes))):
-            check(RelearnSettings(**changes))
+            check_relearn(RelearnSettings(**changes))
 
 
 class FirstToken:

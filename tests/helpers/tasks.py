@@ -6,7 +6,7 @@ from circuit_breaking.engine.load import load_model
 from circuit_breaking.models.tokens import TokenBatch
 from circuit_breaking.tasks import IOITask, TextTask
 from circuit_breaking.tasks.ioi import PromptBatch
-from circuit_breaking.training.config import MaskSettings
+from circuit_breaking.training.config import MaskConfig
 from circuit_breaking.training.mask_trainer import train_mask
 from helpers.models import small_gpt2
 
@@ -16,7 +16,7 @@ QUICK = {
     "refine_rounds": 7,
     "batch_size": 3,
     "refine_batch_size": 4,
-    "means_steps": 2,
+    "constants_steps": 2,
 }
 
 
@@ -28,7 +28,7 @@ def make_task(name, seed):
 
 def run(model=None, allowed=None, **changes):
     model = model or load_model(small_gpt2(), device="cpu")
-    settings = MaskSettings(**{**QUICK, **changes})
+    settings = MaskConfig(**{**QUICK, **changes})
     return train_mask(model, make_task("break", 1), make_task("keep", 5), settings, allowed, progress=False), model
 
 

@@ -16,11 +16,12 @@ from circuit_breaking.engine.load import load_model
 from circuit_breaking.runs.checkpoints import NEWEST, PREVIOUS, Checkpoints
 from circuit_breaking.runs.run_folder import locked
 from circuit_breaking.runs.signals import Stopped, stop_signals
-from circuit_breaking.training.config import MaskSettings
+from circuit_breaking.training.config import MaskConfig
 from circuit_breaking.training.edge_methods import METHODS, relaxing
 from circuit_breaking.training.mask_trainer import train_mask
 
-SETTINGS = MaskSettings(max_edges=6, **QUICK)  # 18 steps in three phases
+LOW_START = {"anneal_start": 0.1, "measure_new_cuts": True}
+SETTINGS = MaskConfig(max_edges=6, **QUICK)  # 18 steps in three phases
 
 
 def run(checkpoints=None, die_at=None, how=None, **changes):
@@ -40,19 +41,19 @@ def run(checkpoints=None, die_at=None, how=None, **changes):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"method": "clamped"}, {"method": "clamped", "candidates": 0.1}, {"method": "hard-concrete"}]
+    "changes", [{"method": "clamped"}, {"method": "clamped", **LOW_START}, {"method": "hard-concrete"}]
 )
 def test_masks_of_all_budgets_may_begin_with_one_relax_phase(tmp_path, changes):
     phase = relaxing(replace(SETTINGS, **changes))
     shared = Checkpoints(tmp_path / "shared", {"shared": True})
     torch.manual_seed(4)
-    _, first = run(shared, **changes, **phase, means_lr=0.05)
+    _, first = run(shared, **changes, **phase, constants_lr=0.05)
     for budget in (1, 3, 9):
         torch.manual_seed(4)
-        expected, rows = run(max_edges=budget, means_lr=0.05, **changes)
+        expected, rows = run(max_edges=budget, constants_lr=0.05, **changes)
         own = Checkpoints(tmp_path / str(budget), {"budget": budget})
         shared.hand_on(own)
-        found, more = run(own, max_edges=budget, means_lr=0.05, **changes)
+        found, more = run(own, max_edges=budget, constants_lr=0.05, **changes)
         assert torch.equal(found, expected) and first + more == rows and len(first) == QUICK["relax_steps"]
 
 
@@ -63,7 +64,7 @@ def test_what_has_no_relax_phase_has_none_to_share():
 
 @pytest.mark.parametrize(
     "changes",
-    [{"method": method} for method in METHODS] + [{"method": "attribution", "ig_steps": 4}, {"candidates": 0.1}],
+    [{"method": method} for method in METHODS] + [{"method": "attribution", "ig_steps": 4}, LOW_START],
 )
 @pytest.mark.parametrize("die_at", range(1, 18))
 def test_a_killed_run_comes_out_the_same(tmp_path, die_at, changes):

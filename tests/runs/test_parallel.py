@@ -51,7 +51,7 @@ def test_two_processes_find_what_one_finds(tmp_path):
     for name, expected in one["found"].items():
         found = two[0]["found"][name]
         close = 1e-4 if name == "IOI" else 1e-6  # float32 logits there
-        steps = 20 if "means_lr" in parallel_case.CASES[name] else 18
+        steps = 20 if "constants_lr" in parallel_case.CASES[name] else 18
         assert found["weights"] == expected["weights"] and len(expected["rows"]) == steps, name
         for key in ("rows", "means"):
             torch.testing.assert_close(torch.tensor(found[key]), torch.tensor(expected[key]), atol=close, rtol=close)

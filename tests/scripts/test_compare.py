@@ -26,8 +26,8 @@ from circuit_breaking.tasks.base import TextTask
 compare = load_script("toxicity/compare.py")
 LENGTH = 50  # the scripts' own
 QUICK = {
-    "relax_steps": 2, "anneal_steps": 3, "refine_rounds": 1, "tries": 2, "batch_size": 3, "refine_batch_size": 3,
-    "means_steps": 2,
+    "relax_steps": 2, "anneal_steps": 3, "refine_rounds": 1, "moves_per_round": 2, "batch_size": 3,
+    "refine_batch_size": 3, "constants_steps": 2,
 }  # fmt: skip
 SHORT = [f"--training.{name.replace('_', '-')}={value}" for name, value in QUICK.items()]
 LITTLE = {"relearn.py": ["--new-tokens=4", "--checks", "0", "2", "4"], "evaluation.py": ["--new-tokens=6"]}

@@ -11,11 +11,11 @@ from circuit_breaking.figures.methods import draw_methods, table
 from circuit_breaking.runs.files import read_csv, read_json, write_json, write_jsonl, write_text
 from circuit_breaking.runs.tensors import read_tensors
 from circuit_breaking.tasks import TextTask
-from circuit_breaking.training.config import MaskSettings
+from circuit_breaking.training.config import MaskConfig
 
 script = load_script("toxicity/compare_methods.py")
-QUICK = MaskSettings(
-    relax_steps=3, anneal_steps=2, refine_rounds=2, batch_size=3, refine_batch_size=6, tries=2, alpha=1.0
+QUICK = MaskConfig(
+    relax_steps=3, anneal_steps=2, refine_rounds=2, batch_size=3, refine_batch_size=6, moves_per_round=2, alpha=1.0
 )
 LINES = ("clamped", "hard-concrete", "attribution", "clamped alone", "attribution alone", "random")
 
@@ -86,7 +86,7 @@ def test_every_method_sees_as_many_texts(finished):
     folder, drawn = finished
     assert len(drawn) == 20 and all(each == {"toxic text": 27, "ordinary text": 27} for each in drawn)
     assert read_json(folder / "methods.json")["texts_seen"] == {"refined": 27, "alone": 27}
-    for training in (MaskSettings(), MaskSettings(relax_steps=0), MaskSettings(relax_steps=0, anneal_steps=0), QUICK):
+    for training in (MaskConfig(), MaskConfig(relax_steps=0), MaskConfig(relax_steps=0, anneal_steps=0), QUICK):
         alone = script.unrefined(training)
         assert alone.refine_rounds == 0
         assert 0 <= script.texts_seen(training) - script.texts_seen(alone) < training.batch_size
@@ -156,7 +156,7 @@ def test_files_that_cannot_be_drawn(tmp_path, about):
         ({"alone": ("magic",)}, "method 'magic' is not one of"),
         ({"seeds": 0}, "seeds is 0"),
         ({"random_seeds": -1}, "random_seeds is -1"),
-        ({"training": MaskSettings(means_lr=0.1)}, "means_lr"),
+        ({"training": MaskConfig(constants_lr=0.1)}, "constants_lr"),
     ],
 )
 def test_settings_that_make_no_sense(data, tmp_path, changes, message):

@@ -12,7 +12,7 @@ from helpers.scripts import PLAIN, RUDE, load_script, save_small_model
 from circuit_breaking.runs.files import ROOT, read_jsonl
 from circuit_breaking.runs.tensors import read_tensors
 
-PHASES = ["--relax-steps=40", "--anneal-steps=40", "--refine-rounds=50", "--tries=4"]
+PHASES = ["--relax-steps=40", "--anneal-steps=40", "--refine-rounds=50", "--moves-per-round=4"]
 
 
 def command(folder, name):
@@ -41,7 +41,7 @@ def test_the_same_seed_gives_the_same_files_twice(tmp_path):
     settings = script.Settings(
         model=str(tmp_path / "model"), toxic_train=tmp_path / "train.jsonl", toxic_test=tmp_path / "test.jsonl",
         ordinary=str(tmp_path / "plain.txt"), out=tmp_path, resume=False, max_edges=5, test_texts=10, device="cpu",
-        relax_steps=6, anneal_steps=6, refine_rounds=7, tries=4, means_lr=0.05, means_steps=3,
+        relax_steps=6, anneal_steps=6, refine_rounds=7, moves_per_round=4, constants_lr=0.05, constants_steps=3,
     )  # fmt: skip
     found = []
     for _ in range(2):

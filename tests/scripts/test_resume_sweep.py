@@ -19,12 +19,12 @@ from circuit_breaking.runs.run_folder import locked
 from circuit_breaking.runs.signals import Stopped
 from circuit_breaking.runs.tensors import read_tensors
 from circuit_breaking.training import mask_trainer as training
-from circuit_breaking.training.config import MaskSettings
+from circuit_breaking.training.config import MaskConfig
 
 sweep = load_script("toxicity/sweep_masks.py")
-QUICK = MaskSettings(
-    relax_steps=4, anneal_steps=4, refine_rounds=3, means_steps=2,
-    tries=2, batch_size=3, refine_batch_size=3,
+QUICK = MaskConfig(
+    relax_steps=4, anneal_steps=4, refine_rounds=3, constants_steps=2,
+    moves_per_round=2, batch_size=3, refine_batch_size=3,
 )  # fmt: skip
 RELAX, STEPS, SETTLE = 4, 11, 2  # of the phase that budgets share, of a mask, and more where it learns what it carries
 # steps of the trainings of the sweep below, first to last: what is shared, and what masks do behind it; random edges
@@ -106,7 +106,7 @@ def test_sharing_a_phase_changes_nothing(data, whole):  # noqa: F811
         model = load_model(settings.model, device="cpu")
         model.means = compute_means(model, splits.ordinary["train"][:20])
         torch.manual_seed(seed)
-        how = replace(QUICK, max_edges=int(budget), means_lr=settings.learned_lr if ablation == "optimal" else 0.0)
+        how = replace(QUICK, max_edges=int(budget), constants_lr=settings.learned_lr if ablation == "optimal" else 0.0)
         result = training.train_mask(model, *splits.tasks(seed), how, progress=False)
         assert [{**row, "seconds": 0} for row in result.history] == rows
         assert [str(edge) for edge in result.edges] == edges
@@ -163,8 +163,8 @@ def test_only_what_makes_a_difference_makes_a_mask_anew(data, tmp_path, monkeypa
         start(data, tmp_path, **{**few, **changes})
         assert len(counted) == masks * STEPS, changes
     counted.clear()
-    start(data, tmp_path, **{**few, "budgets": (2, 4), "large_refine_rounds": 1}, seed=1)
-    assert len(counted) == STEPS - 1  # that of 4 edges alone, with one round of refinement in place of two
+    start(data, tmp_path, **{**few, "budgets": (2, 4), "large_refine_rounds": 2}, seed=1)
+    assert len(counted) == STEPS - 1  # that of 4 edges alone, with two rounds of refinement in place of three
     (tmp_path / "sweep" / "masks" / "zero_2" / "mask.safetensors").write_bytes(b"no")
     counted.clear()
     start(data, tmp_path, **few, seed=1)

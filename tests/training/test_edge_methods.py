@@ -10,7 +10,7 @@ from circuit_breaking.engine.load import load_model
 from circuit_breaking.engine.mask import load_mask, save_mask
 from circuit_breaking.errors import UserError
 from circuit_breaking.training.attribution import eap, eap_ig
-from circuit_breaking.training.config import MaskSettings
+from circuit_breaking.training.config import MaskConfig
 from circuit_breaking.training.edge_methods import METHODS, ClampedEdges
 from circuit_breaking.training.gates import HardConcrete, falling_count
 
@@ -67,17 +67,17 @@ def test_only_allowed_edges_are_cut(method, refine_rounds):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_what_cut_edges_carry_is_learned_too(method):
-    result, model = run(small(), method=method, max_edges=5, means_lr=0.05, alpha=9.0)
+    result, model = run(small(), method=method, max_edges=5, constants_lr=0.05, alpha=9.0)
     assert model.means.abs().sum() > 0 and not model.means.requires_grad and 0 < len(result.edges) <= 5
 
 
-@pytest.mark.parametrize("means_lr", [0.0, 0.05])
-def test_given_edges_are_cut_all_the_time(means_lr):
+@pytest.mark.parametrize("constants_lr", [0.0, 0.05])
+def test_given_edges_are_cut_all_the_time(constants_lr):
     model = small()
     allowed = torch.arange(ALL) % 7 == 2
-    result, _ = run(model, allowed, method="given", max_edges=4, refine_rounds=0, means_lr=means_lr)
+    result, _ = run(model, allowed, method="given", max_edges=4, refine_rounds=0, constants_lr=constants_lr)
     assert torch.equal(result.weights == 0, allowed) and {row["n_cut"] for row in result.history} == {4}
-    assert (model.means is not None) == bool(means_lr)
+    assert (model.means is not None) == bool(constants_lr)
     for wrong in (None, torch.arange(ALL) < 5):
         with pytest.raises(UserError, match="method given cuts all edges"):
             run(small(), wrong, method="given", max_edges=4)
@@ -100,7 +100,7 @@ def test_the_objective_falls(method):
 
 def test_gates_are_sampled_as_the_paper_says():
     """Louizos et al. 2018, eq. 10 to 12, in numpy on the same noise; what is cut there is masked here."""
-    gates, beta, gamma, zeta = HardConcrete(400, torch.device("cpu"), chance=0.3), 2 / 3, -0.1, 1.1
+    gates, beta, gamma, zeta = HardConcrete(400, torch.device("cpu"), init_cut_prob=0.3), 2 / 3, -0.1, 1.1
     with torch.no_grad():
         gates.parameter.copy_(torch.linspace(-1.2, 1.2, 400))
     torch.manual_seed(5)
@@ -170,10 +170,10 @@ def test_targets_fall_geometrically_and_stay_for_the_last_quarter():
     assert counts == sorted(counts, reverse=True)
 
 
-def test_with_few_candidates_the_number_of_cuts_rises_to_the_budget():
+def test_from_a_low_start_the_number_of_cuts_rises_to_the_budget():
     counts = [falling_count(3, 48, number, 80) for number in range(80)]
     assert counts[0] == 3 and set(counts[60:]) == {48} and counts == sorted(counts)
-    changes = {"candidates": 0.01, "relax_steps": 8, "anneal_steps": 80, "refine_rounds": 0}
+    changes = {"anneal_start": 0.01, "measure_new_cuts": True, "relax_steps": 8, "anneal_steps": 80, "refine_rounds": 0}
     result, _ = run(small(), max_edges=12, alpha=5.0, **changes)
     cut = [row["n_cut"] for row in result.history]
     assert all(n <= falling_count(max(1, cut[7]), 12, number, 80) for number, n in enumerate(cut[8:]))
@@ -188,16 +188,19 @@ def test_a_cut_that_the_slope_misjudges_is_not_admitted():
         return mask.sum() + 100.0 * (mask[bad].detach() == 0)
 
     last = {}
-    for candidates in (0.01, 3.0):
+    for measured, start in ((True, 0.01), (False, 3.0)):
         model.mask.reset_()
-        settings = MaskSettings(max_edges=12, candidates=candidates, relax_steps=0, anneal_steps=120, sparsity=0.0)
+        settings = MaskConfig(
+            max_edges=12, anneal_start=start, measure_new_cuts=measured, relax_steps=0, anneal_steps=120,
+            edge_penalty=0.0,
+        )  # fmt: skip
         method = ClampedEdges(model, settings, None, lambda size: objective, lambda loss: loss.backward())
         model.mask.weights.data[bad] = 0.6  # the first to come
         cut = [method.step(number)[2] for number in range(120)]
         assert max(cut[90:]) <= 12
         model.mask.keep_budget_(12)
-        last[candidates] = set((model.mask.weights == 0).nonzero()[:, 0].tolist())
-    assert bad in last[3.0] and bad not in last[0.01] and 0 < len(last[0.01]) <= 12
+        last[measured] = set((model.mask.weights == 0).nonzero()[:, 0].tolist())
+    assert bad in last[False] and bad not in last[True] and 0 < len(last[True]) <= 12
 
 
 @pytest.mark.parametrize("ig_steps", [0, 3])
@@ -222,8 +225,8 @@ def test_attribution_cuts_what_scores_most(ig_steps):
     ("changes", "message"),
     [
         ({"method": "magic"}, "method 'magic' is not one of clamped, hard-concrete, attribution"),
-        ({"chance": 0.0}, "chance is 0.0"),
-        ({"chance": 1.0}, "chance is 1.0"),
+        ({"init_cut_prob": 0.0}, "init_cut_prob is 0.0"),
+        ({"init_cut_prob": 1.0}, "init_cut_prob is 1.0"),
         ({"ig_steps": -1}, "ig_steps is -1"),
         ({"method": "attribution", "ig_steps": 12}, "ig_steps 12 are more than the 11 steps"),
     ],

@@ -13,8 +13,9 @@ from circuit_breaking.errors import UserError
 from circuit_breaking.evaluation.compared_models import share_of_changed_parameters
 from circuit_breaking.models.tokens import TokenBatch
 from circuit_breaking.tasks import TextTask
-from circuit_breaking.training.finetune import FinetuneSettings, describe, finetune
-from circuit_breaking.training.unlearning import METHODS, LossSettings, prediction_losses_of, start
+from circuit_breaking.training.config import FinetuneSettings, LossSettings
+from circuit_breaking.training.finetune import describe, finetune
+from circuit_breaking.training.unlearning import METHODS, prediction_losses_of, start
 
 QUICK = {"steps": 12, "check_every": 3, "batch_size": 4, "lr": 3e-3, "warmup": 2}
 

@@ -16,7 +16,7 @@ from circuit_breaking.errors import UserError
 from circuit_breaking.models.load import load_hf_model
 from circuit_breaking.runs.checkpoints import Checkpoints
 from circuit_breaking.runs.files import write_jsonl, write_text
-from circuit_breaking.training.config import MaskSettings
+from circuit_breaking.training.config import MaskConfig
 from circuit_breaking.training.mask_trainer import train_mask
 
 
@@ -99,7 +99,7 @@ def test_the_script_saves_what_it_learned(tmp_path):
         write_jsonl(tmp_path / f"{name}.jsonl", [{"text": text} for text in rows])
     settings = script.Settings(
         model=str(tmp_path / "model"), ordinary=str(tmp_path / "plain.txt"), toxic_train=tmp_path / "train.jsonl",
-        toxic_test=tmp_path / "test.jsonl", out=tmp_path, device="cpu", test_texts=4, means_lr=0.05, alpha=1.0,
+        toxic_test=tmp_path / "test.jsonl", out=tmp_path, device="cpu", test_texts=4, constants_lr=0.05, alpha=1.0,
         max_edges=6, relax_steps=4, anneal_steps=6, refine_rounds=2, batch_size=3, refine_batch_size=3,
     )  # fmt: skip
     script.main(settings)
@@ -116,7 +116,7 @@ def test_the_script_saves_what_it_learned(tmp_path):
 
 @pytest.mark.parametrize("die_at", [2, 8, 15])
 def test_an_interrupted_run_learns_the_same(tmp_path, die_at):
-    settings = MaskSettings(max_edges=6, means_lr=0.05, **QUICK)
+    settings = MaskConfig(max_edges=6, constants_lr=0.05, **QUICK)
     checkpoints = Checkpoints(tmp_path, {"seed": 0}, every=3)
 
     def run(saved=None, stop_at=None):

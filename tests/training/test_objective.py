@@ -14,7 +14,7 @@ from circuit_breaking.engine.masked_pass import MaskedPass
 from circuit_breaking.engine.reference import NaiveEdgeMasked
 from circuit_breaking.errors import UserError
 from circuit_breaking.tasks import Task, TextTask
-from circuit_breaking.training.config import MaskSettings
+from circuit_breaking.training.config import MaskConfig
 from circuit_breaking.training.edge_methods import METHODS
 from circuit_breaking.training.objective import StepObjective
 
@@ -40,7 +40,7 @@ def measured(make, broken, micro_batch, learned, goal="objective", size=7):
         model.means = model.means.requires_grad_()
     mask = torch.rand(len(model.graph), dtype=torch.float64, generator=torch.Generator().manual_seed(5))
     mask.requires_grad_()
-    settings = MaskSettings(**SETTINGS, micro_batch=micro_batch, means_goal=goal)
+    settings = MaskConfig(**SETTINGS, micro_batch=micro_batch, constants_loss=goal)
     one = StepObjective(model, make_task("keep", 5), BREAK[broken](), settings)
     objective = one.draw(size)
     value = 3 * objective(mask)
@@ -81,7 +81,7 @@ def test_gradients_by_what_means_are_learned_for(goal, micro_batch):
         sums.append(losses[real].clamp(max=3.9 if len(sums) else torch.inf).mean())
     expected = torch.autograd.grad(1.3 * sums[0] - 0.7 * sums[1], (mask, means))
     model.means = means
-    settings = MaskSettings(**SETTINGS, micro_batch=micro_batch, means_goal=goal)
+    settings = MaskConfig(**SETTINGS, micro_batch=micro_batch, constants_loss=goal)
     value = StepObjective(model, make_task("keep", 5), make_task("break", 1), settings).draw(5)(mask)
     assert float(value.detach()) == pytest.approx(float((1.3 * sums[0] - 0.7 * sums[1]).detach()), rel=1e-10)
     for found, right in zip(torch.autograd.grad(value, (mask, means)), expected, strict=True):
@@ -91,7 +91,7 @@ def test_gradients_by_what_means_are_learned_for(goal, micro_batch):
 def test_by_hand():
     """Each text's losses, summed and divided in numpy, with the cap on every prediction."""
     model, keep, broken = double(), make_task("keep", 5), make_task("break", 1)
-    one = StepObjective(model, keep, broken, MaskSettings(**SETTINGS, micro_batch=2))
+    one = StepObjective(model, keep, broken, MaskConfig(**SETTINGS, micro_batch=2))
     value = float(one.draw(5)(torch.ones(len(model.graph), dtype=torch.float64).requires_grad_()).detach())
     means = []
     for task, cap in ((make_task("keep", 5), np.inf), (make_task("break", 1), 3.9)):
@@ -105,28 +105,28 @@ def test_by_hand():
     assert value == pytest.approx(1.3 * means[0] - 0.7 * means[1], rel=1e-10)
 
 
-@pytest.mark.parametrize("means_lr", [0.0, 0.05])
+@pytest.mark.parametrize("constants_lr", [0.0, 0.05])
 @pytest.mark.parametrize("micro_batch", [1, 2])
 @pytest.mark.parametrize(
     "changes", [{"method": method} for method in METHODS] + [{"method": "attribution", "ig_steps": 4}]
 )
-def test_every_method_comes_to_the_same_mask(changes, micro_batch, means_lr):
+def test_every_method_comes_to_the_same_mask(changes, micro_batch, constants_lr):
     found = []
     for size in (0, micro_batch):
         torch.manual_seed(3)
-        result, model = run(double(**FEW), max_edges=9, micro_batch=size, means_lr=means_lr, **changes)
+        result, model = run(double(**FEW), max_edges=9, micro_batch=size, constants_lr=constants_lr, **changes)
         rows = [[row[key] for key in ("loss", "keep_loss", "break_loss", "n_cut")] for row in result.history]
-        assert len(rows) == (20 if means_lr else 18)
+        assert len(rows) == (20 if constants_lr else 18)
         found.append((result.weights, torch.tensor(rows, dtype=torch.float64), model.means))
     assert torch.equal(found[0][0], found[1][0])
     torch.testing.assert_close(found[0][1], found[1][1], atol=1e-7, rtol=1e-7)
-    if means_lr:
+    if constants_lr:
         torch.testing.assert_close(found[0][2], found[1][2], atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("means_lr", [0.0, 0.05])
-def test_no_more_than_a_part_is_in_memory(method, means_lr, monkeypatch):
+@pytest.mark.parametrize("constants_lr", [0.0, 0.05])
+def test_no_more_than_a_part_is_in_memory(method, constants_lr, monkeypatch):
     """Tokens of all passes that are alive, forward to backward, through every phase."""
     alive, peaks = weakref.WeakSet(), []
 
@@ -144,7 +144,14 @@ def test_no_more_than_a_part_is_in_memory(method, means_lr, monkeypatch):
     for micro_batch, most in ((0, 2 * 3 * 8), (1, 8)):
         gc.collect()
         peaks.clear()
-        run(double(**FEW), max_edges=9, method=method, micro_batch=micro_batch, means_lr=means_lr, refine_batch_size=3)
+        run(
+            double(**FEW),
+            max_edges=9,
+            method=method,
+            micro_batch=micro_batch,
+            constants_lr=constants_lr,
+            refine_batch_size=3,
+        )
         assert max(peaks) <= most and (micro_batch or max(peaks) > 8)
 
 
@@ -168,12 +175,14 @@ def test_recomputing_lasts_as_long_as_training():
     model = double()
     before = type(model).hidden
     try:
-        type(model).hidden = lambda self, *words, **more: seen.append(self.recompute) or before(self, *words, **more)
-        run(model, max_edges=6, recompute=True)
+        type(model).hidden = lambda self, *words, **more: (
+            seen.append(self.gradient_checkpointing) or before(self, *words, **more)
+        )
+        run(model, max_edges=6, gradient_checkpointing=True)
     finally:
         type(model).hidden = before
-    assert set(seen) == {True} and not model.recompute
-    result, _ = run(double(), max_edges=6, recompute=True, micro_batch=2)
+    assert set(seen) == {True} and not model.gradient_checkpointing
+    result, _ = run(double(), max_edges=6, gradient_checkpointing=True, micro_batch=2)
     assert torch.equal(result.weights, plain.weights)
 
 
@@ -185,9 +194,9 @@ def test_a_task_that_does_not_count_its_predictions():
     one.__class__ = Mine
     model = load_model(small_gpt2(), device="cpu")
     mask = model.mask.weights
-    objective = StepObjective(model, one, one, MaskSettings())
+    objective = StepObjective(model, one, one, MaskConfig())
     assert objective.draw(3)(mask).requires_grad
-    objective = StepObjective(model, one, one, MaskSettings(micro_batch=2))
+    objective = StepObjective(model, one, one, MaskConfig(micro_batch=2))
     with pytest.raises(UserError, match="mine does not say how many predictions"):
         objective.draw(3)(mask)
     with pytest.raises(UserError, match="micro_batch is -1"):
@@ -198,6 +207,6 @@ def test_a_loss_that_is_not_finite_is_said():
     model = load_model(small_gpt2(), device="cpu")
     for micro_batch in (0, 2):
         with pytest.raises(UserError, match="not finite any more"):
-            StepObjective(
-                model, make_task("keep", 5), make_task("break", 1), MaskSettings(micro_batch=micro_batch)
-            ).draw(3)(torch.full_like(model.mask.weights, float("nan")))
+            StepObjective(model, make_task("keep", 5), make_task("break", 1), MaskConfig(micro_batch=micro_batch)).draw(
+                3
+            )(torch.full_like(model.mask.weights, float("nan")))

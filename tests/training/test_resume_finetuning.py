@@ -19,7 +19,8 @@ from circuit_breaking.runs.files import ROOT, read_json, read_jsonl
 from circuit_breaking.runs.run_folder import locked
 from circuit_breaking.runs.signals import Stopped
 from circuit_breaking.training import finetune as finetuning
-from circuit_breaking.training.finetune import FinetuneSettings, finetune
+from circuit_breaking.training.config import FinetuneSettings
+from circuit_breaking.training.finetune import finetune
 from circuit_breaking.training.unlearning import METHODS
 
 toxicity = load_script("toxicity/finetune_gpt2.py")

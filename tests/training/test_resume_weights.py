@@ -18,8 +18,9 @@ from circuit_breaking.runs.files import read_jsonl
 from circuit_breaking.runs.run_folder import locked
 from circuit_breaking.runs.signals import Stopped
 from circuit_breaking.runs.tensors import read_tensors
+from circuit_breaking.training.config import WeightMaskSettings
 from circuit_breaking.training.gates import METHODS
-from circuit_breaking.training.weight_trainer import WeightMaskSettings, train_weight_mask
+from circuit_breaking.training.weight_trainer import train_weight_mask
 
 
 def run(checkpoints=None, die_at=None, how=None, **changes):
@@ -35,7 +36,7 @@ def run(checkpoints=None, die_at=None, how=None, **changes):
     before = copy.deepcopy(hf.state_dict())
     torch.manual_seed(0)
     saved = checkpoints.load() if checkpoints else None
-    chosen = WeightMaskSettings(**{**QUICK, "max_masked": 9, "sparsity": 0.01, **changes})
+    chosen = WeightMaskSettings(**{**QUICK, "max_masked": 9, "penalty": 0.01, **changes})
     try:
         result = train_weight_mask(
             hf, make_task("break", 1), make_task("keep", 5), chosen, on_step, False, checkpoints, saved

@@ -7,10 +7,10 @@ from helpers.tasks import make_task, run
 
 from circuit_breaking.engine.load import load_model
 from circuit_breaking.errors import UserError
-from circuit_breaking.training.config import MaskSettings
+from circuit_breaking.training.config import MaskConfig
 from circuit_breaking.training.objective import StepObjective
-from circuit_breaking.training.optimal_ablation import LearnedMeans
-from circuit_breaking.training.refine import MeasuredSearch
+from circuit_breaking.training.optimal_ablation import AblationConstants
+from circuit_breaking.training.refine import EdgeRefiner
 
 
 @pytest.mark.parametrize("max_edges", [0, 1, 5, 40])
@@ -57,7 +57,14 @@ def test_the_objective_falls():
 
 @pytest.mark.parametrize(
     "changes",
-    [{"max_edges": -1}, {"max_edges": 10_000}, {"lr": 0.0}, {"batch_size": 0}, {"relax_steps": -1}, {"tries": 0}],
+    [
+        {"max_edges": -1},
+        {"max_edges": 10_000},
+        {"lr": 0.0},
+        {"batch_size": 0},
+        {"relax_steps": -1},
+        {"moves_per_round": 0},
+    ],
 )
 def test_settings_that_make_no_sense(changes):
     with pytest.raises(UserError, match=next(iter(changes))):
@@ -79,7 +86,7 @@ def test_search_finds_the_best_mask_of_a_small_problem():
     objective = quadratic(coefficients, pairs)
     masks = [torch.tensor([float(c) for c in f"{n:08b}"]) for n in range(256)]
     best = min((m for m in masks if (m == 0).sum() <= 3), key=lambda m: float(objective(m)))
-    search, mask = MeasuredSearch(3, memory=0.0, tries=20), torch.ones(8)
+    search, mask = EdgeRefiner(3, memory=0.0, moves_per_round=20), torch.ones(8)
     values = []
     for _ in range(30):
         mask, value = search.round(mask, objective)
@@ -90,7 +97,7 @@ def test_search_finds_the_best_mask_of_a_small_problem():
 
 
 def test_a_measurement_corrects_the_next_prediction():
-    search, mask = MeasuredSearch(2, memory=0.0, tries=1), torch.ones(3)
+    search, mask = EdgeRefiner(2, memory=0.0, moves_per_round=1), torch.ones(3)
 
     def objective(mask):
         cut = 1 - mask
@@ -106,7 +113,7 @@ def test_a_measurement_corrects_the_next_prediction():
 def test_what_cut_edges_carry_is_learned_with_the_mask(goal):
     _, fixed_model = run(max_edges=12)
     assert fixed_model.means is None
-    result, model = run(max_edges=12, means_lr=0.05, means_goal=goal)
+    result, model = run(max_edges=12, constants_lr=0.05, constants_loss=goal)
     assert model.means.shape == (len(model.graph.sources), 24) and not model.means.requires_grad
     assert 0 < len(result.edges) <= 12 and model.means.isfinite().all()
     sources = [edge.source for edge in result.edges]
@@ -126,9 +133,9 @@ def test_what_is_learned_for_the_loss_to_keep_is_not_learned_for_the_other():
     for goal in ("keep", "objective"):
         model = load_model(small_gpt2(), device="cpu")
         model.mask.cut_(model.graph.edges[3::9])
-        settings = MaskSettings(alpha=1.0, means_goal=goal)
+        settings = MaskConfig(alpha=1.0, constants_loss=goal)
         objective = StepObjective(model, make_task("keep", 5), make_task("break", 1), settings)
-        means = LearnedMeans(model, 0.05)
+        means = AblationConstants(model, 0.05)
         for _ in range(100):
             means.descend(objective.draw(12)(model.mask.weights.detach()))
         found[goal] = {"keep": objective_of(model, 0.0), "objective": objective_of(model, 1.0)}
@@ -136,24 +143,26 @@ def test_what_is_learned_for_the_loss_to_keep_is_not_learned_for_the_other():
     assert found["objective"]["objective"] < found["keep"]["objective"]
 
 
-@pytest.mark.parametrize("changes", [{"keep_weight": 0.0}, {"keep_weight": -1.0}, {"means_goal": "both"}])
+@pytest.mark.parametrize("changes", [{"keep_weight": 0.0}, {"keep_weight": -1.0}, {"constants_loss": "both"}])
 def test_means_are_not_learned_for_nothing(changes):
-    with pytest.raises(UserError, match=r"cannot be learned for a loss of weight|means_goal 'both' is neither"):
-        run(max_edges=3, **{"means_lr": 0.05, **changes})
-    run(max_edges=3, means_lr=0.05, means_goal="objective", keep_weight=0.0)
+    with pytest.raises(
+        UserError, match=r"cannot be learned for a loss of weight|constants_loss 'both' is not one of keep, objective"
+    ):
+        run(max_edges=3, **{"constants_lr": 0.05, **changes})
+    run(max_edges=3, constants_lr=0.05, constants_loss="objective", keep_weight=0.0)
 
 
 def test_learned_means_start_from_the_models_own_and_a_budget_of_nothing_keeps_those():
     model = load_model(small_gpt2(), device="cpu")
     means = torch.randn(len(model.graph.sources), 24)
     model.means = means
-    run(model, max_edges=0, means_lr=0.05)
+    run(model, max_edges=0, constants_lr=0.05)
     assert torch.equal(model.means, means)
-    run(model, max_edges=3, means_lr=1e-9)
+    run(model, max_edges=3, constants_lr=1e-9)
     torch.testing.assert_close(model.means, means)
     assert not torch.equal(model.means, means)
-    with pytest.raises(UserError, match="means_lr is -1"):
-        run(max_edges=3, means_lr=-1)
+    with pytest.raises(UserError, match="constants_lr is -1"):
+        run(max_edges=3, constants_lr=-1)
     model.means = torch.zeros(8, *means.shape)
     with pytest.raises(UserError, match="by position cannot be learned"):
-        run(model, max_edges=3, means_lr=0.05)
+        run(model, max_edges=3, constants_lr=0.05)

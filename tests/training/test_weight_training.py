@@ -17,12 +17,13 @@ from circuit_breaking.models.load import TINY, load_hf_model
 from circuit_breaking.runs.files import read_json, write_jsonl, write_text
 from circuit_breaking.tasks import TextTask
 from circuit_breaking.tasks.stock_model import StockModel
+from circuit_breaking.training.config import WeightMaskSettings
 from circuit_breaking.training.gates import METHODS, HardConcrete
-from circuit_breaking.training.weight_trainer import WeightMaskSettings, train_weight_mask
+from circuit_breaking.training.weight_trainer import train_weight_mask
 from circuit_breaking.training.weight_units import Candidates, choose, gradients_taken
 
 script = load_script("mask_learning.py")
-QUICK = {"relax_steps": 4, "anneal_steps": 6, "batch_size": 3, "choose_size": 6, "lr": 0.3, "alpha": 1.0, "sparsity": 0}
+QUICK = {"relax_steps": 4, "anneal_steps": 6, "batch_size": 3, "choose_size": 6, "lr": 0.3, "alpha": 1.0, "penalty": 0}
 
 
 def objective(model, keep, broken):
@@ -142,7 +143,7 @@ def test_a_budget_of_nothing_leaves_the_model_as_it_was(granularity, method, tmp
 
 def test_nothing_worth_masking_is_masked():
     hf = small_gpt2()
-    result = run(hf, max_masked=40, alpha=0.0, sparsity=50.0)
+    result = run(hf, max_masked=40, alpha=0.0, penalty=50.0)
     assert len(result.mask) == 0
 
 

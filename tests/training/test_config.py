@@ -1,0 +1,52 @@
+"""Settings of training: light to import, and those of earlier records by their new names."""
+
+import subprocess
+import sys
+from dataclasses import fields
+from typing import get_args
+
+import pytest
+
+from circuit_breaking.errors import UserError
+from circuit_breaking.training import config
+from circuit_breaking.training.config import MaskConfig, WeightMaskSettings, check_mask, check_weight_mask
+from circuit_breaking.training.edge_methods import METHODS
+from circuit_breaking.training.gates import METHODS as WEIGHT_METHODS
+
+
+def test_settings_load_without_torch():
+    code = "import sys, circuit_breaking.training.config; print('torch' in sys.modules, 'numpy' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.split() == ["False", "False"]
+
+
+def test_methods_that_settings_name_are_those_there_are():
+    assert get_args(config.MaskMethod) == config.MASK_METHODS == tuple(METHODS)
+    assert tuple(WEIGHT_METHODS) == config.WEIGHT_METHODS
+
+
+def test_earlier_names_of_settings():
+    names = {field.name for field in fields(MaskConfig)}
+    assert set(config.OLD_NAMES.values()) <= names and not set(config.OLD_NAMES) & names
+    old = {"candidates": 0.2, "sparsity": 0.0012, "means_lr": 0.02, "lr": 0.03, "sift_steps": 0, "run": "gpt2"}
+    assert config.with_new_names(old) == {
+        "anneal_start": 0.2, "measure_new_cuts": True, "edge_penalty": 0.0012, "constants_lr": 0.02, "lr": 0.03,
+        "run": "gpt2",
+    }  # fmt: skip
+    assert config.with_new_names({"candidates": 3.0}) == {"anneal_start": 3.0, "measure_new_cuts": False}
+    assert config.with_new_names({"alpha": 0.2}) == {"alpha": 0.2}
+
+
+@pytest.mark.parametrize(
+    ("check", "settings", "message"),
+    [
+        (check_mask, MaskConfig(max_edges=-1), "max_edges is -1; it cannot be negative"),
+        (check_mask, MaskConfig(lr=float("nan")), "lr is nan; it must be above 0"),
+        (check_mask, MaskConfig(edge_penalty=-0.1), "edge_penalty is -0.1; it cannot be negative"),
+        (check_mask, MaskConfig(method="sift"), "method 'sift' is not one of clamped, hard-concrete, attribution[.]"),
+        (check_weight_mask, WeightMaskSettings(granularity="layer"), "granularity 'layer' is not one of weight"),
+    ],
+)
+def test_settings_are_refused_before_a_model_is_known(check, settings, message):
+    with pytest.raises(UserError, match=message):
+        check(settings)
