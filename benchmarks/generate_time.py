@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from circuit_breaking.ablation.ablate import ablate
 from circuit_breaking.errors import UserError
-from circuit_breaking.models.hook_points import graph_of
+from circuit_breaking.models.families import graph_of
 from circuit_breaking.runs.cli import run_script
 from circuit_breaking.runs.devices import pick_device, pick_dtype
 from circuit_breaking.runs.files import DATA, atomic_path, write_json

@@ -2,6 +2,7 @@
 
 import os
 from contextlib import contextmanager
+from functools import partial
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test waits for a hub; read when transformers is imported
 if "TEST_GPU" not in os.environ:  # `make test-gpu`: all other tests are of the CPU, also where there is a GPU
@@ -9,14 +10,15 @@ if "TEST_GPU" not in os.environ:  # `make test-gpu`: all other tests are of the 
 
 import pytest
 import torch
-from helpers.models import FAMILIES
+from helpers.models import SMALL, small
 
 torch.set_num_threads(1)  # small models: more threads only wait for each other
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=SMALL)
 def family(request):
-    return FAMILIES[request.param]
+    """A function that makes a small random model, for every registered family in turn."""
+    return partial(small, request.param)
 
 
 @pytest.fixture

@@ -23,7 +23,8 @@ from typing import Any
 
 from circuit_breaking.errors import UserError
 from circuit_breaking.figures.toxicity import draw_finetuning
-from circuit_breaking.models.load import files_of, fused_activations, load_hf_model, load_tokenizer
+from circuit_breaking.models.activations import fused_activations
+from circuit_breaking.models.load import files_of, load_hf_model, load_tokenizer
 from circuit_breaking.runs.cli import run_script
 from circuit_breaking.runs.config import check_counts, resolve_defaults
 from circuit_breaking.runs.cost import COST_FILE, cost, with_earlier

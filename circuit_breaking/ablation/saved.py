@@ -16,7 +16,7 @@ from circuit_breaking.ablation.ablate import _check_means, _ends, ablate
 from circuit_breaking.engine.ablation_values import read_means
 from circuit_breaking.errors import UserError
 from circuit_breaking.graph import QKV, Edge, EdgeGraph
-from circuit_breaking.models.hook_points import graph_of
+from circuit_breaking.models.families import graph_of
 from circuit_breaking.models.load import load_config, load_hf_model, load_tokenizer
 from circuit_breaking.runs.files import read_json, write_json, write_text
 from circuit_breaking.runs.tensors import write_tensors

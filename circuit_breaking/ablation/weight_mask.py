@@ -1,16 +1,16 @@
-"""Masks over a model's weights: which weights of a stock Hugging Face model are set to zero (layer 2).
+"""Masks over a model's weights: which weights of a stock Hugging Face model are set to zero.
 
     with mask_weights(hf_model, load_weight_mask("weight_mask.safetensors")):
         hf_model.generate(...)
 
-A unit is masked as a whole. By granularity (`UNITS`) it is
+Weights are masked in units, each as a whole. By granularity (`UNITS`) a unit is
 
     weight  one entry of an attention or MLP matrix
     neuron  the row with which one hidden neuron of an MLP writes to the residual stream
     head    the rows with which one attention head writes to the residual stream
 
-so that a masked neuron or head adds nothing but the bias of its layer, which is no unit's own. Embeddings, norms and
-biases are never masked. A mask is kept and stored as the numbers of its units, matrix by matrix: nothing dense.
+so a masked neuron or head writes nothing; the layer's bias, which belongs to no unit, stays. Embeddings, norms and
+biases are never masked. A mask is stored as the numbers of its units, matrix by matrix: nothing dense.
 
 Shapes: U units of a matrix, c of them chosen; H heads, K head width, D width, F MLP width.
 """
@@ -26,84 +26,87 @@ import torch
 from torch import Tensor, nn
 
 from circuit_breaking.errors import UserError
-from circuit_breaking.models.hook_points import Layer, find_places
+from circuit_breaking.models.families import describe, require_loaded
+from circuit_breaking.models.families.spec import LayerSpec, check_supported
 from circuit_breaking.runs.tensors import read_tensors, write_tensors
 
 FORMAT = "weight mask, version 1"
 HINT = "Learn one with mask_learning.py, or set the path of one."
 
 
+View = Callable[[Tensor], Tensor]  # a parameter, or its gradient -> [U, ...], a view of it by unit
+
+
 class Matrix(NamedTuple):
-    """A parameter that units are part of."""
+    """A parameter that contains units."""
 
     name: str  # among the model's parameters
     parameter: nn.Parameter
-    by_unit: Callable[[Tensor], Tensor]  # the parameter, or its gradient -> [U, ...], a view of it
+    by_unit: View
     count: int  # U
 
 
-def _matrices(module: nn.Module) -> list[nn.Parameter]:
-    return [parameter for parameter in module.parameters() if parameter.dim() == 2]
+def _every_weight(layer: LayerSpec) -> list[tuple[nn.Parameter, View]]:
+    weights = [weight for module in (layer.attention, layer.mlp) for weight in module.parameters() if weight.dim() == 2]
+    return [(weight, lambda x: x.view(-1)) for weight in weights]
 
 
-def _inputs_first(module: nn.Module) -> Callable[[Tensor], Tensor]:
-    """How the weight of a linear module is seen as [in, out]."""
-    return (lambda weight: weight.t()) if isinstance(module, nn.Linear) else (lambda weight: weight)
+def _neurons(layer: LayerSpec) -> list[tuple[nn.Parameter, View]]:
+    return [(layer.down.module.weight, layer.down.inputs_first)]
 
 
-def _every_weight(layer: Layer, heads: int) -> list[tuple[nn.Parameter, Callable[[Tensor], Tensor]]]:
-    return [(weight, lambda x: x.view(-1)) for module in (layer.attention, layer.mlp) for weight in _matrices(module)]
-
-
-def _neurons(layer: Layer, heads: int) -> list[tuple[nn.Parameter, Callable[[Tensor], Tensor]]]:
-    return [(layer.down.weight, _inputs_first(layer.down))]
-
-
-def _heads(layer: Layer, heads: int) -> list[tuple[nn.Parameter, Callable[[Tensor], Tensor]]]:
-    inputs_first = _inputs_first(layer.out)
-    return [(layer.out.weight, lambda x: inputs_first(x).unflatten(0, (heads, -1)))]
+def _heads(layer: LayerSpec) -> list[tuple[nn.Parameter, View]]:
+    out, heads = layer.out, layer.n_heads
+    return [(out.module.weight, lambda x: out.inputs_first(x).unflatten(0, (heads, -1)))]
 
 
 UNITS = {"weight": _every_weight, "neuron": _neurons, "head": _heads}
+OPTIONS = {  # of a description, those that leave a mask's meaning as it is
+    "gate", "query_norm", "key_norm", "window",
+    "positions", "rotary", "unembedding_bias", "parallel",
+}  # fmt: skip
+NORMS = {"layer", "rms"}
 
 
 def find_matrices(hf: nn.Module, granularity: str) -> list[Matrix]:
-    """The parameters that units of a granularity are part of, layer by layer.
+    """The parameters that contain the units of a granularity, layer by layer.
 
     Raises:
-        UserError: there is no such granularity, or the model is of a family that is not known (`places.FAMILIES`).
+        UserError: the granularity is unknown, or the model's family is (see `models.families`).
     """
     if not isinstance(granularity, str) or granularity not in UNITS:
         raise UserError(f"granularity {granularity!r} is not one of {', '.join(UNITS)}.")
-    model = find_places(hf)
+    model = describe(hf)
+    require_loaded(hf)
+    check_supported(model, "a weight mask", OPTIONS, NORMS)
     names = {parameter: name for name, parameter in hf.named_parameters()}
     return [
         Matrix(names[parameter], parameter, by_unit, len(by_unit(parameter)))
         for layer in model.layers
-        for parameter, by_unit in UNITS[granularity](layer, model.heads)
+        for parameter, by_unit in UNITS[granularity](layer)
     ]
 
 
 def shape_hash(hf: nn.Module) -> str:
-    """SHA-256 over the family and the names and shapes of all parameters: what a mask's unit numbers hang on."""
+    """SHA-256 over the family and the names and shapes of all parameters: a mask fits models with the same one."""
     shapes = sorted((name, list(parameter.shape)) for name, parameter in hf.named_parameters())
     return hashlib.sha256(json.dumps([hf.config.model_type, shapes]).encode()).hexdigest()
 
 
 @dataclass
 class WeightMask:
-    """Which units are masked: by parameter name their numbers, int64 [c] in rising order, none twice."""
+    """Which units are masked: for each parameter's name their numbers, int64 [c] in rising order, each once."""
 
     granularity: str
     units: dict[str, Tensor] = field(default_factory=dict)
-    about: dict[str, Any] = field(default_factory=dict)  # how it came to be
+    about: dict[str, Any] = field(default_factory=dict)  # how the mask was made
 
     def __len__(self) -> int:
         return sum(len(units) for units in self.units.values())
 
 
 def check_fits(mask: WeightMask, hf: nn.Module) -> dict[str, Matrix]:
-    """The matrices of a model by name, if a mask's units are all there; else a `UserError`."""
+    """The matrices of a model by name. Raises `UserError` unless they contain all units of a mask."""
     matrices = {matrix.name: matrix for matrix in find_matrices(hf, mask.granularity)}
     for name, units in mask.units.items():
         if name not in matrices:
@@ -140,7 +143,7 @@ class MaskedWeights:
     """Weights set to zero in a model; also a context manager that puts them back at its end."""
 
     def __init__(self) -> None:
-        self._kept: list[tuple[Tensor, Tensor, Tensor]] = []  # view by unit, numbers, what was there
+        self._kept: list[tuple[Tensor, Tensor, Tensor]] = []  # view by unit, numbers of units, their former weights
 
     @torch.no_grad()
     def _zero(self, view: Tensor, units: Tensor) -> None:
@@ -149,7 +152,7 @@ class MaskedWeights:
 
     @torch.no_grad()
     def remove(self) -> None:
-        """Make the weights what they were, bit for bit. Doing so twice is no error."""
+        """Restore the weights bit for bit. A second call does nothing."""
         while self._kept:
             view, units, values = self._kept.pop()
             view[units] = values
@@ -164,7 +167,8 @@ class MaskedWeights:
 def mask_weights(hf: nn.Module, mask: WeightMask) -> MaskedWeights:
     """Set the masked weights of a stock Hugging Face model to zero, in place.
 
-    Only what is overwritten is kept for `remove()`. The model must stay on its device and in its type until then.
+    Only the overwritten weights are stored for `remove()`. Until then the model must stay on its device and keep its
+    dtype.
 
     Raises:
         UserError: the mask does not fit the model.
@@ -178,13 +182,13 @@ def mask_weights(hf: nn.Module, mask: WeightMask) -> MaskedWeights:
 
 
 def save_weight_mask(path: Path | str, hf: nn.Module, mask: WeightMask, about: dict[str, Any] | None = None) -> None:
-    """Write a mask to a safetensors file: for every matrix with masked units their numbers.
+    """Write a mask to a safetensors file: for every matrix with masked units, their numbers.
 
     Args:
         path: the file.
-        hf: the model that it belongs to.
+        hf: the model that the mask was made for.
         mask: the mask.
-        about: JSON-able record of how it came to be (see `files.provenance`).
+        about: a record, for JSON, of how the mask was made (see `runs.provenance`).
     """
     record = {"format": FORMAT, "granularity": mask.granularity, "shape_hash": shape_hash(hf), **shares(mask, hf)}
     small = {name: units.to(torch.int32) for name, units in mask.units.items() if len(units)}

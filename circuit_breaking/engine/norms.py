@@ -1,17 +1,22 @@
-"""Norms whose backward is fast, alone and together with the projection that follows (layer 1).
+"""Norms with a fast backward, alone and together with the projection that follows.
 
-Shapes: R readers, N tokens, D width, K what one reader projects to.
+Shapes: R readers, N tokens, D width, K width of what one reader projects to.
 
-Every reader normalises a stream of its own, so the norms before attention touch as much memory as all the rest of a
-layer. Here a norm and its projection are one step that works in place: what is kept of a stream is the stream itself,
-which its gradient replaces in the backward.
+Every reader normalises its own residual stream, so the norms before attention touch as much memory as all the rest of a
+layer. Here a norm and its projection are one step that works in place: only the stream is saved, and its gradient
+replaces it in the backward.
 """
 
+from collections.abc import Callable
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-CACHED = 1 << 20  # numbers that one step after another finds in a CPU's cache
+from circuit_breaking.models.families.spec import NormSpec
+
+CACHED = 1 << 20  # numbers that stay in a CPU's cache from one operation to the next
 
 
 def inverse_size(x: Tensor, eps: float) -> Tensor:
@@ -22,7 +27,7 @@ def inverse_size(x: Tensor, eps: float) -> Tensor:
 
 
 def readers_at_once(x: Tensor) -> int:
-    """How many readers of [R, N, D] to take at a time: as many as stay in a CPU's cache between two steps, else all."""
+    """How many readers of [R, N, D] to process together: on a CPU as many as fit its cache, else all."""
     return max(1, CACHED // x[0].numel()) if x.device.type == "cpu" else len(x)
 
 
@@ -43,35 +48,68 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
-    """Root-mean-square norm of x [..., D] (Zhang and Sennrich 2019), with a gain [D] that is frozen.
+    """Root-mean-square norm of x [..., D] (Zhang and Sennrich 2019), with a frozen gain [D].
 
-    PyTorch's own has no backward of its own on CPU and takes ten times as long there.
+    `F.rms_norm` takes ten times as long on a CPU, where its backward is not one kernel. Hugging Face's module computes
+    in float32 even for a model in float64.
     """
     return _RMSNorm.apply(x, gain, eps)
 
 
+def _layer(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    return F.layer_norm(x, weight.shape, weight, bias, eps)
+
+
+def _rms(x: Tensor, weight: Tensor, bias: None, eps: float) -> Tensor:
+    return rms_norm(x, weight, eps)
+
+
+# `kind` of a `NormSpec` -> (x, weight, bias, eps) -> normalised x
+NORMS: dict[str, Callable[[Tensor, Tensor, Tensor | None, float], Tensor]] = {"layer": _layer, "rms": _rms}
+
+
+class Norm(nn.Module):
+    """A norm of a Hugging Face model with frozen weights, computed in the model's own precision."""
+
+    def __init__(self, spec: NormSpec) -> None:
+        super().__init__()
+        self.normalise, self.eps = NORMS[spec.kind], spec.eps
+        self.register_buffer("weight", spec.weight.detach())
+        self.register_buffer("bias", None if spec.bias is None else spec.bias.detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise [..., D]."""
+        return self.normalise(x, self.weight, self.bias, self.eps)
+
+
 class NormedProjection(nn.Module):
-    """norm(x) · weight + bias for every reader, with a backward by hand.
+    """norm(x) · weight + bias for every reader, with a hand-written backward.
 
     Args:
-        weight: [R, D, K], the norm's gain in it.
-        bias: [R, 1, K], with the norm's own bias projected in it.
+        weight: [R, D, K], multiplied by the norm's gain.
+        bias: [R, 1, K], to which the norm's own bias, projected, is added.
         eps: added to the variance.
-        centred: LayerNorm, which takes the mean off; else RMSNorm.
+        centred: True for LayerNorm, which subtracts the mean; False for RMSNorm.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor, eps: float, centred: bool) -> None:
         super().__init__()
         self.eps, self.centred = eps, centred
-        if centred:  # the backward of taking the mean off is then in the product
+        if centred:  # the product then includes the backward of subtracting the mean
             weight = weight - weight.mean(1, keepdim=True)
         self.register_buffer("weight", weight)
         self.register_buffer("bias", bias)
 
     def forward(self, x: Tensor, inverse: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Project [R, N, D] to [R, N, K]; x is centred in place. Also 1 / the norm's divisor, [R, N, 1].
+        """Project [R, N, D] to [R, N, K]; LayerNorm centres x in place.
 
-        With the divisor of an earlier call, x is taken to be as that call left it.
+        Args:
+            x: what the readers read.
+            inverse: the second result of an earlier call, to compute the first one again. x must be as that call left
+                it.
+
+        Returns:
+            The projection [R, N, K], and 1 / the norm's divisor [R, N, 1].
         """
         if inverse is None:
             inverse = torch.cat([self._centre(part) for part in x.split(readers_at_once(x))])
@@ -79,13 +117,14 @@ class NormedProjection(nn.Module):
         return out.mul_(inverse).add_(self.bias), inverse
 
     def _centre(self, x: Tensor) -> Tensor:
-        """1 / the divisor of x; centres it in place, where the norm does."""
+        """Centre x in place where the norm does; return 1 / the norm's divisor."""
         if self.centred:
             x.sub_(x.mean(-1, keepdim=True))
         return inverse_size(x, self.eps)
 
     def backward_(self, x: Tensor, inverse: Tensor, out: Tensor, gradient: Tensor) -> None:
-        """Replace x, as `forward` left it, by its gradient, given what `forward` returned and the gradient of `out`."""
+        """Overwrite x, as `forward` left it, with its gradient, from the results of `forward` and the gradient of
+        `out`."""
         along = ((out - self.bias) * gradient).sum(-1, keepdim=True)
         along.mul_(inverse.square()).div_(-x.shape[-1])
         at_once = readers_at_once(x)

@@ -1,123 +1,153 @@
-"""A naive edge-masked model to judge the engine by: the definition, written out with autograd and nothing clever.
+"""The plain definition of an edge-masked transformer. Read this first.
 
-It keeps every node's output in a growing stack, computes what each reader gets with an einsum over that stack, and
-runs Hugging Face's own modules (norms, projections, MLPs) one reader at a time. It shares no code with the engine.
+A model is a graph of nodes: the embedding, the heads and the MLPs. Each node adds its output to the residual stream,
+and each later reader reads that stream. Reader j of an edge-masked model gets, in place of Σ_i x_i,
+
+    r_j = Σ_i [ m_ij x_i + (1 - m_ij) μ_i ]
+
+with x_i the output of node i, m_ij the weight of edge i -> j (0: cut) and μ_i the ablation value of node i: zero, or
+its mean output (Li, Davies, Nadeau 2023, section 3). The sum is over all nodes that come before j. Head j then computes
+
+    q, k, v = norm(r_j) W_Q + b_Q, norm(r_j) W_K + b_K, norm(r_j) W_V + b_V
+    x_j     = softmax(scale · q kᵀ + causal mask) v W_O + b_O / H
+
+an MLP computes x_j = MLP(norm(r_j)), and the logits are norm(r_output) W_U. With `split_qkv`, a head's query, key and
+value are three readers with separate edges, so q, k and v come from three different r_j.
+
+This file computes just that: it keeps every node's output, reads them with one `einsum`, and runs Hugging Face's own
+norms and MLPs one reader at a time, with autograd for the gradients. It is slow, shares no code with the engine, and is
+what the engine is tested against.
+
+Shapes: B batch, T position, P nodes so far, R readers that read at the same time, H heads, D model width, K head width,
+V vocabulary.
 """
 
 import torch
 from torch import Tensor, nn
 
+from circuit_breaking.errors import UserError
+from circuit_breaking.models.families import describe
+from circuit_breaking.models.families.spec import LayerSpec, ModelSpec, NormSpec, ProjectionSpec, check_supported
+
+OPTIONS = {  # of a description, those that are computed here
+    "gate", "query_norm", "key_norm", "window",
+    "positions", "rotary", "unembedding_bias", "parallel",
+}  # fmt: skip
+Rotary = tuple[Tensor, Tensor] | None  # cos and sin [1, T, r]
+
 
 class NaiveEdgeMasked(nn.Module):
-    """GPT-2, GPT-NeoX, Llama or Qwen with masks; `forward(tokens, mask, means)` -> logits [B, T, V]."""
+    """A Hugging Face model with a weight on every edge; `forward(tokens, mask, means)` returns its logits."""
 
     def __init__(self, hf: nn.Module, split_qkv: bool = False) -> None:
         super().__init__()
         self.hf, self.split = hf.requires_grad_(False), split_qkv
-        self.gpt2 = hf.config.model_type == "gpt2"
-        self.neox = hf.config.model_type == "gpt_neox"
-        self.parallel = self.neox and hf.config.use_parallel_residual
-        self.heads = hf.config.num_attention_heads
-        self.body = hf.transformer if self.gpt2 else hf.gpt_neox if self.neox else hf.model
-        self.layers = self.body.h if self.gpt2 else self.body.layers
 
     def forward(self, tokens: Tensor, mask: Tensor, means: Tensor | None = None) -> Tensor:
-        length = tokens.shape[1]
-        self.positions = torch.arange(length, device=tokens.device)[None]
-        if self.gpt2:
-            embedding = self.body.wte(tokens) + self.body.wpe(self.positions)
+        """Logits [B, T, V].
+
+        Args:
+            tokens: int64 [B, T].
+            mask: weight of each edge [E], in the order of `graph.edges`.
+            means: ablation values [P, D], or [max T, P, D] by position; None for zero.
+        """
+        model = describe(self.hf)
+        check_supported(model, "the reference", OPTIONS, {"layer", "rms"})
+        if tokens.shape[1] > model.max_plain_length:
+            raise UserError(f"{tokens.shape[1]} tokens are more than the model's {model.max_plain_length} positions.")
+        positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
+        embedding = model.embedding[tokens]
+        if model.positions is not None:
+            embedding = embedding + model.positions[positions]
+        rotary = None if model.rotary is None else model.rotary(embedding, positions)
+        nodes = Nodes(embedding, mask, means)
+        for layer in model.layers:
+            heads = self.heads(layer, nodes, rotary)
+            if not model.parallel:  # else the MLP does not read the heads of its layer
+                nodes.write(heads)
+            mlp = layer.mlp(norm(layer.mlp_norm, nodes.read(1)[0]))
+            nodes.write([*heads, mlp] if model.parallel else [mlp])
+        final = norm(model.final_norm, nodes.read(1)[0])
+        assert nodes.used == len(mask), "every edge is read once"
+        return unembed(model, final)
+
+    def heads(self, layer: LayerSpec, nodes: "Nodes", rotary: Rotary) -> list[Tensor]:
+        """Outputs of a layer's heads, each [B, T, D]."""
+        if self.split:
+            reads = nodes.read(3 * layer.n_heads).unflatten(0, (layer.n_heads, 3))
         else:
-            embedding = self.body.embed_in(tokens) if self.neox else self.body.embed_tokens(tokens)
-            self.cos, self.sin = self.body.rotary_emb(embedding, self.positions)
-        stack = embedding[None]  # [nodes so far, B, T, D]
-        if means is not None:  # [all nodes, T or 1, D]
-            means = means[:, None] if means.dim() == 2 else means[:length].transpose(0, 1)
-        used = 0
-
-        def read(count: int) -> Tensor:
-            nonlocal used
-            weights = mask[used : used + len(stack) * count].view(count, len(stack))
-            used += len(stack) * count
-            out = torch.einsum("rs,sbtd->rbtd", weights, stack)
-            if means is not None:
-                out = (
-                    out + torch.einsum("rs,std->rtd", 1 - weights, means[: len(stack)].expand(-1, length, -1))[:, None]
-                )
-            return out
-
-        for layer in self.layers:
-            reads = read(self.heads * (3 if self.split else 1))
-            reads = reads.view(self.heads, -1, *reads.shape[1:])
-            new = [self.head(layer, h, *(reads[h] if self.split else reads[h].expand(3, -1, -1, -1)))
-                   for h in range(self.heads)]  # fmt: skip
-            before = read(1)[0] if self.parallel else None  # its MLP does not see its heads
-            stack = torch.cat([stack, torch.stack(new)])
-            stack = torch.cat([stack, self.mlp(layer, before if self.parallel else read(1)[0])[None]])
-        final = read(1)[0]
-        assert used == len(mask)
-        if self.gpt2:
-            return self.hf.lm_head(self.body.ln_f(final))
-        return self.hf.lm_head(self.body.final_layer_norm(final) if self.neox else rms(self.body.norm, final))
-
-    def mlp(self, layer: nn.Module, x: Tensor) -> Tensor:
-        if self.gpt2:
-            return layer.mlp(layer.ln_2(x))
-        norm = layer.post_attention_layernorm
-        return layer.mlp(norm(x) if self.neox else rms(norm, x))
-
-    def head(self, layer: nn.Module, h: int, rq: Tensor, rk: Tensor, rv: Tensor) -> Tensor:
-        """Output of head h [B, T, D] whose query, key and value read the given streams."""
-        if self.gpt2:
-            attention, d = layer.attn, rq.shape[-1]
-            k = d // self.heads
-            weight, bias = attention.c_attn.weight, attention.c_attn.bias
-
-            def project(part: int, stream: Tensor) -> Tensor:
-                at = slice(part * d + h * k, part * d + (h + 1) * k)
-                return layer.ln_1(stream) @ weight[:, at] + bias[at]
-
-            q, key, v = project(0, rq), project(1, rk), project(2, rv)
-            w_out, b_out = attention.c_proj.weight[h * k : (h + 1) * k], attention.c_proj.bias
-            scale = k**-0.5 if attention.scale_attn_weights else 1.0
-            if attention.scale_attn_by_inverse_layer_idx:
-                scale /= attention.layer_idx + 1
-        elif self.neox:
-            attention, k = layer.attention, rq.shape[-1] // self.heads
-            # of every head the query, the key and the value, each k wide
-            parts = [
-                attention.query_key_value(layer.input_layernorm(stream)).unflatten(-1, (self.heads, 3, k))[..., h, i, :]
-                for i, stream in enumerate((rq, rk, rv))
-            ]
-            q, key, v = self.rotate(parts[0]), self.rotate(parts[1]), parts[2]
-            w_out, b_out = attention.dense.weight.t()[h * k : (h + 1) * k], attention.dense.bias
-            scale = k**-0.5
-        else:
-            attention = layer.self_attn
-            k, group = attention.head_dim, h // attention.num_key_value_groups
-
-            def part(linear: nn.Linear, stream: Tensor, index: int) -> Tensor:
-                return linear(rms(layer.input_layernorm, stream))[..., index * k : (index + 1) * k]
-
-            q, key = part(attention.q_proj, rq, h), part(attention.k_proj, rk, group)
-            if self.hf.config.model_type == "qwen3":
-                q, key = rms(attention.q_norm, q), rms(attention.k_norm, key)
-            q, key = self.rotate(q), self.rotate(key)
-            v = part(attention.v_proj, rv, group)
-            w_out, b_out = attention.o_proj.weight.t()[h * k : (h + 1) * k], attention.o_proj.bias
-            scale = k**-0.5
-        scores = q @ key.transpose(-1, -2) * scale
-        length = scores.shape[-1]
-        seen = torch.ones(length, length, dtype=torch.bool, device=scores.device).tril()
-        weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
-        return weights @ v @ w_out + (0 if b_out is None else b_out / self.heads)
-
-    def rotate(self, x: Tensor) -> Tensor:
-        """Turns the first components of x, as many as there are cosines, and leaves the others."""
-        n = self.cos.shape[-1]
-        a, b = x[..., : n // 2], x[..., n // 2 : n]
-        return torch.cat([x[..., :n] * self.cos + torch.cat([-b, a], -1) * self.sin, x[..., n:]], -1)
+            reads = nodes.read(layer.n_heads)[:, None].expand(-1, 3, -1, -1, -1)
+        return [head(layer, index, *reads[index], rotary) for index in range(layer.n_heads)]
 
 
-def rms(norm: nn.Module, x: Tensor) -> Tensor:
-    """RMSNorm in the precision of x; Hugging Face's module goes through float32 even in float64."""
-    return norm.weight * x / (x.square().mean(-1, keepdim=True) + norm.variance_epsilon).sqrt()
+class Nodes:
+    """The outputs x_i of all nodes so far, [P, B, T, D], in the graph's order, and the reads of the next readers."""
+
+    def __init__(self, embedding: Tensor, mask: Tensor, means: Tensor | None) -> None:
+        self.outputs, self.mask, self.used = embedding[None], mask, 0
+        self.means = means  # [all nodes, 1 or T, D]
+        if means is not None:
+            self.means = means[:, None] if means.dim() == 2 else means[: embedding.shape[1]].transpose(0, 1)
+
+    def read(self, readers: int) -> Tensor:
+        """What the next R readers get, [R, B, T, D], if they read all nodes so far."""
+        count = len(self.outputs)
+        m = self.mask[self.used : self.used + readers * count].view(readers, count)
+        self.used += readers * count
+        r = torch.einsum("ji,ibtd->jbtd", m, self.outputs)
+        if self.means is not None:
+            r = r + torch.einsum("ji,itd->jtd", 1 - m, self.means[:count].expand(-1, r.shape[2], -1))[:, None]
+        return r
+
+    def write(self, outputs: list[Tensor]) -> None:
+        """Add the outputs of the next nodes."""
+        self.outputs = torch.cat([self.outputs, torch.stack(outputs)])
+
+
+def head(layer: LayerSpec, index: int, r_q: Tensor, r_k: Tensor, r_v: Tensor, rotary: Rotary) -> Tensor:
+    """Output [B, T, D] of a head whose query, key and value read the streams r_q, r_k and r_v [B, T, D]."""
+    group = index // layer.queries_per_key  # heads may share keys and values
+    q = project(layer, layer.query, index, r_q)  # [B, T, K]
+    k = project(layer, layer.key, group, r_k)
+    v = project(layer, layer.value, group, r_v)
+    if layer.query_norm is not None:
+        q = norm(layer.query_norm, q)
+    if layer.key_norm is not None:
+        k = norm(layer.key_norm, k)
+    if rotary is not None:
+        q, k = rotate(q, rotary), rotate(k, rotary)
+    scores = q @ k.transpose(-1, -2) * layer.scale  # [B, T, T]
+    earlier = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    pattern = scores.masked_fill(~earlier, float("-inf")).softmax(-1)
+    bias = 0 if layer.out.bias is None else layer.out.bias / layer.n_heads  # all heads together add it once
+    return pattern @ v @ layer.w_o[index] + bias
+
+
+def project(layer: LayerSpec, one: ProjectionSpec, index: int, read: Tensor) -> Tensor:
+    """A head's query, key or value [B, T, K]."""
+    x = norm(layer.attention_norm, read) @ one.weight[index]
+    return x if one.bias is None else x + one.bias[index]
+
+
+def norm(spec: NormSpec, x: Tensor) -> Tensor:
+    """A norm of the model over [..., D].
+
+    LayerNorm is Hugging Face's module. RMSNorm is written out, because that module computes in float32 even in float64.
+    """
+    if spec.kind == "layer":
+        return spec.module(x)
+    return spec.weight * x / (x.square().mean(-1, keepdim=True) + spec.eps).sqrt()
+
+
+def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotary position embedding of [B, T, K]: turns the first r components, and leaves the others as they are."""
+    cos, sin = rotary
+    r = cos.shape[-1]
+    a, b = x[..., : r // 2], x[..., r // 2 : r]
+    return torch.cat([x[..., :r] * cos + torch.cat([-b, a], -1) * sin, x[..., r:]], -1)
+
+
+def unembed(model: ModelSpec, final: Tensor) -> Tensor:
+    """Logits [B, T, V] of the final hidden state [B, T, D]."""
+    logits = final @ model.unembedding.t()
+    return logits if model.unembedding_bias is None else logits + model.unembedding_bias

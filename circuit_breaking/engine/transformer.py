@@ -16,14 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from circuit_breaking.engine.ablation_values import AblationValues, check_means
-from circuit_breaking.engine.blocks import take_apart
+from circuit_breaking.engine.blocks import make_blocks
 from circuit_breaking.engine.cuda_graphs import CudaGraphCache
 from circuit_breaking.engine.mask import EdgeMask
 from circuit_breaking.engine.masked_pass import MaskedForward, MaskedPass
 from circuit_breaking.engine.network import Network, PassInputs, Rotary, Workspace, layer_groups
+from circuit_breaking.engine.norms import Norm
 from circuit_breaking.engine.prefix_cache import PrefixCache
 from circuit_breaking.errors import UserError
-from circuit_breaking.graph import EdgeGraph
+from circuit_breaking.models.families import describe
 
 
 def select_positions(hidden: Tensor, at: Tensor) -> Tensor:
@@ -52,18 +53,15 @@ class EdgeMaskedTransformer(nn.Module):
     def __init__(self, hf: nn.Module, split_qkv: bool = False, gradient_checkpointing: bool = False) -> None:
         super().__init__()
         self.gradient_checkpointing = gradient_checkpointing
-        parts = take_apart(hf, split_qkv)
-        heads = len(parts.blocks[0].w_o)
-        self.graph = EdgeGraph(len(parts.blocks), heads, split_qkv, parts.parallel)
-        self.blocks = nn.ModuleList(parts.blocks)
-        # a copy: a change of device must not reach the model that was given
-        self.norm, self.rotary = parts.norm, copy.deepcopy(parts.rotary)
-        self.max_positions = parts.max_positions
-        self.register_buffer("embedding", parts.embedding.detach())
-        self.register_buffer("positions", None if parts.positions is None else parts.positions.detach())
-        self.register_buffer("unembedding", parts.unembedding.detach())
-        bias = parts.unembedding_bias
-        self.register_buffer("unembedding_bias", None if bias is None else bias.detach())
+        spec = describe(hf)
+        self.graph = spec.graph(split_qkv)
+        self.blocks = make_blocks(spec, split_qkv)
+        # a copy, so that moving this model to another device does not move a module of `hf`
+        self.norm, self.rotary = Norm(spec.final_norm), copy.deepcopy(spec.rotary)
+        self.max_positions = spec.max_plain_length
+        for name in ("embedding", "positions", "unembedding", "unembedding_bias"):
+            tensor = getattr(spec, name)
+            self.register_buffer(name, None if tensor is None else tensor.detach())
         self.register_buffer("edge_readers", self.graph.edge_readers)
         self.register_buffer("edge_sources", self.graph.edge_sources)
         self.register_buffer("n_read", self.graph.edge_readers.bincount(minlength=len(self.graph.readers)))

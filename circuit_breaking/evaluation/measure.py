@@ -21,7 +21,7 @@ from tqdm import tqdm
 from circuit_breaking.evaluation.bootstrap import Sums, estimate
 from circuit_breaking.evaluation.generate import Sampling, continuations
 from circuit_breaking.evaluation.scorers import Scorer
-from circuit_breaking.models.load import fused_activations
+from circuit_breaking.models.activations import fused_activations
 from circuit_breaking.models.tokens import TokenBatch, pad_right
 from circuit_breaking.tasks.losses import cross_entropy_of_hidden
 

@@ -20,7 +20,7 @@ from circuit_breaking.evaluation.bootstrap import estimate
 from circuit_breaking.evaluation.compared_models import ComparedModel
 from circuit_breaking.evaluation.generate import Sampling, continuations
 from circuit_breaking.evaluation.scorers import Scorer
-from circuit_breaking.models.load import fused_activations
+from circuit_breaking.models.activations import fused_activations
 from circuit_breaking.models.tokens import TokenBatch, pad_right
 from circuit_breaking.tasks.base import TextTask
 from circuit_breaking.training.config import RelearnSettings

@@ -1,21 +1,22 @@
 """Load a model or a tokenizer by name, folder, GGUF file or Hugging Face object (layer 2)."""
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
-from transformers.activations import NewGELUActivation
 from transformers.utils import logging
 
 from circuit_breaking.errors import UserError, one_line
 from circuit_breaking.models.checks import check_files, check_sizes
+from circuit_breaking.models.families import FAMILIES
 from circuit_breaking.models.shipped import SHIPPED, TINY
 from circuit_breaking.runs.devices import pick_device, pick_dtype
+
+# in the name of a weight, whichever family it is of
+LAYER_NUMBER = rf"\b(?:{'|'.join(sorted({family.layer_list for family in FAMILIES.values()}))})\.(\d+)\."
 
 
 def _locate(name: str | Path) -> tuple[str, dict[str, Any]]:
@@ -104,7 +105,7 @@ def check_weights(name: str | Path, told: dict[str, Any], layers: int) -> None:
         )
     if missing := sorted(told["missing_keys"]):
         raise UserError(f"the model {name} lacks weights ({missing[0]} and {len(missing) - 1} more). Get it again.")
-    found = [re.search(r"\b(?:h|layers)\.(\d+)\.", key) for key in told["unexpected_keys"]]
+    found = [re.search(LAYER_NUMBER, key) for key in told["unexpected_keys"]]
     most = max((int(one[1]) for one in found if one), default=-1)
     if most >= layers:
         raise UserError(f"the model {name} has weights of {most + 1} layers, and its configuration says {layers}.")
@@ -129,25 +130,6 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
 def load_config(name: str | Path, look: bool = True) -> Any:
     """The Hugging Face configuration alone, without the weights; `look` as for `_from_pretrained`."""
     return _from_pretrained(AutoConfig, name, "the configuration of", look)
-
-
-@contextmanager
-def fused_activations(hf: nn.Module) -> Iterator[nn.Module]:
-    """Compute GPT-2's activation by one kernel in place of the eight that Hugging Face writes out, while the block
-    lasts: the same function to rounding, in a tenth of the time."""
-    replaced = [
-        (parent, name, child)
-        for parent in hf.modules()
-        for name, child in parent.named_children()
-        if isinstance(child, NewGELUActivation)
-    ]
-    for parent, name, _ in replaced:
-        setattr(parent, name, nn.GELU(approximate="tanh"))
-    try:
-        yield hf
-    finally:
-        for parent, name, child in replaced:
-            setattr(parent, name, child)
 
 
 def files_of(model: str) -> list[Path]:

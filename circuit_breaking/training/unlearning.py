@@ -14,7 +14,6 @@ Shapes: n texts, M predictions, D width, V vocabulary.
 
 import copy
 import math
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,10 +23,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from circuit_breaking.errors import UserError
+from circuit_breaking.models.families import describe
 from circuit_breaking.models.tokens import TokenBatch
 from circuit_breaking.training.config import LossSettings
 
-MLP_OUT = re.compile(r"\.(\d+)\.(?:mlp|feed_forward)\.(?:c_proj|down_proj|dense_4h_to_h|fc_out)\.weight$")
 Weights = dict[str, Tensor]
 
 
@@ -126,16 +125,11 @@ def every_parameter(model: nn.Module, settings: LossSettings) -> Callable[[str],
 
 
 def mlp_outputs(model: nn.Module, settings: LossSettings) -> Callable[[str], bool]:
-    """The output projections of the MLPs of the steered layer and the two before it, as in WMDP."""
+    """The weights of the MLPs' output projections in the steered layer and the two before it, as in WMDP."""
     last = rmu_layer(model, settings)
-
-    def chosen(name: str) -> bool:
-        found = MLP_OUT.search(name)
-        return found is not None and last - 2 <= int(found[1]) <= last
-
-    if not any(chosen(name) for name, _ in model.named_parameters()):
-        raise UserError(f"rmu knows no output projection of an MLP in a {type(model).__name__}. Leave rmu out.")
-    return chosen
+    weights = {layer.down.module.weight for layer in describe(model).layers[max(0, last - 2) : last + 1]}
+    names = {name for name, parameter in model.named_parameters() if parameter in weights}
+    return names.__contains__
 
 
 @dataclass(frozen=True)

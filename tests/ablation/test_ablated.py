@@ -255,9 +255,9 @@ def test_a_run_leaves_nothing_behind(family):
     hf = family()
     with ablate(hf, some_edges(hf, 30)) as handle, torch.no_grad():
         hf(torch.ones(2, 5, dtype=torch.long))
-        runs = {part.run for part in handle.cuts.parts}
-        assert len(runs) == 1
-        assert all(run.stack is None and run.units is None for run in runs)
+        states = {part.state for part in handle.hooks.parts}
+        assert len(states) == 1
+        assert all(state.stack is None and state.units is None for state in states)
 
 
 @pytest.mark.parametrize(
@@ -312,7 +312,7 @@ def test_what_else_can_be_wrong():
     other = OPTForCausalLM(
         OPTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, ffn_dim=16, vocab_size=9)
     )
-    with pytest.raises(UserError, match="not in a OPTForCausalLM"):
+    with pytest.raises(UserError, match=r"OPTForCausalLM is not supported\. Supported models: GPT2LMHeadModel, "):
         ablate(other, ["m0->output"])
     with pytest.raises(UserError, match="cross-attention"):
         ablate(small_gpt2(add_cross_attention=True), ["m0->m1"])

@@ -18,7 +18,7 @@ from circuit_breaking.ablation.weight_mask import (
     shares,
 )
 from circuit_breaking.errors import UserError
-from circuit_breaking.models.hook_points import find_places
+from circuit_breaking.models.families import describe
 from circuit_breaking.runs.tensors import read_tensors, write_tensors
 
 TOKENS = torch.randint(0, 50, (3, 9), generator=torch.Generator().manual_seed(0))
@@ -56,7 +56,8 @@ def test_a_masked_neuron_is_one_that_is_silent(family):
     mask = some_units(hf, "neuron", 5)
     with mask_weights(hf, mask):
         found = logits(hf)
-    hooks = [silence(layer.down, units) for layer, units in zip(find_places(hf).layers, mask.units.values())]  # noqa: B905
+    layers = zip(describe(hf).layers, mask.units.values(), strict=True)
+    hooks = [silence(layer.down.module, units) for layer, units in layers]
     torch.testing.assert_close(found, logits(hf))
     for hook in hooks:
         hook.remove()
@@ -68,9 +69,11 @@ def test_a_masked_head_is_one_whose_values_are_not_written(family):
     mask = some_units(hf, "head", 2)
     with mask_weights(hf, mask):
         found = logits(hf)
-    for layer, heads in zip(find_places(hf).layers, mask.units.values(), strict=True):
-        width = layer.w_o.shape[1]
-        silence(layer.out, torch.cat([torch.arange(head * width, (head + 1) * width) for head in heads.tolist()]))
+    for layer, heads in zip(describe(hf).layers, mask.units.values(), strict=True):
+        width = layer.head_width
+        silence(
+            layer.out.module, torch.cat([torch.arange(head * width, (head + 1) * width) for head in heads.tolist()])
+        )
     torch.testing.assert_close(found, logits(hf))
 
 

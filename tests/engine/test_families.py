@@ -17,7 +17,7 @@ from circuit_breaking.engine.load import load_model
 from circuit_breaking.engine.reference import NaiveEdgeMasked
 from circuit_breaking.errors import UserError
 from circuit_breaking.graph import EdgeGraph
-from circuit_breaking.models.load import fused_activations
+from circuit_breaking.models.activations import fused_activations
 
 # The larger GPT-2s: all layers in the slow tests, two of the true width in the quick ones
 GPT2_SIZES = {"medium": (24, 16, 1024, 80_965), "large": (36, 20, 1280, 280_063), "xl": (48, 25, 1600, 766_225)}

@@ -1,0 +1,62 @@
+"""Model families, each described in one file: `gpt2`, `neox`, and `llama` (Llama, Mistral, Qwen2, Qwen3).
+
+To add a family, write a file like `gpt2.py` and name it in `FAMILIES` below. `spec` explains the fields.
+"""
+
+import transformers
+from torch import nn
+from transformers import PreTrainedConfig
+
+from circuit_breaking.errors import UserError
+from circuit_breaking.graph import EdgeGraph
+from circuit_breaking.models.families import gpt2, llama, neox
+from circuit_breaking.models.families.spec import Family, ModelSpec
+
+# the registry: Hugging Face `model_type` -> family
+FAMILIES: dict[str, Family] = {family.model_type: family for family in (gpt2.FAMILY, neox.FAMILY, *llama.FAMILIES)}
+
+
+def _family(config: PreTrainedConfig | None, what: str) -> Family:
+    """The family of a configuration. `what` names the model or configuration in the error."""
+    family = FAMILIES.get(getattr(config, "model_type", None))
+    if family is None:
+        known = ", ".join(sorted(family.model_class for family in FAMILIES.values()))
+        raise UserError(f"{what} is not supported. Supported models: {known}.")
+    if reason := family.refuse(config):
+        raise UserError(reason)
+    if not getattr(config, "is_causal", True):
+        raise UserError(f"{what} has is_causal=False, and the graph describes causal attention. Use a causal model.")
+    return family
+
+
+def graph_of(config: PreTrainedConfig, split_qkv: bool = False) -> EdgeGraph:
+    """The graph of a model, from its Hugging Face configuration alone.
+
+    Raises:
+        UserError: the model is of an unknown family, or has an option that the graph cannot describe.
+    """
+    family = _family(config, f"a model of type {getattr(config, 'model_type', None)!r}")
+    return EdgeGraph(config.num_hidden_layers, config.num_attention_heads, split_qkv, family.parallel(config))
+
+
+def describe(hf: nn.Module) -> ModelSpec:
+    """Describe a Hugging Face causal language model; its weights are shared, not copied.
+
+    Raises:
+        UserError: the model is of an unknown family, has an option that cannot be described, or is quantised.
+    """
+    what = type(hf).__name__
+    family = _family(getattr(hf, "config", None), what)
+    if not isinstance(hf, getattr(transformers, family.model_class)):
+        raise UserError(f"{what} is not supported. Give the {family.model_class} itself.")
+    for name, parameter in hf.named_parameters():
+        if not parameter.is_floating_point():
+            raise UserError(f"{name} is quantised ({parameter.dtype}). Load the model's weights as floats.")
+    return family.describe(hf)
+
+
+def require_loaded(hf: nn.Module) -> None:
+    """Raise a `UserError` if some weights of a model are offloaded, so that their values are not at hand."""
+    for name, parameter in hf.named_parameters():
+        if parameter.is_meta:
+            raise UserError(f"{name} is offloaded. Load the model's weights onto its devices.")

@@ -1,0 +1,67 @@
+"""Llama and its relatives Mistral, Qwen2 and Qwen3: RMSNorm, rotary positions, shared keys and values, a gated MLP.
+
+They differ in which projections have biases, in Qwen3's norms of queries and keys, and in sliding windows.
+"""
+
+from torch import nn
+from transformers import PreTrainedConfig
+
+from circuit_breaking.models.families.spec import Family, LayerSpec, ModelSpec, NormSpec, linear, projection
+
+
+def describe(hf: nn.Module) -> ModelSpec:
+    """Describe a model of one of these families."""
+    config, body = hf.config, hf.model
+    return ModelSpec(
+        family=config.model_type,
+        embedding=body.embed_tokens.weight,
+        rotary=body.rotary_emb,
+        layers=[describe_layer(layer, config, index) for index, layer in enumerate(body.layers)],
+        final_norm=norm(body.norm),
+        unembedding=hf.lm_head.weight,
+        unembedding_bias=hf.lm_head.bias,
+        max_positions=config.max_position_embeddings,
+    )
+
+
+def describe_layer(layer: nn.Module, config: PreTrainedConfig, index: int) -> LayerSpec:
+    """Describe one layer."""
+    attention, mlp, head_width = layer.self_attn, layer.mlp, layer.self_attn.head_dim
+    heads, key_heads = config.num_attention_heads, config.num_key_value_heads
+    return LayerSpec(
+        attention=attention,
+        attention_norm=norm(layer.input_layernorm),
+        query=projection(linear(attention.q_proj), heads, head_width),
+        key=projection(linear(attention.k_proj), key_heads, head_width),
+        value=projection(linear(attention.v_proj), key_heads, head_width),
+        query_norm=norm(attention.q_norm) if hasattr(attention, "q_norm") else None,
+        key_norm=norm(attention.k_norm) if hasattr(attention, "k_norm") else None,
+        scale=attention.scaling,
+        window=window(config, index),
+        out=linear(attention.o_proj),
+        mlp=mlp,
+        mlp_norm=norm(layer.post_attention_layernorm),
+        activation=config.hidden_act,
+        gate=linear(mlp.gate_proj),
+        up=linear(mlp.up_proj),
+        down=linear(mlp.down_proj),
+    )
+
+
+def norm(module: nn.Module) -> NormSpec:
+    return NormSpec("rms", module, module.variance_epsilon)
+
+
+def window(config: PreTrainedConfig, index: int) -> int | None:
+    """The sliding window of a layer: Mistral has one for all layers, Qwen names the layers that have it."""
+    kinds = getattr(config, "layer_types", None)
+    slides = kinds is None or kinds[index] == "sliding_attention"
+    return getattr(config, "sliding_window", None) if slides else None
+
+
+FAMILIES = [
+    Family("llama", "LlamaForCausalLM", "layers", describe),
+    Family("mistral", "MistralForCausalLM", "layers", describe),
+    Family("qwen2", "Qwen2ForCausalLM", "layers", describe),
+    Family("qwen3", "Qwen3ForCausalLM", "layers", describe),
+]
