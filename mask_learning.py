@@ -24,13 +24,13 @@ from rich.console import Console
 from torch import nn
 
 from circuit_breaking.ablation.weight_mask import WeightMask, mask_weights, save_weight_mask, shares
-from circuit_breaking.errors import UserError
 from circuit_breaking.evaluation.generate import Sampling
 from circuit_breaking.evaluation.measure import TOXIC, evaluate
 from circuit_breaking.evaluation.scorers import load_scorer
 from circuit_breaking.evaluation.tables import table
 from circuit_breaking.figures.report import draw_report
 from circuit_breaking.models.load import files_of, load_hf_model, load_tokenizer
+from circuit_breaking.models.save import save_hf_folder
 from circuit_breaking.models.tokens import prefix_token
 from circuit_breaking.runs.cli import run_script
 from circuit_breaking.runs.config import check_counts, resolve_defaults
@@ -92,16 +92,6 @@ def masked(hf: nn.Module, mask: WeightMask) -> Iterator[nn.Module]:
         yield hf
 
 
-def save_model(folder: Path, hf: nn.Module, tokenizer, mask: WeightMask) -> None:
-    """Write the masked model as an ordinary Hugging Face folder."""
-    try:
-        with mask_weights(hf, mask):
-            hf.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror or error}. Choose another folder.") from error
-
-
 def main(settings: Settings) -> None:
     check_counts(settings, "num_texts", "samples", "prompt_tokens", "new_tokens", "eval_batch")
     settings = resolve_defaults(settings, default_data(settings.model))
@@ -127,7 +117,8 @@ def main(settings: Settings) -> None:
         result = train_weight_mask(hf, tasks["toxic"], tasks["ordinary"], settings, **how)
         save_weight_mask(folder / "weight_mask.safetensors", hf, result.mask, record)
     if settings.save_model:
-        save_model(folder / "model", hf, tokenizer, result.mask)
+        with mask_weights(hf, result.mask):
+            save_hf_folder(folder / "model", hf, tokenizer)
 
     models = {"original": lambda: nullcontext(hf), "masked": lambda: masked(hf, result.mask)}
     texts = {name: task.test[: settings.num_texts] for name, task in tasks.items()}

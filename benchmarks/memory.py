@@ -48,11 +48,6 @@ class Settings:
     out: Path = DATA / "benchmarks" / "memory.json"  # file to write
 
 
-def layers_of(config) -> str:
-    """The name under which a configuration keeps its number of layers."""
-    return "n_layer" if hasattr(config, "n_layer") else "num_hidden_layers"
-
-
 def size_of(module: nn.Module, item: int) -> int:
     """Bytes of a module's buffers and parameters, once each, at `item` bytes a number."""
     tensors = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
@@ -85,8 +80,7 @@ def computed(
 ) -> dict[str, float]:
     """GB that weights and step need: {"weights", "step"}."""
     config = copy.deepcopy(SHAPES[shape])
-    layers = getattr(config, layers_of(config))
-    setattr(config, layers_of(config), 1)
+    layers, config.num_hidden_layers = config.num_hidden_layers, 1
     engine = load_model(AutoModelForCausalLM.from_config(config).eval(), split_qkv, device="cpu")
     block, item = engine.blocks[0], torch.empty(0, dtype=pick_dtype(dtype)).element_size()
     graph = EdgeGraph(layers, engine.graph.n_heads, split_qkv, engine.graph.parallel)

@@ -14,15 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    GPT2Config,
-    GPTNeoXConfig,
-    LlamaConfig,
-    PretrainedConfig,
-    Qwen2Config,
-    Qwen3Config,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from circuit_breaking.engine.load import load_model
 from circuit_breaking.engine.transformer import EdgeMaskedTransformer
@@ -30,34 +22,41 @@ from circuit_breaking.errors import UserError
 from circuit_breaking.runs.devices import pick_device, pick_dtype
 from circuit_breaking.tasks.losses import cross_entropy_of_hidden
 
-SHAPES = {
-    "tiny": GPT2Config(n_layer=2, n_head=2, n_embd=32, vocab_size=100, bos_token_id=0, eos_token_id=0),
-    "gpt2": GPT2Config(),
-    "gpt2-medium": GPT2Config(n_layer=24, n_head=16, n_embd=1024),
-    "gpt2-large": GPT2Config(n_layer=36, n_head=20, n_embd=1280),
-    "gpt2-xl": GPT2Config(n_layer=48, n_head=25, n_embd=1600),
-    "pythia-70m": GPTNeoXConfig(
-        num_hidden_layers=6, num_attention_heads=8, hidden_size=512, intermediate_size=2048, vocab_size=50304
-    ),
-    "pythia-160m": GPTNeoXConfig(
-        num_hidden_layers=12, num_attention_heads=12, hidden_size=768, intermediate_size=3072, vocab_size=50304
-    ),
-    "pythia-410m": GPTNeoXConfig(
-        num_hidden_layers=24, num_attention_heads=16, hidden_size=1024, intermediate_size=4096, vocab_size=50304
-    ),
-    "smollm2-135m": LlamaConfig(
-        num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, hidden_size=576, intermediate_size=1536,
-        vocab_size=49152, tie_word_embeddings=True,
-    ),
-    "qwen2.5-0.5b": Qwen2Config(
-        num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2, hidden_size=896, intermediate_size=4864,
-        vocab_size=151936, tie_word_embeddings=True,
-    ),
-    "qwen3-0.6b": Qwen3Config(
-        num_hidden_layers=28, num_attention_heads=16, num_key_value_heads=8, hidden_size=1024, head_dim=128,
-        intermediate_size=3072, vocab_size=151936, tie_word_embeddings=True,
-    ),
+# name -> family (Hugging Face's `model_type`) and its configuration, where that differs from the family's default
+SHAPES_OF = {
+    "tiny": ("gpt2", {
+        "n_layer": 2, "n_head": 2, "n_embd": 32, "vocab_size": 100, "bos_token_id": 0, "eos_token_id": 0,
+    }),
+    "gpt2": ("gpt2", {}),
+    "gpt2-medium": ("gpt2", {"n_layer": 24, "n_head": 16, "n_embd": 1024}),
+    "gpt2-large": ("gpt2", {"n_layer": 36, "n_head": 20, "n_embd": 1280}),
+    "gpt2-xl": ("gpt2", {"n_layer": 48, "n_head": 25, "n_embd": 1600}),
+    "pythia-70m": ("gpt_neox", {
+        "num_hidden_layers": 6, "num_attention_heads": 8, "hidden_size": 512, "intermediate_size": 2048,
+        "vocab_size": 50304,
+    }),
+    "pythia-160m": ("gpt_neox", {
+        "num_hidden_layers": 12, "num_attention_heads": 12, "hidden_size": 768, "intermediate_size": 3072,
+        "vocab_size": 50304,
+    }),
+    "pythia-410m": ("gpt_neox", {
+        "num_hidden_layers": 24, "num_attention_heads": 16, "hidden_size": 1024, "intermediate_size": 4096,
+        "vocab_size": 50304,
+    }),
+    "smollm2-135m": ("llama", {
+        "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 576,
+        "intermediate_size": 1536, "vocab_size": 49152, "tie_word_embeddings": True,
+    }),
+    "qwen2.5-0.5b": ("qwen2", {
+        "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2, "hidden_size": 896,
+        "intermediate_size": 4864, "vocab_size": 151936, "tie_word_embeddings": True,
+    }),
+    "qwen3-0.6b": ("qwen3", {
+        "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8, "hidden_size": 1024,
+        "head_dim": 128, "intermediate_size": 3072, "vocab_size": 151936, "tie_word_embeddings": True,
+    }),
 }  # fmt: skip
+SHAPES = {name: AutoConfig.for_model(family, **options) for name, (family, options) in SHAPES_OF.items()}
 
 Step = Callable[[torch.Tensor], None]
 WARM_ON_GPU = 5  # steps until kernels are chosen and a pass is recorded as a CUDA graph
@@ -68,7 +67,7 @@ def make_hf(settings: Any) -> nn.Module:
     return make_hf_of(SHAPES[settings.shape], settings.device, settings.dtype)
 
 
-def make_hf_of(config: PretrainedConfig, device: str, dtype: str) -> nn.Module:
+def make_hf_of(config: PreTrainedConfig, device: str, dtype: str) -> nn.Module:
     """A model of a configuration with random weights."""
     torch.manual_seed(0)
     with torch.device(pick_device(device)):

@@ -25,6 +25,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from circuit_breaking.errors import UserError
+from circuit_breaking.models.save import save_hf_folder
 from circuit_breaking.runs.cli import run_script
 from circuit_breaking.runs.files import DATA, ROOT, read_jsonl, write_json, write_jsonl, write_text
 from circuit_breaking.runs.provenance import provenance
@@ -326,8 +327,7 @@ def main(settings: Settings) -> None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id  # not in config: every plain call would warn
         model.generation_config.do_sample = True
         model.generation_config.top_k = 0
-        model.save_pretrained(staged)
-        tokenizer.save_pretrained(staged)
+        save_hf_folder(staged, model, tokenizer)
         figures = measure(model, tokenizer, staged / "text", settings)
         inside = settings.out.resolve().is_relative_to(ROOT)
         shown = replace(settings, out=settings.out.resolve().relative_to(ROOT) if inside else settings.out.name)

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from circuit_breaking.errors import UserError
 from circuit_breaking.ioi.settings import FOLDER, default_data
 from circuit_breaking.models.load import files_of, load_hf_model, load_tokenizer
+from circuit_breaking.models.save import save_hf_folder
 from circuit_breaking.runs.checkpoints import (
     Checkpoints,
     Saved,
@@ -79,13 +80,7 @@ def main(settings: Settings) -> None:
     hf = load_hf_model(settings.model, settings.device, settings.dtype)
     with recorded(folder, record, settings.resume, settings.checkpoint_every) as how:
         finetune(hf, ioi, ordinary, settings, **how)
-        try:
-            hf.save_pretrained(folder / "model")
-            tokenizer.save_pretrained(folder / "model")
-        except OSError as error:
-            raise UserError(
-                f"cannot write {folder / 'model'}: {error.strerror or error}. Choose another out."
-            ) from error
+        save_hf_folder(folder / "model", hf, tokenizer)
         write_json(folder / "settings.json", record)
         how["checkpoints"].remove()
     rows = read_jsonl(folder / "metrics.jsonl")

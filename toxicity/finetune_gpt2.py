@@ -16,7 +16,6 @@ Several learning rates are tried, and the best checkpoint of all on validation t
 masks' objective, ordinary loss - alpha · toxic loss. Held-out texts are read by evaluation.py alone.
 """
 
-import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from circuit_breaking.errors import UserError
 from circuit_breaking.figures.toxicity import draw_finetuning
 from circuit_breaking.models.activations import fused_activations
 from circuit_breaking.models.load import files_of, load_hf_model, load_tokenizer
+from circuit_breaking.models.save import save_hf_folder
 from circuit_breaking.runs.cli import run_script
 from circuit_breaking.runs.config import check_counts, resolve_defaults
 from circuit_breaking.runs.cost import COST_FILE, cost, with_earlier
@@ -90,30 +90,11 @@ def rates_of(settings: Settings, method: str) -> tuple[float, ...]:
     return settings.lrs or LRS[method]
 
 
-def save(folder: Path, hf: Any, tokenizer: Any) -> None:
-    """Write the model as an ordinary Hugging Face folder; what was there before goes, but for hidden files and parts.
-
-    It is written beside, so that no half of a model lies where a whole one should.
-    """
-    made = folder / PARTS / "model"
-    shutil.rmtree(made, ignore_errors=True)
-    try:
-        hf.save_pretrained(made)
-        tokenizer.save_pretrained(made)
-        for path in sorted(folder.iterdir(), key=lambda path: path.name != "config.json"):  # without it no model: first
-            if path.is_file() and not path.name.startswith("."):
-                path.unlink()
-        for path in sorted(made.iterdir(), key=lambda path: path.name == "config.json"):  # which makes it a model: last
-            path.replace(folder / path.name)
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror or error}. Choose another folder.") from error
-
-
 def make(folder: Path, settings: Settings, method: str, splits: Splits, tokenizer: Any, run: dict[str, Any]) -> None:
     """Fine-tune by one method, write what came of it, and say so."""
     parts = CheckpointedParts(folder / PARTS, run, settings.resume, settings.checkpoint_every, APART)
     (hf, result, spent), history, notes, seconds = best_of_grid(settings, method, splits, parts)
-    save(folder, hf, tokenizer)
+    save_hf_folder(folder, hf, tokenizer)
     write_jsonl(folder / "metrics.jsonl", history)
     write_json(folder / COST_FILE, {**spent, "seconds_with_tuning": round(seconds, 2)})
     # last: it says that the folder is complete

@@ -1,8 +1,6 @@
 """Ablated models in folders of data, without code."""
 
 import json
-import shutil
-import tempfile
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import replace
@@ -18,6 +16,7 @@ from circuit_breaking.errors import UserError
 from circuit_breaking.graph import QKV, Edge, EdgeGraph
 from circuit_breaking.models.families import graph_of
 from circuit_breaking.models.load import load_config, load_hf_model, load_tokenizer
+from circuit_breaking.models.save import save_hf_folder
 from circuit_breaking.runs.files import read_json, write_json, write_text
 from circuit_breaking.runs.tensors import write_tensors
 
@@ -84,7 +83,7 @@ def save_ablated(
     card = model_card(folder.name, record, original)
     (folder / "edges.json").unlink(missing_ok=True)  # it comes last: without it the folder is no model
     if hf is not None:
-        _store_base(folder, hf, tokenizer)
+        save_hf_folder(folder / "base", hf, tokenizer)
     if means is not None:
         write_tensors(folder / "means.safetensors", {"means": means}, {"shape": shape})
     write_text(folder / "README.md", card)
@@ -96,25 +95,6 @@ def _is_ours(folder: Path) -> bool:
         record = read_json(folder / "edges.json")
         return isinstance(record, dict) and record.get("format") == FORMAT
     return False
-
-
-def _store_base(folder: Path, hf: nn.Module, tokenizer: Any) -> None:
-    temporary = None
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=folder, prefix=".base."))
-        hf.save_pretrained(temporary)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(temporary)
-        if (folder / "base").exists():
-            shutil.rmtree(folder / "base")
-        temporary.chmod(folder.stat().st_mode)  # mkdtemp makes folders that only their owner can read
-        temporary.rename(folder / "base")
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror or error}. Choose another folder.") from error
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def model_card(title: str, record: dict[str, Any], base: str) -> str:

@@ -17,18 +17,18 @@ def load_model(
     dtype: str | torch.dtype = "float32",
     gradient_checkpointing: bool = False,
 ) -> EdgeMaskedTransformer:
-    """An edge-masked transformer with all edges whole.
+    """Load an edge-masked transformer, with weight 1 on every edge.
 
     Args:
-        model: hub name, folder, folder holding a `.gguf`, `"tiny"` (the shipped model), or a loaded Hugging Face
-            model, whose weights are then shared where their layout allows it and which is left as it is.
-        split_qkv: let each head's query, key and value read for themselves.
-        device: `"auto"`, or a name that torch knows.
+        model: hub name, folder, folder that holds a `.gguf`, `"tiny"` (the shipped model), or a loaded Hugging Face
+            model. A loaded model is not changed; its weights are shared where their layout allows it.
+        split_qkv: let each head's query, key and value read separately.
+        device: `"auto"`, or a device name of PyTorch.
         dtype: `"float32"`, `"bfloat16"` or `"float64"`.
         gradient_checkpointing: save memory by computing parts of each layer again in the backward.
 
     Raises:
-        UserError: the model cannot be found, read, or is of a family that is not supported.
+        UserError: the model cannot be found or read, or its family is not supported (see `models.families`).
     """
     if isinstance(model, nn.Module):
         hf, name = model, getattr(model.config, "name_or_path", "") or type(model).__name__

@@ -10,20 +10,18 @@
 """
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
-from threading import Thread
 from typing import Protocol
 
 import numpy as np
 import torch
 
-from circuit_breaking.errors import UserError
+from circuit_breaking.errors import UserError, first_line
 from circuit_breaking.runs.devices import pick_device
+from circuit_breaking.runs.hub import hub_answers
 
 DETOXIFY = "unitary/toxic-bert"
-PROBE_SECONDS = 5.0  # how long the hub may take to answer before it counts as out of reach
 
 
 class Scorer(Protocol):
@@ -151,38 +149,12 @@ def _pretrained(checkpoint: str):
         raise
     except Exception as error:  # transformers raises many kinds for a file that is missing or damaged
         if Path(checkpoint).is_dir():
-            raise UserError(f"{checkpoint} holds no classifier that loads ({_first_line(error)}).") from error
-    if not _hub_answers():
+            raise UserError(f"{checkpoint} holds no classifier that loads ({first_line(error)}).") from error
+    if not hub_answers():
         raise UserError(f"{checkpoint} is not in the cache and the Hugging Face hub is out of reach.")
     try:
         return load()
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"{checkpoint} does not load from the Hugging Face hub ({_first_line(error)}).") from error
-
-
-@lru_cache
-def _hub_answers() -> bool:
-    """Whether the hub answers in time. In a thread, since looking up a name has no time limit of its own."""
-    from huggingface_hub import constants, get_session
-
-    if constants.HF_HUB_OFFLINE:
-        return False
-    answers = []
-
-    def probe() -> None:
-        try:
-            get_session().head(constants.ENDPOINT, timeout=PROBE_SECONDS)
-            answers.append(True)
-        except Exception:
-            answers.append(False)  # every kind of failure means the same here
-
-    thread = Thread(target=probe, daemon=True)
-    thread.start()
-    thread.join(PROBE_SECONDS)
-    return answers == [True]
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{checkpoint} does not load from the Hugging Face hub ({first_line(error)}).") from error

@@ -5,9 +5,6 @@ and the 8 x 8 digits that scikit-learn ships. The source used is part of every o
 compare with those of another.
 """
 
-import threading
-import urllib.error
-import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,11 +17,11 @@ from torch import Tensor
 from circuit_breaking.errors import UserError
 from circuit_breaking.mnist.idx import read_idx
 from circuit_breaking.runs.files import DATA
+from circuit_breaking.runs.hub import hub_answers
 
 Source = Literal["auto", "idx", "hub", "digits"]
 DEFAULT_FOLDER = DATA / "mnist"
 HUB_NAME = "ylecun/mnist"
-HUB_WAIT = 5.0  # seconds for the hub's first answer; without a network its client would go on trying for a minute
 FILES = {
     ("train", "images"): "train-images",
     ("train", "labels"): "train-labels",
@@ -156,11 +153,11 @@ def _read_folder(folder: Path) -> tuple[dict[tuple[str, str], np.ndarray], list[
 
 
 def _read_hub() -> dict[tuple[str, str], np.ndarray]:
-    """MNIST from the hub or its local cache. Without a network this ends after `HUB_WAIT` seconds, not a minute."""
+    """MNIST from the hub or its local cache. Without a network this fails after seconds, not after a minute."""
     from datasets import load_dataset  # slow to import, and only wanted here
-    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub import snapshot_download
 
-    online = _answers(constants.ENDPOINT)
+    online = hub_answers()
     try:
         folder = Path(
             snapshot_download(HUB_NAME, repo_type="dataset", allow_patterns="*.parquet", local_files_only=not online)
@@ -175,25 +172,6 @@ def _read_hub() -> dict[tuple[str, str], np.ndarray]:
         reason = str(error).splitlines()[0] if online else "the hub does not answer and nothing is cached"
         raise UserError(f"{HUB_NAME} cannot be had from the Hugging Face hub ({reason}).") from error
     return arrays
-
-
-def _answers(url: str, wait: float = HUB_WAIT) -> bool:
-    """Whether a server answers within `wait` seconds. In a thread, for a name look-up has no time limit of its own."""
-
-    def ask() -> None:
-        try:
-            urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=wait).close()
-        except urllib.error.HTTPError:
-            pass  # an answer too
-        except (OSError, ValueError):
-            return
-        answered.set()
-
-    answered = threading.Event()
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(wait)
-    return answered.is_set()
 
 
 def _read_digits() -> dict[tuple[str, str], np.ndarray]:

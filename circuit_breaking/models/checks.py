@@ -1,7 +1,7 @@
-"""Checks on the files of a model before transformers reads them (layer 1).
+"""Checks on the files of a model before transformers reads them.
 
-A configuration is a claim like any header: it is held against the weights that are there before memory is set aside for
-what it says. Weights come from safetensors or GGUF; a model that has none but pickled ones is refused.
+A configuration can claim any size, so it is compared with the size of the weight files before memory is allocated.
+Weights are read from safetensors or GGUF; a model with only pickled weights is refused.
 """
 
 import json
@@ -27,21 +27,21 @@ FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 
 
 def check_files(folder: Path, gguf: str | None = None) -> None:
-    """Raise a `UserError` unless the JSON files of a folder are objects of a sane size, and all files regular ones."""
+    """Raise a `UserError` unless all JSON files of a folder are regular files of a sane size that hold an object."""
     if gguf is not None:
         check_gguf(require_file(folder / gguf, HINT))
         return
     for path in sorted(folder.glob("*.json")):
-        # a tokenizer's files may hold a number such as 1e30 for "no limit"; the configuration's are sizes and the like
+        # a tokenizer's files may hold a huge number, such as 1e30, for "no limit"; a configuration's are sizes
         parse = parse_json if path.name == "config.json" else json.loads
         if not isinstance(read_json(path, HINT, parse, MAX_JSON), dict):
             raise UserError(f"{path} holds no JSON object. {HINT}")
 
 
 def check_sizes(config: Any, folder: Path, gguf: str | None = None) -> None:
-    """Raise a `UserError` where a configuration asks for more than the weights of its folder can fill.
+    """Raise a `UserError` if a configuration describes more weights than the files of its folder can hold.
 
-    Of a hub's name, which is no folder here, only the number of layers is looked at.
+    For a name on the hub, which is no local folder, only the number of layers is checked.
     """
     layers = getattr(config, "num_hidden_layers", None)
     if type(layers) is not int or not 0 < layers <= MOST_LAYERS:
@@ -61,7 +61,7 @@ def check_sizes(config: Any, folder: Path, gguf: str | None = None) -> None:
     except Exception as error:  # the library raises many kinds for settings that make no model
         raise UserError(f"the configuration in {folder} makes no model ({one_line(error)}). {HINT}") from error
     weights = sum(parameter.numel() for parameter in model.parameters())
-    # a weight takes a byte at least, in GGUF's smallest types more than a bit
+    # a weight takes at least a byte; in GGUF's smallest types, at least a bit
     if weights > room * (8 if gguf is not None else 1):
         raise UserError(
             f"the configuration in {folder} asks for {weights:,} weights, and the files hold {room:,} bytes. {HINT}"
@@ -69,10 +69,10 @@ def check_sizes(config: Any, folder: Path, gguf: str | None = None) -> None:
 
 
 def weight_files(folder: Path) -> Iterator[Path]:
-    """The safetensors files of a model, as its index names them where there is one.
+    """The safetensors files of a model: those that its index names, or the single file without an index.
 
     Raises:
-        UserError: there are none, or the index names a file that is no safetensors file of this folder.
+        UserError: there are none, or the index names something other than a safetensors file in this folder.
     """
     if (folder / WEIGHTS).is_file() or not (folder / INDEX).exists():
         if not (folder / WEIGHTS).exists():
@@ -96,7 +96,7 @@ def weight_files(folder: Path) -> Iterator[Path]:
 
 
 def check_weight_file(path: Path) -> None:
-    """Raise a `UserError` for a safetensors file that is damaged, or whose weights are whole numbers."""
+    """Raise a `UserError` for a safetensors file that is damaged, or whose weights are integers."""
     try:
         check_header(path)
         with safe_open(path, framework="pt") as file:

@@ -1,8 +1,8 @@
-"""Whether a GGUF file can hold what its header says, before a library reads it (layer 1).
+"""Whether a GGUF file can hold what its header says, before a library reads it.
 
 Format (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md), little-endian: `GGUF`, version, number of tensors,
 number of fields; each field's name, type and value; each tensor's name, dimensions, type and offset; then, aligned, the
-tensors. The library loops over an array as long as its header says, beyond the end of the file too.
+tensors. The gguf library trusts the header: it would loop over an array far beyond the end of the file.
 """
 
 import math
@@ -22,7 +22,7 @@ HINT = "Get the file again."
 
 
 class _Walk:
-    """A place in the file that moves on as it is read; a `ValueError` where the file ends first."""
+    """Reads a file from front to back. Raises `ValueError` if the file ends too early."""
 
     def __init__(self, data: mmap.mmap) -> None:
         self.data, self.at = data, 0
@@ -50,7 +50,7 @@ class _Walk:
             if inner < len(SIZES) and SIZES[inner]:
                 self.skip(count * SIZES[inner])
                 return
-            # a string or an array takes 8 bytes at least, so that the loop ends
+            # each string or array takes at least 8 bytes, so this bounds the loop
             if count * 8 > len(self.data) - self.at:
                 raise ValueError(f"it has no room for an array of {count:,}")
             for _ in range(count):
@@ -58,10 +58,10 @@ class _Walk:
         elif kind < len(SIZES) and SIZES[kind]:
             self.skip(SIZES[kind])
         else:
-            raise ValueError(f"it holds a value of type {kind}, which there is not")
+            raise ValueError(f"it holds a value of the unknown type {kind}")
 
     def tensor(self) -> tuple[int, int, int]:
-        """Elements, type and offset of the tensor that is described here."""
+        """Number of elements, type and offset of the tensor described at this point."""
         self.string()
         dims = self.number("<I")
         if dims > MOST_DIMS:
@@ -71,11 +71,11 @@ class _Walk:
 
 
 def check_gguf(path: Path) -> None:
-    """Raise a `UserError` for a GGUF file that is damaged or ends before what its header promises.
+    """Raise a `UserError` for a GGUF file that is damaged or shorter than its header says.
 
-    Needs the package gguf, the extra of that name; where it is missing, an `ImportError` says so.
+    Raises `ImportError` without the package gguf, which the extra `gguf` installs.
     """
-    from gguf import GGML_QUANT_SIZES  # an extra, and only wanted here
+    from gguf import GGML_QUANT_SIZES  # an optional dependency
 
     try:
         with path.open("rb") as file:
@@ -97,7 +97,7 @@ def check_gguf(path: Path) -> None:
                 room = len(data) - -(-walk.at // aligned) * aligned
                 for elements, kind, offset in described:
                     if kind not in GGML_QUANT_SIZES:
-                        raise ValueError(f"it holds a tensor of type {kind:,}, which there is not")
+                        raise ValueError(f"it holds a tensor of the unknown type {kind:,}")
                     block, size = GGML_QUANT_SIZES[kind]
                     if offset + elements * size // block > room:
                         raise ValueError(f"it ends before a tensor of {elements:,} values")

@@ -1,4 +1,4 @@
-"""Load a model or a tokenizer by name, folder, GGUF file or Hugging Face object (layer 2)."""
+"""Load a stock Hugging Face model, its tokenizer or its configuration by name, folder or GGUF file."""
 
 import re
 from pathlib import Path
@@ -15,12 +15,12 @@ from circuit_breaking.models.families import FAMILIES
 from circuit_breaking.models.shipped import SHIPPED, TINY
 from circuit_breaking.runs.devices import pick_device, pick_dtype
 
-# in the name of a weight, whichever family it is of
+# finds the number of a layer in the name of a weight, for a model of any registered family
 LAYER_NUMBER = rf"\b(?:{'|'.join(sorted({family.layer_list for family in FAMILIES.values()}))})\.(\d+)\."
 
 
 def _locate(name: str | Path) -> tuple[str, dict[str, Any]]:
-    """What to hand to `from_pretrained` for a model's name, and with which keywords."""
+    """The name or folder to give to `from_pretrained`, and its keyword arguments."""
     if str(name) == SHIPPED:
         if not (TINY / "config.json").is_file():
             raise UserError(f"the shipped model is not in {TINY}. Make it with data/make_tiny_gpt2.py.")
@@ -31,7 +31,7 @@ def _locate(name: str | Path) -> tuple[str, dict[str, Any]]:
             return str(folder.parent), {"gguf_file": folder.name}
         if not folder.exists():
             return str(name), {}
-    except (OSError, RuntimeError) as error:  # a name that is too long, a home that is nobody's
+    except (OSError, RuntimeError) as error:  # the name is too long, or its ~user does not exist
         raise UserError(f"there is no model {str(name)[:200]!r} ({one_line(error, 100)}). Check the name.") from error
     if (folder / "config.json").is_file() or (folder / "tokenizer_config.json").is_file():  # or a tokenizer alone
         return str(folder), {}
@@ -43,25 +43,25 @@ def _locate(name: str | Path) -> tuple[str, dict[str, Any]]:
 
 
 def _from_pretrained(loader: Any, name: str | Path, what: str, look: bool = True, **keywords: Any) -> Any:
-    """What a loader of transformers makes of a name. `look` at a folder's files first, unless that was just done."""
+    """Call `loader.from_pretrained`. With `look`, check the files of a local folder first."""
     place, more = _locate(name)
     local = Path(place).exists()
     try:
         if local and look:
             check_files(Path(place), more.get("gguf_file"))
-        # code that comes with a model is never run, nor is anybody asked whether to run it
+        # code that comes with a model is never run, and the user is never asked about it
         return loader.from_pretrained(place, **more, **keywords, trust_remote_code=False)
     except UserError:
         raise
     except ImportError as error:
         raise UserError(f"{what} {name}: {one_line(error)} For GGUF: pip install '.[gguf]'.") from error
-    except BaseException as error:  # the libraries raise many kinds for a damaged file, and Rust one of its own
+    except BaseException as error:  # libraries raise many kinds for a damaged file; Rust's is no Exception
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         if local:
             raise UserError(f"{what} {place} cannot be read ({one_line(error)}).") from error
         raise UserError(
-            f"{what} {place!r} is neither a folder here nor to be had from the Hugging Face hub "
+            f"{what} {place!r} is neither a local folder nor available from the Hugging Face hub "
             f"({one_line(error)}). Check the name and the network, or give a folder."
         ) from error
 
@@ -72,40 +72,40 @@ def load_hf_model(name: str | Path, device: str = "auto", dtype: str | torch.dty
     Weights are read from safetensors or GGUF, never from pickle.
 
     Raises:
-        UserError: it cannot be found or read, its weights are not all there, or they are of another shape than its
-            configuration says.
+        UserError: the model cannot be found or read, weights are missing, or their shapes differ from the
+            configuration.
     """
     device, dtype = pick_device(device), pick_dtype(dtype)
     place, more = _locate(name)
     check_sizes(load_config(name), Path(place), more.get("gguf_file"))
     keywords = {} if more else {"use_safetensors": True}
     before = logging.get_verbosity()
-    logging.set_verbosity_error()  # what it warns of ends in an error here
+    logging.set_verbosity_error()  # its warnings become errors in `check_weights`
     try:
-        model, told = _from_pretrained(
+        model, info = _from_pretrained(
             AutoModelForCausalLM, name, "the model", look=False, dtype=dtype, output_loading_info=True,
             ignore_mismatched_sizes=True, **keywords,
         )  # fmt: skip
     finally:
         logging.set_verbosity(before)
-    check_weights(name, told, model.config.num_hidden_layers)
+    check_weights(name, info, model.config.num_hidden_layers)
     return model.to(device).eval()
 
 
-def check_weights(name: str | Path, told: dict[str, Any], layers: int) -> None:
-    """Raise a `UserError` where weights were lacking or of another shape, in whose place transformers puts random ones,
-    or where there were more than the model's `layers`.
+def check_weights(name: str | Path, info: dict[str, Any], layers: int) -> None:
+    """Raise a `UserError` if weights were missing or had another shape, because transformers fills those in at random,
+    or if there were weights of more than `layers` layers.
 
-    `told` is transformers' record of how the model was loaded.
+    `info` is what `from_pretrained` returns with `output_loading_info=True`.
     """
-    if wrong := sorted(told["mismatched_keys"]):
+    if wrong := sorted(info["mismatched_keys"]):
         key, there, here = wrong[0]
         raise UserError(
             f"the model {name} has {key} of shape {list(there)}, and its configuration says {list(here)}. Get it again."
         )
-    if missing := sorted(told["missing_keys"]):
+    if missing := sorted(info["missing_keys"]):
         raise UserError(f"the model {name} lacks weights ({missing[0]} and {len(missing) - 1} more). Get it again.")
-    found = [re.search(LAYER_NUMBER, key) for key in told["unexpected_keys"]]
+    found = [re.search(LAYER_NUMBER, key) for key in info["unexpected_keys"]]
     most = max((int(one[1]) for one in found if one), default=-1)
     if most >= layers:
         raise UserError(f"the model {name} has weights of {most + 1} layers, and its configuration says {layers}.")
@@ -114,7 +114,7 @@ def check_weights(name: str | Path, told: dict[str, Any], layers: int) -> None:
 def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a hub name, folder, folder holding a `.gguf`, or `"tiny"`."""
     tokenizer = _from_pretrained(AutoTokenizer, name, "the tokenizer of")
-    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes of a folder without a tokenizer
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # as for a folder without one
         raise UserError(f"the model {name} comes without its tokenizer. Save that in its folder too.")
     place, more = _locate(name)
     if not more and (Path(place) / "config.json").is_file():
@@ -133,6 +133,6 @@ def load_config(name: str | Path, look: bool = True) -> Any:
 
 
 def files_of(model: str) -> list[Path]:
-    """Files with the weights of a model that is a folder or a file here; none for a hub's name."""
+    """Local files that hold the weights of a model; none for a name on the hub."""
     path = TINY if model == SHIPPED else Path(model).expanduser()
     return [path] if path.is_file() else sorted([*path.glob("*.safetensors"), *path.glob("*.gguf")])

@@ -1,4 +1,4 @@
-"""Texts to token batches (layer 0).
+"""Texts as batches of tokens.
 
 Shapes: n texts, T tokens of the longest (at most the context length).
 """
@@ -18,8 +18,11 @@ from circuit_breaking.errors import UserError
 class TokenBatch:
     """Texts as tokens, padded on the right.
 
-    `tokens` int64 [n, T]; `lengths` int64 [n], prefix token included; `starts` int64 [n], the first token of each text
-    whose prediction counts, or None for all but the prefix token.
+    Attributes:
+        tokens: int64 [n, T].
+        lengths: number of tokens of each text, prefix token included, int64 [n].
+        starts: position of the first token of each text whose prediction counts, int64 [n]; None if all count except
+            the prefix token.
     """
 
     tokens: Tensor
@@ -30,7 +33,7 @@ class TokenBatch:
         return len(self.tokens)
 
     def __getitem__(self, rows: Tensor | slice) -> "TokenBatch":
-        """The texts of some rows, cut to the longest of them."""
+        """The texts of some rows, with padding only up to the longest of them."""
         lengths = self.lengths[rows]
         starts = None if self.starts is None else self.starts[rows]
         return TokenBatch(self.tokens[rows][:, : int(lengths.max())], lengths, starts)
@@ -42,12 +45,12 @@ class TokenBatch:
 
     @property
     def real(self) -> Tensor:
-        """True where a token is no padding: bool [n, T]."""
+        """True where a token is not padding: bool [n, T]."""
         return torch.arange(self.tokens.shape[1], device=self.tokens.device) < self.lengths[:, None]
 
     @property
     def predicted(self) -> Tensor:
-        """True where a token follows whose prediction counts: bool [n, T]."""
+        """True where the prediction of the next token counts: bool [n, T]."""
         position = torch.arange(self.tokens.shape[1], device=self.tokens.device)
         before_end = position < self.lengths[:, None] - 1
         return before_end if self.starts is None else before_end & (position >= self.starts[:, None] - 1)
@@ -66,16 +69,16 @@ def encode(
     end: bool = False,
     prompts: Sequence[str] | None = None,
 ) -> TokenBatch:
-    """Tokenise texts, each behind the prefix token and cut to `length` tokens.
+    """Tokenise texts. Each one starts with the prefix token and is truncated to `length` tokens.
 
     Args:
         tokenizer: a Hugging Face tokenizer.
         texts: the texts; those without a single token are left out.
-        prefix: token that starts every text (see `models.prefix_token`).
-        length: most tokens a text may have, prefix included; at least 2.
-        end: put the prefix token behind a text that is not cut, so that its end is predicted too.
-        prompts: the beginning of each text that is given, so that only what follows it counts as predicted; texts that
-            are cut before it ends are left out.
+        prefix: token that starts every text (see `prefix_token`).
+        length: maximum number of tokens of a text, prefix included; at least 2.
+        end: append the prefix token to a text that is not truncated, so that its end is predicted too.
+        prompts: the beginning of each text, whose tokens do not count as predictions. A text that is truncated within
+            its prompt is left out.
 
     Raises:
         UserError: no text has a token, or `length` leaves nothing to predict.
@@ -97,7 +100,7 @@ def encode(
 
 
 def pad_right(rows: Sequence[Sequence[int]], fill: int) -> TokenBatch:
-    """Rows of tokens, at least one and none empty, as one batch with `fill` behind those that are shorter."""
+    """Make one batch of rows of tokens, padded with `fill`. There must be a row, and none may be empty."""
     lengths = torch.tensor([len(row) for row in rows])
     tokens = torch.full((len(rows), int(lengths.max())), fill)
     for row, values in zip(tokens, rows, strict=True):
@@ -111,8 +114,8 @@ END_OF_TEXT = "<|endoftext|>"
 def prefix_token(tokenizer: PreTrainedTokenizerBase) -> int:
     """The token that starts every text: `<|endoftext|>`, with which GPT-2, Pythia and SmolLM were trained.
 
-    It is looked up by name, since chat models move `bos_token` to one that opens a turn; families without it start
-    with their `bos_token`.
+    It is looked up by name, because in chat models `bos_token` opens a turn instead. Tokenizers without it use their
+    `bos_token`.
     """
     token = tokenizer.get_vocab().get(END_OF_TEXT, tokenizer.bos_token_id)
     if token is None:

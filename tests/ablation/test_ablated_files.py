@@ -112,7 +112,7 @@ def test_damaged_and_foreign_folders(tmp_path):
     with_record("damaged", cut_edges_carry="something")
     with_record("no edge 'm9->m1'", edges=["m9->m1"])
     with_record("for a model of shape", shape={})
-    with_record("neither a folder here", base="/no/such/folder")
+    with_record("neither a local folder", base="/no/such/folder")
     (folder / "edges.json").write_text("[]")
     with pytest.raises(UserError, match="no saved ablated model"):
         load_ablated(folder)

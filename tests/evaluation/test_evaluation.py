@@ -259,7 +259,7 @@ def test_means_change_what_the_ablated_model_does(folder):
 
 BAD = {
     "no mask": ({"run": "none"}, "no file .*mask.safetensors. Train one"),
-    "no model": ({"model": "nowhere/at-all"}, "neither a folder here nor to be had"),
+    "no model": ({"model": "nowhere/at-all"}, "neither a local folder nor available"),
     "mask of another model": ({"mask": "run_larger/mask.safetensors", "model": "model"}, "made for another model"),
     "means of another model": ({"means": "larger_means.safetensors"}, "do not fit this model"),
     "means per position": ({"means": "model_position.safetensors"}, "per position"),

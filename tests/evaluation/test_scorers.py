@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, BertTokenizer
 
 from circuit_breaking.errors import UserError
-from circuit_breaking.evaluation import scorers
 from circuit_breaking.evaluation.scorers import SCORERS, Detoxify, load_scorer
+from circuit_breaking.runs import hub
 
 RUDE = ["You are a stupid idiot.", "shut up, you dumb moron", "what a fool you are"]
 KIND = ["What a lovely morning.", "Mary gave the book to John.", "The train leaves at nine."]
@@ -39,9 +39,9 @@ def checkpoint(tmp_path_factory):
 @pytest.fixture
 def offline(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    scorers._hub_answers.cache_clear()
+    hub.hub_answers.cache_clear()
     yield
-    scorers._hub_answers.cache_clear()
+    hub.hub_answers.cache_clear()
 
 
 def same_for_all_scorers(scorer):
@@ -115,12 +115,12 @@ def test_a_hub_that_hangs_counts_as_out_of_reach(monkeypatch):
 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.get_session", Hanging)
-    monkeypatch.setattr(scorers, "PROBE_SECONDS", 0.2)
-    scorers._hub_answers.cache_clear()
+    monkeypatch.setattr(hub, "HUB_WAIT", 0.2)
+    hub.hub_answers.cache_clear()
     start = time.perf_counter()
-    assert not scorers._hub_answers()
+    assert not hub.hub_answers()
     assert time.perf_counter() - start < 5
-    scorers._hub_answers.cache_clear()
+    hub.hub_answers.cache_clear()
 
 
 @pytest.mark.parametrize(

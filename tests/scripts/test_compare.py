@@ -272,7 +272,7 @@ def test_an_interrupted_comparison_goes_on(data, tmp_path, monkeypatch):
         ("finetune_gpt2", {"methods": ("joy",)}, "no method 'joy'"),
         ("finetune_gpt2", {"methods": ()}, "methods is empty"),
         ("finetune_gpt2", {"validation": 0}, "validation is 0"),
-        ("finetune_gpt2", {"model": "nowhere/at-all"}, "neither a folder here"),
+        ("finetune_gpt2", {"model": "nowhere/at-all"}, "neither a local folder"),
         ("relearn", {"checks": ()}, "checks are"),
         ("relearn", {"models": ("train.jsonl",)}, "holds no model"),
         ("edge_evidence", {"masks": ("model",)}, "has no cut edges"),

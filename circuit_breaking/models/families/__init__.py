@@ -9,11 +9,13 @@ from transformers import PreTrainedConfig
 
 from circuit_breaking.errors import UserError
 from circuit_breaking.graph import EdgeGraph
-from circuit_breaking.models.families import gpt2, llama, neox
+from circuit_breaking.models.families.gpt2 import FAMILY as GPT2
+from circuit_breaking.models.families.llama import FAMILIES as LLAMA
+from circuit_breaking.models.families.neox import FAMILY as NEOX
 from circuit_breaking.models.families.spec import Family, ModelSpec
 
 # the registry: Hugging Face `model_type` -> family
-FAMILIES: dict[str, Family] = {family.model_type: family for family in (gpt2.FAMILY, neox.FAMILY, *llama.FAMILIES)}
+FAMILIES: dict[str, Family] = {family.model_type: family for family in (GPT2, NEOX, *LLAMA)}
 
 
 def _family(config: PreTrainedConfig | None, what: str) -> Family:
