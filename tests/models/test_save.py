@@ -3,7 +3,7 @@
 import pytest
 import torch
 from helpers.models import small_gpt2, small_llama
-from helpers.tasks import word_tokenizer
+from helpers.scripts import word_tokenizer
 from safetensors import SafetensorError
 
 from circuit_breaking.errors import UserError
