@@ -3,7 +3,7 @@
 import pytest
 import torch
 from helpers.models import small_gpt2, small_llama
-from helpers.scripts import word_tokenizer
+from helpers.scripts import small_tokenizer
 from safetensors import SafetensorError
 
 from circuit_breaking.errors import UserError
@@ -19,14 +19,16 @@ def contents(folder):
 
 def test_a_saved_model_comes_back_and_replaces_the_one_before(tmp_path):
     folder = tmp_path / "deeper" / "model"
-    save_hf_folder(folder, small_llama(), word_tokenizer())
+    tokenizer = small_tokenizer()
+    save_hf_folder(folder, small_llama(), tokenizer)
     (folder / ".parts").mkdir()
     (folder / ".parts" / "checkpoint").write_text("of a run")
     (folder / "model-00001-of-00002.safetensors").write_text("of an older model in two files")
-    hf = small_gpt2(vocab_size=len(word_tokenizer()))
-    save_hf_folder(folder, hf, word_tokenizer())
+    hf = small_gpt2(vocab_size=len(tokenizer))
+    save_hf_folder(folder, hf, tokenizer)
     again = load_hf_model(folder, "cpu")
-    assert torch.equal(again(TOKENS).logits, hf(TOKENS).logits) and load_tokenizer(folder).get_vocab()
+    assert torch.equal(again(TOKENS).logits, hf(TOKENS).logits)
+    assert load_tokenizer(folder).get_vocab() == tokenizer.get_vocab()
     assert not (folder / "model-00001-of-00002.safetensors").exists()
     assert (folder / ".parts" / "checkpoint").read_text() == "of a run"
     assert [path.name for path in folder.parent.iterdir()] == ["model"]
