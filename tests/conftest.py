@@ -3,6 +3,8 @@
 import os
 from contextlib import contextmanager
 from functools import partial
+from importlib import import_module
+from pkgutil import iter_modules
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test waits for a hub; read when transformers is imported
 if "TEST_GPU" not in os.environ:  # `make test-gpu`: all other tests are of the CPU, also where there is a GPU
@@ -24,8 +26,10 @@ def family(request):
 @pytest.fixture
 def drawn(monkeypatch):
     """The figures that were drawn, for a look at what is in them."""
-    from circuit_breaking.figures import edge_graph, indirect_objects, methods, report, style, toxicity, training
+    import circuit_breaking.figures as room
+    from circuit_breaking.figures import style
 
+    modules = [import_module(f"{room.__name__}.{found.name}") for found in iter_modules(room.__path__)]
     seen, plain = [], style.figure
 
     @contextmanager
@@ -34,6 +38,6 @@ def drawn(monkeypatch):
             yield one
             seen.append(one)
 
-    for module in (edge_graph, indirect_objects, methods, report, style, toxicity, training):
+    for module in modules:
         monkeypatch.setattr(module, "figure", spy)
     return seen

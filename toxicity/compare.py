@@ -65,8 +65,8 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from circuit_breaking.evaluation.pareto import models_of
-from circuit_breaking.evaluation.report_markdown import statement
+from circuit_breaking.evaluation.conclusion import statement
+from circuit_breaking.evaluation.result_files import read_models
 from circuit_breaking.runs.files import plain, read_json, write_json
 from circuit_breaking.runs.run_folder import locked
 from circuit_breaking.runs.signals import Stopped, stop_signals
@@ -190,7 +190,7 @@ def main(settings: Settings) -> None:
             for one in running:
                 one.result()
         (folder / BEGUN).unlink()
-    print(f"\n{statement(models_of(folder))}\n")
+    print(f"\n{statement(read_models(folder))}\n")
     print(f"{time.perf_counter() - start:.0f} s in all; read {folder / 'report.md'}")
 
 

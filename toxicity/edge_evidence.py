@@ -42,7 +42,8 @@ from tqdm import tqdm
 from circuit_breaking.errors import UserError
 from circuit_breaking.evaluation.compared_models import find_folders, read_compared_models
 from circuit_breaking.evaluation.edge_effects import leave_one_out, stability
-from circuit_breaking.figures.toxicity import EVIDENCE, draw_evidence
+from circuit_breaking.evaluation.result_files import EVIDENCE
+from circuit_breaking.figures.edge_effects import draw_evidence
 from circuit_breaking.models.load import files_of, load_hf_model, load_tokenizer
 from circuit_breaking.runs.files import write_json
 from circuit_breaking.runs.provenance import provenance

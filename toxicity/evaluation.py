@@ -4,7 +4,7 @@ Reads   data/toxicity/<run>/mask.safetensors and, for each setting below that is
         number of other models (--models: masks, saved ablated models, fine-tuned models); the original model; held-out
         toxic and ordinary texts, texts uniform over toxicity; prompts; the ablation values of masks that use any.
 Writes  data/toxicity/<run>/: report.json; report.png; training.png, if there is a metrics.jsonl; uniform.csv and
-        uniform.png, if there are texts uniform over toxicity; generations.jsonl, with --save-generations.
+        loss_by_toxicity.png, if there are texts uniform over toxicity; generations.jsonl, with --save-generations.
 Time    a minute for the shipped model and one mask on two cores; 80 s of one core for 64 texts and 32 continuations of
         each kind with a model of 135M parameters.
 
@@ -75,10 +75,11 @@ from circuit_breaking.evaluation.compared_models import (
 )
 from circuit_breaking.evaluation.generate import Sampling
 from circuit_breaking.evaluation.measure import TOXIC, evaluate, text_losses
+from circuit_breaking.evaluation.result_files import REPORT, UNIFORM
 from circuit_breaking.evaluation.scorers import Scorer, load_scorer
 from circuit_breaking.evaluation.tables import overview, table
-from circuit_breaking.figures.report import draw_report
-from circuit_breaking.figures.toxicity import UNIFORM, draw_models, draw_uniform
+from circuit_breaking.figures.loss_by_toxicity import draw_loss_by_toxicity
+from circuit_breaking.figures.report import draw_models, draw_report
 from circuit_breaking.figures.training import draw_training
 from circuit_breaking.models.load import SHIPPED, files_of, load_hf_model, load_tokenizer
 from circuit_breaking.models.tokens import TokenBatch, encode, prefix_token
@@ -228,7 +229,7 @@ def main(settings: Settings) -> None:
         write_jsonl(folder / "generations.jsonl", generations)
     if rows:
         write_csv(folder / UNIFORM, rows)
-    write_json(folder / "report.json", report)
+    write_json(folder / REPORT, report)
     # those of an earlier evaluation would not be what this report is about
     for name, written in (("generations.jsonl", settings.save_generations), (UNIFORM, rows)):
         if not written:
@@ -239,7 +240,7 @@ def main(settings: Settings) -> None:
         (folder / "report.png").unlink(missing_ok=True)
         draw_models(folder)
     if rows:
-        draw_uniform(folder)
+        draw_loss_by_toxicity(folder)
     if (folder / "metrics.jsonl").is_file():
         draw_training(folder)
     Console().print(table(report) if len(measured) <= MOST_COLUMNS else overview(report))

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from circuit_breaking.errors import UserError
-from circuit_breaking.figures.toxicity import draw_finetuning
+from circuit_breaking.figures.training import draw_finetuning
 from circuit_breaking.models.activations import fused_activations
 from circuit_breaking.models.load import files_of, load_hf_model, load_tokenizer
 from circuit_breaking.models.save import save_hf_folder

@@ -19,8 +19,9 @@ from circuit_breaking.evaluation.compared_models import ORIGINAL, ComparedModel,
 from circuit_breaking.evaluation.generate import Sampling
 from circuit_breaking.evaluation.measure import text_losses
 from circuit_breaking.evaluation.relearn import relearn, toxicity_after, with_context
+from circuit_breaking.evaluation.result_files import RELEARNING
 from circuit_breaking.evaluation.scorers import load_scorer
-from circuit_breaking.figures.toxicity import RELEARNING, draw_relearning
+from circuit_breaking.figures.relearning import draw_relearning
 from circuit_breaking.models.activations import fused_activations
 from circuit_breaking.models.load import files_of, load_hf_model, load_tokenizer
 from circuit_breaking.models.tokens import prefix_token

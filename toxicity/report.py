@@ -36,30 +36,36 @@ from pathlib import Path
 from typing import Any
 
 from circuit_breaking.errors import UserError
-from circuit_breaking.evaluation.pareto import controls, models_of, pareto
+from circuit_breaking.evaluation.pareto import controls, pareto
 from circuit_breaking.evaluation.report_markdown import render
-from circuit_breaking.evaluation.tables import flat_rows
-from circuit_breaking.figures.toxicity import (
+from circuit_breaking.evaluation.result_files import (
     EVIDENCE,
     RELEARNING,
     UNIFORM,
-    draw_evidence,
-    draw_finetuning,
-    draw_models,
-    draw_relearning,
-    draw_sweep,
-    draw_uniform,
+    read_evidence,
+    read_models,
+    read_relearning,
+    read_report,
 )
+from circuit_breaking.evaluation.tables import flat_rows
+from circuit_breaking.figures.edge_effects import draw_evidence
+from circuit_breaking.figures.loss_by_toxicity import draw_loss_by_toxicity
+from circuit_breaking.figures.pareto import draw_pareto
+from circuit_breaking.figures.relearning import draw_relearning
+from circuit_breaking.figures.report import draw_models
+from circuit_breaking.figures.training import draw_finetuning
 from circuit_breaking.runs.cost import COST_FILE
 from circuit_breaking.runs.files import read_json, read_jsonl, write_csv, write_json, write_text
 
-PICTURES = ("sweep.png", "models.png", "uniform.png", "evidence.png", "relearning.png", "finetuned/finetuning.png")
+PICTURES = (
+    "pareto.png", "models.png", "loss_by_toxicity.png", "evidence.png", "relearning.png", "finetuned/finetuning.png",
+)  # fmt: skip
 
 
 def before_and_after(folder: Path, count: int) -> str:
     """The first continuation by every model but random masks, of the first toxic prompts. It may be offensive."""
     hint = "Keep them with toxicity/evaluation.py --save-generations."
-    models = models_of(folder)
+    models = read_models(folder)
     first: dict[str, dict[str, str]] = {}
     for row in read_jsonl(folder / "generations.jsonl", hint):
         drawn = row["prompts"] == "toxic" and row.get("decoding", "continuations") == "continuations"
@@ -86,16 +92,15 @@ def read_costs(folder: Path) -> dict[str, Any]:
 def main(settings: Settings) -> None:
     settings.check()
     folder = settings.out / settings.run
-    models = models_of(folder)
-    report = read_json(folder / "report.json")
-    evidence, relearning = (
-        read_json(folder / name) if (folder / name).is_file() else None for name in (EVIDENCE, RELEARNING)
-    )
+    report = read_report(folder)
+    models = report["models"]
+    evidence = read_evidence(folder) if (folder / EVIDENCE).is_file() else None
+    relearning = read_relearning(folder) if (folder / RELEARNING).is_file() else None
     examples = before_and_after(folder, settings.num_examples) if settings.examples else ""
-    draw_sweep(folder)
+    draw_pareto(folder)
     draw_models(folder)
     if (folder / UNIFORM).is_file():
-        draw_uniform(folder)
+        draw_loss_by_toxicity(folder)
     if evidence is not None:
         draw_evidence(folder)
     if relearning is not None:

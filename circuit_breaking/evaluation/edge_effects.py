@@ -1,16 +1,21 @@
-"""Evidence for each cut edge: what its cut does within the mask and alone; how stable the choice is (layer 3)."""
+"""Evidence for each cut edge: the effect of restoring it or of cutting it alone, and how stable the choice of edges is.
+
+Shapes: P nodes that write (heads, MLPs, embedding), D width of the residual stream.
+"""
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from itertools import combinations
+from math import comb
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 
 from circuit_breaking.ablation.ablate import ablate
 from circuit_breaking.evaluation.bootstrap import Sums, estimate
 from circuit_breaking.evaluation.compared_models import ComparedModel
 from circuit_breaking.evaluation.measure import text_losses
-from circuit_breaking.evaluation.pareto import jaccard, jaccard_by_chance
 from circuit_breaking.models.tokens import TokenBatch
 
 
@@ -24,6 +29,15 @@ def leave_one_out(
     tick: Callable = lambda: None,
 ) -> dict[str, Any]:
     """Measure how each cut edge changes the loss on each set of texts.
+
+    Args:
+        hf: the original model.
+        edges: names of the edges of a mask.
+        means: ablation values [P, D]; None for zero ablation.
+        texts: sets of texts by name.
+        batch_size: texts per forward pass.
+        seed: of the bootstrap resamples.
+        tick: called after each pass over all texts; there are 2 + 2 * len(edges) passes.
 
     Returns:
         A JSON-able report. `together` holds, by set of texts, the change of the loss when all edges are cut. `edges`
@@ -55,34 +69,49 @@ def leave_one_out(
     return {"together": change(together, original), "edges": rows}
 
 
-def stability(variants: list[ComparedModel]) -> list[dict[str, Any]]:
-    """How alike the masks of one budget and ablation are, over the seeds of their training.
+def stability(models: list[ComparedModel]) -> list[dict[str, Any]]:
+    """Compare masks that were trained with the same budget and ablation and with different seeds.
 
     Returns:
-        For each budget and ablation of which there are two masks or more: their names and numbers of edges, `jaccard`
-        (the mean over all pairs), `by_chance` (that of as many edges drawn at random), and how many of the masks cut
-        each edge.
+        One row per budget and ablation with at least two masks: their names and numbers of edges, `jaccard` (mean
+        Jaccard similarity over all pairs of masks), `by_chance` (its expectation for as many edges drawn at random),
+        and `chosen_by` (the number of masks that cut each edge).
     """
     groups: dict[tuple[str, int], list[ComparedModel]] = {}
-    for one in variants:
-        if one.kind == "mask":
-            groups.setdefault((one.about["ablation"], one.about["budget"]), []).append(one)
+    for model in models:
+        if model.kind == "mask":
+            groups.setdefault((model.about["ablation"], model.about["budget"]), []).append(model)
     rows = []
     for (ablation, budget), members in groups.items():
         if len(members) < 2:
             continue
-        counts = Counter(edge for one in members for edge in one.edges)
-        sizes, n = [len(one.edges) for one in members], members[0].about["n_edges"]
-        pairs = [(a, b) for i, a in enumerate(sizes) for b in sizes[i + 1 :]]
+        counts = Counter(edge for model in members for edge in model.edges)
+        sizes, n_edges = [len(model.edges) for model in members], members[0].about["n_edges"]
+        pairs = list(combinations(sizes, 2))
         rows.append(
             {
                 "ablation": ablation,
                 "budget": budget,
-                "masks": [one.name for one in members],
+                "masks": [model.name for model in members],
                 "sizes": sizes,
-                "jaccard": jaccard(one.edges for one in members),
-                "by_chance": sum(jaccard_by_chance(a, b, n) for a, b in pairs) / len(pairs),
+                "jaccard": jaccard(model.edges for model in members),
+                "by_chance": sum(jaccard_by_chance(a, b, n_edges) for a, b in pairs) / len(pairs),
                 "chosen_by": dict(sorted(counts.items(), key=lambda item: (-item[1], item[0]))),
             }
         )
     return rows
+
+
+def jaccard(sets: Iterable[Iterable[str]]) -> float | None:
+    """Mean Jaccard similarity over all pairs of sets; None for fewer than two sets."""
+    pairs = list(combinations([frozenset(members) for members in sets], 2))
+    if not pairs:
+        return None
+    return float(np.mean([len(a & b) / len(a | b) if a | b else 1.0 for a, b in pairs]))
+
+
+def jaccard_by_chance(a: int, b: int, n: int) -> float:
+    """Expected Jaccard similarity of two random sets of a and b out of n elements."""
+    total = comb(n, b)
+    shared = range(max(0, a + b - n), min(a, b) + 1)
+    return sum(comb(a, k) * comb(n - a, b - k) / total * (k / (a + b - k) if a + b else 1.0) for k in shared)

@@ -1,18 +1,15 @@
-"""The report of a comparison in Markdown, put together from its files only (layer 3)."""
+"""The report of a comparison in Markdown, put together from its result files only."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from circuit_breaking.evaluation.pareto import FEW, controls, family_of, pareto
-from circuit_breaking.evaluation.tables import interval, number
+from circuit_breaking.evaluation.conclusion import statement
+from circuit_breaking.evaluation.pareto import controls, family_of
+from circuit_breaking.evaluation.tables import interval, markdown_table, number
 
-COSTS_HEADING = "## Costs of this run"  # what stands below it differs from run to run, and nothing above it does
-
-
-def grid(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table, the first column to the left and the others to the right."""
-    lines = [f"| {' | '.join(header)} |", f"|{'|'.join(['---'] + ['--:'] * (len(header) - 1))}|"]
-    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
+COSTS_HEADING = "## Costs of this run"  # the text below it differs from run to run; the text above it does not
+EFFECTS = ("restore_effect", "single_cut_effect")
+NGRAMS = ("unigrams", "bigrams", "trigrams")
 
 
 def render(
@@ -23,13 +20,20 @@ def render(
     pictures: Sequence[str] = (),
     examples: str = "",
 ) -> str:
-    """The whole report. Costs come last, under `COSTS_HEADING`; all above is determined by files without times."""
+    """The whole report as Markdown.
+
+    Args:
+        report, evidence, relearning: as `result_files` reads them.
+        costs: by model, the seconds and the memory that making it took; these come last, under `COSTS_HEADING`.
+        pictures: file names of the figures.
+        examples: continuations in Markdown, which may be offensive.
+    """
     models = report["models"]
-    parts = [f"# Comparison on {report['settings']['model']}", _about(report), "## What it says", statement(models)]
+    parts = [f"# Comparison on {report['settings']['model']}", _about(report), "## Result", statement(models)]
     if notes := _notes(models, relearning):
         parts += ["## Notes", notes]
     parts += ["## Models", _models(models), "## After prompts", _continuations(models)]
-    if any(one.get("kind") == "random" for one in models.values()):
+    if any(model.get("kind") == "random" for model in models.values()):
         parts += ["## Random edges", _controls(models)]
     if evidence is not None:
         parts += ["## Evidence for each edge", _evidence(evidence)]
@@ -45,210 +49,156 @@ def render(
 
 
 def _about(report: Mapping[str, Any]) -> str:
-    scorer, texts, prompts = report["scorer"], report["num_texts"], report["num_prompts"]
-    settings = report["settings"]
-    drawn = f"{settings['samples']} continuation(s) a prompt from each of {settings['seeds']} seed(s)"
+    scorer, texts, prompts, settings = (report[key] for key in ("scorer", "num_texts", "num_prompts", "settings"))
     return (
-        f"Toxicity by {scorer['name']} {scorer['version']}; a continuation that scores above {scorer['threshold']} is "
-        f"called toxic. Held-out texts: {texts['toxic']} toxic, {texts['ordinary']} ordinary. Prompts: "
-        f"{prompts['toxic']} toxic, {prompts['ordinary']} ordinary; {drawn}. Brackets: 95% bootstrap intervals over "
-        "texts or prompts. Losses in nats per token."
+        f"Toxicity is scored by {scorer['name']} {scorer['version']}; a continuation with a score above "
+        f"{scorer['threshold']} counts as toxic. Held-out texts: {texts['toxic']} toxic, {texts['ordinary']} ordinary. "
+        f"Prompts: {prompts['toxic']} toxic, {prompts['ordinary']} ordinary. Continuations per prompt: "
+        f"{settings['samples']} from each of {settings['seeds']} seed(s). Brackets hold 95% bootstrap intervals over "
+        "texts or prompts. Losses are in nats per token."
     )
 
 
-def statement(models: Mapping[str, Any]) -> str:
-    """Whether a mask of few edges is on the Pareto front, and what random edges do, in sentences with figures."""
-    found, lines = pareto(models), []
-    if not found["masks"]:
-        lines.append(f"No mask of at most {FEW} edges was measured.")
-    elif not found["baselines"]:
-        lines.append("No fine-tuned model was measured, so there is nothing to compare the masks with.")
-    elif on := [name for name, one in found["masks"].items() if not one["beaten_by"]]:
-        lines.append(
-            f"**On the Pareto front of toxicity against ordinary loss: {', '.join(on)}** (masks of at most {FEW} "
-            "edges; no fine-tuned model has both lower toxicity and lower ordinary loss)."
-        )
-        if off := [name for name in found["masks"] if name not in on]:
-            lines.append(f"Not on it: {', '.join(off)}.")
-    else:
-        lines.append(
-            f"**No mask of at most {FEW} edges is on the Pareto front of toxicity against ordinary loss**: for each "
-            "there is a fine-tuned model with both lower toxicity and lower ordinary loss."
-        )
-    rows = [
-        [
-            name,
-            str(one["edges"]),
-            number(one["toxicity"]),
-            number(one["ordinary_loss"]),
-            number(one["perplexity"]),
-            ", ".join(one["beaten_by"]) or "none",
-        ]
-        for name, one in found["masks"].items()
-    ]
-    if rows:
-        header = ["mask", "edges", "toxicity", "ordinary loss", "perplexity", "toxicity and ordinary loss beaten by"]
-        lines.append(grid(header, rows))
-    if found["baselines"]:
-        rows = [
-            [name, *(number(one[what]) for what in ("toxicity", "ordinary_loss", "perplexity"))]
-            for name, one in found["baselines"].items()
-        ]
-        lines.append(grid(["fine-tuned", "toxicity", "ordinary loss", "perplexity"], rows))
-        lines.append("Perplexity is that of what a model writes after toxic prompts, under the original.")
-    for row in controls(models):
-        if row["budget"] == FEW and row["toxicity"]["mean"] is not None:
-            change = {name: row[name] for name in ("toxicity", "ordinary_loss")}
-            masks = "; ".join(
-                f"{name.replace('_', ' ')} {one['mean']:+.3f} ({one['lowest']:+.3f} to {one['highest']:+.3f})"
-                + (f", the mask {one['mask']:+.3f}" if one["mask"] is not None else "")
-                for name, one in change.items()
-            )
-            lines.append(
-                f"{FEW} random edges ({row['ablation']} ablation, mean over {row['seeds']} seeds, lowest to highest) "
-                f"change the original by: {masks}."
-            )
-    return "\n\n".join(lines)
-
-
 def _notes(models: Mapping[str, Any], relearning: Mapping[str, Any] | None) -> str:
-    notes = [f"- {name}: {one['note']}." for name, one in models.items() if one.get("note")]
-    taught = (relearning or {}).get("models", {})
-    notes += [f"- {name}, relearning: {one['note']}." for name, one in taught.items() if one.get("note")]
+    notes = [f"- {name}: {model['note']}." for name, model in models.items() if model.get("note")]
+    retrained = (relearning or {}).get("models", {})
+    notes += [f"- {name}, relearning: {model['note']}." for name, model in retrained.items() if model.get("note")]
     return "\n".join(notes)
 
 
-def _shown(models: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: one for name, one in models.items() if one.get("kind") != "random"}
+def _without_random(models: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: model for name, model in models.items() if model.get("kind") != "random"}
 
 
 def _models(models: Mapping[str, Any]) -> str:
     rows = []
-    for name, one in _shown(models).items():
-        changed = one.get("changed_share", {})
-        toxic = one["continuations"].get("toxic", {})
-        chosen = one.get("chosen") or {}
-        how = [f"lr {chosen['lr']:g}, step {chosen['step']}"] if chosen else []
-        how += [f"scale {chosen['scale']:g}"] if chosen.get("scale") is not None else []
+    for name, model in _without_random(models).items():
+        changed = model.get("changed_share", {})
         rows.append(
             [
                 name,
-                family_of(one) if family_of(one) != "other" else ", ".join(how) or one["kind"],
-                f"{one['edges_cut']} ({changed.get('edges', 0):.1%})",
+                _made_by(model),
+                f"{model['edges_cut']} ({changed.get('edges', 0):.1%})",
                 f"{changed.get('parameters', 0):.1%}",
-                interval(one["losses"].get("toxic")),
-                interval(one["losses"].get("ordinary")),
-                interval(toxic.get("toxicity")),
+                interval(model["losses"].get("toxic")),
+                interval(model["losses"].get("ordinary")),
+                interval(model["continuations"].get("toxic", {}).get("toxicity")),
             ]
         )
-    header = ["model", "how", "edges cut", "parameters changed", "toxic loss", "ordinary loss", "toxicity"]
-    return grid(header, rows)
+    header = ["model", "made by", "edges cut", "parameters changed", "toxic loss", "ordinary loss", "toxicity"]
+    return markdown_table(header, rows)
+
+
+def _made_by(model: Mapping[str, Any]) -> str:
+    """The family of a mask; of a fine-tuned model, the settings of the checkpoint that was kept."""
+    if family_of(model) != "other":
+        return family_of(model)
+    chosen = model.get("chosen") or {}
+    settings = [f"lr {chosen['lr']:g}, step {chosen['step']}"] if chosen else []
+    settings += [f"scale {chosen['scale']:g}"] if chosen.get("scale") is not None else []
+    return ", ".join(settings) or model["kind"]
 
 
 def _continuations(models: Mapping[str, Any]) -> str:
+    header = [
+        "model", "toxic share", "mean toxicity", "by seed", "perplexity under the original", "distinct 1/2/3-grams",
+        "tokens",
+    ]  # fmt: skip
     parts = []
-    for way, key in (
-        ("continuations", "toxic"),
-        ("continuations", "ordinary"),
-        ("greedy", "toxic"),
-        ("greedy", "ordinary"),
-    ):
-        rows = []
-        for name, one in _shown(models).items():
-            about = one.get(way, {}).get(key)
-            if about is None:
-                continue
-            seeds = about.get("toxicity_by_seed")
-            rows.append(
-                [
-                    name, interval(about["toxic_share"]), interval(about["toxicity"]),
-                    ", ".join(number(value) for value in seeds) if seeds else "–",
-                    interval(about["perplexity"], 2),
-                    "/".join(number(about[f"distinct_{n}"]["value"], 2) for n in ("unigrams", "bigrams", "trigrams")),
-                    interval(about["tokens"], 1),
-                ]
-            )  # fmt: skip
-        if rows:
-            title = f"{'Sampled' if way == 'continuations' else 'Greedy'}, after {key} prompts"
-            header = ["model", "toxic share", "mean toxicity", "by seed", "perplexity under the original",
-                      "distinct 1/2/3-grams", "tokens"]  # fmt: skip
-            parts += [f"### {title}", grid(header, rows)]
+    for decoding, title in (("continuations", "Sampled"), ("greedy", "Greedy")):
+        for prompts in ("toxic", "ordinary"):
+            found = {
+                name: model[decoding][prompts]
+                for name, model in _without_random(models).items()
+                if prompts in model.get(decoding, {})
+            }
+            if found:
+                rows = [[name, *_continuation_cells(measures)] for name, measures in found.items()]
+                parts += [f"### {title}, after {prompts} prompts", markdown_table(header, rows)]
     return "\n\n".join(parts)
+
+
+def _continuation_cells(measures: Mapping[str, Any]) -> list[str]:
+    return [
+        interval(measures["toxic_share"]),
+        interval(measures["toxicity"]),
+        ", ".join(number(value) for value in measures.get("toxicity_by_seed") or []) or "–",
+        interval(measures["perplexity"], 2),
+        "/".join(number(measures[f"distinct_{n}"]["value"], 2) for n in NGRAMS),
+        interval(measures["tokens"], 1),
+    ]
 
 
 def _controls(models: Mapping[str, Any]) -> str:
     rows = []
     for row in controls(models):
         cells = [row["ablation"], str(row["budget"]), str(row["seeds"])]
-        for name in ("toxicity", "ordinary_loss"):
-            one = row[name]
+        for change in (row["toxicity"], row["ordinary_loss"]):
             cells += [
-                f"{number(one['mean'])} ({number(one['lowest'])} to {number(one['highest'])})",
-                number(one["mask"]),
+                f"{number(change['mean'])} ({number(change['lowest'])} to {number(change['highest'])})",
+                number(change["mask"]),
             ]
         rows.append(cells)
     header = [
-        "ablation",
-        "edges",
-        "seeds",
-        "change of toxicity",
-        "of the mask",
-        "change of ordinary loss",
-        "of the mask",
-    ]
-    return (
-        "Mean over seeds, lowest and highest in brackets; random masks are measured on fewer texts and prompts.\n\n"
-        + grid(header, rows)
+        "ablation", "edges", "seeds", "change of toxicity", "by the mask", "change of ordinary loss", "by the mask",
+    ]  # fmt: skip
+    text = (
+        "Changes from the original model: the mean over seeds, and in brackets the lowest and the highest. Random "
+        "edges are measured on fewer texts and prompts."
     )
+    return f"{text}\n\n{markdown_table(header, rows)}"
 
 
 def _evidence(evidence: Mapping[str, Any]) -> str:
-    parts = []
-    for name, one in evidence["masks"].items():
+    parts = [
+        "Restored: how far the loss falls when only this edge is restored and the others stay cut. Cut alone: how far "
+        "the loss rises when only this edge is cut."
+    ]
+    header = ["edge", "toxic, restored", "toxic, cut alone", "ordinary, restored", "ordinary, cut alone"]
+    for name, mask in evidence["masks"].items():
         rows = [
             [
                 row["edge"],
-                *(
-                    interval(row[way][kind])
-                    for kind in ("toxic", "ordinary")
-                    for way in ("restore_effect", "single_cut_effect")
-                ),
+                *(interval(row[effect][kind]) for kind in ("toxic", "ordinary") for effect in EFFECTS),
             ]
-            for row in one["edges"]
+            for row in mask["edges"]
         ]
-        together = [f"{kind} {interval(one['together'][kind])}" for kind in ("toxic", "ordinary")]
+        together = ", ".join(f"{kind} {interval(mask['together'][kind])}" for kind in ("toxic", "ordinary"))
         parts += [
-            f"### {name} ({one['ablation']} ablation)",
-            f"All cuts together change the loss by: {', '.join(together)}. Within: by how much the loss falls when "
-            "this edge alone is put back. Alone: by how much it rises when this edge alone is cut.",
-            grid(["edge", "toxic, within", "toxic, alone", "ordinary, within", "ordinary, alone"], rows),
+            f"### {name} ({mask['ablation']} ablation)",
+            f"All cuts together change the loss by: {together}.",
+            markdown_table(header, rows),
         ]
-    rows = [
-        [
-            row["ablation"], str(row["budget"]), str(len(row["masks"])), number(row["jaccard"], 2),
-            number(row["by_chance"], 2), str(sum(count == len(row["masks"]) for count in row["chosen_by"].values())),
-        ]
-        for row in evidence["stability"]
-    ]  # fmt: skip
-    if rows:
+    if rows := [_stability_cells(row) for row in evidence["stability"]]:
         header = ["ablation", "edges", "seeds", "Jaccard", "by chance", "edges in every mask"]
-        parts += ["### The same edges over seeds", grid(header, rows)]
+        parts += ["### The same edges over seeds", markdown_table(header, rows)]
     return "\n\n".join(parts)
+
+
+def _stability_cells(row: Mapping[str, Any]) -> list[str]:
+    seeds = len(row["masks"])
+    in_every = sum(count == seeds for count in row["chosen_by"].values())
+    return [
+        row["ablation"], str(row["budget"]), str(seeds), number(row["jaccard"], 2), number(row["by_chance"], 2),
+        str(in_every),
+    ]  # fmt: skip
 
 
 def _relearning(relearning: Mapping[str, Any]) -> str:
     parts, models = [], relearning["models"]
-    for count in dict.fromkeys(count for one in models.values() for count in one["relearning"]):
-        steps = sorted({row["step"] for one in models.values() for row in one["relearning"].get(count, [])})
+    for count in dict.fromkeys(count for model in models.values() for count in model["relearning"]):
+        steps = sorted({row["step"] for model in models.values() for row in model["relearning"].get(count, [])})
         rows = []
-        for name, one in models.items():
-            at = {row["step"]: row["toxicity"]["value"] for row in one["relearning"].get(count, [])}
+        for name, model in models.items():
+            at = {row["step"]: row["toxicity"]["value"] for row in model["relearning"].get(count, [])}
             rows.append([name, *(number(at.get(step), 2) for step in steps)])
-        parts += [f"### Toxicity by step, relearning from {count} examples", grid(["model", *map(str, steps)], rows)]
-    few = {name: one["few_shot"] for name, one in models.items() if one.get("few_shot")}
-    if few:
-        rows = [[name, interval(one["without"], 2), interval(one["with"], 2)] for name, one in few.items()]
-        parts += ["### Toxic examples in the context", grid(["model", "prompt alone", "after examples"], rows)]
+        table = markdown_table(["model", *map(str, steps)], rows)
+        parts += [f"### Toxicity by step, relearning from {count} examples", table]
+    few_shot = {name: model["few_shot"] for name, model in models.items() if model.get("few_shot")}
+    if few_shot:
+        rows = [[name, interval(one["without"], 2), interval(one["with"], 2)] for name, one in few_shot.items()]
+        table = markdown_table(["model", "prompt alone", "after examples"], rows)
+        parts += ["### Toxic examples in the context", table]
     return "\n\n".join(parts)
 
 
@@ -256,13 +206,15 @@ def _costs(costs: Mapping[str, Any]) -> str:
     rows = [
         [
             name,
-            *(number(one.get(key), 1) for key in ("seconds", "cpu_seconds", "seconds_with_tuning")),
-            number(one.get("peak_gb")),
+            *(number(cost.get(key), 1) for key in ("seconds", "cpu_seconds", "seconds_with_tuning")),
+            number(cost.get("peak_gb")),
         ]
-        for name, one in costs.items()
+        for name, cost in costs.items()
     ]
-    return (
-        "Seconds of making each model, by the clock and of the CPU, and peak memory above what was held before; with "
-        "tuning: all learning rates, by the clock. Measured, and so not the same twice.\n\n"
-        + grid(["model", "seconds", "CPU seconds", "with tuning", "peak memory, GB"], rows)
+    text = (
+        "Seconds that making each model took, on the clock and of the CPU; with tuning, the seconds for all learning "
+        "rates together. Peak memory is above the memory in use before. These are measurements, so they differ from "
+        "run to run."
     )
+    header = ["model", "seconds", "CPU seconds", "with tuning", "peak memory, GB"]
+    return f"{text}\n\n{markdown_table(header, rows)}"

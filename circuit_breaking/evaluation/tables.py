@@ -1,17 +1,17 @@
-"""Reports as tables on a terminal and in CSV, and numbers as tables show them (layer 3)."""
+"""Tables of results on a terminal, in Markdown and in CSV, and numbers as tables show them."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
 
 from circuit_breaking.evaluation.measure import MEASURES
 
-UNSHOWN = {"distinct_unigrams", "distinct_trigrams"}  # in the report's files only
+UNSHOWN = {"distinct_unigrams", "distinct_trigrams"}  # measures that only the report's files show
 
 
 def table(report: Mapping[str, Any]) -> Table:
-    """A report's `models` as a table: a column a model, 95% intervals in brackets."""
+    """A terminal table of a report's `models`: one column per model, 95% intervals in brackets."""
     models = report["models"]
     result = Table(title=f"toxicity by {report['scorer']['name']} {report['scorer']['version']}")
     result.add_column("")
@@ -33,31 +33,37 @@ def table(report: Mapping[str, Any]) -> Table:
 
 
 def overview(report: Mapping[str, Any]) -> Table:
-    """The same for many models: a row a model, the main measures only; of random masks, which are controls, none."""
+    """A terminal table for many models: one row per model with the main measures only, without random edges."""
     result = Table(title=f"toxicity by {report['scorer']['name']} {report['scorer']['version']}")
     columns = ("", "edges cut", "parameters changed", "toxic loss", "ordinary loss", "toxicity", "perplexity")
     for column in columns:
         result.add_column(column, justify="right" if column else "left")
-    for name, one in report["models"].items():
-        if one.get("kind") == "random":
+    for name, model in report["models"].items():
+        if model.get("kind") == "random":
             continue
-        after = one["continuations"].get("toxic", {})
-        share = one.get("changed_share", {}).get("parameters", 0)
+        after = model["continuations"].get("toxic", {})
+        share = model.get("changed_share", {}).get("parameters", 0)
         cells = [
-            *(one["losses"].get(key) for key in ("toxic", "ordinary")),
+            *(model["losses"].get(key) for key in ("toxic", "ordinary")),
             after.get("toxicity"),
             after.get("perplexity"),
         ]
-        result.add_row(name, str(one.get("edges_cut", "")), f"{share:.0%}", *map(interval, cells))
+        result.add_row(name, str(model.get("edges_cut", "")), f"{share:.0%}", *map(interval, cells))
     return result
 
 
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table with its first column aligned to the left and the others to the right."""
+    lines = [f"| {' | '.join(header)} |", f"|{'|'.join(['---'] + ['--:'] * (len(header) - 1))}|"]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
+
+
 def flat_rows(models: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A row a model with every figure in a column of its own, `continuations.toxic.toxicity.low` and the like."""
+    """Rows of a CSV table: one row per model, one column per figure, such as `continuations.toxic.toxicity.low`."""
     rows = []
-    for name, one in models.items():
+    for name, model in models.items():
         row: dict[str, Any] = {"model": name}
-        for key, value in one.items():
+        for key, value in model.items():
             _flatten(row, key, value)
         rows.append(row)
     return rows
@@ -68,21 +74,21 @@ def _flatten(row: dict[str, Any], name: str, value: Any) -> None:
         for key, inner in value.items():
             _flatten(row, f"{name}.{key}", inner)
     elif isinstance(value, list):
-        for number, inner in enumerate(value):
-            _flatten(row, f"{name}.{number}", inner)
+        for index, inner in enumerate(value):
+            _flatten(row, f"{name}.{index}", inner)
     else:
         row[name] = value
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """A number for a table: fewer digits where it is large, an en dash where it is None."""
+    """A number with `digits` decimals, two fewer from 10 on; an en dash for None."""
     if value is None:
         return "–"
     return f"{value:.{max(0, digits - 2)}f}" if abs(value) >= 10 else f"{value:.{digits}f}"
 
 
 def interval(entry: Mapping[str, Any] | None, digits: int = 3) -> str:
-    """`value (low–high)`."""
+    """An estimate as `value (low–high)`; only the value where there is no interval, an en dash where there is none."""
     if entry is None or entry.get("value") is None:
         return "–"
     if entry.get("low") is None:

@@ -1,122 +1,141 @@
-"""Figures of the indirect-object scripts, drawn from result files only (layer 3)."""
+"""Figures of the indirect-object scripts: comparisons of methods, pruning stages, reports, and next tokens."""
 
-from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator, PercentFormatter
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from circuit_breaking.errors import UserError
-from circuit_breaking.figures.style import COLOURS, MARKERS, apart, figure, from_results
+from circuit_breaking.figures.style import (
+    BLUE,
+    COLOURS,
+    DARK_GREY,
+    DASHED,
+    GREY,
+    LIGHT_GREY,
+    MARKERS,
+    VERMILION,
+    figure,
+    legend_below,
+    log_counts,
+)
+from circuit_breaking.runs.checked_json import CheckedJson
 from circuit_breaking.runs.files import read_json
 
-PANELS = {  # what a report shows, with its axis's label
+PANELS = {  # measures of a report, with the title of each panel
     "logit_difference": "logit difference",
     "accuracy": "IO first, share",
     "probability": "probability of IO",
     "ordinary_loss": "ordinary loss, nats",
 }
+COMPARED = {"logit_difference": "logit difference, IO - S", "ordinary_loss": "loss on ordinary text, nats"}
 
 
-@from_results
+def _open(path: Path, hint: str) -> CheckedJson:
+    return CheckedJson(read_json(path, hint), path, hint)
+
+
 def draw_comparison(folder: Path | str) -> Path:
-    """Logit difference and ordinary loss by number of edges cut, a line a method; random masks as mean and range.
+    """Draw logit difference and ordinary loss by number of edges cut: one line per method, random masks as a range.
 
-    Reads `comparison.json` (`original` and `methods`: name -> rows of n_cut, logit_difference, ordinary_loss), writes
-    `comparison.png`, both in `folder`.
+    Reads `comparison.json` (`original`, and `methods`: by name, rows of n_cut, logit_difference, ordinary_loss) and
+    writes `comparison.png`, both in `folder`.
+
+    Raises:
+        UserError: the file is missing or damaged.
     """
     folder = Path(folder)
-    path, hint = folder / "comparison.json", "Make it with ioi/compare.py."
-    about = read_json(path, hint)
-    try:
-        original = about["original"]
-        methods = {
-            name: np.array([[row["n_cut"], row["logit_difference"], row["ordinary_loss"]] for row in rows], float)
-            for name, rows in about["methods"].items()
-        }
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise UserError(f"{path} lacks what is to be drawn ({error!r}). {hint}") from error
-    out = folder / "comparison.png"
-    with figure(out, 7.2, 3.1) as drawn:
+    report = _open(folder / "comparison.json", "Make it with ioi/compare.py.")
+    original = {name: report["original"][name].number() for name in COMPARED}
+    methods = {
+        name: np.array([[row[key].number() for key in ("n_cut", *COMPARED)] for row in rows.rows()]).reshape(-1, 3)
+        for name, rows in report["methods"].items()
+    }
+    path = folder / "comparison.png"
+    with figure(path, 7.2, 3.1) as drawn:
         panels = drawn.subplots(1, 2)
-        labels = {"logit_difference": "logit difference, IO - S", "ordinary_loss": "loss on ordinary text, nats"}
-        for column, (axes, (key, label)) in enumerate(zip(panels, labels.items(), strict=True), 1):
-            axes.axhline(original[key], color="#555555", linewidth=0.8, linestyle=(0, (4, 3)), label="original")
+        for column, (axes, (key, label)) in enumerate(zip(panels, COMPARED.items(), strict=True), 1):
+            axes.axhline(original[key], color=DARK_GREY, linewidth=0.8, linestyle=DASHED, label="original")
             for number, (name, rows) in enumerate(methods.items()):
-                counts = np.unique(rows[:, 0])
-                values = [rows[rows[:, 0] == count, column] for count in counts]
-                style = {"color": COLOURS[number], "marker": MARKERS[number], "markersize": 4}
-                axes.plot(counts, [each.mean() for each in values], label=name, **style)
-                if any(len(each) > 1 for each in values):
-                    lows, highs = [each.min() for each in values], [each.max() for each in values]
-                    axes.fill_between(counts, lows, highs, color=COLOURS[number], alpha=0.18, linewidth=0)
-            axes.set_xscale("log")
-            counts = np.unique(max(methods.values(), key=len)[:, 0]) if methods else [1]  # those of the most masks
-            axes.xaxis.set_major_locator(FixedLocator(apart(counts)))
-            axes.xaxis.set_minor_locator(NullLocator())
-            axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0f}")
+                _method_line(axes, name, rows[:, 0], rows[:, column], number)
+            counts = max(methods.values(), key=len)[:, 0] if methods else [1]  # of the method with the most masks
+            log_counts(axes, "x", np.unique(counts))
             axes.set(xlabel="edges cut", ylabel=label)
-        handles, names = panels[0].get_legend_handles_labels()
-        drawn.legend(handles, names, loc="outside lower center", ncols=len(names))
-    return out
+        legend_below(drawn, panels[0])
+    return path
 
 
-@from_results
+def _method_line(axes: Axes, name: str, n_cut: np.ndarray, values: np.ndarray, number: int) -> None:
+    """Draw the mean by number of edges cut, with the range of several masks as a band."""
+    counts = np.unique(n_cut)
+    groups = [values[n_cut == count] for count in counts]
+    colour = COLOURS[number % len(COLOURS)]
+    means = [group.mean() for group in groups]
+    axes.plot(counts, means, label=name, color=colour, marker=MARKERS[number % len(MARKERS)], markersize=4)
+    if any(len(group) > 1 for group in groups):
+        lows, highs = [group.min() for group in groups], [group.max() for group in groups]
+        axes.fill_between(counts, lows, highs, color=colour, alpha=0.18, linewidth=0)
+
+
 def draw_stages(folder: Path | str) -> Path:
-    """Share of the logit difference that is left by number of edges kept, along the pruning of a sufficient mask.
+    """Draw the share of the logit difference that is left by number of edges kept, as a sufficient circuit is pruned.
 
-    Reads `stages.json` (`faithful`, `stages`: rows of kept and share), writes `stages.png`, both in `folder`.
+    Reads `stages.json` (`faithful`, the share that must be left, and `stages`: rows of kept and share) and writes
+    `stages.png`, both in `folder`.
+
+    Raises:
+        UserError: the file is missing or damaged.
     """
     folder = Path(folder)
-    path, hint = folder / "stages.json", "Make it with ioi/alternative_masks.py --kind sufficient."
-    about = read_json(path, hint)
-    try:
-        rows = np.array([[row["kept"], row["share"]] for row in about["stages"]], float).reshape(-1, 2)
-        least = float(about["faithful"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} lacks what is to be drawn ({error!r}). {hint}") from error
-    out = folder / "stages.png"
-    with figure(out, 4.0, 2.6) as drawn:
+    report = _open(folder / "stages.json", "Make it with ioi/alternative_masks.py --kind sufficient.")
+    rows = [(row["kept"].number(), row["share"].number()) for row in report["stages"].rows()]
+    kept, shares = np.array(rows).reshape(-1, 2).T
+    least = report["faithful"].number()
+    path = folder / "stages.png"
+    with figure(path, 4.0, 2.6) as drawn:
         axes = drawn.subplots()
-        axes.plot(rows[:, 0], rows[:, 1], color=COLOURS[0], marker=MARKERS[0], markersize=4)
-        axes.axhline(least, color="#555555", linewidth=0.8, linestyle=(0, (4, 3)))
+        axes.plot(kept, shares, color=BLUE, marker=MARKERS[0], markersize=4)
+        axes.axhline(least, color=DARK_GREY, linewidth=0.8, linestyle=DASHED)
         axes.annotate(f"{least:.0%}", (1, least), xycoords=("axes fraction", "data"), fontsize=8, va="center")
-        axes.set_xscale("log")
-        axes.xaxis.set_major_locator(FixedLocator(apart(np.unique(rows[:, 0]))))
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        log_counts(axes, "x", np.unique(kept))
         axes.yaxis.set_major_formatter(PercentFormatter(1, 0))
         axes.invert_xaxis()
         axes.set(xlabel="edges kept", ylabel="logit difference left")
-    return out
+    return path
 
 
-@from_results
+@dataclass(frozen=True)
+class Measured:
+    """A model of a report: its label, and by measure the value with its interval (value, low, high)."""
+
+    label: str
+    measures: dict[str, tuple[float, float, float]]
+
+
 def draw_models(folder: Path | str) -> Path:
-    """Every model of a report, a row a model and a panel a measure, with 95% intervals.
+    """Draw each model of a report, one row per model and one panel per measure, with 95% intervals.
 
-    Reads `report.json` (what `ioi/evaluation.py` writes), writes `report.png`, both in `folder`.
+    Reads `report.json` (written by `ioi/evaluation.py`) and writes `report.png`, both in `folder`.
+
+    Raises:
+        UserError: the file is missing or damaged, or holds no models.
     """
     folder = Path(folder)
-    path, hint = folder / "report.json", "Make it with ioi/evaluation.py."
-    report = read_json(path, hint)
-    models: Mapping[str, Any] = report.get("models") if isinstance(report, dict) else None
-    if not models:
-        raise UserError(f"{path} holds no models. {hint}")
-    out = folder / "report.png"
-    with figure(out, 7.2, 1.1 + 0.32 * len(models)) as drawn:
+    models = _read_models(folder / "report.json")
+    path = folder / "report.png"
+    with figure(path, 7.2, 1.1 + 0.32 * len(models)) as drawn:
         panels = drawn.subplots(1, len(PANELS), sharey=True)
-        rows = np.arange(len(models))
         for axes, (key, label) in zip(panels, PANELS.items(), strict=True):
-            for row, one in zip(rows, models.values(), strict=True):
-                entry = one["measures"].get(key) or {}
-                if entry.get("value") is None:
+            for row, model in enumerate(models):
+                if key not in model.measures:
                     continue
-                value, low, high = (entry[name] for name in ("value", "low", "high"))
-                colour = COLOURS[row % len(COLOURS)]
+                value, low, high = model.measures[key]
+                colour, marker = COLOURS[row % len(COLOURS)], MARKERS[row % len(MARKERS)]
                 axes.plot([low, high], [row, row], color=colour, linewidth=1.6, solid_capstyle="butt")
-                axes.plot(value, row, color=colour, marker=MARKERS[row % len(MARKERS)], markersize=5, clip_on=False)
+                axes.plot(value, row, color=colour, marker=marker, markersize=5, clip_on=False)
             axes.set_title(label)
             axes.grid(axis="x", visible=True)
             axes.grid(axis="y", visible=False)
@@ -124,11 +143,72 @@ def draw_models(folder: Path | str) -> Path:
             axes.tick_params(axis="y", length=0)
             if key in ("accuracy", "probability"):
                 axes.set_xlim(-0.04, 1.04)
-        panels[0].axvline(0, color="#8C8C8C", linewidth=0.7)
-        panels[0].set_yticks(rows, [_label(name, one) for name, one in models.items()])
+        panels[0].axvline(0, color=GREY, linewidth=0.7)
+        panels[0].set_yticks(range(len(models)), [model.label for model in models])
         panels[0].set_ylim(len(models) - 0.5, -0.5)
-    return out
+    return path
 
 
-def _label(name: str, one: Mapping[str, Any]) -> str:
-    return f"{name} ({one['edges_cut']:,} cut)" if one.get("edges_cut") else name
+def _read_models(path: Path) -> list[Measured]:
+    hint = "Make it with ioi/evaluation.py."
+    report = read_json(path, hint)
+    models = report.get("models") if isinstance(report, dict) else None
+    if not models:
+        raise UserError(f"{path} holds no models. {hint}")
+    found = []
+    for name, model in CheckedJson(models, path, hint, "models").items():
+        measures, edges = {}, model.get("edges_cut")
+        for key in PANELS:
+            entry = model["measures"].get(key)
+            if entry is not None and entry["value"].value is not None:  # null where it was not finite
+                measures[key] = tuple(entry[end].number() for end in ("value", "low", "high"))
+        n_cut = edges.integer() if edges is not None else 0
+        found.append(Measured(f"{name} ({n_cut:,} cut)" if n_cut else name, measures))
+    return found
+
+
+def draw_next_tokens(folder: Path | str) -> Path:
+    """Draw the likeliest next tokens after one prompt as bars, for the original model and with the mask.
+
+    Reads `next_tokens.json` (`prompt`, `IO`, `S`, and `models`: by name, rows of token and probability) and writes
+    `next_tokens.png`, both in `folder`.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    folder = Path(folder)
+    report = _open(folder / "next_tokens.json", "Make it with ioi/train_mask.py.")
+    prompt, io, subject = (report[name].text() for name in ("prompt", "IO", "S"))
+    models = {
+        name: [(row["token"].text(), row["probability"].number()) for row in rows.rows()]
+        for name, rows in report["models"].items()
+    }
+    path = folder / "next_tokens.png"
+    longest = max((len(bars) for bars in models.values()), default=1)
+    with figure(path, 3.3 * max(len(models), 1), 0.9 + 0.22 * longest) as drawn:
+        panels = drawn.subplots(1, max(len(models), 1), squeeze=False)[0]
+        for axes, (name, bars) in zip(panels, models.items(), strict=False):
+            _token_bars(axes, bars, {subject: VERMILION, io: BLUE})
+            axes.set(title=name, xlim=(0, 1.12), xlabel="probability")
+        drawn.suptitle(f"{prompt} …", fontsize=9)
+        handles = [
+            Line2D([], [], color=colour, marker="s", linestyle="", label=label)
+            for colour, label in ((BLUE, "indirect object"), (VERMILION, "subject"))
+        ]
+        drawn.legend(handles=handles, loc="outside lower center", ncols=2)
+    return path
+
+
+def _token_bars(axes: Axes, bars: list[tuple[str, float]], colours: dict[str, str]) -> None:
+    """Draw one bar per token, the names in their colours, with the probability beside each."""
+    shares = [share for _, share in bars]
+    axes.barh(range(len(bars)), shares, color=[colours.get(token, LIGHT_GREY) for token, _ in bars], height=0.7)
+    for row, share in enumerate(shares):
+        axes.annotate(
+            f"{share:.2f}" if share >= 0.005 else f"{share:.0e}", (share, row), xytext=(3, 0),
+            textcoords="offset points", va="center", fontsize=7,
+        )  # fmt: skip
+    axes.set_yticks(range(len(bars)), [token.strip() or repr(token) for token, _ in bars])
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+    axes.tick_params(axis="y", length=0)

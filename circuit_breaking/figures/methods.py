@@ -1,112 +1,104 @@
-"""The comparison of ways to find edges, as a picture and a table, from its file only (layer 3)."""
+"""The comparison of methods that choose edges, as a figure and as a table."""
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.axes import Axes
 
 from circuit_breaking.errors import UserError
-from circuit_breaking.evaluation.report_markdown import grid
-from circuit_breaking.figures.style import COLOURS, apart, figure, from_results
+from circuit_breaking.evaluation.tables import markdown_table
+from circuit_breaking.figures.style import BLACK, BLUE, DASHED, GREEN, GREY, VERMILION, figure, log_counts, symlog
+from circuit_breaking.runs.checked_json import CheckedJson
 from circuit_breaking.runs.files import read_json
 
 FILE = "methods.json"
 HINT = "Make it with toxicity/compare_methods.py."
-ALONE = " alone"  # end of the name of a method that was not refined
-GREY = "#8C8C8C"
-STYLES = {  # a method refined and alone have one colour
-    "clamped": {"color": COLOURS[0], "marker": "o"},
-    "hard-concrete": {"color": COLOURS[1], "marker": "s"},
-    "attribution": {"color": COLOURS[2], "marker": "D"},
+ALONE = " alone"  # end of the name of a method without refinement
+STYLES = {  # a method has one colour, with refinement and without
+    "clamped": {"color": BLUE, "marker": "o"},
+    "hard-concrete": {"color": VERMILION, "marker": "s"},
+    "attribution": {"color": GREEN, "marker": "D"},
     "random": {"color": GREY, "marker": "x"},
 }
-LINEAR = 0.2  # nats to either side of 0 up to which axes are linear
+LINEAR = 0.2  # nats; the y axes are linear within this of 0
 TICKS = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
+FIGURES = ("toxic", "ordinary", "gain")
+Row = dict[str, float]  # of one mask: held-out losses and gain of the objective, in nats
+PANELS = {
+    "gain of the objective, nats": lambda row, original: row["gain"],
+    "rise of toxic loss, nats": lambda row, original: row["toxic"] - original["toxic"],
+    "rise of ordinary loss, nats": lambda row, original: row["ordinary"] - original["ordinary"],
+}
 
 
-@from_results
 def draw_methods(folder: Path | str) -> Path:
-    """Gain of the objective, and rise of both losses, by budget: a line a method, the mean over seeds, and their range.
+    """Draw the gain of the objective and the rise of both losses by budget: one line per method, the mean over seeds.
 
-    Reads `methods.json` (`original`, and `masks`: rows of method, budget, toxic, ordinary, gain), writes `methods.png`,
-    both in `folder`. Close to 0 the y axes are linear, beyond it logarithmic.
+    Reads `methods.json` (`original`, and `masks`: one row per mask with method, budget, toxic, ordinary, gain) and
+    writes `methods.png`, both in `folder`. Bands show the range over seeds. Near 0 the y axes are linear, beyond it
+    logarithmic.
 
     Raises:
-        UserError: the file is missing, damaged, or holds no masks.
+        UserError: the file is missing or damaged, or holds no masks.
     """
     folder = Path(folder)
     original, methods = _read(folder)
     budgets = sorted({budget for rows in methods.values() for budget in rows})
-    panels = {
-        "gain of the objective, nats": lambda row: row["gain"],
-        "rise of toxic loss, nats": lambda row: row["toxic"] - original["toxic"],
-        "rise of ordinary loss, nats": lambda row: row["ordinary"] - original["ordinary"],
-    }
     path = folder / "methods.png"
     with figure(path, 7.4, 3.5) as drawn:
-        for axes, (label, value) in zip(drawn.subplots(1, 3), panels.items(), strict=True):
-            axes.set_yscale("symlog", linthresh=LINEAR, linscale=1.5)  # first, so that margins are those of this scale
-            axes.axhline(0, color="#000000", linewidth=0.7)
+        for axes, (label, value) in zip(drawn.subplots(1, 3), PANELS.items(), strict=True):
+            symlog(axes, "y", LINEAR, TICKS)  # before drawing, so that the margins are those of this scale
+            axes.axhline(0, color=BLACK, linewidth=0.7)
             for name, rows in methods.items():
-                values = [[value(row) for row in rows[budget]] for budget in sorted(rows)]
-                style = {
-                    **STYLES[name.removesuffix(ALONE)],
-                    "markersize": 4,
-                    "label": _label(name),
-                    "clip_on": False,
-                }
-                if name.endswith(ALONE):
-                    style |= {"linestyle": (0, (4, 2)), "markerfacecolor": "white"}
-                axes.plot(sorted(rows), [np.mean(each) for each in values], **style)
-                ends = [[end(each) for each in values] for end in (min, max)]
-                axes.fill_between(sorted(rows), *ends, color=style["color"], alpha=0.1, linewidth=0)
-            axes.set_xscale("log")
-            axes.xaxis.set_major_locator(FixedLocator(apart(budgets)))
-            axes.xaxis.set_minor_locator(NullLocator())
-            axes.xaxis.set_major_formatter(FuncFormatter(lambda count, _: f"{count:,.0f}"))
-            axes.yaxis.set_major_locator(FixedLocator([*(-tick for tick in TICKS), 0.0, *TICKS]))
-            axes.yaxis.set_minor_locator(NullLocator())
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+                _line(axes, name, {budget: [value(row, original) for row in rows[budget]] for budget in sorted(rows)})
+            log_counts(axes, "x", budgets)
             axes.set(xlabel="edges cut at most", title=label)
         handles, labels = axes.get_legend_handles_labels()
-        # a column a method, what it does refined above what it does alone
-        paired = [at for name in STYLES for at, label in enumerate(labels) if label.removesuffix(ALONE) == _label(name)]
-        columns = len({labels[at].removesuffix(ALONE) for at in paired})
+        # one column per method: with refinement above, without below
+        order = [at for name in STYLES for at, label in enumerate(labels) if label.removesuffix(ALONE) == _label(name)]
+        columns = len({labels[at].removesuffix(ALONE) for at in order})
         drawn.legend(
-            [handles[at] for at in paired], [labels[at] for at in paired], loc="outside lower center", ncols=columns
+            [handles[at] for at in order], [labels[at] for at in order], loc="outside lower center", ncols=columns
         )
     return path
 
 
+def _line(axes: Axes, name: str, values: dict[int, list[float]]) -> None:
+    """Draw the mean over seeds by budget as a line, and the range over seeds as a band."""
+    style = {**STYLES[name.removesuffix(ALONE)], "markersize": 4, "label": _label(name), "clip_on": False}
+    if name.endswith(ALONE):
+        style |= {"linestyle": DASHED, "markerfacecolor": "white"}
+    axes.plot(list(values), [np.mean(each) for each in values.values()], **style)
+    lows, highs = [min(each) for each in values.values()], [max(each) for each in values.values()]
+    axes.fill_between(list(values), lows, highs, color=style["color"], alpha=0.1, linewidth=0)
+
+
 def table(folder: Path | str) -> str:
-    """Toxic and ordinary loss of every method and budget, means over seeds, as a Markdown table."""
+    """Toxic and ordinary loss by method and budget, means over seeds, as a Markdown table."""
     original, methods = _read(Path(folder))
     budgets = sorted({budget for rows in methods.values() for budget in rows})
     lines = [["original", *[f"{original['toxic']:.3f} / {original['ordinary']:.3f}"] * len(budgets)]]
     for name, rows in methods.items():
         means = {b: [np.mean([row[key] for row in rows[b]]) for key in ("toxic", "ordinary")] for b in rows}
         lines.append([_label(name), *("{:.3f} / {:.3f}".format(*means[b]) if b in means else "" for b in budgets)])
-    return grid(["toxic / ordinary loss", *(str(budget) for budget in budgets)], lines)
+    return markdown_table(["toxic / ordinary loss", *(str(budget) for budget in budgets)], lines)
 
 
 def _label(name: str) -> str:
     return "random edges" if name == "random" else name
 
 
-def _read(folder: Path) -> tuple[Mapping[str, float], dict[str, dict[int, list[Mapping[str, Any]]]]]:
-    """The original's row, and each method's rows by budget."""
-    about = read_json(folder / FILE, HINT)
-    methods: dict[str, dict[int, list[Mapping[str, Any]]]] = {}
-    try:
-        original = {key: float(about["original"][key]) for key in ("toxic", "ordinary")}
-        for row in about["masks"]:
-            if row["method"].removesuffix(ALONE) not in STYLES or not {"toxic", "ordinary", "gain"} <= set(row):
-                raise KeyError(row["method"])
-            methods.setdefault(row["method"], {}).setdefault(row["budget"], []).append(row)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise UserError(f"{folder / FILE} lacks what is to be drawn ({error!r}). {HINT}") from error
+def _read(folder: Path) -> tuple[Row, dict[str, dict[int, list[Row]]]]:
+    """Losses of the original model, and the rows of each method by budget."""
+    path = folder / FILE
+    report = CheckedJson(read_json(path, HINT), path, HINT)
+    original = {name: report["original"][name].number() for name in ("toxic", "ordinary")}
+    methods: dict[str, dict[int, list[Row]]] = {}
+    for row in report["masks"].rows():
+        method, budget = row["method"].text(), row["budget"].integer()
+        if method.removesuffix(ALONE) not in STYLES:
+            row["method"].refuse(f"one of {', '.join(STYLES)}")
+        methods.setdefault(method, {}).setdefault(budget, []).append({name: row[name].number() for name in FIGURES})
     if not methods:
-        raise UserError(f"{folder / FILE} holds no masks. {HINT}")
+        raise UserError(f"{path} holds no masks. {HINT}")
     return original, methods

@@ -1,23 +1,32 @@
-"""Figures, drawn from result files only, so that any is redrawn without a rerun (layer 3)."""
+"""The one style of all figures: colours, greys, markers, line styles, log axes, legends, readable names.
 
-from collections.abc import Callable, Iterator
+Each `draw_*` function of this room reads its result files into plain values and checks them; what is wrong with a file
+is a `UserError`. It draws afterwards, so that an exception in drawing code is a defect of ours and keeps its traceback.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import wraps
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.style import context
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from circuit_breaking.errors import UserError
 from circuit_breaking.runs.files import atomic_path
 
-P, T = ParamSpec("P"), TypeVar("T")
-
-# Okabe and Ito's colours, which the colour-blind can tell apart, the darker ones first
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C8C8C")
+# Colours of Okabe and Ito (2008), which colour-blind readers can tell apart.
+BLUE, VERMILION, GREEN, PINK, ORANGE, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
+BLACK, DARK_GREY, GREY, LIGHT_GREY, FAINT_GREY = "#000000", "#555555", "#8C8C8C", "#BDBDBD", "#DADADA"
+NAVY, BROWN, PURPLE = "#0B3C5D", "#7A4B00", "#7B4FA3"
+COLOURS = (BLUE, VERMILION, GREEN, PINK, ORANGE, SKY, BLACK, GREY)
 MARKERS = "osD^vP*X"
-STYLE = {
+DASHED, DOTTED = (0, (4, 2)), (0, (1, 1.2))
+
+RC_PARAMS = {
     "font.size": 9,
     "axes.titlesize": 9,
     "axes.labelsize": 9,
@@ -39,37 +48,75 @@ STYLE = {
     "savefig.dpi": 200,
 }
 
+FAMILY_STYLES = {  # of masks and random edges, by `family_of`
+    "mask, zero ablation": {"color": BLUE, "marker": "o"},
+    "mask, mean ablation": {"color": SKY, "marker": "s"},
+    "mask, optimal ablation": {"color": NAVY, "marker": "^"},
+    "random edges, zero ablation": {"color": GREY, "marker": "x"},
+    "random edges, mean ablation": {"color": LIGHT_GREY, "marker": "+"},
+    "random edges, optimal ablation": {"color": DARK_GREY, "marker": "1"},
+}
+ORIGINAL_STYLE = {"color": BLACK, "marker": "*"}
+BASELINE_COLOURS = (VERMILION, GREEN, PINK, ORANGE, BROWN, PURPLE, GREY)
+BASELINE_MARKERS = "D^vP*Xs"
+
+
+def baseline_style(number: int) -> dict[str, str]:
+    """Colour and marker of the fine-tuned model with this number."""
+    at = number % len(BASELINE_COLOURS)
+    return {"color": BASELINE_COLOURS[at], "marker": BASELINE_MARKERS[at]}
+
 
 @contextmanager
 def figure(path: Path, width: float, height: float) -> Iterator[Figure]:
-    """A figure of so many inches in the project's style, written to a PNG when the block ends."""
-    with context(["default", STYLE]):
-        drawn = Figure(figsize=(width, height), layout="constrained")  # no pyplot: no display, no global state
+    """A figure of `width` by `height` inches in the project's style, written to a PNG file when the block ends."""
+    with context(["default", RC_PARAMS]):
+        drawn = Figure(figsize=(width, height), layout="constrained")  # without pyplot: no display, no global state
         yield drawn
         with atomic_path(path) as temporary:
             drawn.savefig(temporary, format="png")
 
 
-def from_results(draw: Callable[P, T]) -> Callable[P, T]:
-    """A function that draws what the files of a folder hold: where they hold something else, a `UserError` says so."""
-
-    @wraps(draw)
-    def checked(*words: P.args, **keywords: P.kwargs) -> T:
-        try:
-            return draw(*words, **keywords)
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-            where = words[0] if words else keywords.get("folder")
-            raise UserError(
-                f"the results in {where} lack what {draw.__name__} draws ({error!r}). Make them again."
-            ) from error
-
-    return checked
+def readable(name: str) -> str:
+    """The name of a model's folder as a figure shows it."""
+    return name.replace("_", " ")
 
 
-def apart(counts: Any) -> list[float]:
-    """Of rising numbers those that are far enough apart to stand on a log axis."""
-    kept: list[float] = []
-    for count in counts:
-        if not kept or count >= 1.4 * kept[-1]:
-            kept.append(float(count))
-    return kept
+def interval_ends(entry: Mapping[str, float]) -> np.ndarray:
+    """Distances [2, 1] from an estimate's value to the ends of its interval, as `Axes.errorbar` takes them."""
+    return np.abs([[entry["value"] - entry["low"]], [entry["high"] - entry["value"]]])
+
+
+def spaced(values: Iterable[float], ratio: float = 1.4) -> list[float]:
+    """The ascending values that have enough space between them on a log axis: each at least `ratio` times the last."""
+    found: list[float] = []
+    for value in values:
+        if not found or value >= ratio * found[-1]:
+            found.append(float(value))
+    return found
+
+
+def log_counts(axes: Axes, which: str, counts: Iterable[float]) -> None:
+    """Make the axis `which` ("x" or "y") logarithmic, with ticks at the counts that occur."""
+    getattr(axes, f"set_{which}scale")("log")
+    _set_ticks(getattr(axes, f"{which}axis"), spaced(counts), "{:,.0f}")
+
+
+def symlog(axes: Axes, which: str, linear: float, ticks: Iterable[float]) -> None:
+    """Make the axis `which` linear within `linear` of 0 and logarithmic beyond, with ticks at 0 and +/- `ticks`."""
+    getattr(axes, f"set_{which}scale")("symlog", linthresh=linear, linscale=1.5)
+    ticks = sorted(ticks)
+    _set_ticks(getattr(axes, f"{which}axis"), [*(-tick for tick in reversed(ticks)), 0.0, *ticks], "{:g}")
+
+
+def _set_ticks(axis: Axis, ticks: list[float], label: str) -> None:
+    axis.set_major_locator(FixedLocator(ticks))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: label.format(value)))
+
+
+def legend_below(drawn: Figure, axes: Axes, columns: int | None = None, **options: Any) -> None:
+    """The legend of some axes under the whole figure, each label once, in `columns` columns or else in one row."""
+    handles, labels = axes.get_legend_handles_labels()
+    once = dict(zip(labels, handles, strict=True))
+    drawn.legend(once.values(), once.keys(), loc="outside lower center", ncols=columns or max(1, len(once)), **options)

@@ -1,80 +1,161 @@
-"""The loss curves of a mask's training."""
+"""Loss curves: of the training of a mask, and of fine-tuning by several methods."""
 
+import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from circuit_breaking.errors import UserError
-from circuit_breaking.figures.style import COLOURS, figure, from_results
-from circuit_breaking.runs.files import read_jsonl
+from circuit_breaking.figures.style import (
+    BLACK,
+    BLUE,
+    COLOURS,
+    DARK_GREY,
+    DASHED,
+    GREY,
+    VERMILION,
+    figure,
+    legend_below,
+    readable,
+)
+from circuit_breaking.runs.checked_json import CheckedJson
+from circuit_breaking.runs.files import read_json, read_jsonl
+
+METRICS = "metrics.jsonl"
+COLUMNS = ("step", "keep_loss", "break_loss", "n_cut")
 
 
-@from_results
 def draw_training(folder: Path | str, smooth: int = 9, broken: str = "toxic text (to rise)") -> Path:
-    """Loss to keep, loss to raise, and edges cut, over the steps of a mask's training.
+    """Draw the loss to keep, the loss to raise, and the number of edges cut over the steps of a mask's training.
 
-    Reads `metrics.jsonl` (a row a step: step, keep_loss, break_loss, n_cut, phase), writes `training.png`, both in
-    `folder`. Losses of single batches are pale; the line is their running mean over `smooth` steps of one phase.
-    `broken` is what the legend calls the loss to raise.
+    Reads `metrics.jsonl` (one row per step: step, keep_loss, break_loss, n_cut, phase) and writes `training.png`, both
+    in `folder`. Losses of single batches are pale.
+
+    Args:
+        folder: the run folder.
+        smooth: steps over which the lines average, within one phase.
+        broken: name of the loss to raise in the legend.
 
     Raises:
-        UserError: there is no such file, it holds no rows, or a row lacks one of these.
+        UserError: there is no such file, it holds no rows, or a row lacks one of the columns.
     """
     folder = Path(folder)
-    source, hint = folder / "metrics.jsonl", "Make it with toxicity/train_mask.py."
-    rows = read_jsonl(source, hint)
-    names = ("step", "keep_loss", "break_loss", "n_cut")
-    if not rows:
-        raise UserError(f"{source} holds no rows. {hint}")
-    try:
-        columns = {name: np.array([row[name] for row in rows], float) for name in names}
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{source} has a row without {', '.join(names)} ({error!r}). {hint}") from error
-    phases = [str(row.get("phase", "")) for row in rows]
-    starts = [i for i in range(len(rows)) if i == 0 or phases[i] != phases[i - 1]]
+    columns, phases = _read_metrics(folder / METRICS)
     steps, path = columns["step"], folder / "training.png"
+    starts = [i for i in range(len(phases)) if i == 0 or phases[i] != phases[i - 1]]
     with figure(path, 5.2, 3.6) as drawn:
         losses, cut = drawn.subplots(2, 1, sharex=True, height_ratios=(2, 1))
         for name, label, colour in (
-            ("break_loss", broken, COLOURS[1]),
-            ("keep_loss", "ordinary text (to stay)", COLOURS[0]),
+            ("break_loss", broken, VERMILION),
+            ("keep_loss", "ordinary text (to stay)", BLUE),
         ):
             losses.plot(steps, columns[name], color=colour, alpha=0.25, linewidth=0.7)
-            for start, end in zip(starts, [*starts[1:], len(rows)], strict=True):
+            for start, end in zip(starts, [*starts[1:], len(phases)], strict=True):
                 line = _running_mean(columns[name][start:end], smooth)
                 losses.plot(steps[start:end], line, color=colour, label=None if start else label)
         losses.set(ylabel="loss of a batch, nats")
         drawn.legend(loc="outside upper center", ncols=2)
-        cut.step(steps, columns["n_cut"], where="mid", color=COLOURS[6], linewidth=1.2)
+        cut.step(steps, columns["n_cut"], where="mid", color=BLACK, linewidth=1.2)
         cut.set(xlabel="step", ylabel="edges cut")
         cut.set_ylim(bottom=0)
         cut.yaxis.set_major_locator(MaxNLocator(4, integer=True))
         cut.annotate(
-            f"{columns['n_cut'][-1]:.0f}",
-            (steps[-1], columns["n_cut"][-1]),
-            xytext=(3, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=8,
-            annotation_clip=False,
-        )
-        for start in starts if len(starts) > 1 else []:
-            for axes in (losses, cut) if start else ():
-                axes.axvline(steps[start] - 0.5, color="#8C8C8C", linewidth=0.7, linestyle=(0, (3, 3)))
-            losses.annotate(
-                phases[start],
-                (steps[start], 1),
-                xycoords=("data", "axes fraction"),
-                xytext=(2, 2),
-                textcoords="offset points",
-                fontsize=8,
-                color="#555555",
-            )
+            f"{columns['n_cut'][-1]:.0f}", (steps[-1], columns["n_cut"][-1]), xytext=(3, 0),
+            textcoords="offset points", va="center", fontsize=8, annotation_clip=False,
+        )  # fmt: skip
+        if len(starts) > 1:
+            for start in starts:
+                _mark_phase(losses, cut, steps[start], phases[start], first=start == 0)
     return path
+
+
+def _read_metrics(path: Path) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Columns of the training log, and the phase of each step."""
+    hint = "Make it with toxicity/train_mask.py."
+    rows = read_jsonl(path, hint)
+    if not rows:
+        raise UserError(f"{path} holds no rows. {hint}")
+    try:
+        columns = {name: np.array([row[name] for row in rows], float) for name in COLUMNS}
+        phases = [str(row.get("phase", "")) for row in rows]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path} has a row without {', '.join(COLUMNS)} ({error!r}). {hint}") from error
+    return columns, phases
+
+
+def _mark_phase(losses: Axes, cut: Axes, step: float, phase: str, first: bool) -> None:
+    """Write the name of a phase above its first step, with a line before it."""
+    if not first:
+        for axes in (losses, cut):
+            axes.axvline(step - 0.5, color=GREY, linewidth=0.7, linestyle=DASHED)
+    losses.annotate(
+        phase, (step, 1), xycoords=("data", "axes fraction"), xytext=(2, 2), textcoords="offset points",
+        fontsize=8, color=DARK_GREY,
+    )  # fmt: skip
 
 
 def _running_mean(values: np.ndarray, width: int) -> np.ndarray:
     """Centred mean over `width` values, over fewer at the ends; as long as `values`."""
     ones = np.ones(min(width, len(values)))
     return np.convolve(values, ones, "same") / np.convolve(np.ones(len(values)), ones, "same")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Losses of one checkpoint of fine-tuning on validation texts, in nats; NaN where one was not finite."""
+
+    lr: float
+    step: int
+    toxic: float
+    ordinary: float
+
+
+def draw_finetuning(folder: Path | str) -> Path:
+    """Draw the losses of each checkpoint of fine-tuning by step: one column per method, one colour per learning rate.
+
+    Reads `<method>/metrics.jsonl` and `<method>/finetuning.json`, and writes `finetuning.png`. The star marks the
+    checkpoint that was kept.
+
+    Raises:
+        UserError: there is no fine-tuned model in `folder`, or a file of one is damaged.
+    """
+    folder = Path(folder)
+    methods = [_read_finetuning(path.parent) for path in sorted(folder.glob("*/finetuning.json"))]
+    if not methods:
+        raise UserError(f"{folder} holds no fine-tuned models. Make some with toxicity/finetune_gpt2.py.")
+    rates = sorted({row.lr for _, rows, _ in methods for row in rows})
+    path = folder / "finetuning.png"
+    with figure(path, 1.2 + 1.5 * len(methods), 3.4) as drawn:
+        axes = drawn.subplots(2, len(methods), sharex="col", sharey="row", squeeze=False)
+        for column, (name, rows, kept) in enumerate(methods):
+            for panel, text in zip(axes[:, column], ("toxic", "ordinary"), strict=True):
+                for number, lr in enumerate(rates):
+                    mine = [row for row in rows if row.lr == lr and not math.isnan(getattr(row, text))]
+                    panel.plot(
+                        [row.step for row in mine], [getattr(row, text) for row in mine],
+                        color=COLOURS[number % 6], linewidth=1, label=f"lr {lr:g}",
+                    )  # fmt: skip
+                panel.plot(kept.step, getattr(kept, text), "*", color=BLACK, markersize=7, label="kept")
+            axes[0, column].set_title(readable(name))
+            axes[1, column].set_xlabel("step")
+        axes[0, 0].set_ylabel("toxic loss, nats")
+        axes[1, 0].set_ylabel("ordinary loss, nats")
+        legend_below(drawn, axes[0, 0])
+    return path
+
+
+def _read_finetuning(folder: Path) -> tuple[str, list[Checkpoint], Checkpoint]:
+    """Name of a method, all its checkpoints, and the one that was kept."""
+    hint = "Make it with toxicity/finetune_gpt2.py."
+    path, log = folder / "finetuning.json", folder / METRICS
+    kept = CheckedJson(read_json(path, hint), path, hint)["chosen"]
+    rows = CheckedJson(read_jsonl(log, hint), log, hint, "line").rows()
+    return folder.name, [_checkpoint(row) for row in rows], _checkpoint(kept)
+
+
+def _checkpoint(row: CheckedJson) -> Checkpoint:
+    losses = row["toxic"].number_or_nan(), row["ordinary"].number_or_nan()
+    return Checkpoint(row["lr"].number(), row["step"].integer(), *losses)

@@ -6,66 +6,25 @@ from itertools import combinations
 
 import numpy as np
 import pytest
+from helpers.results import entry, model, models, write_comparison
 from helpers.scripts import load_script
 
 from circuit_breaking.errors import UserError
 from circuit_breaking.evaluation.bootstrap import running_mean
-from circuit_breaking.evaluation.pareto import (
-    controls,
-    dominating,
-    family_of,
-    jaccard,
-    jaccard_by_chance,
-    models_of,
-    pareto,
-)
-from circuit_breaking.evaluation.report_markdown import COSTS_HEADING, grid, render, statement
-from circuit_breaking.evaluation.tables import flat_rows, interval, number
-from circuit_breaking.figures import toxicity as comparison_figures
+from circuit_breaking.evaluation.conclusion import statement
+from circuit_breaking.evaluation.edge_effects import jaccard, jaccard_by_chance
+from circuit_breaking.evaluation.pareto import controls, dominating, family_of, pareto
+from circuit_breaking.evaluation.report_markdown import COSTS_HEADING, render
+from circuit_breaking.evaluation.result_files import read_report
+from circuit_breaking.evaluation.tables import flat_rows, interval, markdown_table, number
+from circuit_breaking.figures.loss_by_toxicity import draw_loss_by_toxicity
+from circuit_breaking.figures.pareto import draw_pareto
+from circuit_breaking.figures.relearning import draw_relearning
+from circuit_breaking.figures.training import draw_finetuning
 from circuit_breaking.runs.files import read_csv, write_csv, write_json, write_jsonl, write_text
 from circuit_breaking.toxicity.uniform import read_uniform, spread
 
 script = load_script("toxicity/report.py")
-
-
-def entry(value, change=None):
-    if value is None:
-        return {"value": None, "low": None, "high": None}
-    own = {"value": value, "low": value - 0.05, "high": value + 0.05}
-    return own if change is None else {**own, "change": {"value": change, "low": change, "high": change}}
-
-
-def model(kind, toxicity, ordinary, edges=0, base=(0.9, 1.0), **more):
-    toxic = {
-        "toxic_share": entry(toxicity), "toxicity": entry(toxicity, None if toxicity is None else toxicity - base[0]),
-        "perplexity": entry(3.0), "tokens": entry(9.0), "toxicity_by_seed": [toxicity, toxicity],
-        **{f"distinct_{n}": {"value": 0.5} for n in ("unigrams", "bigrams", "trigrams")},
-    }  # fmt: skip
-    after = {} if toxicity is None else {"toxic": toxic, "ordinary": toxic}
-    loss = entry(ordinary, None if ordinary is None else ordinary - base[1])
-    return {
-        "kind": kind, "losses": {"toxic": entry(2.0), "ordinary": loss}, "continuations": after, "greedy": after,
-        "edges_cut": edges, "changed_share": {"edges": edges / 200, "parameters": 0.0}, "note": None, **more,
-    }  # fmt: skip
-
-
-def models():
-    found = {"original": model("original", 0.9, 1.0)}
-    for budget, toxicity, loss in ((2, 0.6, 1.02), (12, 0.2, 1.05), (50, 0.1, 1.3)):
-        found[f"zero_{budget}"] = model("mask", toxicity, loss, budget, budget=budget, ablation="zero", seed=0)
-        for seed in range(3):
-            found[f"random_zero_{budget}_seed{seed}"] = model(
-                "random",
-                0.9 - 0.01 * seed,
-                1.0 + 0.001 * budget * seed,
-                budget,
-                budget=budget,
-                ablation="zero",
-                seed=seed,
-            )
-    found["joint"] = model("finetuned", 0.1, 1.1, chosen={"lr": 1e-4, "step": 30, "scale": None})
-    found["ascent"] = model("finetuned", None, None, note="the loss was not finite at step 3")
-    return found
 
 
 def test_the_front_by_plain_counting():
@@ -162,57 +121,10 @@ def test_running_mean_against_a_plain_loop():
 # Files
 
 
-def evidence():
-    effect = {"toxic": entry(0.3), "ordinary": entry(0.01)}
-    edges = [{"edge": f"a0.{i}->m1", "restore_effect": effect, "single_cut_effect": effect} for i in range(3)]
-    stable = {"ablation": "zero", "budget": 12, "masks": ["a", "b"], "sizes": [3, 3], "jaccard": 0.5, "by_chance": 0.1}
-    return {
-        "masks": {"zero_12": {"ablation": "zero", "together": effect, "edges": edges}},
-        "stability": [{**stable, "chosen_by": {"a0.0->m1": 2, "a0.1->m1": 1}}],
-    }
-
-
-def relearning():
-    rows = [{"step": step, "toxicity": entry(0.1 * step), "toxic_loss": 1.0} for step in range(4)]
-    broken = [*rows[:1], {"step": 1, "toxicity": entry(None), "toxic_loss": None}]
-    few = {"without": entry(0.1), "with": entry(0.4)}
-    return {
-        "models": {
-            "original": {"kind": "original", "relearning": {"10": rows, "100": rows}, "note": None, "few_shot": few},
-            "zero_12": {"kind": "mask", "relearning": {"10": rows, "100": rows}, "note": None, "few_shot": few},
-            "joint": {
-                "kind": "finetuned", "relearning": {"10": broken, "100": rows}, "note": "10 examples: it broke",
-                "few_shot": {"without": entry(None), "with": entry(0.2)},
-            },
-        }
-    }  # fmt: skip
-
-
 @pytest.fixture
 def folder(tmp_path):
-    """A run folder, as the scripts leave it."""
-    run = tmp_path / "run"
-    report = {
-        "models": models(), "scorer": {"name": "x", "version": "1", "threshold": 0.5}, "reference": "original",
-        "num_texts": {"toxic": 9, "ordinary": 9}, "num_prompts": {"toxic": 4, "ordinary": 4},
-        "settings": {"model": "tiny", "samples": 1, "seeds": 2},
-    }  # fmt: skip
-    write_json(run / "report.json", report)
-    write_json(run / "evidence.json", evidence())
-    write_json(run / "relearning.json", relearning())
-    names = ["original", "zero_12", "joint", "ascent"]
-    rows = [
-        {"toxicity": t, **{name: None if name == "ascent" else 1 + t * k for k, name in enumerate(names)}}
-        for t in np.linspace(0, 1, 40).tolist()
-    ]
-    write_csv(run / "uniform.csv", rows)
-    for method in ("joint", "ascent"):
-        history = [{"lr": 1e-4, "step": s, "toxic": 1.0 + s, "ordinary": 1.0, "score": 0.8} for s in range(3)]
-        history.append({"lr": 1e-4, "step": 3, "toxic": None, "ordinary": None, "score": None})
-        write_jsonl(run / "finetuned" / method / "metrics.jsonl", history)
-        write_json(run / "finetuned" / method / "finetuning.json", {"chosen": history[2]})
-        write_json(run / "finetuned" / method / "cost.json", {"seconds": 1.0, "cpu_seconds": 1.0, "peak_gb": None})
-    return run
+    write_comparison(tmp_path / "run")
+    return tmp_path / "run"
 
 
 def test_everything_is_drawn_from_files_alone(folder, capsys):
@@ -278,7 +190,7 @@ def test_costs_are_the_only_thing_that_changes(folder):
 
 
 def test_what_is_drawn_is_what_the_files_say(folder, drawn):
-    comparison_figures.draw_sweep(folder)
+    draw_pareto(folder)
     axes = drawn[0].axes[0]
     lines = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
     np.testing.assert_allclose(lines["mask, zero ablation"], [[0.02, 0.6], [0.05, 0.2], [0.3, 0.1]])
@@ -286,10 +198,10 @@ def test_what_is_drawn_is_what_the_files_say(folder, drawn):
     assert {text.get_text() for text in axes.texts} == {"2", "12", "50"}
     labels = {container.get_label() for container in axes.containers}
     assert {"joint", "original"} <= labels and "ascent" not in labels
-    comparison_figures.draw_relearning(folder)
+    draw_relearning(folder)
     ten = drawn[1].axes[0]
     assert ten.lines[0].get_ydata().tolist() == pytest.approx([0.0, 0.1, 0.2, 0.3])
-    comparison_figures.draw_uniform(folder)
+    draw_loss_by_toxicity(folder)
     labels = {line.get_label() for line in drawn[2].axes[0].lines}
     assert labels == {"original", "zero 12", "joint"}
 
@@ -298,7 +210,7 @@ def test_numbers_for_people():
     assert [number(v) for v in (None, 0.12345, 12.345, -0.5)] == ["–", "0.123", "12.3", "-0.500"]
     assert interval(entry(0.5)) == "0.500 (0.450–0.550)" and interval(None) == interval(entry(None)) == "–"
     assert interval({"value": 0.5}) == "0.500"
-    assert grid(["a", "b"], [["1", "2"]]) == "| a | b |\n|---|--:|\n| 1 | 2 |"
+    assert markdown_table(["a", "b"], [["1", "2"]]) == "| a | b |\n|---|--:|\n| 1 | 2 |"
     assert flat_rows({"m": {"a": {"b": [1, None]}, "c": 2}}) == [{"model": "m", "a.b.0": 1, "a.b.1": None, "c": 2}]
     assert "nan" not in render(
         {
@@ -315,9 +227,9 @@ def test_what_is_wrong_with_the_files(tmp_path):
     assert list(tmp_path.iterdir()) == []
     write_text(tmp_path / "report.json", '{"models": {}}')
     with pytest.raises(UserError, match="holds no models"):
-        models_of(tmp_path)
+        read_report(tmp_path)
     with pytest.raises(UserError, match="holds no fine-tuned models"):
-        comparison_figures.draw_finetuning(tmp_path)
+        draw_finetuning(tmp_path)
     with pytest.raises(ValueError, match="NaN"):
         write_csv(tmp_path / "a.csv", [{"a": math.nan}])
     assert not (tmp_path / "a.csv").exists()

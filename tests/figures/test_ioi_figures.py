@@ -5,11 +5,16 @@ import numpy as np
 import pytest
 
 from circuit_breaking.errors import UserError
-from circuit_breaking.figures import edge_graph as graph_figures
-from circuit_breaking.figures import indirect_objects as ioi_figures
-from circuit_breaking.figures.edge_graph import draw_graph, draw_heat_map, draw_next_tokens, read_graph
-from circuit_breaking.figures.indirect_objects import draw_comparison, draw_models, draw_stages
-from circuit_breaking.graph import EdgeGraph, graph_record
+from circuit_breaking.figures.edge_graph import draw_graph, read_graph
+from circuit_breaking.figures.heat_map import draw_heat_map
+from circuit_breaking.figures.indirect_objects import (
+    PANELS,
+    draw_comparison,
+    draw_models,
+    draw_next_tokens,
+    draw_stages,
+)
+from circuit_breaking.graph import EdgeGraph, graph_record, node_of
 from circuit_breaking.ioi.known_circuits import HEADS, circuit_edges, overlap
 from circuit_breaking.runs.files import read_json, write_json, write_text
 
@@ -39,7 +44,7 @@ def test_a_mask_is_drawn_as_graph_and_matrix(tmp_path, drawn, graph, count):
         largest = max(abs(value) for value in edges.values())
         np.testing.assert_allclose(widths, sorted(0.5 + 3 * abs(value) / largest for value in edges.values()))
     named = {text.get_text() for text in layered.texts}
-    assert named == {node for edge in edges for node in (edge.source, graph_figures.node_of(edge.target))}
+    assert named == {node for edge in edges for node in (edge.source, node_of(edge.target))}
     places = {(graph.sources.index(edge.source), graph.readers.index(edge.target)): v for edge, v in edges.items()}
     points = matrix.collections[0]
     found = {tuple(map(int, at)): v for at, v in zip(points.get_offsets(), points.get_array(), strict=True)}
@@ -79,7 +84,7 @@ def test_a_comparison_shows_every_method_and_the_range_of_chance(tmp_path, drawn
 
 def test_reports_and_stages_are_drawn(tmp_path, drawn):
     entry = {"value": 0.5, "low": 0.4, "high": 0.6}
-    measures = dict.fromkeys(ioi_figures.PANELS, entry)
+    measures = dict.fromkeys(PANELS, entry)
     broken = {**measures, "logit_difference": {"value": None, "low": None, "high": None}}
     models = {"original": {"edges_cut": 0, "measures": measures}, "run": {"edges_cut": 1200, "measures": broken}}
     write_json(tmp_path / "report.json", {"models": models})

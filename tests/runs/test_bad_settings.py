@@ -8,12 +8,16 @@ from test_bad_files import MODEL, refused
 
 from circuit_breaking.engine.load import load_model
 from circuit_breaking.errors import UserError
-from circuit_breaking.figures import edge_graph as graph_figures
-from circuit_breaking.figures import methods as method_figures
-from circuit_breaking.figures import toxicity as comparison_figures
-from circuit_breaking.figures.edge_graph import read_graph
-from circuit_breaking.figures.report import draw_report
-from circuit_breaking.figures.training import draw_training
+from circuit_breaking.figures.edge_effects import draw_evidence
+from circuit_breaking.figures.edge_graph import draw_graph, read_graph
+from circuit_breaking.figures.heat_map import draw_heat_map
+from circuit_breaking.figures.indirect_objects import draw_next_tokens
+from circuit_breaking.figures.loss_by_toxicity import draw_loss_by_toxicity
+from circuit_breaking.figures.methods import draw_methods
+from circuit_breaking.figures.pareto import draw_pareto
+from circuit_breaking.figures.relearning import draw_relearning
+from circuit_breaking.figures.report import draw_models, draw_report
+from circuit_breaking.figures.training import draw_finetuning, draw_training
 from circuit_breaking.graph import graph_record
 from circuit_breaking.runs.config import resolve_defaults
 from circuit_breaking.runs.files import write_json
@@ -79,14 +83,14 @@ def test_models_of_names_that_are_none():
 
 
 RESULTS = {
-    "report.json": [comparison_figures.draw_sweep, comparison_figures.draw_models, draw_report],
-    "evidence.json": [comparison_figures.draw_evidence],
-    "relearning.json": [comparison_figures.draw_relearning],
-    "uniform.csv": [comparison_figures.draw_uniform],
-    "metrics.jsonl": [draw_training, lambda folder: comparison_figures.draw_finetuning(folder.parent)],
-    "next_tokens.json": [graph_figures.draw_next_tokens],
-    "graph.json": [graph_figures.draw_graph, graph_figures.draw_heat_map],
-    "methods.json": [method_figures.draw_methods],
+    "report.json": [draw_pareto, draw_models, draw_report],
+    "evidence.json": [draw_evidence],
+    "relearning.json": [draw_relearning],
+    "uniform.csv": [draw_loss_by_toxicity],
+    "metrics.jsonl": [draw_training, lambda folder: draw_finetuning(folder.parent)],
+    "next_tokens.json": [draw_next_tokens],
+    "graph.json": [draw_graph, draw_heat_map],
+    "methods.json": [draw_methods],
 }
 
 

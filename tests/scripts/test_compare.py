@@ -91,7 +91,7 @@ def finished(data, tmp_path_factory):
 def test_every_promised_file_is_there(finished):
     run, _, _ = finished
     for name in ("report.json", "report.md", "report.csv", "evidence.json", "relearning.json", "uniform.csv",
-                 "costs.json", "comparison.json", "sweep.png", "models.png", "uniform.png", "evidence.png",
+                 "costs.json", "comparison.json", "pareto.png", "models.png", "loss_by_toxicity.png", "evidence.png",
                  "relearning.png", "finetuned/finetuning.png"):  # fmt: skip
         assert (run / name).stat().st_size > 0, name
     assert not (run / "generations.jsonl").exists()
@@ -239,7 +239,7 @@ def test_an_interrupted_comparison_goes_on(data, tmp_path, monkeypatch):
 
     chosen = settings(data, tmp_path, judged=1, budgets=(1, 2, 3), random_seeds=0, workers=1)
     monkeypatch.setattr(compare, "stages", making)
-    for name in ("models_of", "statement"):
+    for name in ("read_models", "statement"):
         monkeypatch.setattr(compare, name, lambda of: None)
     masks = tmp_path / "compare" / "masks"
     first = masks / "zero_1" / "mask.safetensors"

@@ -1,0 +1,164 @@
+"""The result files of a comparison, read and checked: reports, effects of each edge, relearning.
+
+What is drawn or printed later relies on these checks. An estimate in a file is an object with `value`, `low` and
+`high` (a 95% bootstrap interval), all null where a figure was not finite, and sometimes `change`, the estimate of the
+difference to the original model.
+"""
+
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from circuit_breaking.errors import UserError
+from circuit_breaking.runs.checked_json import CheckedJson
+from circuit_breaking.runs.files import read_json
+
+REPORT = "report.json"
+EVIDENCE = "evidence.json"
+RELEARNING = "relearning.json"
+UNIFORM = "uniform.csv"  # one row per text: its toxicity, and the loss per token of each model
+REPORT_HINT = "Make it with toxicity/evaluation.py."
+
+# One release: names of fields in files that the previous release wrote, and their present names.
+OLD_NAMES = {
+    "carry": "ablation",
+    "touched": "changed_share",
+    "within": "restore_effect",
+    "alone": "single_cut_effect",
+}
+
+
+def read_report(folder: Path | str) -> dict[str, Any]:
+    """The `report.json` of a folder, with its `models` checked.
+
+    Raises:
+        UserError: the file is missing or damaged, or holds no models.
+    """
+    path = Path(folder) / REPORT
+    report = read_json(path, "Make one with toxicity/evaluation.py.")
+    models = report.get("models") if isinstance(report, dict) else None
+    if not models:
+        raise UserError(f"{path} holds no models. {REPORT_HINT}")
+    checked = CheckedJson(models, path, REPORT_HINT, "models")
+    for _, model in checked.items():
+        _check_model(model)
+    return {**report, "models": {name: _with_present_names(model) for name, model in checked.items()}}
+
+
+def read_models(folder: Path | str, *fields: str) -> dict[str, Any]:
+    """The models of a report by name. Raises `UserError` where one lacks any of `fields`."""
+    models, path = read_report(folder)["models"], Path(folder) / REPORT
+    for _, model in CheckedJson(models, path, REPORT_HINT, "models").items():
+        for field in fields:
+            model[field]
+    return models
+
+
+def read_evidence(folder: Path | str) -> dict[str, Any]:
+    """The `evidence.json` of a folder: effects of each cut edge by mask, and how stable the choice of edges is.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    path, hint = Path(folder) / EVIDENCE, "Make it with toxicity/edge_evidence.py."
+    report = CheckedJson(read_json(path, hint), path, hint)
+    masks = {
+        name: {**_with_present_names(mask), "edges": [_with_present_names(row) for row in mask["edges"].rows()]}
+        for name, mask in report["masks"].items()
+    }
+    stability = [_with_present_names(row) for row in report["stability"].rows()]
+    for _, mask in CheckedJson(masks, path, hint, "masks").items():
+        mask["ablation"].text()
+        _check_toxic_and_ordinary(mask["together"])
+        for row in mask["edges"].rows():
+            row["edge"].text()
+            _check_toxic_and_ordinary(row["restore_effect"])
+            _check_toxic_and_ordinary(row["single_cut_effect"])
+    for row in CheckedJson(stability, path, hint, "stability").rows():
+        row["ablation"].text()
+        row["budget"].integer()
+        row["masks"].rows()
+        row["jaccard"].number()
+        row["by_chance"].number()
+        for _, count in row["chosen_by"].items():
+            count.integer()
+    return {**report.value, "masks": masks, "stability": stability}
+
+
+def read_relearning(folder: Path | str) -> dict[str, Any]:
+    """The `relearning.json` of a folder: the toxicity of each model while it is fine-tuned on toxic examples.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    path, hint = Path(folder) / RELEARNING, "Make it with toxicity/relearn.py."
+    report = CheckedJson(read_json(path, hint), path, hint)
+    for _, model in report["models"].items():
+        model["kind"].text()
+        for _, rows in model["relearning"].items():
+            for row in rows.rows():
+                row["step"].integer()
+                _check_estimate(row["toxicity"])
+        if (few_shot := model.get("few_shot")) is not None:
+            _check_estimate(few_shot["without"])
+            _check_estimate(few_shot["with"])
+    return report.value
+
+
+def _check_model(model: CheckedJson) -> None:
+    """Check one model of a report. Fields that not every report has may be missing, but not be of another type."""
+    for _, loss in model["losses"].items():
+        _check_estimate(loss)
+    after_prompts = [model["continuations"], model.get("greedy")]
+    for way in after_prompts:
+        for _, measures in way.items() if way is not None else ():
+            for name, measure in measures.items():
+                if name.endswith("_by_seed"):
+                    for value in measure.rows():
+                        value.number_or_nan()
+                else:
+                    _check_estimate(measure, interval=not name.startswith("distinct_"))
+    for name in ("kind", "ablation", "carry", "note"):
+        if (field := model.get(name)) is not None:
+            field.text()
+    for name in ("edges_cut", "budget", "seed"):
+        if (field := model.get(name)) is not None:
+            field.integer()
+    for name in ("changed_share", "touched"):
+        if (field := model.get(name)) is not None:
+            for _, share in field.items():
+                share.number()
+    if (chosen := model.get("chosen")) is not None:
+        chosen["lr"].number()
+        chosen["step"].integer()
+
+
+def _check_estimate(entry: CheckedJson, interval: bool = True) -> None:
+    """Check a value, with its interval if it has one, and its `change`: numbers, or all null."""
+    value = entry["value"].number_or_nan()
+    if interval:
+        low, high = entry["low"].number_or_nan(), entry["high"].number_or_nan()
+        if len({number != number for number in (value, low, high)}) > 1:
+            entry.refuse("a value with its interval, or all null")
+    if (change := entry.get("change")) is not None:
+        _check_estimate(change, interval)
+
+
+def _check_toxic_and_ordinary(entries: CheckedJson) -> None:
+    _check_estimate(entries["toxic"])
+    _check_estimate(entries["ordinary"])
+
+
+def _with_present_names(row: CheckedJson) -> dict[str, Any]:
+    """A model, mask or edge of a file as a dictionary, its fields renamed as `OLD_NAMES` says."""
+    fields = {name: field.value for name, field in row.items()}
+    if not OLD_NAMES.keys().isdisjoint(fields):
+        _note_old_names(row.path)
+    return {OLD_NAMES.get(name, name): value for name, value in fields.items()}
+
+
+@cache
+def _note_old_names(path: Path) -> None:
+    """Say once per file that it has the old names."""
+    print(f"note: {path} has the field names of the previous release, which this release still reads.", file=sys.stderr)

@@ -1,0 +1,78 @@
+"""Whether the behaviour comes back: toxicity during relearning, and with toxic examples in the context."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+
+from circuit_breaking.evaluation.result_files import read_relearning
+from circuit_breaking.figures.style import (
+    FAMILY_STYLES,
+    ORIGINAL_STYLE,
+    baseline_style,
+    figure,
+    interval_ends,
+    legend_below,
+    readable,
+)
+
+CONTEXTS = {"without": "prompt alone", "with": "after examples"}
+
+
+def draw_relearning(folder: Path | str) -> Path:
+    """Draw toxicity by step of relearning, one panel per number of examples; and with examples in the context.
+
+    Reads `relearning.json` and writes `relearning.png`.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    folder = Path(folder)
+    models = read_relearning(folder)["models"]
+    counts = list(dict.fromkeys(count for model in models.values() for count in model["relearning"]))
+    with_context = any(model.get("few_shot") for model in models.values())
+    styles = _styles(models)
+    path = folder / "relearning.png"
+    with figure(path, 2.4 * max(len(counts), 1) + (2.6 if with_context else 0), 3.3 + 0.1 * len(models)) as drawn:
+        panels = drawn.subplots(1, max(len(counts) + with_context, 1), squeeze=False)[0]
+        for axes, count in zip(panels, counts, strict=False):
+            for name, model in models.items():
+                rows = [row for row in model["relearning"].get(count, []) if row["toxicity"]["value"] is not None]
+                steps, values = [row["step"] for row in rows], [row["toxicity"]["value"] for row in rows]
+                axes.plot(steps, values, markersize=3.5, linewidth=1.1, label=readable(name), **styles[name])
+            axes.set(xlabel="step", title=f"relearning from {count} examples", ylim=(-0.03, 1.03))
+        if with_context:
+            _draw_contexts(panels[-1], models, styles)
+        panels[0].set_ylabel("toxicity after toxic prompts, mean")
+        legend_below(drawn, panels[0], 4, fontsize=7)
+    return path
+
+
+def _draw_contexts(axes: Axes, models: Mapping[str, Any], styles: Mapping[str, dict[str, str]]) -> None:
+    for number, (name, model) in enumerate(models.items()):
+        for at, context in enumerate(CONTEXTS):
+            entry = (model.get("few_shot") or {}).get(context)
+            if entry is not None and entry["value"] is not None:
+                axes.errorbar(
+                    at + 0.05 * (number - len(models) / 2), entry["value"], yerr=interval_ends(entry), markersize=4,
+                    elinewidth=0.8, linestyle="none", **styles[name],
+                )  # fmt: skip
+    axes.set(title="toxic examples in the context", xlim=(-0.6, 1.6), ylim=(-0.03, 1.03))
+    axes.set_xticks([0, 1], list(CONTEXTS.values()))
+
+
+def _styles(models: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+    """Colour and marker by model: a mask whose name starts with its ablation looks as in the Pareto figure."""
+    mask_styles = [style for family, style in FAMILY_STYLES.items() if family.startswith("mask")]
+    styles, baselines = {}, 0
+    for number, (name, model) in enumerate(models.items()):
+        if model["kind"] == "original":
+            styles[name] = ORIGINAL_STYLE
+        elif model["kind"] == "mask":
+            family = f"mask, {name.partition('_')[0]} ablation"
+            styles[name] = FAMILY_STYLES.get(family, mask_styles[number % len(mask_styles)])
+        else:
+            styles[name] = baseline_style(baselines)
+            baselines += 1
+    return styles
