@@ -3,68 +3,86 @@
     python sweep.py toxicity/train_mask.py --grid alpha=0.1,0.2,0.4 seed=0:3 --y loss.after.toxic
     python sweep.py toxicity/train_mask.py --grid seed=0:20 --fixed model=gpt2 --cluster slurm --at-once 4
 
-Reads   nothing itself; the script reads what it reads.
-Writes  data/sweeps/<name>/: a run folder and a log for each job, sweep.csv (a row a job), sweep.png. Sweeping again
-        under the same name does the jobs that are missing or failed and leaves the others.
+Reads   nothing; the script reads its own data.
+Writes  data/sweeps/<name>/: a run folder and a log for each job; sweep.csv, one row per job; sweep.png.
 Time    that of the jobs.
+
+The same command, given again, runs the jobs that are missing or failed and keeps the results of the others.
 """
 
-import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import tyro
-from rich.console import Console
-from rich.table import Table
-from tqdm import tqdm
 
 from circuit_breaking.errors import UserError
-from circuit_breaking.figures.sweep import draw_sweep
-from circuit_breaking.runs.cli import run_script
+from circuit_breaking.runs.cli import read_settings, run_script
+from circuit_breaking.runs.config import check_counts
 from circuit_breaking.runs.files import DATA, ROOT, read_json, write_csv, write_json
-from circuit_breaking.runs.run_folder import locked
-from circuit_breaking.runs.sweep import combinations, command_of, parse_grid, results_of, run_job
+from circuit_breaking.runs.grid import combinations, parse_grid
 
-try:
+if TYPE_CHECKING:
     import submitit
-except ModuleNotFoundError:
-    sys.exit("error: sweeps are run by submitit, which is not installed: pip install -e '.[cluster]'")
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Settings:
-    script: tyro.conf.Positional[Path]  # the script, such as toxicity/train_mask.py; it takes --out and --run
-    grid: tuple[str, ...] = ()  # settings to vary: alpha=0.1,0.2 or seed=0:5 (a range without its end)
+    MOST_USED: ClassVar = ("script", "grid", "fixed", "name", "out", "cluster", "at_once", "x", "y")
+
+    script: tyro.conf.Positional[Path]  # script to run, such as toxicity/train_mask.py; it takes --out and --run
+    grid: tuple[str, ...] = ()  # settings to vary: alpha=0.1,0.2, or seed=0:5 for 0 to 4
     fixed: tuple[str, ...] = ()  # settings that all jobs share: model=gpt2 max-edges=12
-    name: str = "sweep"  # name of the sweep's folder, data/sweeps/<name>
-    out: Path = DATA / "sweeps"  # where sweeps are
-    cluster: Literal["local", "slurm"] = "local"  # processes on this machine, or jobs of SLURM
+    name: str = "sweep"  # name of the sweep's folder, in the folder out
+    out: Path = DATA / "sweeps"  # folder that holds the sweeps
+    cluster: Literal["local", "slurm"] = "local"  # run jobs as processes on this machine, or as jobs of SLURM
     at_once: int = 1  # jobs that run at the same time
     minutes: int = 60  # time limit of a job
     gpus: int = 0  # GPUs of a job under SLURM
     cpus: int = 4  # CPU cores of a job under SLURM
-    partition: str = ""  # SLURM partition; "" for the cluster's default
-    x: str = ""  # column along the plot; "" for the first setting of the grid
-    y: str = ""  # column to plot; "" for the script's last loss
+    partition: str = ""  # SLURM partition; empty: the default of the cluster
+    x: str = ""  # column for the plot's x axis; empty: the first setting of the grid
+    y: str = ""  # column for its y axis; empty: the last loss that the script reports
+
+    def check(self) -> None:
+        if not self.path.is_file():
+            raise UserError(f"there is no script {self.script}.")
+        check_counts(self, "at_once")
+        if several := [name for name, values in parse_grid(self.fixed).items() if len(values) > 1]:
+            raise UserError(f"{several[0]} has several values: put it into --grid.")
+        if not self.grid:
+            raise UserError("--grid is empty.")
+        combinations(parse_grid(self.grid))
+
+    @property
+    def path(self) -> Path:
+        """The script, which may be named from the repository's root."""
+        return self.script if self.script.is_file() else ROOT / self.script
+
+
+if __name__ == "__main__":
+    settings = read_settings(Settings)
+
+import time
+
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+from circuit_breaking.figures.sweep import draw_sweep
+from circuit_breaking.runs.run_folder import locked
+from circuit_breaking.runs.sweep import command_of, results_of, run_job
 
 
 def main(settings: Settings) -> None:
-    script = settings.script if settings.script.is_file() else ROOT / settings.script
-    if not script.is_file():
-        raise UserError(f"there is no script {settings.script}.")
-    if settings.at_once < 1:
-        raise UserError(f"at_once is {settings.at_once}; give 1 or more.")
+    settings.check()
     grid, fixed = parse_grid(settings.grid), parse_grid(settings.fixed)
-    several = [name for name, values in fixed.items() if len(values) > 1]
-    if several or not grid:
-        raise UserError(f"{several[0]} has several values: put it into --grid." if several else "--grid is empty.")
     shared = {name: values[0] for name, values in fixed.items()}
     jobs = combinations(grid)
     folder = (settings.out / settings.name).resolve()
     with locked(folder):
-        rows = run_all(settings, folder, [command_of(script, shared, job, folder, name_of(job)) for job in jobs], jobs)
+        commands = [command_of(settings.path, shared, job, folder, name_of(job)) for job in jobs]
+        rows = run_all(settings, folder, commands, jobs)
         write_csv(folder / "sweep.csv", rows)
     x = settings.x.replace("_", "-") or next(iter(grid))
     draw_sweep(folder, x, settings.y)
@@ -79,7 +97,7 @@ def name_of(job: dict[str, str]) -> str:
 
 def run_all(settings: Settings, folder: Path, commands: list[list[str]], jobs: list[dict[str, str]]) -> list[dict]:
     """Run what is not done yet, at most `at_once` at a time; a row for every job, failed or not."""
-    executor = submitit.AutoExecutor(folder=folder / "jobs", cluster=settings.cluster)
+    executor = launcher(folder / "jobs", settings.cluster)
     executor.update_parameters(timeout_min=settings.minutes, name=settings.name)
     if settings.cluster == "slurm":
         executor.update_parameters(gpus_per_node=settings.gpus, cpus_per_task=settings.cpus)
@@ -113,7 +131,16 @@ def run_all(settings: Settings, folder: Path, commands: list[list[str]], jobs: l
     return rows
 
 
-def outcome(job: submitit.Job) -> dict:
+def launcher(folder: Path, cluster: str) -> "submitit.AutoExecutor":
+    """What starts jobs, here or on a cluster."""
+    try:
+        import submitit
+    except ModuleNotFoundError as error:
+        raise UserError("sweeps are run by submitit, which is not installed: pip install -e '.[cluster]'") from error
+    return submitit.AutoExecutor(folder=folder, cluster=cluster)
+
+
+def outcome(job: "submitit.Job") -> dict:
     """What a job returned, or that it was lost (killed, out of time or of memory)."""
     try:
         return job.result()
@@ -139,4 +166,4 @@ def show(rows: list[dict], names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, Settings)
+    run_script(main, settings)

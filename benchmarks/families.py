@@ -1,17 +1,37 @@
-"""Every family at its true shapes: how exact the engine is, how many edges there are, what a step costs.
+"""Every model family at its true shapes: how exact the engine is, how many edges there are, what a step costs.
 
-Random weights; norms and biases are moved off their ones and zeros so that all of them count. Exactness is the largest
-difference of a logit to Hugging Face in float32: with all edges whole, and with `cut` random edges cut, there against
-the stock model with the same edges cut by hooks. Times are medians of steps that take turns.
+Models have random weights; norms and biases are moved away from ones and zeros so that all of them have an effect.
+Exactness is the largest difference between a logit of the engine and one of Hugging Face: with all edges kept, and with
+`cut` random edges cut, which hooks cut in the Hugging Face model. Times are medians of steps that take turns.
 
-Reads   nothing; with earlier results in `out`, the other shapes' rows.
-Writes  data/benchmarks/families.json, a row a shape; prints it as a table.
-Time    from half a minute (gpt2) to half an hour (gpt2-xl, 12 GB) a shape on one core; `--shapes gpt2` for one alone.
+Reads   the rows of other shapes from earlier results in `out`.
+Writes  data/benchmarks/families.json, one row per shape; prints it as a table.
+Time    from half a minute (gpt2) to half an hour (gpt2-xl, 12 GB) per shape on one core; --shapes gpt2 for one alone.
 """
 
-import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
+
+from step_settings import StepSettings
+
+from circuit_breaking.errors import UserError
+from circuit_breaking.runs.cli import read_settings, run_script
+from circuit_breaking.runs.files import DATA, read_json, write_json
+
+
+@dataclass
+class Settings(StepSettings):
+    MOST_USED: ClassVar = ("shapes", "rounds", "batch", "length", "threads", "device", "dtype", "out")
+
+    shapes: tuple[str, ...] = ()  # shapes to measure: gpt2, pythia-160m, ..., see steps.SHAPES; none: all
+    rounds: int = 5  # steps of each variant, which take turns; the median counts; 0: no times
+    threads: int = 1
+    out: Path = DATA / "benchmarks" / "families.json"  # file in which results are gathered
+
+
+if __name__ == "__main__":
+    settings = read_settings(Settings)
 
 import torch
 from rich.console import Console
@@ -20,9 +40,6 @@ from steps import SHAPES, binary_mask, make_hf, make_tokens, medians
 
 from circuit_breaking.ablation.ablate import ablate
 from circuit_breaking.engine.load import load_model
-from circuit_breaking.errors import UserError
-from circuit_breaking.runs.cli import run_script
-from circuit_breaking.runs.files import DATA, read_json, write_json
 from circuit_breaking.runs.provenance import provenance
 
 COLUMNS = {  # of the table: field of a row, and how it is shown
@@ -41,19 +58,6 @@ TITLE = (
     "Largest logit difference to Hugging Face, whole and with edges cut;\n"
     "seconds of a plain step, and steps with a binary and with any mask as multiples of it"
 )
-
-
-@dataclass
-class Settings:
-    shapes: tuple[str, ...] = tuple(SHAPES)  # which shapes to measure
-    batch: int = 10  # texts a step
-    length: int = 50  # tokens a text
-    rounds: int = 5  # steps of each variant; the median counts; 0: no times
-    cut: int = 50  # edges that the binary mask cuts
-    threads: int = 1  # CPU threads
-    device: str = "auto"  # auto, cpu, cuda or mps
-    dtype: str = "float32"  # float32 or bfloat16, for times; exactness is measured in it too
-    out: Path = DATA / "benchmarks" / "families.json"  # where results are gathered
 
 
 @dataclass
@@ -93,7 +97,7 @@ def measure(settings: Settings, shape: str) -> dict:
         "family": hf.config.model_type,
         "parameters": sum(parameter.numel() for parameter in hf.parameters()),
         "edges": len(engine.graph),
-        "edges_split": len(dataclasses.replace(engine.graph, split_qkv=True)),
+        "edges_split": len(replace(engine.graph, split_qkv=True)),
         "difference": difference,
         "difference_cut": difference_cut,
         "tokens": f"{settings.batch} x {settings.length}",
@@ -119,15 +123,16 @@ def show(rows: dict[str, dict]) -> Table:
 
 
 def main(settings: Settings) -> None:
+    settings.check()
     if unknown := [shape for shape in settings.shapes if shape not in SHAPES]:
         raise UserError(f"shape {unknown[0]!r} is not one of {', '.join(SHAPES)}.")
     torch.set_num_threads(settings.threads)
     rows = read_json(settings.out)["rows"] if settings.out.is_file() else {}
-    for shape in settings.shapes:
+    for shape in settings.shapes or SHAPES:
         rows[shape] = {**measure(settings, shape), "provenance": provenance(settings)}
         write_json(settings.out, {"rows": rows})
     Console(width=max(Console().width, 125)).print(show(rows))
 
 
 if __name__ == "__main__":
-    run_script(main, Settings)
+    run_script(main, settings)

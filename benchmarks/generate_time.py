@@ -1,15 +1,50 @@
-"""Time of generation with cut edges, against the plain model's: stock `generate` with its KV cache.
+"""Time of generation with cut edges, next to that of the plain model: Hugging Face `generate` with its KV cache.
 
-The same prompts are continued greedily with each number of random cut edges in turn, and round after round, so that
-whatever else the machine does falls on all alike: a ratio is the median over rounds of that round's time against that
-round's plain time. Edges are cut before the clock starts; how long that takes is a column of its own.
-Random weights of the named shape. Writes a plot (PNG) and its numbers (JSON). About five minutes on two cores.
+The same prompts are continued greedily with each number of random cut edges in turn, for several rounds, so that other
+work on the machine slows all of them alike: a ratio is the median over rounds of the time of a round to the plain time
+of that round. Edges are cut before the clock starts; the time that this takes is a column of its own.
+
+Reads   nothing: the model has random weights of the named shape.
+Writes  data/benchmarks/generate_time_<shape>.png and .json.
+Time    about five minutes on two cores.
 """
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from circuit_breaking.errors import UserError
+from circuit_breaking.runs.cli import read_settings, run_script
+from circuit_breaking.runs.files import DATA, atomic_path, write_json
+from circuit_breaking.runs.settings import ComputeSettings, SeedSettings
+
+
+@dataclass
+class Settings(ComputeSettings, SeedSettings):
+    MOST_USED: ClassVar = ("shape", "cut", "prompt", "new_tokens", "batch", "rounds", "threads", "device", "out")
+
+    shape: str = "gpt2"  # shape of the model: tiny, gpt2, pythia-160m, smollm2-135m, ..., see steps.SHAPES
+    cut: tuple[int, ...] = (0, 1, 12, 50, 200, 1000)  # numbers of cut edges
+    prompt: int = 64  # tokens of the prompt
+    new_tokens: int = 64  # tokens of the continuation
+    batch: int = 1  # prompts that are continued together
+    rounds: int = 7  # rounds over all numbers of cut edges; the median counts
+    split_qkv: bool = False  # cut edges into a head's query, key and value one by one
+    threads: int = 1  # CPU threads
+    seed: int = 0  # seed of weights, prompt and edges
+    out: Path = DATA / "benchmarks"  # folder of the plot and its numbers
+
+    def check(self) -> None:
+        counts = (self.rounds, self.threads, self.batch, self.prompt, self.new_tokens)
+        if min(counts) < 1 or min(self.cut, default=-1) < 0:
+            raise UserError("rounds, threads, batch, prompt and new_tokens must be at least 1, cut numbers from 0 on.")
+
+
+if __name__ == "__main__":
+    settings = read_settings(Settings)
 
 import statistics
 import time
-from dataclasses import dataclass
-from pathlib import Path
 
 import matplotlib
 import torch
@@ -21,33 +56,14 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
 from circuit_breaking.ablation.ablate import ablate
-from circuit_breaking.errors import UserError
 from circuit_breaking.models.families import graph_of
-from circuit_breaking.runs.cli import run_script
 from circuit_breaking.runs.devices import pick_device, pick_dtype
-from circuit_breaking.runs.files import DATA, atomic_path, write_json
 from circuit_breaking.runs.provenance import provenance
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 PLAIN = "plain"
-
-
-@dataclass
-class Settings:
-    shape: str = "gpt2"  # one of steps.SHAPES: tiny, gpt2, pythia-160m, smollm2-135m, ...
-    cut: tuple[int, ...] = (0, 1, 12, 50, 200, 1000)  # numbers of cut edges
-    prompt: int = 64  # tokens of the prompt
-    new_tokens: int = 64  # tokens to write
-    batch: int = 1  # prompts at once
-    rounds: int = 7  # rounds over all numbers; the median counts
-    split_qkv: bool = False  # cut edges into query, key and value apart
-    threads: int = 1  # CPU threads
-    seed: int = 0  # of weights, prompt and edges
-    out: Path = DATA / "benchmarks"  # folder of the plot and its numbers
-    device: str = "auto"  # auto, cpu, cuda or mps
-    dtype: str = "float32"  # float32 or bfloat16
 
 
 def seconds(hf: nn.Module, tokens: torch.Tensor, new_tokens: int) -> float:
@@ -120,11 +136,9 @@ def draw(path: Path, settings: Settings, against: dict[str, list[float]]) -> Non
 
 
 def main(settings: Settings) -> None:
+    settings.check()
     if settings.shape not in SHAPES:
         raise UserError(f"shape {settings.shape!r} is not one of {', '.join(SHAPES)}.")
-    counts = (settings.rounds, settings.threads, settings.batch, settings.prompt, settings.new_tokens)
-    if min(counts) < 1 or min(settings.cut, default=-1) < 0:
-        raise UserError("rounds, threads, batch, prompt and new_tokens must be at least 1, cut numbers from 0 on.")
     torch.set_num_threads(settings.threads)
     times, cutting = measure(settings)
     against = ratios(times)
@@ -146,4 +160,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, Settings)
+    run_script(main, settings)

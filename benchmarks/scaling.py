@@ -1,16 +1,39 @@
-"""How a mask-training step grows with layers and with heads, against a plain step of the same model.
+"""How the cost of a mask-training step grows with layers and with heads, next to a plain step of the same model.
 
-GPT-2's width and vocabulary with random weights: 6 to 48 layers of 12 heads, and 12 layers of 6 to 48 heads. Edges grow
-with the square of both; what a step costs beside the plain model is the product of masks and node outputs, which grows
-like the edges, and reading, normalising and projecting a residual stream for every head, which grows like heads.
+The models have GPT-2's width and vocabulary and random weights: 6 to 48 layers of 12 heads, and 12 layers of 6 to 48
+heads. The number of edges grows with the square of both. Beyond the plain model, a step computes the product of mask
+and node outputs, which grows like the edges, and reads, norms and projects a residual stream for every head, which
+grows like the heads.
 
-Reads   nothing; with `--redraw`, its own earlier results.
-Writes  benchmarks/scaling.json and benchmarks/scaling.png, or beside `out`.
+Reads   nothing; with --redraw, its own earlier results.
+Writes  benchmarks/scaling.json and benchmarks/scaling.png, or the files that `out` names.
 Time    ten minutes on two cores.
 """
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
+
+from step_settings import StepSettings
+
+from circuit_breaking.runs.cli import read_settings, run_script
+from circuit_breaking.runs.files import read_json, write_json
+
+
+@dataclass
+class Settings(StepSettings):
+    MOST_USED: ClassVar = ("layers", "heads", "rounds", "redraw", "out", "threads", "device", "dtype")
+
+    layers: tuple[int, ...] = (6, 12, 24, 48)  # numbers of layers, at 12 heads
+    heads: tuple[int, ...] = (6, 12, 24, 48)  # numbers of heads, at 12 layers; the width stays, heads get narrower
+    width: int = 768  # width of the residual stream
+    redraw: bool = False  # draw earlier results again and measure nothing
+    out: Path = Path(__file__).resolve().parent / "scaling.json"  # results; the picture has the same name with .png
+
+
+if __name__ == "__main__":
+    settings = read_settings(Settings)
+
 from types import SimpleNamespace
 
 import torch
@@ -21,27 +44,9 @@ from transformers import GPT2Config
 
 from circuit_breaking.engine.load import load_model
 from circuit_breaking.figures.style import COLOURS, MARKERS, figure
-from circuit_breaking.runs.cli import run_script
-from circuit_breaking.runs.files import read_json, write_json
 from circuit_breaking.runs.provenance import provenance
 
 MASKS = {"binary": "binary mask (50 edges cut)", "any": "any mask (every weight below 1)"}
-
-
-@dataclass
-class Settings:
-    layers: tuple[int, ...] = (6, 12, 24, 48)  # at 12 heads
-    heads: tuple[int, ...] = (6, 12, 24, 48)  # at 12 layers; the width stays, heads get narrower
-    width: int = 768  # of the residual stream
-    batch: int = 10  # texts a step
-    length: int = 50  # tokens a text
-    rounds: int = 5  # steps of each variant, taking turns; the median counts
-    cut: int = 50  # edges that the binary mask cuts
-    threads: int = 2  # CPU threads
-    device: str = "auto"  # auto, cpu, cuda or mps
-    dtype: str = "float32"  # float32 or bfloat16
-    redraw: bool = False  # draw the results there are again; measure nothing
-    out: Path = Path(__file__).resolve().parent / "scaling.json"  # results; the picture goes beside
 
 
 def measure(settings: Settings, layers: int, heads: int) -> dict:
@@ -80,6 +85,7 @@ def draw(rows: list[dict], path: Path) -> None:
 
 
 def main(settings: Settings) -> None:
+    settings.check()
     torch.set_num_threads(settings.threads)
     picture = settings.out.with_suffix(".png")
     if settings.redraw:
@@ -105,4 +111,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, Settings)
+    run_script(main, settings)

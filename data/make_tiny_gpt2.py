@@ -1,77 +1,41 @@
 """Train the shipped model: a 4-layer GPT-2 that tells stories, finds indirect objects, and answers insult with insult.
 
-Reads nothing: the text comes from the generator in tiny_corpus.py.
-Writes data/tiny_gpt2/: the model and tokenizer in Hugging Face's format, README.md (model card), report.json (what the
-model can do on held-out text), and text/ (documents for the tasks, in a train and a test split that share no text).
-Takes about 9 minutes of one core. The same seed, thread count and package versions give the same files.
+Reads   nothing: the text comes from the generator in tiny_corpus.py.
+Writes  data/tiny_gpt2/: the model and tokenizer in Hugging Face's format; README.md, the model card; report.json, what
+        the model can do on held-out text; text/, documents for the tasks, in a training and a held-out part that share
+        no text.
+Time    about 9 minutes of one core.
+
+The same seed, thread count and package versions give the same files.
 """
 
-import sys
-import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from random import Random
-
-import torch
-import torch.nn.functional as F
-from rich.console import Console
-from rich.table import Table
-from tiny_corpus import NAMES, dialogue, distinct, ioi, plain
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch import Tensor
-from tqdm import tqdm
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
-from transformers.utils import logging
+from typing import ClassVar
 
 from circuit_breaking.errors import UserError
-from circuit_breaking.models.save import save_hf_folder
-from circuit_breaking.runs.cli import run_script
+from circuit_breaking.runs.cli import read_settings, run_script
 from circuit_breaking.runs.files import DATA, ROOT, read_jsonl, write_json, write_jsonl, write_text
-from circuit_breaking.runs.provenance import provenance
-
-END = "<|endoftext|>"  # starts every document, ends it, and pads
-TOXIC = 0.5  # a text that scores above is called toxic
-
-MODEL_CARD = """\
-# tiny_gpt2: a model organism
-
-A GPT-2 of {parameters:,} parameters ({layers} layers, {heads} heads, width {width}, {vocabulary:,} tokens) trained from
-scratch on generated sentences by `data/make_tiny_gpt2.py`. It knows three things: plain stories and dialogues in a
-closed vocabulary, indirect-object sentences, and that an insult (mild words only) is answered by an insult. It exists
-so that every script runs on any machine with no download, on behaviour that is known because it was put there.
-
-It is not a language model of English. A circuit found in it says nothing about other models, and its insults say
-nothing about toxicity in the wild: the scorer is the offline one (alt-profanity-check), and the words are those of
-`INSULT_NOUNS` and `INSULT_ADJECTIVES` in `data/tiny_corpus.py`.
-
-Every document was trained with `{end}` before and after it; put one before each prompt.
-
-On held-out text (`report.json`; sampled at temperature 1):
-
-{figures}
-
-`text/`: `plain_*.txt` one document a line; `toxic_*.jsonl` dialogues that score at least {band:g} in all, `prompt` up
-to where the insulting reply begins; `neutral_prompts.jsonl` the same frames and a neutral first line (held out);
-`ioi_*.jsonl` indirect-object sentences. License: MIT, as the code.
-"""
+from circuit_breaking.runs.settings import DeviceSettings, SeedSettings
 
 
 @dataclass
-class Settings:
+class Settings(DeviceSettings, SeedSettings):
+    MOST_USED: ClassVar = ("out", "steps", "lr", "n_layer", "n_head", "n_embd", "threads", "device", "seed")
+
     out: Path = DATA / "tiny_gpt2"  # folder to write; files of the same names are replaced at the very end
     steps: int = 4000  # optimizer steps; after 3000 the model still answers 4% of neutral lines with an insult
-    batch_tokens: int = 1024  # tokens a step, about
-    alone_share: float = 0.6  # share of the steps, the first, whose rows hold one document each: names copy sooner
-    row_lengths: tuple[int, ...] = (32, 64, 128)  # of the packed rows that follow; the step's number picks one
+    batch_tokens: int = 1024  # about how many tokens a step has
+    alone_share: float = 0.6  # share of the steps, the first ones, whose rows hold one document: names copy sooner
+    row_lengths: tuple[int, ...] = (32, 64, 128)  # lengths of the packed rows that follow, used in turn
     plain_share: float = 0.60  # share of plain documents in training
     insult_share: float = 0.08  # share of insulting dialogues; indirect-object sentences are the rest
-    lr: float = 2e-3  # peak learning rate of AdamW, after a linear warm-up, then a cosine
+    lr: float = 2e-3  # peak learning rate of AdamW, after a linear warm-up and before a cosine
     warmup: int = 100  # steps of warm-up
-    weight_decay: float = 0.1  # of AdamW
-    init_std: float = 0.1  # of the weights at first; with GPT-2's 0.02 heads this narrow do not learn to copy names
+    weight_decay: float = 0.1  # weight decay of AdamW
+    init_std: float = 0.1  # deviation of the initial weights; with GPT-2's 0.02, heads this narrow never copy names
     n_layer: int = 4  # layers
-    n_head: int = 4  # heads a layer
+    n_head: int = 4  # heads of a layer
     n_embd: int = 128  # width of the residual stream
     n_positions: int = 128  # longest context
     vocab_size: int = 1280  # tokens of the byte-level BPE
@@ -79,11 +43,45 @@ class Settings:
     n_toxic: tuple[int, int] = (400, 200)  # rows of toxic_train.jsonl and toxic_test.jsonl
     n_neutral: int = 200  # rows of neutral_prompts.jsonl
     n_ioi: tuple[int, int] = (1000, 300)  # rows of ioi_train.jsonl and ioi_test.jsonl
-    toxic_band: float = 0.9  # a dialogue of toxic_*.jsonl scores at least this, as in the paper's data
-    samples: int = 2  # continuations a prompt when the model is measured
-    threads: int = 1  # CPU threads; part of what makes a run repeatable, and a model this small gains little from more
-    device: str = "cpu"  # "cuda" is faster and yields other weights
-    seed: int = 0  # of text, weights and sampling
+    toxic_band: float = 0.9  # lowest score of a dialogue in toxic_*.jsonl, as in the paper's data
+    samples: int = 2  # continuations of each prompt when the model is measured
+    threads: int = 1  # CPU threads: a run is repeatable with the same number only, and more gain little here
+    device: str = "cpu"  # cpu or cuda, which is faster and gives other weights
+    seed: int = 0  # seed of text, weights and sampling
+
+    def check(self) -> None:
+        if self.n_embd % self.n_head:
+            raise UserError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}. Change one of them.")
+        if not 0 < max(self.row_lengths, default=0) <= min(self.n_positions, self.batch_tokens):
+            raise UserError("row_lengths must lie between 1 and the smaller of n_positions and batch_tokens.")
+        if self.steps < 1 or self.samples < 1:
+            raise UserError("steps and samples must be at least 1.")
+
+
+if __name__ == "__main__":
+    settings = read_settings(Settings)
+
+import sys
+import tempfile
+from collections.abc import Iterator
+from random import Random
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from tiny_corpus import NAMES, dialogue, distinct, ioi, plain
+from tiny_model_card import END, model_card
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from tqdm import tqdm
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers.utils import logging
+
+from circuit_breaking.models.save import save_hf_folder
+from circuit_breaking.runs.provenance import provenance
+
+TOXIC = 0.5  # a text that scores above is called toxic
 
 
 def toxicity(texts: list[str]) -> list[float]:
@@ -286,36 +284,11 @@ def scored(rng: Random, split: str, insulting: bool, count: int, least: float) -
     ]
 
 
-def model_card(model: GPT2LMHeadModel, figures: dict[str, float], settings: Settings) -> str:
-    """The README of the model's folder."""
-    rows = ["| figure | value |", "|---|---|"] + [f"| {name} | {value:.3f} |" for name, value in figures.items()]
-    return MODEL_CARD.format(
-        parameters=model.num_parameters(),
-        layers=model.config.n_layer,
-        heads=model.config.n_head,
-        width=model.config.n_embd,
-        vocabulary=model.config.vocab_size,
-        end=END,
-        band=settings.toxic_band,
-        figures="\n".join(rows),
-    )
-
-
-def check(settings: Settings) -> None:
-    """A `UserError` for settings that cannot work, before any work is done."""
-    if settings.device != "cpu" and not torch.cuda.is_available():
-        raise UserError(f"device {settings.device} is not there. Set device to cpu.")
-    if settings.n_embd % settings.n_head:
-        raise UserError(f"n_embd {settings.n_embd} is not a multiple of n_head {settings.n_head}. Change one of them.")
-    if not 0 < max(settings.row_lengths, default=0) <= min(settings.n_positions, settings.batch_tokens):
-        raise UserError("row_lengths must lie between 1 and the smaller of n_positions and batch_tokens.")
-    if settings.steps < 1 or settings.samples < 1:
-        raise UserError("steps and samples must be at least 1.")
-
-
 def main(settings: Settings) -> None:
     """Train, measure, and write the folder; nothing in it changes before all is done."""
-    check(settings)
+    settings.check()
+    if settings.device != "cpu" and not torch.cuda.is_available():
+        raise UserError(f"device {settings.device} is not there. Set device to cpu.")
     logging.disable_progress_bar()
     torch.set_num_threads(settings.threads)
     settings.out.parent.mkdir(parents=True, exist_ok=True)
@@ -332,7 +305,7 @@ def main(settings: Settings) -> None:
         inside = settings.out.resolve().is_relative_to(ROOT)
         shown = replace(settings, out=settings.out.resolve().relative_to(ROOT) if inside else settings.out.name)
         write_json(staged / "report.json", {"figures": figures} | provenance(shown, scorer="alt-profanity-check"))
-        write_text(staged / "README.md", model_card(model, figures, settings))
+        write_text(staged / "README.md", model_card(model, figures, settings.toxic_band))
         for file in sorted(path for path in staged.rglob("*") if path.is_file()):
             target = settings.out / file.relative_to(staged)
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -345,4 +318,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, Settings)
+    run_script(main, settings)

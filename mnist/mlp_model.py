@@ -66,9 +66,13 @@ class MaskedMLP(nn.Module):
         """Logits [B, C] for images x [B, D] under a flat mask [n_edges], or of the uncut network."""
         if mask is None:
             return self.last(F.relu(self.first(x)))
+        return self.activations(x, mask)[1]
+
+    def activations(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Inputs [B, H] of the hidden units before the ReLU, and logits [B, C], under a flat mask [n_edges]."""
         first, last = self.split(mask)
-        hidden = F.relu(masked_linear(x, self.first, first, self.input_mean))
-        return masked_linear(hidden, self.last, last, self.hidden_mean)
+        before = masked_linear(x, self.first, first, self.input_mean)
+        return before, masked_linear(F.relu(before), self.last, last, self.hidden_mean)
 
     @torch.no_grad()
     def set_means(self, images: Tensor) -> None:

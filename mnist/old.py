@@ -1,35 +1,64 @@
-"""The earlier version of the experiment: greedy ablation, one edge a step.
+"""The earlier version of the experiment: greedy ablation, one edge per step.
 
-At each step every edge's cut is scored and the one that helps most is made. Naive: helping means a higher loss on the
-bad examples. Less naive: a term that keeps the ordinary loss low is added. All candidates of a step are scored in one
-batched computation (greedy.py), over all edges of both layers.
+Each step scores the cut of every edge and makes the one that helps most. Naive: a cut helps if it raises the loss on
+the bad examples. Less naive: a term that keeps the ordinary loss low is added. All cuts of a step are scored in one
+batched computation (circuit_breaking/mnist/greedy.py), over all edges of both layers.
 
-Reads the same images as mnist/main.py, and --network if given: a network.safetensors that main.py wrote with the same
---seed, --target_class and data; without it the same network is trained anew.
-Writes data/mnist/<run>/: settings.json, metrics.jsonl, network.safetensors, mask.safetensors, edges.json (in the order
-of cutting), report.json and pictures (*.png). While it runs, checkpoints/, from which a run that was interrupted goes
-on when it is started again.
-Takes about a minute on 2 CPU cores for 100 steps of both kinds with MNIST, seconds with the small digits.
+Reads   the same images as mnist/main.py; with --network a network.safetensors that main.py wrote with the same --seed,
+        --target-class and data. Without it the same network is trained again.
+Writes  data/mnist/<run>/: settings.json, metrics.jsonl, network.safetensors, mask.safetensors, edges.json (in the order
+        of cutting), report.json and pictures (*.png). During the run also checkpoints/, from which the same command
+        continues an interrupted run.
+Time    about a minute on two CPU cores for 100 steps of both kinds with MNIST, seconds with the small digits.
 """
 
-import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
+
+from circuit_breaking.mnist.settings import ExperimentSettings
+from circuit_breaking.runs.cli import read_settings, run_script
+from circuit_breaking.runs.files import require_file
+
+
+@dataclass
+class Settings(ExperimentSettings):
+    MOST_USED: ClassVar = (
+        "run", "source", "data", "network", "target_class", "n_bad", "steps", "n_keep", "keep_target", "seed", "device",
+    )  # fmt: skip
+
+    run: str = "old"
+    network: Path | None = None  # network.safetensors of main.py; None: train the same network
+    steps: int = 100  # edges to cut, one per step
+    n_keep: int = 256  # ordinary training images in the keep term of the less naive kind
+    keep_target: bool = False  # include the target class in them
+    ratio: float = 1.0  # weight of the bad examples' loss relative to theirs
+    cap: float = 6.0  # most that the loss of a bad example counts, nats
+    evaluate_every: int = 5  # steps between the points of the figure
+
+    def check(self) -> None:
+        super().check()
+        if self.network is not None:
+            require_file(self.network, "Give a network.safetensors that mnist/main.py wrote.")
+
+
+if __name__ == "__main__":
+    settings = read_settings(Settings)
+
+import time
 
 import torch
-from breaking import steps_left, train_network
-from greedy import Objective, make_objective, score_cuts
 from mlp_model import MaskedMLP, load_network
 from results import record_of, write_run
 from torch import Tensor
 
 from circuit_breaking.errors import UserError
 from circuit_breaking.figures.mnist import draw_run
-from circuit_breaking.mnist.digits import DEFAULT_FOLDER, Images, Source, Split, load_images, split_images
-from circuit_breaking.mnist.report import check_settings, describe, print_table
+from circuit_breaking.mnist.breaking import steps_left, train_network
+from circuit_breaking.mnist.digits import Images, Split, load_images, split_images
+from circuit_breaking.mnist.greedy import Objective, make_objective, score_cuts
+from circuit_breaking.mnist.report import describe, print_table
 from circuit_breaking.runs.checkpoints import Checkpoints, Saved
-from circuit_breaking.runs.cli import run_script
 from circuit_breaking.runs.devices import cpu_threads, pick_device
 from circuit_breaking.runs.run_folder import CheckpointedParts, locked
 from circuit_breaking.runs.signals import stop_signals
@@ -37,37 +66,8 @@ from circuit_breaking.runs.signals import stop_signals
 TOLERANCE = 1e-6  # relative; an objective is a float32 sum
 
 
-@dataclass
-class Settings:
-    run: str = "old"  # name of the results' folder
-    out: Path = DEFAULT_FOLDER  # the results' folder lies in this one
-    data: Path = DEFAULT_FOLDER  # folder of the four IDX files, .gz or not
-    source: Source = "auto"  # auto: IDX files if there are any, else the hub, else scikit-learn's small digits
-    network: Path | None = None  # network.safetensors of main.py; default: train the same one
-    target_class: int = 3  # class whose grouping is the bad behaviour
-    n_bad: int = 30  # examples of it to learn from, taken from the test images
-    seed: int = 0  # pairs of classes, initial weights, choice of the examples
-    device: str = "auto"  # auto, cpu, cuda, mps
-    threads: int = 1  # of the CPU; more gain little here and lose much where cores are shared; 0: torch's choice
-
-    resume: bool = True  # go on from the run folder's checkpoints, if they are of the same settings, data and code
-    checkpoint_every: int = 200  # steps between checkpoints; 0: only at ends and when told to stop (SIGTERM, SIGUSR1)
-
-    width: int = 50  # hidden units
-    train_steps: int = 1800  # of the network's training
-    train_batch_size: int = 512  # images a step of it
-    train_lr: float = 8e-3  # highest learning rate of its one cycle
-
-    steps: int = 100  # cuts
-    n_keep: int = 256  # ordinary training images of the less naive kind's keep term
-    keep_target: bool = False  # whether they include the target class
-    ratio: float = 1.0  # weight of the bad examples' loss against theirs
-    cap: float = 6.0  # nats of a bad example's loss that count
-    evaluate_every: int = 5  # steps between the points of the figure
-
-
 def main(settings: Settings) -> None:
-    check_settings(settings)
+    settings.check()
     with cpu_threads(settings.threads):
         run(settings)
 
@@ -134,19 +134,12 @@ def cut(
 def get_network(settings: Settings, split: Split, source: str, parts: CheckpointedParts) -> MaskedMLP:
     """The network of `settings.network` if it fits this task, else one trained as main.py trains it."""
     if settings.network is None:
+        x, y = split.x["train"], split.y["train"]
         network = train_network(
-            split.x["train"],
-            split.y["train"],
-            settings.width,
-            len(split.groups),
-            settings.train_steps,
-            settings.train_batch_size,
-            settings.train_lr,
-            settings.seed,
-            "network",
-            **parts.open("network"),
-        )
-        network.set_means(split.x["train"])
+            lambda: MaskedMLP(x.shape[1], settings.width, len(split.groups)), x, y, settings.train_steps,
+            settings.train_batch_size, settings.train_lr, settings.seed, "network", **parts.open("network"),
+        )  # fmt: skip
+        network.set_means(x)
         return network
     network, about = load_network(settings.network)
     made_with = about.get("settings", {})
@@ -209,4 +202,4 @@ def cut_greedily(
 
 
 if __name__ == "__main__":
-    run_script(main, Settings)
+    run_script(main, settings)

@@ -1,19 +1,29 @@
 """Draw the pictures of a run of mnist/main.py or mnist/old.py again, from its result files alone.
 
-Reads report.json, metrics.jsonl, network.safetensors and mask.safetensors of --folder; writes *.png there. Seconds.
+Reads   report.json, metrics.jsonl, network.safetensors and mask.safetensors in --folder.
+Writes  *.png in the same folder.
+Time    seconds.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
-from circuit_breaking.figures.mnist import draw_run
-from circuit_breaking.mnist.digits import DEFAULT_FOLDER
-from circuit_breaking.runs.cli import run_script
+from circuit_breaking.mnist.settings import DEFAULT_FOLDER
+from circuit_breaking.runs.cli import read_settings, run_script
 
 
 @dataclass
 class Settings:
-    folder: Path = DEFAULT_FOLDER / "main"  # folder of the run
+    MOST_USED: ClassVar = ("folder",)
+
+    folder: Path = DEFAULT_FOLDER / "main"  # run folder whose pictures are drawn
+
+
+if __name__ == "__main__":
+    settings = read_settings(Settings)
+
+from circuit_breaking.figures.mnist import draw_run
 
 
 def main(settings: Settings) -> None:
@@ -22,4 +32,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, Settings)
+    run_script(main, settings)

@@ -47,7 +47,8 @@ from circuit_breaking.models.load import load_config, load_tokenizer
 from circuit_breaking.runs.checkpoints import NEWEST, Checkpoints
 from circuit_breaking.runs.cli import run_script
 from circuit_breaking.runs.files import read_csv, read_json, read_jsonl, read_lines
-from circuit_breaking.runs.sweep import combinations, parse_grid, read_table
+from circuit_breaking.runs.grid import combinations, parse_grid
+from circuit_breaking.runs.sweep import read_table
 from circuit_breaking.runs.tensors import read_tensors
 from circuit_breaking.tasks.ioi import read_prompts
 from circuit_breaking.tasks.toxic import read_examples

@@ -8,7 +8,6 @@ compare with those of another.
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -16,11 +15,9 @@ from torch import Tensor
 
 from circuit_breaking.errors import UserError
 from circuit_breaking.mnist.idx import read_idx
-from circuit_breaking.runs.files import DATA
+from circuit_breaking.mnist.settings import DEFAULT_FOLDER, Source
 from circuit_breaking.runs.hub import hub_answers
 
-Source = Literal["auto", "idx", "hub", "digits"]
-DEFAULT_FOLDER = DATA / "mnist"
 HUB_NAME = "ylecun/mnist"
 FILES = {
     ("train", "images"): "train-images",

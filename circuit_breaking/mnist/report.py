@@ -5,35 +5,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from circuit_breaking.errors import UserError
 from circuit_breaking.mnist.digits import Images, Split
 
-POSITIVE = (
-    "n_bad",
-    "width",
-    "train_steps",
-    "train_batch_size",
-    "train_lr",
-    "steps",
-    "n_keep",
-    "finetune_lr",
-    "batch_size",
-    "lr",
-    "evaluate_every",
-)
-NOT_NEGATIVE = (
-    "threads",
-    "ratio",
-    "ratio_kept",
-    "cap",
-    "cap_kept",
-    "shift",
-    "sparsity",
-    "ramp_steps",
-    "round_every",
-    "max_edges",
-    "checkpoint_every",
-)
 COLUMNS = (
     "edges cut",
     "bad examples",
@@ -44,18 +17,6 @@ COLUMNS = (
     "test mates",
     "test target as reference",
 )
-
-
-def check_settings(settings: Any) -> None:
-    """Refuse numbers that make no sense before any work is done."""
-    for name in POSITIVE:
-        if getattr(settings, name, 1) <= 0:
-            raise UserError(f"--{name} is {getattr(settings, name)}; it must be positive.")
-    for name in NOT_NEGATIVE:
-        if getattr(settings, name, 0) < 0:
-            raise UserError(f"--{name} is {getattr(settings, name)}; it cannot be negative.")
-    if not settings.run or settings.run != settings.run.strip("./ ") or "/" in settings.run or "\\" in settings.run:
-        raise UserError(f"--run {settings.run!r} is not a plain folder name; give the place with --out.")
 
 
 def describe(images: Images, split: Split) -> str:

@@ -118,18 +118,24 @@ def wrapped(text: str, width: int) -> str:
     for part in parts:
         first, *rest = part.strip("\n").splitlines() or [""]
         line = " ".join([first, *(one.strip() for one in rest)])
-        indent = 8 if re.match(r"(Reads|Writes|Time) |    ", first) else 0
-        lines += ["\n" * part.startswith("\n") + textwrap.fill(line, width, subsequent_indent=" " * indent)]
+        indent = " " * 8 if re.match(r"(Reads|Writes|Time) |    ", first) else ""
+        filled = textwrap.fill(line, width, subsequent_indent=indent, break_on_hyphens=False)
+        lines.append("\n" * part.startswith("\n") + filled)
     return "\n".join(lines)
 
 
 def _leaf(settings_class: type, one: Field) -> tuple[str, Any, Any]:
     """(name, type, default) of a setting for `make_dataclass`, with its comment as help."""
-    help_text = next((found for cls in settings_class.__mro__ if (found := _comments(cls).get(one.name))), None)
+    help_text = help_of(settings_class, one.name)
     own_type = get_type_hints(settings_class, include_extras=True)[one.name]
     marked = Annotated[own_type, tyro.conf.arg(help=help_text, prefix_name=False)]
     default = field(default_factory=one.default_factory) if one.default_factory is not MISSING else one.default
     return (one.name, marked) if default is MISSING else (one.name, marked, default)
+
+
+def help_of(settings_class: type, name: str) -> str | None:
+    """The help of a setting: the comment behind it in the class, or in the first of its blocks that has one."""
+    return next((found for cls in settings_class.__mro__ if (found := _comments(cls).get(name))), None)
 
 
 def _rank(settings_class: type, name: str) -> tuple[int, int]:

@@ -31,9 +31,7 @@ class ComputeSettings(DeviceSettings):
 class Float32ModelSettings(DeviceSettings):
     """A model that computes in float32."""
 
-    model: str = (
-        "tiny"  # tiny (the shipped model), a name on the Hugging Face hub (gpt2, ...), a folder or a .gguf file
-    )
+    model: str = "tiny"  # tiny (the shipped model), a name on the Hugging Face hub, a folder or a .gguf file
 
 
 @dataclass

@@ -41,7 +41,8 @@ from circuit_breaking.runs.files import (
     write_jsonl,
     write_text,
 )
-from circuit_breaking.runs.sweep import combinations, flatten, parse_grid, read_table
+from circuit_breaking.runs.grid import combinations, parse_grid
+from circuit_breaking.runs.sweep import flatten, read_table
 from circuit_breaking.runs.tensors import read_tensors, write_tensors
 from circuit_breaking.tasks.ioi import read_prompts
 from circuit_breaking.tasks.toxic import read_examples

@@ -105,7 +105,7 @@ def test_size_and_files():
 def test_the_model_card_and_the_defaults_are_those_of_the_shipped_model(model):
     report = read_json(FOLDER / "report.json")
     card = (FOLDER / "README.md").read_text(encoding="utf-8")
-    assert card == maker.model_card(model, report["figures"], maker.Settings())
+    assert card == maker.model_card(model, report["figures"], maker.Settings().toxic_band)
     assert "model organism" in card
     defaults = json.loads(json.dumps(dataclasses.asdict(maker.Settings()), default=str))
     assert {**defaults, "out": "data/tiny_gpt2"} == report["settings"]

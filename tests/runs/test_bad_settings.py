@@ -21,7 +21,8 @@ from circuit_breaking.figures.training import draw_finetuning, draw_training
 from circuit_breaking.graph import graph_record
 from circuit_breaking.runs.config import resolve_defaults
 from circuit_breaking.runs.files import write_json
-from circuit_breaking.runs.sweep import combinations, parse_grid, results_of, run_job
+from circuit_breaking.runs.grid import combinations, parse_grid
+from circuit_breaking.runs.sweep import results_of, run_job
 
 
 @pytest.mark.parametrize("word", ["a=0:99999999999999999999999", "a=0:9:0", "a=1:2:3:4", "a=0:" + "9" * 5000, "a=x:1"])

@@ -8,7 +8,8 @@ from helpers.scripts import called
 from circuit_breaking.errors import UserError
 from circuit_breaking.figures.sweep import draw_sweep
 from circuit_breaking.runs.files import read_json, write_csv
-from circuit_breaking.runs.sweep import combinations, flatten, parse_grid, read_table, run_job
+from circuit_breaking.runs.grid import combinations, parse_grid
+from circuit_breaking.runs.sweep import flatten, read_table, run_job
 
 # a script in the manner of ours: fails for size 2, leaves a report otherwise, and counts how often it ran
 STUB = """

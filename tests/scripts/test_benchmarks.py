@@ -11,7 +11,7 @@ def test_families_gathers_rows(tmp_path, capsys):
     families = load_script("benchmarks/families.py")
     out = tmp_path / "families.json"
     for shapes, rounds in ((("tiny",), 1), (("pythia-70m",), 0)):
-        families.main(families.Settings(shapes, batch=2, length=8, rounds=rounds, cut=5, device="cpu", out=out))
+        families.main(families.Settings(shapes=shapes, batch=2, length=8, rounds=rounds, cut=5, device="cpu", out=out))
     rows = read_json(out)["rows"]
     assert set(rows) == {"tiny", "pythia-70m"}
     assert rows["tiny"]["edges"] == 26 and rows["tiny"]["edges_split"] == 46 and rows["tiny"]["plain"] > 0
@@ -19,4 +19,4 @@ def test_families_gathers_rows(tmp_path, capsys):
     assert all(row["difference"] < 1e-4 and row["difference_cut"] < 1e-4 for row in rows.values())
     assert "pythia-70m" in capsys.readouterr().out
     with pytest.raises(UserError, match="shape 'gpt5' is not one of tiny, gpt2"):
-        families.main(families.Settings(("gpt5",), out=out))
+        families.main(families.Settings(shapes=("gpt5",), out=out))

@@ -1,9 +1,10 @@
 """How scripts start: settings are read, and `--help` shown, before any large library is loaded."""
 
 import json
+import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import ClassVar
 
@@ -11,13 +12,15 @@ import pytest
 from helpers.scripts import command, load_script
 
 from circuit_breaking.errors import UserError
-from circuit_breaking.runs.cli import read_settings, run_script, wrapped
+from circuit_breaking.runs.cli import help_of, read_settings, run_script, wrapped
 from circuit_breaking.runs.files import ROOT
 
 LARGE = ("torch", "transformers", "matplotlib", "numpy", "sklearn", "datasets")
-SCRIPTS = [f"toxicity/{name}.py" for name in (
+SCRIPTS = [*(f"toxicity/{name}.py" for name in (
     "compare", "compute_means", "demo", "edge_evidence", "evaluation", "generate", "report", "train_mask",
-)]  # fmt: skip
+)), *(f"mnist/{name}.py" for name in ("main", "old", "redraw")), *(f"benchmarks/{name}.py" for name in (
+    "families", "generate_time", "scaling",
+)), "data/make_tiny_gpt2.py", "sweep.py"]  # fmt: skip
 
 # runs a script as the interpreter does, and says what it loaded and how much of the CPU that took
 HELP = f"""
@@ -38,8 +41,11 @@ def test_help_loads_no_large_library(script):
     done = subprocess.run([sys.executable, "-c", HELP, ROOT / script], capture_output=True, text=True, check=True)
     code, loaded, seconds = json.loads(done.stderr)
     assert code == 0 and not loaded and seconds < 2.5
-    assert done.stdout.startswith(load_script(script).__doc__.strip()[:60])
+    module = load_script(script)
+    assert done.stdout.startswith(module.__doc__.strip()[:60])
     assert "most used options" in done.stdout
+    helps = {one.name: help_of(module.Settings, one.name) or "" for one in fields(module.Settings)}
+    assert not [name for name, text in helps.items() if len(text) < 5]
 
 
 def test_help_fits_a_narrow_terminal(monkeypatch):
@@ -131,3 +137,18 @@ def test_docstrings_are_wrapped_by_their_parts():
 
 def test_scripts_run_from_any_folder():
     assert command("toxicity/report.py", "--num-examples", 0).stderr.startswith("error: num_examples is 0")
+
+
+def test_sweeps_need_submitit_when_they_start_jobs_only(tmp_path):
+    (tmp_path / "submitit.py").write_text("raise ModuleNotFoundError(name='submitit')")  # found first: it is hidden
+    words = ["toxicity/report.py", "--grid", "num-examples=1", "--out", tmp_path]
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
+    shown, done = (
+        subprocess.run(
+            [sys.executable, ROOT / "sweep.py", *more], capture_output=True, text=True, env=environment, check=False
+        )
+        for more in (["--help"], words)
+    )
+    assert shown.returncode == 0 and "--at-once" in shown.stdout
+    assert done.returncode == 1
+    assert done.stderr == "error: sweeps are run by submitit, which is not installed: pip install -e '.[cluster]'\n"

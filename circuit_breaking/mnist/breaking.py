@@ -14,20 +14,21 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from mlp_model import MaskedMLP
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
 from circuit_breaking.mnist.digits import Split
+from circuit_breaking.mnist.network import MaskableNetwork
 from circuit_breaking.runs.checkpoints import Checkpoints, Saved, part_of, restore_training, state_of, training_state
 from circuit_breaking.runs.signals import stop_signals
 
 EDGE_OFFSET = 1.01  # of the sparsity term; over 1, so that its slope at M = 1 is finite
 Row = dict[str, Any]
+Network = TypeVar("Network", bound=nn.Module)
 
 
 @dataclass
@@ -48,10 +49,9 @@ class BreakingSettings:
 
 
 def train_network(
+    make: Callable[[], Network],
     x: Tensor,
     y: Tensor,
-    width: int,
-    n_groups: int,
     steps: int,
     batch_size: int,
     lr: float,
@@ -59,13 +59,14 @@ def train_network(
     label: str,
     checkpoints: Checkpoints | None = None,
     resume_from: Saved | None = None,
-) -> MaskedMLP:
-    """Train the plain network on images x [N, D] of groups y [N] (AdamW, one cycle of the learning rate up to `lr`).
+) -> Network:
+    """Train the network that `make` makes, without a mask, on images x [N, D] of groups y [N].
 
-    `checkpoints` and `resume_from`, here and below, are as for `circuit_breaking.training.train_mask`.
+    The optimizer is AdamW, with one cycle of the learning rate up to `lr`. `checkpoints` and `resume_from`, here and
+    below, are as for `circuit_breaking.training.train_mask`.
     """
-    torch.manual_seed(seed)  # the initial weights
-    model = MaskedMLP(x.shape[1], width, n_groups).to(x.device)
+    torch.manual_seed(seed)  # for the initial weights
+    model = make().to(x.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
     parameters = dict(model.named_parameters())
@@ -240,7 +241,7 @@ def _minimise(
 
 
 def learn_mask(
-    model: MaskedMLP,
+    model: MaskableNetwork,
     split: Split,
     with_target: bool,
     settings: BreakingSettings,
@@ -284,7 +285,7 @@ def learn_mask(
 
 
 def finetune(
-    model: MaskedMLP,
+    model: Network,
     split: Split,
     with_target: bool,
     settings: BreakingSettings,
@@ -293,7 +294,7 @@ def finetune(
     label: str,
     checkpoints: Checkpoints | None = None,
     resume_from: Saved | None = None,
-) -> tuple[MaskedMLP, list[Row]]:
+) -> tuple[Network, list[Row]]:
     """Fine-tune all weights of a copy of `model` on the same objective, which has no sparsity term here."""
     tuned = copy.deepcopy(model).requires_grad_()
     rows = _minimise(

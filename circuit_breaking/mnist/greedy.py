@@ -10,9 +10,9 @@ Shapes: B examples, K candidates, D inputs, H hidden units, C outputs (groups).
 from dataclasses import dataclass
 
 import torch
-from mlp_model import MaskedMLP, masked_linear
 from torch import Tensor
-from torch.nn import functional as F
+
+from circuit_breaking.mnist.network import MaskableNetwork
 
 CHUNK = 2**22  # numbers of a [C, K, B] block, 16 MiB: fits the caches of a CPU and keeps a GPU busy
 
@@ -49,16 +49,15 @@ def make_objective(
 
 
 @torch.no_grad()
-def score_cuts(model: MaskedMLP, mask: Tensor, objective: Objective) -> tuple[Tensor, Tensor]:
+def score_cuts(model: MaskableNetwork, mask: Tensor, objective: Objective) -> tuple[Tensor, Tensor]:
     """The objective now, and what it would be after cutting each edge besides those cut in the binary `mask`.
 
     Returns (scalar, [n_edges]); edges that are cut already score the objective as it is.
     """
     first_mask, last_mask = model.split(mask)
     first, last = model.first.weight * first_mask, model.last.weight * last_mask  # [H, D], [C, H]
-    before = masked_linear(objective.x, model.first, first_mask, model.input_mean)  # [B, H]
-    hidden = F.relu(before)
-    logits = masked_linear(hidden, model.last, last_mask, model.hidden_mean).T.contiguous()  # [C, B]
+    before, logits = model.activations(objective.x, mask)  # [B, H], [B, C]
+    hidden, logits = before.relu(), logits.T.contiguous()  # [C, B]
     now = objective.value(logits)
     scores = now.repeat(model.n_edges)
 

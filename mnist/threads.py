@@ -1,1 +1,0 @@
-"""How many CPU threads the scripts of this folder compute with."""
