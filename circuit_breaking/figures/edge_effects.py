@@ -11,8 +11,8 @@ from circuit_breaking.evaluation.result_files import read_evidence
 from circuit_breaking.figures.style import BLACK, BLUE, VERMILION, figure, interval_ends, legend_below, readable
 
 EFFECTS = {  # of an edge, with the marker and label of each
-    "restore_effect": ("o", "cut with the others"),
-    "single_cut_effect": ("x", "cut alone"),
+    "restore_effect": ("o", "only this edge restored"),
+    "single_cut_effect": ("x", "only this edge cut"),
 }
 TEXTS = {"toxic": VERMILION, "ordinary": BLUE}
 
@@ -20,8 +20,8 @@ TEXTS = {"toxic": VERMILION, "ordinary": BLUE}
 def draw_evidence(folder: Path | str) -> Path:
     """Draw the effect of each edge on both losses, one panel per mask, and the similarity of masks of other seeds.
 
-    Reads `evidence.json` and writes `evidence.png`. "cut with the others" is how far the loss falls when only this edge
-    is restored; "cut alone" is how far it rises when only this edge is cut.
+    Reads `evidence.json` and writes `evidence.png`. The effect of restoring an edge is how far the loss falls when the
+    other edges stay cut; the effect of cutting it is how far the loss rises when no other edge is cut.
 
     Raises:
         UserError: the file is missing or damaged.
@@ -69,7 +69,7 @@ def _draw_effects(axes: Axes, edges: list[Mapping[str, Any]]) -> None:
 def _draw_similarity(axes: Axes, stability: list[Mapping[str, Any]]) -> None:
     """Draw the mean Jaccard similarity of masks over seeds as bars, with a black mark at what chance gives."""
     labels = [f"{row['ablation']}, {row['budget']} edges\n{len(row['masks'])} seeds" for row in stability]
-    axes.barh(range(len(labels)), [row["jaccard"] for row in stability], height=0.5, color=BLUE)
+    axes.barh(range(len(labels)), [row["jaccard"] for row in stability], height=0.35, color=BLUE)
     axes.plot([row["by_chance"] for row in stability], range(len(labels)), "|", color=BLACK, markersize=14)
     axes.set_yticks(range(len(labels)), labels)
     axes.set(xlim=(0, 1), ylim=(len(labels) - 0.5, -0.5), title="same edges over seeds")

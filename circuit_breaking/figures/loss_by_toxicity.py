@@ -8,19 +8,18 @@ from circuit_breaking.errors import UserError
 from circuit_breaking.evaluation.bootstrap import running_mean
 from circuit_breaking.evaluation.pareto import MAX_EDGES, family_of
 from circuit_breaking.evaluation.result_files import REPORT, UNIFORM, read_models
-from circuit_breaking.figures.style import BLACK, BROWN, COLOURS, GREY, figure, readable
+from circuit_breaking.figures.style import figure, model_styles, readable
 from circuit_breaking.runs.files import read_csv
 
 HINT = "Make it with toxicity/evaluation.py."
-LINE_COLOURS = (*COLOURS[:6], GREY, BROWN)
 MOST_LINES = 8  # more models than this are reduced to the most telling ones
 
 
 def draw_loss_by_toxicity(folder: Path | str, names: tuple[str, ...] | None = None, width: float = 0.15) -> Path:
     """Draw each model's loss against the toxicity of a text: a running mean and its 95% bootstrap band.
 
-    Reads `uniform.csv` (one row per text: its toxicity, and the loss per token of each model) and, if that has many
-    models, `report.json`. Writes `loss_by_toxicity.png`.
+    Reads `uniform.csv` (one row per text: its toxicity, and the loss per token of each model) and, for the families of
+    the models, `report.json` if it is there; with more than 8 models it must be there. Writes `loss_by_toxicity.png`.
 
     Args:
         folder: the run folder.
@@ -36,15 +35,16 @@ def draw_loss_by_toxicity(folder: Path | str, names: tuple[str, ...] | None = No
     names = names or tuple(_chosen(folder, list(losses)))
     if missing := [name for name in names if name not in losses]:
         raise UserError(f"{folder / UNIFORM} has no column {missing[0]!r}; there are {', '.join(losses)}.")
+    styles = model_styles(_families(folder, names))
     at, path = np.linspace(0, 1, 51), folder / "loss_by_toxicity.png"
     with figure(path, 5.6, 3.4) as drawn:
         axes = drawn.subplots()
-        for number, name in enumerate(names):
+        for name in names:
             finite = ~np.isnan(losses[name])
             if not finite.any():
                 continue
             mean, low, high = running_mean(toxicity[finite], losses[name][finite], at, width)
-            colour = BLACK if name == "original" else LINE_COLOURS[(number - 1) % len(LINE_COLOURS)]
+            colour = styles[name]["color"]
             axes.plot(at, mean, color=colour, label=readable(name))
             axes.fill_between(at, low, high, color=colour, alpha=0.18, linewidth=0)
         axes.set(xlabel="toxicity of the text", ylabel="loss, nats per token", xlim=(0, 1))
@@ -63,6 +63,12 @@ def _read_losses(path: Path) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         return columns.pop("toxicity"), columns
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is no table of loss by toxicity ({error!r}). {HINT}") from error
+
+
+def _families(folder: Path, names: tuple[str, ...]) -> dict[str, str]:
+    """Families of the models, which have their styles; without a report only the original is known."""
+    models = read_models(folder, "kind") if (folder / REPORT).is_file() else {"original": {"kind": "original"}}
+    return {name: family_of(models.get(name, {})) for name in names}
 
 
 def _chosen(folder: Path, names: list[str]) -> list[str]:

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from circuit_breaking.evaluation.pareto import family_of, point_of
 from circuit_breaking.evaluation.result_files import REPORT, REPORT_HINT, read_models
@@ -15,10 +14,10 @@ from circuit_breaking.figures.style import (
     BLACK,
     DASHED,
     FAMILY_STYLES,
-    ORIGINAL_STYLE,
-    baseline_style,
     figure,
     interval_ends,
+    model_styles,
+    plain_log,
     readable,
     symlog,
 )
@@ -27,6 +26,9 @@ from circuit_breaking.runs.checked_json import CheckedJson
 LINEAR = 0.03  # nats; the x axis is linear up to this rise of ordinary loss
 TICKS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 NO_CHANGE = {"value": 0.0, "low": 0.0, "high": 0.0}
+OFFSETS = ((3.5, 3.5), (3.5, -8.0), (-8.0, 3.5), (-8.0, -8.0))  # points from a marker to its label, in order of choice
+LABEL_SIZE = (9.0, 7.0)  # points; labels closer than this would overlap
+Label = tuple[str, tuple[float, float], str]  # text, position in data coordinates, colour
 
 
 @dataclass(frozen=True)
@@ -60,23 +62,21 @@ def draw_pareto(folder: Path | str) -> Path:
     with figure(path, 7.2, 4.2) as drawn:
         axes = drawn.subplots()
         axes.axvline(0, color=BLACK, linewidth=0.7, linestyle=DASHED)
-        baselines = 0
+        styles = model_styles({point.name: point.family for point in points if point.family not in FAMILY_STYLES})
         for point in points:
-            if point.family == "original":
-                _point(axes, point, label="original", markersize=9, **ORIGINAL_STYLE)
-            elif point.family == "other":
-                _point(axes, point, label=readable(point.name), **baseline_style(baselines))
-                baselines += 1
+            if point.family not in FAMILY_STYLES:
+                size = 9 if point.family == "original" else 5
+                _point(axes, point, label=readable(point.name), markersize=size, **styles[point.name])
+        labels: list[Label] = []
         for family in FAMILY_STYLES:
             if members := [point for point in points if point.family == family]:
-                _line(axes, family, members)
-        axes.set(xlabel="rise of the loss on held-out ordinary text, nats per token", yscale="log", ylim=(None, 1.3))
+                labels += _line(axes, family, members)
+        plain_log(axes, "y")
+        axes.set(xlabel="rise of the loss on held-out ordinary text, nats per token", ylim=(None, 1.3))
         axes.set_ylabel("toxicity after toxic prompts, mean")
         symlog(axes, "x", LINEAR, TICKS)
-        axes.set_xlim(left=1.3 * min(-LINEAR / 4, axes.dataLim.x0))
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.2g}"))
-        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.set_xlim(1.3 * min(-LINEAR / 4, axes.dataLim.x0), 1.5 * max(LINEAR, axes.dataLim.x1))
+        _write_labels(axes, labels)
         drawn.legend(loc="outside right upper", fontsize=7)
     return path
 
@@ -111,8 +111,8 @@ def _point(axes: Axes, point: Point, **style: Any) -> None:
     axes.errorbar(*point.position, xerr=interval_ends(point.rise), yerr=interval_ends(point.toxicity), **style)
 
 
-def _line(axes: Axes, family: str, points: list[Point]) -> None:
-    """Draw one marker per budget, the mean over seeds, with the budget beside it; masks are joined by a line."""
+def _line(axes: Axes, family: str, points: list[Point]) -> list[Label]:
+    """Draw one marker per budget, the mean over seeds, masks joined by a line; returns the labels of the markers."""
     style, is_mask = FAMILY_STYLES[family], family.startswith("mask")
     by_budget: dict[int, list[Point]] = {}
     for point in points:
@@ -120,7 +120,20 @@ def _line(axes: Axes, family: str, points: list[Point]) -> None:
     budgets = sorted(by_budget)
     means = np.array([np.mean([point.position for point in by_budget[budget]], 0) for budget in budgets])
     axes.plot(*means.T, label=family, markersize=4.5, linewidth=1.0 if is_mask else 0.0, zorder=2, **style)
-    for budget, at in zip(budgets, means, strict=True):
-        if is_mask:
-            _point(axes, by_budget[budget][0], color=style["color"], marker="none", alpha=0.5)
-        axes.annotate(str(budget), at, xytext=(3.5, 3.5), textcoords="offset points", fontsize=6, color=style["color"])
+    for budget in budgets if is_mask else ():
+        _point(axes, by_budget[budget][0], color=style["color"], marker="none", alpha=0.5)
+    return [(str(budget), tuple(at), style["color"]) for budget, at in zip(budgets, means, strict=True)]
+
+
+def _write_labels(axes: Axes, labels: list[Label]) -> None:
+    """Write each label beside its marker where no earlier label is; a label without room is left out."""
+    points_per_pixel = 72 / axes.figure.dpi
+    taken: list[np.ndarray] = []
+    for text, at, colour in labels:
+        marker = axes.transData.transform(at) * points_per_pixel
+        for offset in OFFSETS:
+            place = marker + offset
+            if all((np.abs(place - other) >= LABEL_SIZE).any() for other in taken):
+                taken.append(place)
+                axes.annotate(text, at, xytext=offset, textcoords="offset points", fontsize=6, color=colour)
+                break

@@ -8,12 +8,10 @@ from matplotlib.axes import Axes
 
 from circuit_breaking.evaluation.result_files import read_relearning
 from circuit_breaking.figures.style import (
-    FAMILY_STYLES,
-    ORIGINAL_STYLE,
-    baseline_style,
     figure,
     interval_ends,
     legend_below,
+    model_styles,
     readable,
 )
 
@@ -32,7 +30,7 @@ def draw_relearning(folder: Path | str) -> Path:
     models = read_relearning(folder)["models"]
     counts = list(dict.fromkeys(count for model in models.values() for count in model["relearning"]))
     with_context = any(model.get("few_shot") for model in models.values())
-    styles = _styles(models)
+    styles = model_styles({name: _family(name, model["kind"]) for name, model in models.items()})
     path = folder / "relearning.png"
     with figure(path, 2.4 * max(len(counts), 1) + (2.6 if with_context else 0), 3.3 + 0.1 * len(models)) as drawn:
         panels = drawn.subplots(1, max(len(counts) + with_context, 1), squeeze=False)[0]
@@ -62,17 +60,8 @@ def _draw_contexts(axes: Axes, models: Mapping[str, Any], styles: Mapping[str, d
     axes.set_xticks([0, 1], list(CONTEXTS.values()))
 
 
-def _styles(models: Mapping[str, Any]) -> dict[str, dict[str, str]]:
-    """Colour and marker by model: a mask whose name starts with its ablation looks as in the Pareto figure."""
-    mask_styles = [style for family, style in FAMILY_STYLES.items() if family.startswith("mask")]
-    styles, baselines = {}, 0
-    for number, (name, model) in enumerate(models.items()):
-        if model["kind"] == "original":
-            styles[name] = ORIGINAL_STYLE
-        elif model["kind"] == "mask":
-            family = f"mask, {name.partition('_')[0]} ablation"
-            styles[name] = FAMILY_STYLES.get(family, mask_styles[number % len(mask_styles)])
-        else:
-            styles[name] = baseline_style(baselines)
-            baselines += 1
-    return styles
+def _family(name: str, kind: str) -> str:
+    """The family of a model; the name of a mask of sweep_masks.py starts with its ablation."""
+    if kind == "mask":
+        return f"mask, {name.partition('_')[0]} ablation"
+    return "original" if kind == "original" else "other"

@@ -19,6 +19,7 @@ from circuit_breaking.figures.style import (
     VERMILION,
     figure,
     interval_ends,
+    plain_log,
     readable,
 )
 from circuit_breaking.runs.checked_json import CheckedJson
@@ -141,9 +142,10 @@ def draw_models(folder: Path | str) -> Path:
                 axes.axvline(entries["original"]["value"], color=BLACK, linewidth=0.6, linestyle=DASHED)
             axes.set_title(title, fontsize=8)
             axes.grid(axis="y", visible=False)
+            axes.tick_params(axis="y", length=0)
             values = [entry["value"] for entry in entries.values()]
             if values and min(values) > 0 and max(values) > 20 * min(values) and "toxicity" not in title:
-                axes.set_xscale("log")
+                plain_log(axes, "x", (1,))
         panels[0].set_yticks(range(len(models)), [readable(name) for name in models])
         panels[0].set_ylim(len(models) - 0.5, -0.5)
     return path

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.style import context
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from circuit_breaking.runs.files import atomic_path
 
@@ -58,13 +58,29 @@ FAMILY_STYLES = {  # of masks and random edges, by `family_of`
 }
 ORIGINAL_STYLE = {"color": BLACK, "marker": "*"}
 BASELINE_COLOURS = (VERMILION, GREEN, PINK, ORANGE, BROWN, PURPLE, GREY)
-BASELINE_MARKERS = "D^vP*Xs"
+BASELINE_MARKERS = "DvPX<>h"
 
 
-def baseline_style(number: int) -> dict[str, str]:
-    """Colour and marker of the fine-tuned model with this number."""
-    at = number % len(BASELINE_COLOURS)
-    return {"color": BASELINE_COLOURS[at], "marker": BASELINE_MARKERS[at]}
+def model_styles(families: Mapping[str, str]) -> dict[str, dict[str, str]]:
+    """Colour and marker of each model, so that a model looks the same in all figures of a comparison.
+
+    Args:
+        families: by model, its family as `family_of` says it.
+
+    Returns:
+        The original and the first model of each family of masks have fixed styles. All other models take the styles of
+        baselines in turn, those of no family first.
+    """
+    styles = {}
+    for name, family in families.items():
+        style = ORIGINAL_STYLE if family == "original" else FAMILY_STYLES.get(family)
+        if style is not None and style not in styles.values():
+            styles[name] = style
+    rest = sorted((name for name in families if name not in styles), key=lambda name: families[name] in FAMILY_STYLES)
+    for number, name in enumerate(rest):
+        at = number % len(BASELINE_COLOURS)
+        styles[name] = {"color": BASELINE_COLOURS[at], "marker": BASELINE_MARKERS[at]}
+    return styles
 
 
 @contextmanager
@@ -100,6 +116,15 @@ def log_counts(axes: Axes, which: str, counts: Iterable[float]) -> None:
     """Make the axis `which` ("x" or "y") logarithmic, with ticks at the counts that occur."""
     getattr(axes, f"set_{which}scale")("log")
     _set_ticks(getattr(axes, f"{which}axis"), spaced(counts), "{:,.0f}")
+
+
+def plain_log(axes: Axes, which: str, subs: tuple[int, ...] = (1, 2, 5)) -> None:
+    """Make the axis `which` logarithmic, with plain numbers at `subs` times each power of ten."""
+    getattr(axes, f"set_{which}scale")("log")
+    axis = getattr(axes, f"{which}axis")
+    axis.set_major_locator(LogLocator(subs=subs))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def symlog(axes: Axes, which: str, linear: float, ticks: Iterable[float]) -> None:
