@@ -48,6 +48,11 @@ def check_hooks(model: ModelSpec) -> None:
                 "cutting edges in a Hugging Face model does not support keys that are shared by several heads and come "
                 f"from one module with the queries, as in this {model.family} model."
             )
+        if layer.mlp_norm.module is layer.attention_norm.module:  # a hook on it would change what both read
+            raise UserError(
+                "cutting edges in a Hugging Face model does not support one norm for attention and MLP, as in this "
+                f"{model.family} model."
+            )
 
 
 def normalise(x: Tensor, norm: NormSpec) -> Tensor:

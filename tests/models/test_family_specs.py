@@ -170,3 +170,10 @@ def test_hooks_refuse_shared_keys_from_a_fused_projection():
     fused = [replace(one, key=replace(one.key, module=one.query.module)) for one in spec.layers]
     with pytest.raises(UserError, match="shared by several heads"):
         check_hooks(replace(spec, layers=fused))
+
+
+def test_hooks_refuse_one_norm_for_attention_and_mlp():
+    spec = describe(small_gpt2())
+    shared = [replace(one, mlp_norm=one.attention_norm) for one in spec.layers]
+    with pytest.raises(UserError, match="one norm for attention and MLP"):
+        check_hooks(replace(spec, layers=shared))
