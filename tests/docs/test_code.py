@@ -5,11 +5,9 @@ from contextlib import chdir
 import pytest
 import torch
 from helpers.markdown import blocks
-from helpers.models import spread
 
 from circuit_breaking.ablation.weight_mask import WeightMask, save_weight_mask
-from circuit_breaking.engine.reference import NaiveEdgeMasked
-from circuit_breaking.models import families, load_hf_model, load_model
+from circuit_breaking.models import load_hf_model
 from circuit_breaking.runs.files import ROOT
 
 
@@ -47,21 +45,6 @@ def test_weight_mask_in_experiments(tmp_path):
     path = tmp_path / "data/mask_learning/run/weight_mask.safetensors"
     save_weight_mask(path, hf, WeightMask("weight", {name: torch.tensor([3, 5])}))
     run("docs/experiments.md", 0, tmp_path, tokens=torch.zeros(1, 3, dtype=torch.int64))
-
-
-def test_a_model_family(tmp_path, monkeypatch):
-    page = "docs/extending.md"
-    assert len([line for line in blocks(ROOT / page, "python")[0].splitlines() if line]) <= 40
-    monkeypatch.setitem(families.FAMILIES, "starcoder2", None)  # so that it is gone again after the test
-    names = run(page, 1, tmp_path, **run(page, 0, tmp_path))
-    assert max(names["whole"], names["cut"]) < 1e-4
-    hf, tokens = spread(names["hf"]), names["tokens"]
-    for split in (False, True):
-        model = load_model(hf, split, device="cpu")
-        mask = torch.rand(len(model.graph), generator=torch.manual_seed(0))
-        torch.testing.assert_close(
-            model(tokens, mask=mask), NaiveEdgeMasked(hf, split)(tokens, mask), atol=5e-5, rtol=1e-5
-        )
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/getting-started.md"])
