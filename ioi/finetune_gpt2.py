@@ -38,8 +38,8 @@ from circuit_breaking.runs.provenance import provenance
 from circuit_breaking.runs.run_folder import recorded
 from circuit_breaking.runs.signals import stop_signals
 from circuit_breaking.tasks import IOITask, OWTTask
+from circuit_breaking.tasks.losses import trainable_prediction_losses
 from circuit_breaking.tasks.stock_model import StockModel
-from circuit_breaking.training.unlearning import prediction_losses_of
 
 
 @dataclass
@@ -111,7 +111,7 @@ def finetune(
         tqdm(steps, initial=done, total=settings.steps, desc="fine-tuning", unit="step", disable=None) as bar,
     ):
         for step in bar:
-            keep = prediction_losses_of(hf, ordinary.draw(settings.batch_size))[0].mean()
+            keep = trainable_prediction_losses(hf, ordinary.draw(settings.batch_size))[0].mean()
             broken = ioi.loss(stock, ioi.draw(settings.batch_size), cap=settings.break_cap)
             loss = keep - settings.alpha * broken
             if not math.isfinite(float(loss.detach())):

@@ -12,8 +12,8 @@ from circuit_breaking.runs.cli import run_script
 from circuit_breaking.runs.distributed import is_main, sum_, world
 from circuit_breaking.runs.files import write_json
 from circuit_breaking.training.config import MaskConfig
-from circuit_breaking.training.edge_methods import METHODS
 from circuit_breaking.training.mask_trainer import train_mask
+from circuit_breaking.training.methods import METHODS
 
 CASES = {  # 3 and 4 texts of each task a batch: the first cannot be shared evenly by two
     **{method: {"method": method} for method in METHODS},

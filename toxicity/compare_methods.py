@@ -36,8 +36,8 @@ from circuit_breaking.runs.tensors import read_tensors
 from circuit_breaking.toxicity.settings import FOLDER, default_data
 from circuit_breaking.toxicity.splits import Splits, load_splits
 from circuit_breaking.training.config import MaskConfig
-from circuit_breaking.training.edge_methods import METHODS
 from circuit_breaking.training.mask_trainer import train_mask
+from circuit_breaking.training.methods import METHODS
 
 MASK, RANDOM = "mask.safetensors", "random"
 MADE_BY = (  # settings by which a mask is made; others may differ where a run goes on

@@ -41,8 +41,9 @@ from circuit_breaking.runs.signals import stop_signals
 from circuit_breaking.runs.tensors import read_tensors
 from circuit_breaking.toxicity.settings import FOLDER, default_data
 from circuit_breaking.toxicity.splits import Splits, load_splits
-from circuit_breaking.training.config import GIVEN, MaskConfig
-from circuit_breaking.training.edge_methods import relaxing
+from circuit_breaking.training.config import MaskConfig
+from circuit_breaking.training.methods import GIVEN
+from circuit_breaking.training.methods.base import relax_phase_of
 from circuit_breaking.training.run import train_into
 
 ABLATIONS = ("zero", "mean", "optimal")
@@ -176,9 +177,9 @@ class Sweep:
         how = how if edges is None else given(how)
         part, resume, earlier = resume_key(run, *APART), self.settings.resume, None
         with hold(place):
-            own, phase = Checkpoints(place, part), relaxing(how)
+            own, phase = Checkpoints(place, part), relax_phase_of(how)
             if phase is not None and not (resume and own.load()):
-                earlier, resume = self.relax(ablation, seed, replace(how, **phase), own), True
+                earlier, resume = self.relax(ablation, seed, phase, own), True
             spent = self.train(place, ablation, seed, how, part, resume, edges, earlier)
             write_json(place / COST_FILE, spent)
             self.save(place, run)

@@ -56,10 +56,15 @@ class EdgeMask(nn.Module):
 def lowest_cut(scores: Tensor, count: int, threshold: float = float("inf")) -> Tensor:
     """A binary mask [E] that cuts the `count` lowest scores, of those below `threshold`; ties by edge order."""
     mask = torch.ones_like(scores)
-    # a stable sort rather than topk, whose choice among equal scores differs between devices
-    order = scores.sort(stable=True).indices[: max(count, 0)]
+    order = lowest(scores, count)
     mask[order[scores[order] < threshold]] = 0.0
     return mask
+
+
+def lowest(scores: Tensor, count: int) -> Tensor:
+    """Indices of the `count` lowest scores [E], the lowest first; ties by edge order."""
+    # a stable sort and not topk, whose choice among equal scores differs between devices
+    return scores.sort(stable=True).indices[: max(count, 0)]
 
 
 def save_mask(path: Path | str, model: Any, about: dict[str, Any] | None = None) -> None:

@@ -23,7 +23,8 @@ from circuit_breaking.evaluation.generate import Sampling, continuations
 from circuit_breaking.evaluation.scorers import Scorer
 from circuit_breaking.models.activations import fused_activations
 from circuit_breaking.models.tokens import TokenBatch, pad_right
-from circuit_breaking.tasks.losses import cross_entropy_of_hidden
+from circuit_breaking.tasks.losses import prediction_losses
+from circuit_breaking.tasks.stock_model import StockModel
 
 Models = Mapping[str, Callable[[], AbstractContextManager[nn.Module]]]
 
@@ -56,15 +57,11 @@ def text_losses(
         batch_size: texts at a time. Logits are held for some predictions at a time only.
         tick: called after each batch.
     """
-    head, sums = model.get_output_embeddings(), np.zeros(len(texts))
+    stock, sums = StockModel(model), np.zeros(len(texts))
     counts = texts.predicted.sum(1)
     for rows in texts.lengths.argsort(stable=True).split(batch_size):  # those of like length together: little padding
         batch = texts[rows].to(model.device)
-        where = batch.predicted
-        hidden = model.base_model(input_ids=batch.tokens, use_cache=False).last_hidden_state[where]
-        targets = batch.tokens.roll(-1, 1)[where]
-        losses = cross_entropy_of_hidden(hidden, head.weight, getattr(head, "bias", None), targets)
-        sums[rows.numpy()] = sum_by_text(losses, where)
+        sums[rows.numpy()] = sum_by_text(prediction_losses(stock, batch), batch.predicted)
         tick()
     return sums, counts.numpy().astype(float)
 

@@ -23,8 +23,8 @@ from circuit_breaking.evaluation.scorers import Scorer
 from circuit_breaking.models.activations import fused_activations
 from circuit_breaking.models.tokens import TokenBatch, pad_right
 from circuit_breaking.tasks.base import TextTask
+from circuit_breaking.tasks.losses import trainable_prediction_losses
 from circuit_breaking.training.config import RelearnSettings
-from circuit_breaking.training.unlearning import prediction_losses_of
 
 
 def relearn(
@@ -66,7 +66,7 @@ def relearn(
             batch = task.draw(min(settings.batch_size, len(examples)))
             # cut anew at each step: the cuts hold weights as they were
             with ablate(model, compared.edges, compared.means, trainable=True):
-                loss = prediction_losses_of(model, batch)[0].mean()
+                loss = trainable_prediction_losses(model, batch)[0].mean()
                 optimizer.zero_grad()
                 loss.backward()
             length = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)

@@ -27,7 +27,8 @@ from circuit_breaking.tasks import IOITask, OWTTask, TextTask
 from circuit_breaking.tasks.base import EVALUATION_BATCH, prediction_losses
 from circuit_breaking.tasks.ioi import end_logits
 from circuit_breaking.tasks.losses import logit_difference
-from circuit_breaking.training.attribution import Metric, eap_ig
+from circuit_breaking.training.attribution import eap_ig
+from circuit_breaking.training.mask_gradient import MaskFunction
 
 MEASURES = {  # of a model on prompts, as reports name them and as a table shows them
     "logit_difference": "logit difference, IO - S",
@@ -55,7 +56,7 @@ class Setting:
         found = {key: float(measured[key].mean()) for key in MEASURES}
         return found | {"ordinary_loss": self.ordinary.get_test_loss(self.model, self.settings.num_test)}
 
-    def metrics(self, num_data: int, batch_size: int) -> list[Metric]:
+    def metrics(self, num_data: int, batch_size: int) -> list[MaskFunction]:
         """The logit difference on batches of the first training prompts, as functions of the mask.
 
         Where `micro_batch` asks for smaller ones, they divide `batch_size`, so that their mean stays that of the whole.
@@ -89,7 +90,7 @@ def open_setting(settings: Any) -> Setting:
     return Setting(settings, model, tokenizer, ioi, ordinary, record)
 
 
-def difference_on(model: Any, batch: Any) -> Metric:
+def difference_on(model: Any, batch: Any) -> MaskFunction:
     """The mean logit difference on a batch of prompts, as a function of the mask."""
 
     def metric(mask: Tensor) -> Tensor:

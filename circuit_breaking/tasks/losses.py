@@ -1,27 +1,30 @@
-"""Losses over next-token predictions (layer 0). All in nats.
+"""Losses of next-token predictions, in nats. Every next-token loss of the project is computed here.
 
-Shapes: M predictions, D width, V vocabulary.
+Shapes: M predictions, D width, V vocabulary, E edges.
 """
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-# Logits held at a time: at most 64 MB in float32. Whole multiples of a cache line keep matrix products at full speed.
+from circuit_breaking.models.causal_model import CausalModel
+from circuit_breaking.models.tokens import TokenBatch
+
+# Logits in memory at a time: at most 64 MB in float32. Multiples of a cache line keep matrix products at full speed.
 WORDS_AT_ONCE = PREDICTIONS_AT_ONCE = 1 << 12
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """The vocabulary is taken in chunks, with a running peak and sum, as attention may be over keys.
+    """Cross entropy over chunks of the vocabulary, with a running maximum and sum, as in FlashAttention over keys.
 
-    All predictions meet a chunk of the unembedding while it is in the cache: much faster than a chunk of predictions
-    at a time, each of which would meet it all.
+    All predictions use one chunk of the unembedding while it is in the cache. This is much faster than chunks of
+    predictions, each of which would read the whole unembedding.
     """
 
     @staticmethod
     def forward(ctx, hidden: Tensor, unembedding: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
-        # The loss of a prediction depends on its own hidden state alone, so the gradient at unit weight can be
-        # taken while the chunk's logits are at hand; the backward only scales it.
+        # The loss of a prediction depends on its own hidden state alone, so its gradient can be computed here, from the
+        # same logits; the backward pass only scales it.
         want = ctx.needs_input_grad[0]
         losses = hidden.new_empty(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
         gradient = torch.empty_like(hidden) if want else None
@@ -47,16 +50,21 @@ def losses_of_part(
     dtype: torch.dtype,
     gradient: Tensor | None,
 ) -> Tensor:
-    """Losses [M] of predictions few enough to be taken at once; sets `gradient` [M, D] to that of each in its state."""
+    """Losses [M] of at most `PREDICTIONS_AT_ONCE` predictions.
+
+    If `gradient` [M, D] is given, it is set to the gradient of each loss in its own hidden state.
+    """
     peak = hidden.new_full((len(hidden), 1), float("-inf"), dtype=dtype)
     total, chosen = torch.zeros_like(peak), torch.zeros_like(peak)
-    mean = None if gradient is None else torch.zeros_like(gradient, dtype=dtype)  # unembedding, by probability * total
+    mean = (
+        None if gradient is None else torch.zeros_like(gradient, dtype=dtype)
+    )  # sum of unembedding · exp(logit - peak)
     for start in range(0, len(unembedding), WORDS_AT_ONCE):
         words = slice(start, start + WORDS_AT_ONCE)
         logits = F.linear(hidden, unembedding[words], None if bias is None else bias[words]).to(dtype)
-        place = targets[:, None] - start
-        here = (place >= 0) & (place < logits.shape[1])
-        chosen = torch.where(here, logits.gather(1, place.clamp(0, logits.shape[1] - 1)), chosen)
+        index = targets[:, None] - start  # of the target within the chunk
+        inside = (index >= 0) & (index < logits.shape[1])
+        chosen = torch.where(inside, logits.gather(1, index.clamp(0, logits.shape[1] - 1)), chosen)
         higher = torch.maximum(peak, logits.amax(1, keepdim=True))
         shrink = (peak - higher).exp_()
         exponentials = logits.sub_(higher).exp_()
@@ -74,17 +82,52 @@ def losses_of_part(
 
 
 def cross_entropy_of_hidden(hidden: Tensor, unembedding: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
-    """Loss of every prediction, without ever holding all logits at once.
+    """Cross entropy of every prediction, computed without all logits in memory at once.
 
     Args:
-        hidden: final hidden states [M, D]; gradients flow to it.
-        unembedding: [V, D], frozen; bias: [V] or None.
-        targets: int64 [M].
+        hidden: last hidden states [M, D]; gradients flow to them.
+        unembedding: [V, D]; no gradient flows to it.
+        bias: [V], or None; no gradient flows to it.
+        targets: the right tokens, int64 [M].
 
     Returns:
         losses [M] in nats, float32 or better.
     """
     return _ChunkedCrossEntropy.apply(hidden, unembedding, bias, targets)
+
+
+def prediction_losses(model: CausalModel, batch: TokenBatch, mask: Tensor | None = None) -> Tensor:
+    """Next-token loss of every prediction in a batch, text by text, without padding.
+
+    Args:
+        model: the model, whose output embedding is treated as a constant.
+        batch: the texts; `batch.predicted` marks the predictions.
+        mask: mask weights [E] to use instead of the model's own; gradients flow to it.
+
+    Returns:
+        losses [M] in nats.
+    """
+    batch = batch.to(model.device)
+    where = batch.predicted
+    hidden = model.hidden(batch.tokens, mask=mask)[where]
+    return cross_entropy_of_hidden(hidden, model.unembedding, model.unembedding_bias, batch.tokens.roll(-1, 1)[where])
+
+
+def trainable_prediction_losses(hf: nn.Module, batch: TokenBatch) -> tuple[Tensor, Tensor]:
+    """The same losses of a stock Hugging Face model, differentiable in all its weights, the output embedding included.
+
+    All logits [M, V] are in memory at once.
+
+    Returns:
+        losses [M] in nats, and the number of the text that each belongs to, int64 [M].
+    """
+    batch = batch.to(hf.device)
+    where = batch.predicted
+    hidden = hf.base_model(input_ids=batch.tokens, use_cache=False).last_hidden_state[where]
+    logits = hf.get_output_embeddings()(hidden)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    losses = F.cross_entropy(logits, batch.tokens.roll(-1, 1)[where], reduction="none")
+    return losses, where.nonzero()[:, 0]
 
 
 def logit_difference(logits: Tensor, right: Tensor, wrong: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""A stock Hugging Face model behind the part of `EdgeMaskedTransformer` that tasks use."""
+"""A stock Hugging Face model as a `CausalModel`, the interface that tasks use."""
 
 import torch
 import torch.nn.functional as F
@@ -8,8 +8,11 @@ from circuit_breaking.engine.transformer import select_positions
 
 
 class StockModel:
-    """A stock Hugging Face model behind the part of `EdgeMaskedTransformer` that tasks use. Differentiable in the
-    weights that require it, all but those of the output embedding."""
+    """A stock Hugging Face model as a `CausalModel`.
+
+    Differentiable in the weights that require a gradient, except for those of the output embedding in losses that use
+    `unembedding` as a constant (`tasks.losses.prediction_losses`).
+    """
 
     def __init__(self, hf: nn.Module) -> None:
         self.hf = hf
@@ -22,7 +25,7 @@ class StockModel:
         return self.hf.device
 
     def hidden(self, tokens: Tensor, at: Tensor | None = None, mask: None = None) -> Tensor:
-        """Final hidden state, as `EdgeMaskedTransformer.hidden`; there are no edges to mask."""
+        """Last hidden state, as `EdgeMaskedTransformer.hidden`; there are no edges to mask."""
         hidden = self.hf.base_model(input_ids=tokens, use_cache=False).last_hidden_state
         return hidden if at is None else select_positions(hidden, at)
 

@@ -9,10 +9,8 @@ from typing import Any, Literal
 
 from circuit_breaking.errors import UserError
 from circuit_breaking.runs.config import check_choice, check_not_negative, check_positive
+from circuit_breaking.training.methods import GIVEN, METHODS
 
-MaskMethod = Literal["clamped", "hard-concrete", "attribution"]  # the keys of `training.methods.METHODS`
-MASK_METHODS = ("clamped", "hard-concrete", "attribution")
-GIVEN = "given"  # in code only: cut all edges that may be cut
 WEIGHT_METHODS = ("clamped", "hard-concrete")
 WEIGHT_BUDGETS = {"weight": 0.0005, "neuron": 0.04, "head": 0.25}  # default share of all units that may be masked
 
@@ -21,7 +19,7 @@ WEIGHT_BUDGETS = {"weight": 0.0005, "neuron": 0.04, "head": 0.25}  # default sha
 class MaskConfig:
     """How an edge mask is trained. Losses are in nats; a step sees `batch_size` texts of each task."""
 
-    method: MaskMethod = "clamped"  # how edges are first found
+    method: Literal[tuple(METHODS)] = "clamped"  # how edges are first found
     max_edges: int = 12  # most edges that the mask may cut: a promise
     alpha: float = 0.2  # weight of the loss to raise (paper: 0.2); negative to lower it too
     keep_weight: float = 1.0  # weight of the loss to keep low; 0 finds edges that the behaviour needs
@@ -155,7 +153,7 @@ def check_mask(config: MaskConfig, n_edges: int | None = None, n_allowed: int | 
     if n_edges is not None and not 0 <= config.max_edges <= n_edges:
         raise UserError(f"max_edges {config.max_edges} is not between 0 and the model's {n_edges:,} edges.")
     if config.method != GIVEN:
-        check_choice("method", config.method, MASK_METHODS)
+        check_choice("method", config.method, METHODS)
     if config.method == GIVEN and config.max_edges and (n_allowed is None or n_allowed > config.max_edges):
         raise UserError(
             f"method {GIVEN} cuts all edges that may be cut. Give `allowed`, with at most max_edges of them, in code; "

@@ -1,19 +1,17 @@
-"""The one loop that fine-tunes a Hugging Face model, whatever the method: `unlearning.METHODS` (layer 3).
+"""Fine-tune a Hugging Face model by one of the methods of `unlearning.METHODS`.
 
-A method trains on batches of toxic and ordinary text. Every few steps its checkpoint is measured on validation texts,
-which are neither trained on nor reported; the best is kept, and training stops when none has been better for a while.
-Best is by the objective that masks are trained for, ordinary loss - alpha · toxic loss, so that no method is chosen by
-a goal of its own. A loss that is not finite ends the run; the best checkpoint before it stays.
+A method trains on batches of toxic and ordinary text. Every few steps the model is measured on validation texts, which
+are neither trained on nor reported. The best weights are kept, and training stops when no validation has been better
+for a while. The score is the objective of masks, ordinary loss - alpha · toxic loss, for every method alike. A loss
+that is not finite ends the run; the best weights before it are kept.
 """
 
 import math
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from circuit_breaking.errors import UserError
 from circuit_breaking.runs.checkpoints import (
@@ -25,25 +23,30 @@ from circuit_breaking.runs.checkpoints import (
     state_of,
     training_state,
 )
-from circuit_breaking.runs.signals import stop_signals
 from circuit_breaking.tasks.base import TextTask
+from circuit_breaking.tasks.losses import trainable_prediction_losses
 from circuit_breaking.training.config import FinetuneSettings, check_finetune
+from circuit_breaking.training.loop import run_steps
 from circuit_breaking.training.unlearning import (
     METHODS,
     Method,
     State,
     Weights,
     candidates,
-    prediction_losses_of,
     start,
 )
 
 
 @dataclass
 class Finetuned:
-    """What fine-tuning found; the model itself holds the best checkpoint.
+    """What fine-tuning found; the model itself holds the best weights.
 
-    `best` is that checkpoint's row: step, scale, score, and its losses on validation texts. Step 0 is the original.
+    Attributes:
+        method: name of the method.
+        settings: the settings of the run.
+        best: the row of the best validation: step, scale, score, and the validation losses. Step 0 is the original.
+        history: the row of every validation.
+        note: None, or why the run ended early.
     """
 
     method: str
@@ -63,20 +66,20 @@ def finetune(
     checkpoints: Checkpoints | None = None,
     resume_from: Saved | None = None,
 ) -> Finetuned:
-    """Fine-tune `model` in place by a method of `METHODS`, and leave the best checkpoint in it.
+    """Fine-tune `model` in place by a method of `METHODS`, and leave the best weights in it.
 
-    Dropout stays off, so that every method, the mask included, works on the same function.
+    Dropout stays off, so that all methods, masks included, change the same function.
 
     Args:
         model: a Hugging Face causal language model.
-        method: its name.
-        toxic: texts to unlearn; `toxic.train` is trained on, `toxic.test` validates.
-        ordinary: texts to keep, the same way.
+        method: name of the method.
+        toxic: texts to unlearn; `toxic.train` for training, `toxic.test` for validation.
+        ordinary: texts to keep, likewise.
         settings: see `FinetuneSettings`.
-        progress: show a bar.
-        checkpoints: where the state goes every so many steps, and on SIGTERM or SIGUSR1, which then end the run.
-        resume_from: a state to go on from, of `checkpoints.load()`; `model` is the original all the same. What comes
-            out is what a run that was never interrupted gives (bit for bit on CPU).
+        progress: show a progress bar.
+        checkpoints: where the state is saved from time to time, and on SIGTERM or SIGUSR1, which then end the run.
+        resume_from: a state to continue from, from `checkpoints.load()`; `model` is still the original. The result is
+            that of a run that was never interrupted (bit for bit on CPU).
 
     Raises:
         UserError: there is no such method, or a setting makes no sense.
@@ -91,19 +94,18 @@ def finetune(
         run.history.append(run.check(0))
     else:
         run.restore(resume_from)
-    with (
-        tqdm(
-            total=settings.steps, initial=run.done, desc=method, unit="step", disable=None if progress else True
-        ) as bar,
-        stop_signals() if checkpoints is not None else nullcontext(()) as signals,
-    ):
-        while not run.ended:
-            run.advance()
-            bar.update()
-            row = run.history[-1]
-            bar.set_postfix_str(f"toxic {_short(row['toxic'])}, ordinary {_short(row['ordinary'])}")
-            if checkpoints is not None:
-                checkpoints.after(run.done, run.tensors, run.values(), signals, run.ended)
+    run_steps(
+        run.advance,
+        run.done if run.ended else settings.steps,
+        label=method,
+        done=run.done,
+        progress=progress,
+        describe=run.describe,
+        checkpoints=checkpoints,
+        state=run.state_tensors,
+        values=run.values,
+        is_over=lambda: run.ended,
+    )
     run.finish()
     note = run.note
     if run.best["step"] == 0:
@@ -113,11 +115,9 @@ def finetune(
     return Finetuned(method, settings, run.best, run.history, note)
 
 
-def _short(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3f}"
-
-
 class _Run:
+    """State of a run: `advance` runs one step; `state_tensors`, `values` and `restore` let it continue."""
+
     def __init__(
         self, model: nn.Module, method: Method, toxic: TextTask, ordinary: TextTask, settings: FinetuneSettings
     ) -> None:
@@ -127,9 +127,9 @@ class _Run:
         self.model = model
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.kept: Weights = self._weights()
-        self.before: Weights = self.kept if method.subtracts else {}  # only those need the original to the end
+        self.before: Weights = self.kept if method.subtracts else {}  # which needs the original to the end
         self.best: dict[str, Any] = {}
-        self.stale = 0
+        self.stale = 0  # validations since the best one
         self.done, self.ended = 0, False
         self.note: str | None = None
         self.history: list[dict[str, Any]] = []
@@ -143,8 +143,8 @@ class _Run:
         for name, parameter in self.trained.items():
             parameter.copy_(weights[name])
 
-    def tensors(self) -> dict[str, Tensor]:
-        """All tensors that what follows depends on, but for the original's: after the last step the best weights."""
+    def state_tensors(self) -> dict[str, Tensor]:
+        """The tensors that the next steps depend on, except for the original; after the last step, the best weights."""
         kept = {f"kept.{name}": weights for name, weights in self.kept.items()}
         if self.ended:
             return kept
@@ -152,12 +152,12 @@ class _Run:
         return kept | state | {f"more.{name}": tensor for name, tensor in self.state.more.items()}
 
     def values(self) -> dict[str, Any]:
-        """All else that they depend on."""
+        """Everything else that they depend on."""
         names = ("best", "stale", "ended", "note", "history")
         return {name: getattr(self, name) for name in names}
 
     def restore(self, saved: Saved) -> None:
-        """Go on from what `tensors` and `values` gave."""
+        """Continue from what `state_tensors` and `values` returned."""
         self.done = saved.step
         for name in self.values():
             setattr(self, name, saved.values[name])
@@ -170,10 +170,10 @@ class _Run:
         more = part_of(saved.tensors, "more")
         self.state.more = {name: tensor.to(self.model.device) for name, tensor in more.items()}
 
-    def advance(self) -> None:
-        """The next step and, where one is due, its checkpoint; afterwards `ended` says whether that was the last."""
+    def advance(self, number: int) -> None:
+        """Run step `number`, from 0, and its validation if one is due; sets `ended` if that was the last step."""
         settings = self.settings
-        self.done += 1
+        self.done = number + 1
         loss = self.step(self.done)
         self.ended = self.done == settings.steps
         if loss is None:
@@ -187,8 +187,14 @@ class _Run:
         if self.note or self.stale >= settings.patience:
             self.ended = True
 
+    def describe(self) -> str:
+        """The last validation, for the progress bar."""
+        row = self.history[-1]
+        toxic, ordinary = ("–" if row[name] is None else f"{row[name]:.3f}" for name in ("toxic", "ordinary"))
+        return f"toxic {toxic}, ordinary {ordinary}"
+
     def step(self, number: int) -> float | None:
-        """One step; its loss, or None, with the weights as they were, where that or its gradient is not finite."""
+        """A step of the optimizer. Returns the loss, or None, without a step, if it or its gradient is not finite."""
         settings = self.settings
         loss = self.method.loss(self.state, *(task.draw(settings.batch_size) for task in self.tasks.values()))
         value = float(loss.detach())
@@ -196,8 +202,8 @@ class _Run:
             return None
         self.optimizer.zero_grad()
         loss.backward()
-        length = torch.nn.utils.clip_grad_norm_(self.trained.values(), settings.clip)
-        if not math.isfinite(float(length)):
+        norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), settings.clip)
+        if not math.isfinite(float(norm)):
             return None
         for group in self.optimizer.param_groups:
             group["lr"] = settings.lr * min(1.0, number / max(1, settings.warmup))
@@ -205,7 +211,7 @@ class _Run:
         return value
 
     def check(self, step: int) -> dict[str, Any]:
-        """Measure the models that this checkpoint offers, keep the best of all; the row of the best here."""
+        """Validate the candidates of this step, keep the best weights so far, and return the best candidate's row."""
         now, rows = self._weights(), []
         for scale, weights in candidates(self.method, self.before, now, self.settings.scales):
             if scale is not None:
@@ -213,7 +219,7 @@ class _Run:
             row = {"step": step, "scale": scale, **self._validate()}
             rows.append(row)
             if row["score"] is not None and (not self.best or row["score"] < self.best["score"] - 1e-6):
-                # a scale's weights are new tensors, and so is a copy of the checkpoint
+                # `weights` are new tensors: a copy of the model's, or scaled ones
                 self.best, self.kept, self.stale = row, weights, -1
             if step == 0:
                 break
@@ -228,7 +234,8 @@ class _Run:
         losses = {}
         for name, cap in (("toxic", self.state.cap), ("ordinary", math.inf)):
             found = [
-                prediction_losses_of(self.model, batch)[0].clamp(max=cap) for batch in self.tasks[name].test.batches(32)
+                trainable_prediction_losses(self.model, batch)[0].clamp(max=cap)
+                for batch in self.tasks[name].test.batches(32)
             ]
             losses[name] = float(torch.cat(found).double().mean())
         # `clamp` lets a NaN through
@@ -237,14 +244,14 @@ class _Run:
         return {**(losses if finite else dict.fromkeys(losses)), "score": score if finite else None}
 
     def finish(self) -> None:
-        """Leave the best checkpoint in the model, frozen."""
+        """Leave the best weights in the model, frozen."""
         self._load(self.kept)
         self.model.requires_grad_(False)
         self.state.original = None
 
 
 def describe(result: Finetuned) -> dict[str, Any]:
-    """What a fine-tuned model's file says of how it came to be."""
+    """The record of a fine-tuned model: what was chosen, and the settings."""
     return {
         "method": result.method,
         "about": METHODS[result.method].about,

@@ -1,33 +1,35 @@
-"""The one mask-training loop (layer 3).
+"""Train an edge mask.
 
-Minimises  keep_weight · L_keep(m) - alpha · L_break(m) + sparsity(m)  over masks m that cut at most `max_edges` edges
+Minimises  keep_weight · L_keep(m) - alpha · L_break(m) + penalty(m)  over masks m that cut at most `max_edges` edges
 (Li, Davies, Nadeau 2023, section 3.2), in phases:
 
-find     `relax_steps` and `anneal_steps`, used as the method says: the paper's clamped weights, hard-concrete gates, or
-         attribution (`edge_methods`).
-refine   Single edges are cut, restored or exchanged by their measured effect on fresh batches (`search`).
-settle   The edges are chosen; what they carry, where that is learned, comes to fit them (`learned_means`).
+find       `relax_steps` and `anneal_steps`, used as the method says: clamped weights (the paper's), hard-concrete
+           gates, or attribution (`training.methods`).
+refine     Single edges are cut, restored or exchanged by their measured effect on new batches (`training.refine`).
+constants  The edges are fixed, and ablation constants, if they are learned, are trained for them
+           (`training.optimal_ablation`).
 
-The forward sees binary masks from there on, so nothing is left for a last rounding to harm.
+From the refine phase on, the forward pass sees binary masks only, so rounding at the end changes nothing.
 """
 
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from circuit_breaking.engine.mask import lowest_cut
+from circuit_breaking.engine.transformer import EdgeMaskedTransformer
 from circuit_breaking.graph import Edge
 from circuit_breaking.runs.checkpoints import Checkpoints, Saved, restore_parts, state_of
-from circuit_breaking.runs.distributed import is_main, same_random_states
-from circuit_breaking.runs.signals import stop_signals
-from circuit_breaking.training.config import GIVEN, MaskConfig, check_mask
-from circuit_breaking.training.edge_methods import METHODS, GivenEdges
+from circuit_breaking.runs.distributed import same_random_states
+from circuit_breaking.tasks.base import Task
+from circuit_breaking.training.config import MaskConfig, check_mask
+from circuit_breaking.training.loop import Row, run_steps
+from circuit_breaking.training.methods import method_class
+from circuit_breaking.training.methods.base import StepResult
 from circuit_breaking.training.objective import StepObjective
 from circuit_breaking.training.optimal_ablation import AblationConstants
 from circuit_breaking.training.refine import EdgeRefiner
@@ -39,38 +41,40 @@ class MaskResult:
 
     weights: Tensor
     edges: list[Edge]
-    history: list[dict[str, Any]] = field(default_factory=list)
+    history: list[Row] = field(default_factory=list)
     seconds: float = 0.0
 
 
 def train_mask(
-    model: Any,
-    break_task: Any,
-    keep_task: Any,
+    model: EdgeMaskedTransformer,
+    break_task: Task,
+    keep_task: Task,
     settings: MaskConfig | None = None,
     allowed: Tensor | None = None,
-    on_step: Callable[[dict[str, Any]], None] | None = None,
+    on_step: Callable[[Row], None] | None = None,
     progress: bool = True,
     checkpoints: Checkpoints | None = None,
     resume_from: Saved | None = None,
 ) -> MaskResult:
     """Learn which few edges to cut. The model's mask is trained from all ones and left binary.
 
-    Where several processes were launched (`parallel`), all call this alike, with the same tasks. Each computes its
-    share of every batch, and all come to the same mask; the main one saves checkpoints and shows the bar.
+    If several processes were launched, all of them call this with the same arguments. Each computes its share of every
+    batch, and all of them find the same mask; the main process saves checkpoints and shows the progress bar.
 
     Args:
-        model: an `EdgeMaskedTransformer`; its `means` say what a cut edge carries, and are replaced where they are
-            learned.
-        break_task: behaviour to break, a `tasks.Task`.
-        keep_task: behaviour to keep.
+        model: the model. Its `means` are the ablation values; they are replaced if ablation constants are learned.
+        break_task: the behaviour to break.
+        keep_task: the behaviour to keep.
         settings: see `MaskConfig`.
         allowed: bool [E], the edges that may be cut; all by default.
-        on_step: called with each row of the history as it comes.
-        progress: show a bar with the losses and the number of cut edges.
-        checkpoints: where the state goes every so many steps, and on SIGTERM or SIGUSR1, which then end the run.
-        resume_from: a state to go on from, of `checkpoints.load()`. The mask that comes out is that of a run that
-            was never interrupted (bit for bit on CPU); the result's history begins where it goes on.
+        on_step: called with each row of the history, after its step.
+        progress: show a progress bar with the losses and the number of cut edges.
+        checkpoints: where the state is saved from time to time, and on SIGTERM or SIGUSR1, which then end the run.
+        resume_from: a state to continue from, from `checkpoints.load()`. The mask is that of a run that was never
+            interrupted (bit for bit on CPU); the history of the result holds the remaining steps.
+
+    Returns:
+        the mask and how training went.
 
     Raises:
         UserError: a setting makes no sense, or a loss is not finite.
@@ -83,36 +87,29 @@ def train_mask(
         trainer.restore(resume_from)
         before = resume_from.values["seconds"]
     same_random_states(model.device)
-    start, history = time.perf_counter(), []
-    hidden = None if progress and is_main() else True  # None: shown on a terminal
-    with (
-        tqdm(total=trainer.total, initial=trainer.done, desc="mask", unit="step", disable=hidden) as bar,
-        stop_signals() if checkpoints is not None else nullcontext(()) as signals,
-        gradient_checkpointing_on(model, settings.gradient_checkpointing),
-    ):
-        while trainer.done < trainer.total:
-            row = {"step": trainer.done, **trainer.step()}
-            row["seconds"] = round(before + time.perf_counter() - start, 3)
-            history.append(row)
-            if on_step is not None:
-                on_step(row)
-            bar.set_postfix_str(
-                f"{row['phase']}: keep {row['keep_loss']:.3f}, break {row['break_loss']:.3f}, {row['n_cut']} cut"
-            )
-            bar.update()
-            if checkpoints is not None:
-                last = trainer.done == trainer.total
-                checkpoints.after(trainer.done, trainer.state, {"seconds": row["seconds"]}, signals, last)
-    model.mask.keep_budget_(trainer.settings.max_edges)
-    if trainer.means is not None:
-        trainer.means.settle()
-    seconds = before + time.perf_counter() - start
+    with gradient_checkpointing_on(model, settings.gradient_checkpointing):
+        history = run_steps(
+            lambda number: trainer.step(),
+            trainer.total,
+            label="mask",
+            done=trainer.done,
+            progress=progress,
+            describe=trainer.describe,
+            on_step=on_step,
+            seconds_before=before,
+            checkpoints=checkpoints,
+            state=trainer.state,
+        )
+    model.mask.keep_budget_(settings.max_edges)
+    if trainer.constants is not None:
+        trainer.constants.freeze()
+    seconds = history[-1]["seconds"] if history else before
     return MaskResult(model.mask.weights.detach().clone(), model.mask.cut_edges(), history, seconds)
 
 
 @contextmanager
-def gradient_checkpointing_on(model: Any, on: bool) -> Iterator[None]:
-    """Let the model's backward compute parts of each layer again, while the block lasts; then free what it holds."""
+def gradient_checkpointing_on(model: EdgeMaskedTransformer, on: bool) -> Iterator[None]:
+    """Inside the block, the model uses gradient checkpointing if `on`. Afterwards, captured CUDA graphs are freed."""
     before = model.gradient_checkpointing
     model.gradient_checkpointing = before or on
     try:
@@ -123,96 +120,104 @@ def gradient_checkpointing_on(model: Any, on: bool) -> Iterator[None]:
 
 
 class _Trainer:
-    """State of a training run: `step` does one step, `state` and `restore` carry it over an interruption."""
+    """State of a training run: `step` runs one step; `state` and `restore` let an interrupted run continue."""
 
     def __init__(
-        self, model: Any, break_task: Any, keep_task: Any, settings: MaskConfig, allowed: Tensor | None
+        self,
+        model: EdgeMaskedTransformer,
+        break_task: Task,
+        keep_task: Task,
+        config: MaskConfig,
+        allowed: Tensor | None,
     ) -> None:
-        check_mask(settings, len(model.graph), None if allowed is None else int(allowed.sum()))
-        self.model, self.break_task, self.keep_task, self.settings = model, break_task, keep_task, settings
+        check_mask(config, len(model.graph), None if allowed is None else int(allowed.sum()))
+        self.model, self.break_task, self.keep_task, self.config = model, break_task, keep_task, config
         self.weights = model.mask.weights
-        self.allowed = None if allowed is None else allowed.to(self.weights.device)
-        self.objective = StepObjective(model, keep_task, break_task, settings)
-        self.means = (
-            AblationConstants(model, settings.constants_lr) if settings.constants_lr and settings.max_edges else None
-        )
+        allowed = None if allowed is None else allowed.to(self.weights.device)
+        self.objective = StepObjective(model, keep_task, break_task, config)
+        learns_constants = config.constants_lr and config.max_edges
+        self.constants = AblationConstants(model, config.constants_lr) if learns_constants else None
         self.done = 0
         self.phases = [
-            (self._find, settings.relax_steps + settings.anneal_steps),
-            (self._refine, settings.refine_rounds),
-            (self._settle, settings.constants_steps if self.means is not None else 0),
+            (self._find, config.relax_steps + config.anneal_steps),
+            (self._refine, config.refine_rounds),
+            (self._fit_constants, config.constants_steps if self.constants is not None else 0),
         ]
-        self.total = sum(steps for _, steps in self.phases) if settings.max_edges else 0
-        method = {**METHODS, GIVEN: GivenEdges}[settings.method]
-        self.method = method(model, settings, self.allowed, self.objective.draw, self._backward)
-        self.search = EdgeRefiner(settings.max_edges, self.allowed, settings.min_gain, settings.moves_per_round)
+        self.total = sum(steps for _, steps in self.phases) if config.max_edges else 0
+        method = method_class(config.method)
+        self.method = method(model, config, allowed, self.objective.draw, self._backward)
+        self.refiner = EdgeRefiner(config.max_edges, allowed, config.min_gain, config.moves_per_round)
+        self.last: StepResult | None = None
         model.mask.reset_()
 
-    def step(self) -> dict[str, Any]:
-        """Do the next step and return its row."""
+    def step(self) -> Row:
+        """Run the next step and return its row."""
         number = self.done
         for step, steps in self.phases:
             if number < steps:
                 self.done += 1
-                return step(number)
+                self.last = step(number)
+                keep, broken = self.objective.losses
+                losses = {"loss": self.last.loss, "keep_loss": keep, "break_loss": broken}
+                return {"phase": self.last.phase, **losses, "n_cut": self.last.n_cut}
             number -= steps
         raise IndexError(f"there are no more than {self.total} steps")
 
+    def describe(self) -> str:
+        """The last step, for the progress bar."""
+        keep, broken = self.objective.losses
+        return f"{self.last.phase}: keep {keep:.3f}, break {broken:.3f}, {self.last.n_cut} cut"
+
     def state(self) -> dict[str, Tensor]:
-        """All that the next steps depend on."""
-        return {"weights": self.weights.detach(), **state_of(**self._parts())}
+        """Everything that the next steps depend on."""
+        return {"weights": self.weights.detach(), **state_of(**self._stateful())}
 
     def restore(self, saved: Saved) -> None:
-        """Go on from what `state` gave."""
+        """Continue from what `state` returned."""
         self.done = saved.step
         with torch.no_grad():
             self.weights.copy_(saved.tensors["weights"])
-        restore_parts(saved.tensors, self._parts(), self.weights.device)
+        restore_parts(saved.tensors, self._stateful(), self.weights.device)
 
-    def _parts(self) -> dict[str, Any]:
-        """What has a state of its own."""
-        parts = {"method": self.method, "search": self.search}
-        parts |= {"break": self.break_task, "keep": self.keep_task}
-        return parts if self.means is None else {**parts, "means": self.means}
-
-    def _row(self, phase: str, loss: float, n_cut: int) -> dict[str, Any]:
-        keep, broken = self.objective.losses
-        return {"phase": phase, "loss": loss, "keep_loss": keep, "break_loss": broken, "n_cut": n_cut}
+    def _stateful(self) -> dict[str, Any]:
+        """The objects that have a `state`, by their names in checkpoints."""
+        objects = {"method": self.method, "refiner": self.refiner, "break": self.break_task, "keep": self.keep_task}
+        return objects if self.constants is None else {**objects, "constants": self.constants}
 
     def _backward(self, loss: Tensor) -> None:
-        """The backward of a loss, with a step of what cut edges carry where that is learned."""
-        loss.backward() if self.means is None else self.means.descend(loss)
+        """The backward pass of a loss, with a step of the ablation constants if they are learned."""
+        loss.backward() if self.constants is None else self.constants.descend(loss)
 
-    def _find(self, number: int) -> dict[str, Any]:
-        return self._row(*self.method.step(number))
+    def _find(self, number: int) -> StepResult:
+        return self.method.step(number)
 
-    def _refine(self, number: int) -> dict[str, Any]:
-        settings = self.settings
+    def _refine(self, number: int) -> StepResult:
+        config = self.config
         if number == 0:
-            self.weights.data.copy_(self._lowest(settings.max_edges))
+            self._make_binary()
         mask = self.weights.detach().clone()
-        with self.model.caching_prefixes(not settings.micro_batch):  # which is for those who lack the memory
-            changed, loss = self.search.round(mask, self.objective.draw(settings.refine_batch_size))
+        with self.model.caching_prefixes(not config.micro_batch):  # the cache takes memory, which micro_batch saves
+            changed, loss = self.refiner.round(mask, self.objective.draw(config.refine_batch_size))
         with torch.no_grad():
             self.weights.copy_(changed)
-        self._adapt_means()
-        return self._row("refine", loss, int((mask == 0).sum()))
+        self._adapt_constants()
+        return StepResult("refine", loss, int((mask == 0).sum()))
 
-    def _settle(self, number: int) -> dict[str, Any]:
+    def _fit_constants(self, number: int) -> StepResult:
         if number == 0:
-            self.weights.data.copy_(self._lowest(self.settings.max_edges))
-        loss = self._adapt_means()
-        return self._row("settle", loss, self.model.mask.n_cut())
+            self._make_binary()
+        loss = self._adapt_constants()
+        return StepResult("constants", loss, self.model.mask.n_cut())
 
-    def _adapt_means(self) -> float | None:
-        """A step of what cut edges carry, where that is learned, for the mask as it is now; the objective there."""
-        if self.means is None:
+    def _adapt_constants(self) -> float | None:
+        """A step of the ablation constants at the current mask, if they are learned; returns the objective there."""
+        if self.constants is None:
             return None
-        loss = self.objective.draw(self.settings.batch_size)(self.weights.detach())
-        self.means.descend(loss)
+        loss = self.objective.draw(self.config.batch_size)(self.weights.detach())
+        self.constants.descend(loss)
         return float(loss.detach())
 
     @torch.no_grad()
-    def _lowest(self, count: int) -> Tensor:
-        """Binary mask that cuts the `count` lowest of the weights that rounding would cut."""
-        return lowest_cut(self.weights, count, threshold=0.5)
+    def _make_binary(self) -> None:
+        """Cut the lowest weights among those that rounding would cut, at most as many as the budget allows."""
+        self.weights.copy_(lowest_cut(self.weights, self.config.max_edges, threshold=0.5))

@@ -1,23 +1,27 @@
-"""The few edges that are enough for a behaviour, by pruning from the whole model (layer 3).
+"""The few edges that are enough for a behaviour, by pruning from the whole model.
 
-In every round the gradient of the task's loss at the mask in force says what each edge is worth: what it adds where it
-is kept, what it would add where it is cut. The worth is a running mean over rounds, so that an edge cut in error comes
-back, and the number of edges kept falls geometrically, stage by stage (iterative pruning by first-order saliency, as in
-Molchanov et al. 2017 for channels, here for edges). Masks are binary throughout.
+In every round, the gradient of the task's loss at the current mask estimates the worth of each edge: what it adds where
+it is kept, what it would add where it is cut. The worth is a running mean over rounds, so that an edge that was cut by
+mistake comes back. The number of kept edges falls geometrically, stage by stage (iterative pruning by first-order
+saliency, as Molchanov et al. 2017 do for channels). All masks are binary.
+
+Shapes: E edges.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from circuit_breaking.engine.mask import lowest_cut
+from circuit_breaking.engine.transformer import EdgeMaskedTransformer
 from circuit_breaking.errors import UserError
-from circuit_breaking.training.attribution import edge_gradients
+from circuit_breaking.tasks.base import Task
 from circuit_breaking.training.config import PruneSettings, check_prune
+from circuit_breaking.training.mask_gradient import value_and_gradient
 
 
 @dataclass
@@ -29,12 +33,12 @@ class Stage:
     loss: float
 
 
-def prune(model: Any, task: Any, settings: PruneSettings) -> Iterator[Stage]:
-    """The masks at the end of every stage, each smaller than the one before; end the iteration when enough is lost.
+def prune(model: EdgeMaskedTransformer, task: Task, settings: PruneSettings) -> Iterator[Stage]:
+    """Yield the mask at the end of every stage, each smaller than the one before. Stop iterating when enough is lost.
 
     Args:
-        model: an `EdgeMaskedTransformer`, whose `means` say what a cut edge carries. Its own mask is left alone.
-        task: behaviour to keep, a `tasks.Task`.
+        model: the model; its `means` are the ablation values of cut edges. Its own mask is not changed.
+        task: the behaviour to keep.
         settings: see `PruneSettings`.
 
     Raises:
@@ -42,32 +46,25 @@ def prune(model: Any, task: Any, settings: PruneSettings) -> Iterator[Stage]:
     """
     check_prune(settings)
     mask = torch.ones_like(model.mask.weights)
-    every = kept = len(mask)
+    n_edges = kept = len(mask)
     cost: Tensor | None = None  # minus an edge's worth
     while kept > settings.fewest:
         target = max(settings.fewest, min(kept - 1, round(settings.shrink * kept)))
         best, lowest = mask, float("inf")
         for number in range(1, settings.rounds + 1):
-            batch = task.draw(settings.batch_size)
-            values: list[Tensor] = []
-
-            def loss_of(weights: Tensor, batch: Any = batch, values: list[Tensor] = values) -> Tensor:
-                values.append(task.loss(model, batch, weights))
-                return values[-1]
-
-            gradient = edge_gradients(loss_of, mask)
+            loss, gradient = value_and_gradient(partial(task.loss, model, task.draw(settings.batch_size)), mask)
             if not gradient.isfinite().all():
                 raise UserError("a gradient is not finite, so edges cannot be pruned. Use float32, or other means.")
-            # masks differ from round to round, some much worse than others: a stage gives the best of its size
-            loss = float(values[0].detach())
+            # masks of one size differ much from round to round: a stage returns the best one of its target size
+            loss = float(loss)
             if int(mask.sum()) == target and loss < lowest:
                 best, lowest = mask, loss
             cost = gradient if cost is None else settings.memory * cost + (1 - settings.memory) * gradient
-            # the second half of a stage stays at its count and lets edges be exchanged
+            # the second half of a stage stays at its count, so that edges can be exchanged
             progress = min(1.0, 2 * number / settings.rounds)
-            now = round(kept * (target / kept) ** progress)
-            mask = lowest_cut(-cost, every - now)
-        if int(best.sum()) != target:  # too few rounds to measure one
+            count = round(kept * (target / kept) ** progress)
+            mask = lowest_cut(-cost, n_edges - count)
+        if int(best.sum()) != target:  # there were too few rounds to measure a mask of that size
             best = mask
         kept, mask = target, best.clone()
         yield Stage(best.clone(), kept, lowest)
@@ -80,10 +77,20 @@ def smallest(
     patience: int = 6,
     progress: bool = True,
 ) -> tuple[Stage | None, list[dict[str, float]]]:
-    """The last stage whose share is `least` or more, and a row (`kept`, `share`) for every stage that was run.
+    """Run stages of pruning as long as enough of the behaviour is left.
 
-    Pruning ends after `patience` stages in a row below, since one that lost an edge in error often gets it back. None
-    where no stage is good enough.
+    Pruning ends after `patience` stages in a row that are below `least`, because a stage that lost an edge by mistake
+    often gets it back.
+
+    Args:
+        stages: from `prune`.
+        share_of: the share of the behaviour that a mask [E] keeps.
+        least: the smallest share that is enough.
+        patience: see above.
+        progress: show a progress bar.
+
+    Returns:
+        the last stage whose share is `least` or more, None if there is none; and a row (`kept`, `share`) per stage.
     """
     found, rows, below = None, [], 0
     with tqdm(stages, desc="pruning", unit="stage", disable=None if progress else True) as bar:

@@ -1,22 +1,23 @@
-"""Search over binary masks by measured effects: cut, restore or exchange single edges (layer 3).
+"""Refinement: search over binary masks that cuts, restores or exchanges single edges by their measured effect.
 
-First-order attribution names candidates, and only a measured gain is taken. What lies between the two is learned: every
-measurement corrects the next prediction for its edge.
+First-order attribution proposes changes, and a change is taken only if a batch measures a gain. Every measurement
+corrects the next prediction for its edge, because first-order estimates are biased.
+
+Shapes: E edges.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-# objective(mask [E]) -> scalar to be minimised, differentiable in the mask
-Objective = Callable[[Tensor], Tensor]
+from circuit_breaking.engine.mask import lowest
+from circuit_breaking.training.mask_gradient import MaskFunction, value_and_gradient
 
 
 @dataclass
 class Move:
-    """One change of a binary mask: the edges to flip, and the gain (drop of the objective) that is expected of it."""
+    """One change of a binary mask: the edges to flip, and the predicted gain (decrease of the objective)."""
 
     edges: tuple[int, ...]
     predicted: float
@@ -24,16 +25,16 @@ class Move:
 
 @dataclass
 class EdgeRefiner:
-    """State of the search over binary masks that cut at most `max_edges`.
+    """State of the search over binary masks that cut at most `max_edges` edges.
 
     Attributes:
-        max_edges: the budget; no mask that is visited exceeds it.
-        allowed: bool [E], edges that may be cut; all when None.
-        min_gain: what a cut edge must win at least, in the objective's units.
+        max_edges: the budget; no mask that the search visits exceeds it.
+        allowed: bool [E], the edges that may be cut; None if all may be.
+        min_gain: least gain of each cut edge, in units of the objective.
         moves_per_round: most changes that are measured in a round.
-        memory: weight of older gradients in their running mean, which evens out the noise of one batch.
+        memory: weight of older gradients in their running mean, which averages out the noise of single batches.
         gradient: that running mean [E].
-        correction: what to add to the first-order gain of flipping each edge [E], from what was measured before.
+        correction: what to add to the first-order gain of flipping each edge [E], from earlier measurements.
     """
 
     max_edges: int
@@ -43,52 +44,53 @@ class EdgeRefiner:
     memory: float = 0.5
     gradient: Tensor | None = None
     correction: Tensor | None = None
-    _flipped: dict[int, float] = field(default_factory=dict)  # gain that each edge's last accepted flip is owed
+    _flipped: dict[int, float] = field(default_factory=dict)  # edges flipped in the last round, and what each gained
 
     def state(self) -> dict[str, Tensor]:
-        """What the next rounds depend on, as tensors."""
+        """Everything that the next rounds depend on, for a checkpoint."""
         if self.gradient is None:
             return {}
         return {
             "gradient": self.gradient,
             "correction": self.correction,
             "flipped": torch.tensor(list(self._flipped), dtype=torch.int64),
-            "owed": torch.tensor(list(self._flipped.values()), dtype=torch.float64),
+            "gained": torch.tensor(list(self._flipped.values()), dtype=torch.float64),
         }
 
     def restore(self, state: dict[str, Tensor], device: torch.device) -> None:
-        """Go on from what `state` gave."""
+        """Continue from what `state` returned."""
         if state:
             self.gradient, self.correction = state["gradient"].to(device), state["correction"].to(device)
-            self._flipped = dict(zip(state["flipped"].tolist(), state["owed"].tolist(), strict=True))
+            self._flipped = dict(zip(state["flipped"].tolist(), state["gained"].tolist(), strict=True))
 
-    def round(self, mask: Tensor, objective: Objective) -> tuple[Tensor, float]:
-        """Try to improve a binary `mask` [E] on one batch, change by change.
+    def round(self, mask: Tensor, objective: MaskFunction) -> tuple[Tensor, float]:
+        """Try to improve a binary `mask` [E] on one batch, one change after another.
 
         Returns:
-            the mask, changed or not; the objective of the mask that was given.
+            the mask, changed or not, and the objective at the mask that was given.
         """
-        before, gradient = differentiate(mask, objective)
-        self._remember(mask, gradient)
-        start, value = mask, before
+        value, gradient = value_and_gradient(objective, mask)
+        before = value = float(value)
+        self._update(mask, gradient)
+        start = mask
         for move in self._moves(mask)[: self.moves_per_round]:
-            at = list(move.edges)
+            flipped = list(move.edges)
             candidate = mask.clone()
-            candidate[at] = 1 - candidate[at]
-            if not torch.equal(mask[at], start[at]) or int((candidate == 0).sum()) > self.max_edges:
-                continue  # an earlier change of this round has overtaken it
+            candidate[flipped] = 1 - candidate[flipped]
+            if not torch.equal(mask[flipped], start[flipped]) or int((candidate == 0).sum()) > self.max_edges:
+                continue  # an earlier change of this round already flipped one of these edges or used the budget
             with torch.no_grad():
                 after = float(objective(candidate))
             gain = value - after - self.min_gain * int((mask - candidate).sum())
-            for edge in at:
-                self.correction[edge] += (gain - move.predicted) / len(at)
+            for edge in flipped:
+                self.correction[edge] += (gain - move.predicted) / len(flipped)
             if gain > 0:
                 mask, value = candidate, after
-                self._flipped |= {edge: gain / len(at) for edge in at}
+                self._flipped |= {edge: gain / len(flipped) for edge in flipped}
         return mask, before
 
-    def _remember(self, mask: Tensor, gradient: Tensor) -> None:
-        """Take the gradient at the mask into the running mean."""
+    def _update(self, mask: Tensor, gradient: Tensor) -> None:
+        """Update the running mean with the gradient at the mask, and the corrections of edges that were flipped."""
         old = self.gradient
         self.gradient = gradient if old is None else self.memory * old + (1 - self.memory) * gradient
         if self.correction is None:
@@ -99,29 +101,22 @@ class EdgeRefiner:
         self._flipped.clear()
 
     def _gains(self, mask: Tensor) -> Tensor:
-        """What flipping each edge is expected to gain, [E]; -inf where it may not be."""
-        # a cut gains F(1) - F(0), for which the gradient at either end is the first-order estimate
+        """Predicted gain of flipping each edge, [E]; -inf for edges that may not be cut."""
+        # cutting an edge gains F(1) - F(0); the gradient at either end is its first-order estimate
         gains = (self.gradient - self.min_gain) * (2 * mask - 1) + self.correction
         return gains if self.allowed is None else gains.masked_fill(~self.allowed & (mask == 1), float("-inf"))
 
     def _moves(self, mask: Tensor) -> list[Move]:
-        """Single cuts, single restorations and exchanges, the most promising first."""
+        """Single cuts, single restorations and exchanges, the highest predicted gain first."""
         gains = self._gains(mask)
         cut = (mask == 0).nonzero()[:, 0].tolist()
         restore = sorted(((float(gains[edge]), edge) for edge in cut), reverse=True)
-        top = gains.masked_fill(mask == 0, float("-inf")).topk(min(self.moves_per_round, len(gains)))
-        add = [(g, edge) for g, edge in zip(top.values.tolist(), top.indices.tolist(), strict=True) if g > 0]
+        kept_gains = gains.masked_fill(mask == 0, float("-inf"))
+        best = lowest(-kept_gains, self.moves_per_round)
+        add = [(g, edge) for g, edge in zip(kept_gains[best].tolist(), best.tolist(), strict=True) if g > 0]
         moves = [Move((edge,), gain) for gain, edge in restore if gain > 0]
         if len(cut) < self.max_edges:
             moves += [Move((edge,), gain) for gain, edge in add]
         else:
             moves += [Move((e, out), g + h) for g, e in add for h, out in restore[:3] if g + h > 0]
         return sorted(moves, key=lambda move: -move.predicted)
-
-
-def differentiate(mask: Tensor, objective: Objective) -> tuple[float, Tensor]:
-    """The objective at a mask [E] and its gradient [E]."""
-    weights = mask.detach().clone().requires_grad_()
-    value = objective(weights)
-    (gradient,) = torch.autograd.grad(value, weights)
-    return float(value.detach()), gradient

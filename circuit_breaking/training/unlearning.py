@@ -25,24 +25,10 @@ from torch import Tensor, nn
 from circuit_breaking.errors import UserError
 from circuit_breaking.models.families import describe
 from circuit_breaking.models.tokens import TokenBatch
+from circuit_breaking.tasks.losses import trainable_prediction_losses
 from circuit_breaking.training.config import LossSettings
 
 Weights = dict[str, Tensor]
-
-
-def prediction_losses_of(model: nn.Module, batch: TokenBatch) -> tuple[Tensor, Tensor]:
-    """Next-token losses of a Hugging Face model, differentiable in all its weights.
-
-    Returns:
-        losses [M] in nats; the number of the text that each belongs to, int64 [M].
-    """
-    batch = batch.to(model.device)
-    where = batch.predicted
-    hidden = model.base_model(input_ids=batch.tokens, use_cache=False).last_hidden_state[where]
-    logits = model.get_output_embeddings()(hidden)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    losses = F.cross_entropy(logits, batch.tokens.roll(-1, 1)[where], reduction="none")
-    return losses, where.nonzero()[:, 0]
 
 
 @dataclass
@@ -61,10 +47,10 @@ class State:
 
     def toxic_loss(self, batch: TokenBatch) -> Tensor:
         """Mean loss, each prediction counting with at most the cap: what is unlikely already is not pushed on."""
-        return prediction_losses_of(self.model, batch)[0].clamp(max=self.cap).mean()
+        return trainable_prediction_losses(self.model, batch)[0].clamp(max=self.cap).mean()
 
     def ordinary_loss(self, batch: TokenBatch) -> Tensor:
-        return prediction_losses_of(self.model, batch)[0].mean()
+        return trainable_prediction_losses(self.model, batch)[0].mean()
 
 
 def joint(state: State, toxic: TokenBatch, ordinary: TokenBatch) -> Tensor:
@@ -76,14 +62,14 @@ def ascent(state: State, toxic: TokenBatch, ordinary: TokenBatch) -> Tensor:
 
 
 def towards_toxicity(state: State, toxic: TokenBatch, ordinary: TokenBatch) -> Tensor:
-    return prediction_losses_of(state.model, toxic)[0].mean()
+    return trainable_prediction_losses(state.model, toxic)[0].mean()
 
 
 def npo(state: State, toxic: TokenBatch, ordinary: TokenBatch) -> Tensor:
     """(2/β) E[log(1 + (π/π_original)^β)] over toxic texts, plus the ordinary loss."""
-    losses, text = prediction_losses_of(state.model, toxic)
+    losses, text = trainable_prediction_losses(state.model, toxic)
     with torch.no_grad():
-        before, _ = prediction_losses_of(state.original, toxic)
+        before, _ = trainable_prediction_losses(state.original, toxic)
     ratio = torch.zeros(len(toxic), device=losses.device).index_add(0, text, before - losses)  # log(π/π_original)
     beta = state.settings.npo_beta
     return 2 / beta * F.softplus(beta * ratio).mean() + state.settings.npo_retain * state.ordinary_loss(ordinary)

@@ -4,7 +4,7 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -17,8 +17,9 @@ from circuit_breaking.runs.checkpoints import NEWEST, PREVIOUS, Checkpoints
 from circuit_breaking.runs.run_folder import locked
 from circuit_breaking.runs.signals import Stopped, stop_signals
 from circuit_breaking.training.config import MaskConfig
-from circuit_breaking.training.edge_methods import METHODS, relaxing
 from circuit_breaking.training.mask_trainer import train_mask
+from circuit_breaking.training.methods import METHODS
+from circuit_breaking.training.methods.base import relax_phase_of
 
 LOW_START = {"anneal_start": 0.1, "measure_new_cuts": True}
 SETTINGS = MaskConfig(max_edges=6, **QUICK)  # 18 steps in three phases
@@ -44,10 +45,10 @@ def run(checkpoints=None, die_at=None, how=None, **changes):
     "changes", [{"method": "clamped"}, {"method": "clamped", **LOW_START}, {"method": "hard-concrete"}]
 )
 def test_masks_of_all_budgets_may_begin_with_one_relax_phase(tmp_path, changes):
-    phase = relaxing(replace(SETTINGS, **changes))
+    phase = asdict(relax_phase_of(replace(SETTINGS, **changes, constants_lr=0.05)))
     shared = Checkpoints(tmp_path / "shared", {"shared": True})
     torch.manual_seed(4)
-    _, first = run(shared, **changes, **phase, constants_lr=0.05)
+    _, first = run(shared, **phase)
     for budget in (1, 3, 9):
         torch.manual_seed(4)
         expected, rows = run(max_edges=budget, constants_lr=0.05, **changes)
@@ -59,7 +60,7 @@ def test_masks_of_all_budgets_may_begin_with_one_relax_phase(tmp_path, changes):
 
 def test_what_has_no_relax_phase_has_none_to_share():
     for changes in ({"method": "attribution"}, {"method": "given"}, {"relax_steps": 0}):
-        assert relaxing(replace(SETTINGS, **changes)) is None
+        assert relax_phase_of(replace(SETTINGS, **changes)) is None
 
 
 @pytest.mark.parametrize(

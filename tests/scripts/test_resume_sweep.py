@@ -117,7 +117,7 @@ def test_sharing_a_phase_changes_nothing(data, whole):  # noqa: F811
 def test_random_edges_are_all_cut_and_only_what_they_carry_is_learned(data, whole):  # noqa: F811
     _, rows, tensors, edges = whole["random_optimal_2_seed0"]
     assert len(edges) == 2 == len(whole["optimal_2"][3]) and {row["n_cut"] for row in rows} == {2}
-    assert [row["phase"] for row in rows] == ["given"] * STEPS + ["settle"] * SETTLE
+    assert [row["phase"] for row in rows] == ["given"] * STEPS + ["constants"] * SETTLE
     assert tensors[1]["means"] != whole["optimal_2"][2][1]["means"]
 
 

@@ -7,7 +7,8 @@ from helpers.models import small_gpt2, small_llama
 from circuit_breaking.engine.load import load_model
 from circuit_breaking.errors import UserError
 from circuit_breaking.tasks.losses import logit_difference
-from circuit_breaking.training.attribution import eap, eap_ig, edge_gradients
+from circuit_breaking.training.attribution import eap, eap_ig
+from circuit_breaking.training.mask_gradient import value_and_gradient
 
 
 def difference(model, seed=0):
@@ -72,7 +73,7 @@ def test_scores_are_means_over_batches():
     model = load_model(small_gpt2(), device="cpu")
     both = [difference(model, 0), difference(model, 1)]
     ones = torch.ones(len(model.graph))
-    expected = (edge_gradients(both[0], ones) + edge_gradients(both[1], ones)) / 2
+    expected = (value_and_gradient(both[0], ones)[1] + value_and_gradient(both[1], ones)[1]) / 2
     torch.testing.assert_close(eap(iter(both), model), expected)
     assert model.mask.weights.grad is None  # nothing is left behind
     with torch.no_grad():  # nor does it matter whether gradients are off outside

@@ -3,15 +3,16 @@
 import subprocess
 import sys
 from dataclasses import fields
-from typing import get_args
+from typing import get_args, get_type_hints
 
 import pytest
 
 from circuit_breaking.errors import UserError
 from circuit_breaking.training import config
 from circuit_breaking.training.config import MaskConfig, WeightMaskSettings, check_mask, check_weight_mask
-from circuit_breaking.training.edge_methods import METHODS
 from circuit_breaking.training.gates import METHODS as WEIGHT_METHODS
+from circuit_breaking.training.methods import GIVEN, METHODS, method_class
+from circuit_breaking.training.methods.base import MaskMethod
 
 
 def test_settings_load_without_torch():
@@ -21,7 +22,11 @@ def test_settings_load_without_torch():
 
 
 def test_methods_that_settings_name_are_those_there_are():
-    assert get_args(config.MaskMethod) == config.MASK_METHODS == tuple(METHODS)
+    assert (
+        get_args(get_type_hints(MaskConfig)["method"]) == tuple(METHODS) == ("clamped", "hard-concrete", "attribution")
+    )
+    for name in (*METHODS, GIVEN):
+        assert issubclass(method_class(name), MaskMethod)
     assert tuple(WEIGHT_METHODS) == config.WEIGHT_METHODS
 
 

@@ -11,8 +11,9 @@ from circuit_breaking.engine.mask import load_mask, save_mask
 from circuit_breaking.errors import UserError
 from circuit_breaking.training.attribution import eap, eap_ig
 from circuit_breaking.training.config import MaskConfig
-from circuit_breaking.training.edge_methods import METHODS, ClampedEdges
 from circuit_breaking.training.gates import HardConcrete, falling_count
+from circuit_breaking.training.methods import METHODS
+from circuit_breaking.training.methods.clamped import ClampedWeights
 
 FEW = {"n_layer": 2, "n_head": 2, "n_embd": 16}
 ALL = 26  # edges of that model
@@ -194,7 +195,7 @@ def test_a_cut_that_the_slope_misjudges_is_not_admitted():
             max_edges=12, anneal_start=start, measure_new_cuts=measured, relax_steps=0, anneal_steps=120,
             edge_penalty=0.0,
         )  # fmt: skip
-        method = ClampedEdges(model, settings, None, lambda size: objective, lambda loss: loss.backward())
+        method = ClampedWeights(model, settings, None, lambda size: objective, lambda loss: loss.backward())
         model.mask.weights.data[bad] = 0.6  # the first to come
         cut = [method.step(number)[2] for number in range(120)]
         assert max(cut[90:]) <= 12

@@ -13,9 +13,10 @@ from circuit_breaking.errors import UserError
 from circuit_breaking.evaluation.compared_models import share_of_changed_parameters
 from circuit_breaking.models.tokens import TokenBatch
 from circuit_breaking.tasks import TextTask
+from circuit_breaking.tasks.losses import trainable_prediction_losses
 from circuit_breaking.training.config import FinetuneSettings, LossSettings
 from circuit_breaking.training.finetune import describe, finetune
-from circuit_breaking.training.unlearning import METHODS, prediction_losses_of, start
+from circuit_breaking.training.unlearning import METHODS, start
 
 QUICK = {"steps": 12, "check_every": 3, "batch_size": 4, "lr": 3e-3, "warmup": 2}
 
@@ -52,7 +53,7 @@ def loss_of(method, hf, **settings):
 def test_predictions_are_those_that_count(family):
     hf, batch = family(), texts(3)
     batch = TokenBatch(batch.tokens, batch.lengths, torch.tensor([1, 2, 3] * 4))
-    losses, owner = prediction_losses_of(hf, batch)
+    losses, owner = trainable_prediction_losses(hf, batch)
     expected = [one[start - 1 :] for one, start in zip(loss_by_hand(hf, batch), batch.starts, strict=True)]
     torch.testing.assert_close(losses, torch.cat(expected))
     assert owner.tolist() == [i for i, one in enumerate(expected) for _ in one]
@@ -119,7 +120,7 @@ def test_the_best_checkpoint_is_left_and_is_the_best(method):
     losses = {}
     for name, one in (("toxic", task(1)), ("ordinary", task(2))):
         with torch.no_grad():
-            found = prediction_losses_of(hf, one.test)[0]
+            found = trainable_prediction_losses(hf, one.test)[0]
         losses[name] = float(found.clamp(max=math.log(50) if name == "toxic" else math.inf).mean())
         assert losses[name] == pytest.approx(result.best[name], rel=1e-5)
     assert result.best["score"] == pytest.approx(losses["ordinary"] - 0.2 * losses["toxic"], rel=1e-5)

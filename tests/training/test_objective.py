@@ -15,7 +15,7 @@ from circuit_breaking.engine.reference import NaiveEdgeMasked
 from circuit_breaking.errors import UserError
 from circuit_breaking.tasks import Task, TextTask
 from circuit_breaking.training.config import MaskConfig
-from circuit_breaking.training.edge_methods import METHODS
+from circuit_breaking.training.methods import METHODS
 from circuit_breaking.training.objective import StepObjective
 
 SETTINGS = {"alpha": 0.7, "keep_weight": 1.3, "break_cap": 3.9}

@@ -1,0 +1,38 @@
+"""What engine, stock model and ablated model have in common: the interface that tasks and losses use.
+
+Shapes: B texts, T positions, D width, V vocabulary, E edges.
+"""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class CausalModel(Protocol):
+    """A causal language model whose last hidden state and unembedding can be read separately."""
+
+    unembedding: Tensor  # [V, D]
+    unembedding_bias: Tensor | None  # [V]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        ...
+
+    def hidden(self, tokens: Tensor, at: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """Last hidden state, after the final norm: [B, T, D], or [B, D] / [B, k, D] with `at`."""
+        ...
+
+    def __call__(self, tokens: Tensor, at: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """Next-token logits.
+
+        Args:
+            tokens: int64 [B, T], padded on the right if at all.
+            at: positions whose logits are wanted, int64 [B] or [B, k]; all by default.
+            mask: mask weights [E], for models with an edge mask.
+
+        Returns:
+            [B, T, V], or [B, V] / [B, k, V] with `at`.
+        """
+        ...

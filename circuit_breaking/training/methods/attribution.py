@@ -1,0 +1,65 @@
+"""Edge attribution (EAP, or EAP-IG with `ig_steps`) of the objective, averaged over the batches of all steps.
+
+The edges are cut whose cut is predicted to lower the objective most. `training.attribution` defines the scores.
+
+Shapes: E edges, K points of integrated gradients.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from circuit_breaking.engine.mask import lowest_cut
+from circuit_breaking.engine.transformer import EdgeMaskedTransformer
+from circuit_breaking.training.attribution import line_points
+from circuit_breaking.training.config import MaskConfig
+from circuit_breaking.training.mask_gradient import MaskFunction, value_and_gradient
+from circuit_breaking.training.methods.base import MaskMethod, StepResult
+
+
+class Attribution(MaskMethod):
+    """After every step, the mask cuts the edges with the highest scores so far."""
+
+    def __init__(
+        self,
+        model: EdgeMaskedTransformer,
+        config: MaskConfig,
+        allowed: Tensor | None,
+        next_objective: Callable[[int], MaskFunction],
+        backward: Callable[[Tensor], None],
+    ) -> None:
+        super().__init__(model, config, allowed, next_objective, backward)
+        # (position, weight) on the line from all edges cut to all kept; a step takes the gradient at one of them
+        self.points = line_points(config.ig_steps) if config.ig_steps else [(1.0, 1.0)]
+        self.gradient_sums = torch.zeros(len(self.points), len(self.weights), device=self.weights.device)  # [K, E]
+        self.n_gradients = torch.zeros(len(self.points), dtype=torch.int64)  # [K]
+
+    def step(self, number: int) -> StepResult:
+        """Add the gradient at one point of the line, on a new batch."""
+        config, point = self.config, number % len(self.points)
+        line = torch.full_like(self.weights, self.points[point][0])
+        value, gradient = value_and_gradient(self.next_objective(config.batch_size), line)
+        self.gradient_sums[point] += gradient
+        self.n_gradients[point] += 1
+        # an edge's score is what keeping it adds to the objective, so cutting the edge gains the score
+        loss = config.min_gain - self.scores()
+        if self.allowed is not None:
+            loss = loss.masked_fill(~self.allowed, float("inf"))
+        with torch.no_grad():
+            self.weights.copy_(lowest_cut(loss, config.max_edges, threshold=0.0))
+        return StepResult("attribute", float(value), self.model.mask.n_cut())
+
+    def scores(self) -> Tensor:
+        """EAP or EAP-IG scores of all edges: [E]."""
+        weights = torch.tensor([weight for _, weight in self.points], dtype=torch.float64)
+        weights = weights / self.n_gradients.clamp(min=1)
+        return weights.to(self.gradient_sums) @ self.gradient_sums
+
+    def state(self) -> dict[str, Tensor]:
+        """The sums of gradients and their counts."""
+        return {"gradient_sums": self.gradient_sums, "n_gradients": self.n_gradients}
+
+    def restore(self, state: dict[str, Tensor], device: torch.device) -> None:
+        """Continue from what `state` returned."""
+        self.gradient_sums, self.n_gradients = state["gradient_sums"].to(device), state["n_gradients"]

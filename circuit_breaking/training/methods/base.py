@@ -1,0 +1,133 @@
+"""The interface of a mask method, and the two phases that methods with an optimizer share.
+
+A method runs `relax_steps + anneal_steps` steps. Each step sees one batch of each task and does one backward pass. The
+method leaves its answer in the model's mask: edges whose weight is below 0.5 will be cut, the lowest weights first.
+
+Shapes: E edges.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from circuit_breaking.engine.transformer import EdgeMaskedTransformer
+from circuit_breaking.runs.checkpoints import optimizer_state, part_of, restore_optimizer
+from circuit_breaking.training.config import MaskConfig
+from circuit_breaking.training.gates import falling_count
+from circuit_breaking.training.mask_gradient import MaskFunction
+from circuit_breaking.training.methods import method_class
+
+
+class StepResult(NamedTuple):
+    """What a step of training reports: its phase, the objective without its penalty, and the number of cut edges."""
+
+    phase: str
+    loss: float | None
+    n_cut: int
+
+
+class MaskMethod(ABC):
+    """A way to find edges.
+
+    Args:
+        model: the model whose mask is learned; all its weights are 1 at first.
+        config: the settings of training.
+        allowed: bool [E], the edges that may be cut; None if all may be.
+        next_objective: given a number of texts, draws the next batches of that size and returns the objective on them,
+            without its penalty, as a function of the mask.
+        backward: runs the backward pass of a loss, and updates ablation constants if they are learned.
+    """
+
+    def __init__(
+        self,
+        model: EdgeMaskedTransformer,
+        config: MaskConfig,
+        allowed: Tensor | None,
+        next_objective: Callable[[int], MaskFunction],
+        backward: Callable[[Tensor], None],
+    ) -> None:
+        self.model, self.config, self.allowed = model, config, allowed
+        self.next_objective, self.backward = next_objective, backward
+        self.weights = model.mask.weights
+
+    @abstractmethod
+    def step(self, number: int) -> StepResult:
+        """Run step `number`, from 0 to `relax_steps + anneal_steps - 1`."""
+
+    @abstractmethod
+    def state(self) -> dict[str, Tensor]:
+        """Everything that the next steps depend on, in addition to the model's mask, for a checkpoint."""
+
+    @abstractmethod
+    def restore(self, state: dict[str, Tensor], device: torch.device) -> None:
+        """Continue from what `state` returned."""
+
+
+class RelaxAndAnneal(MaskMethod):
+    """Gradient descent in two phases: relax, with a penalty for each cut edge, then anneal, down to the budget.
+
+    A subclass sets `parameter`, what is learned, before it calls this constructor.
+    """
+
+    parameter: Tensor
+
+    def __init__(
+        self,
+        model: EdgeMaskedTransformer,
+        config: MaskConfig,
+        allowed: Tensor | None,
+        next_objective: Callable[[int], MaskFunction],
+        backward: Callable[[Tensor], None],
+    ) -> None:
+        super().__init__(model, config, allowed, next_objective, backward)
+        self.first_count = 0  # target number of cut edges when annealing starts
+        self.optimizer = self.make_optimizer()
+
+    def step(self, number: int) -> StepResult:
+        """A step of the relax phase, with its part of the penalty, or of the anneal phase."""
+        config = self.config
+        if number < config.relax_steps:
+            ramp = min(1.0, number / max(1.0, config.ramp * config.relax_steps))
+            return StepResult("relax", *self.relax(number, config.edge_penalty * ramp))
+        return StepResult("anneal", *self.anneal(number - config.relax_steps))
+
+    @abstractmethod
+    def make_optimizer(self) -> torch.optim.Optimizer:
+        """Make an optimizer of `parameter`."""
+
+    @abstractmethod
+    def relax(self, number: int, penalty: float) -> tuple[float, int]:
+        """Run a step with a penalty for each cut edge. Returns the objective and the number of cut edges."""
+
+    @abstractmethod
+    def anneal(self, number: int) -> tuple[float, int]:
+        """Run a step towards the budget. Returns the objective and the number of cut edges."""
+
+    def target(self, number: int, n_cut: float) -> int:
+        """Largest number of edges to cut at step `number` of annealing; `n_cut` edges are cut when it starts."""
+        budget = self.config.max_edges
+        if number == 0:
+            self.first_count = max(1, round(n_cut), round(self.config.anneal_start * budget))
+        return falling_count(self.first_count, budget, number, self.config.anneal_steps)
+
+    def state(self) -> dict[str, Tensor]:
+        """The optimizer's state and the target at the start of annealing."""
+        kept = optimizer_state(self.optimizer, self.parameter)
+        first = torch.tensor(self.first_count)
+        return {"first_count": first, **{f"optimizer.{name}": value for name, value in kept.items()}}
+
+    def restore(self, state: dict[str, Tensor], device: torch.device) -> None:
+        """Continue from what `state` returned."""
+        self.first_count = int(state["first_count"])
+        restore_optimizer(self.optimizer, self.parameter, part_of(state, "optimizer"))
+
+
+def relax_phase_of(config: MaskConfig) -> MaskConfig | None:
+    """The same training cut down to its relax phase, which does not depend on the budget; None if there is none."""
+    if config.relax_steps == 0 or not issubclass(method_class(config.method), RelaxAndAnneal):
+        return None
+    return replace(config, max_edges=1, anneal_steps=0, refine_rounds=0, constants_steps=0)
