@@ -93,7 +93,7 @@ def make_tokens(settings: Any) -> torch.Tensor:
 
 
 def seconds(step: Step, tokens: torch.Tensor) -> float:
-    """What one step takes."""
+    """Duration of one step."""
     start = time.perf_counter()
     step(tokens)
     if tokens.is_cuda:
@@ -102,7 +102,7 @@ def seconds(step: Step, tokens: torch.Tensor) -> float:
 
 
 def times_of(steps: Mapping[str, Step], tokens: torch.Tensor, rounds: int) -> dict[str, list[float]]:
-    """Seconds of so many steps of each variant, which take turns, so that what else the machine does falls on all."""
+    """Seconds of `rounds` steps of each variant. The variants take turns, so that other load slows all of them."""
     warm = WARM_ON_GPU if tokens.is_cuda else 1
     times = [{name: seconds(step, tokens) for name, step in steps.items()} for _ in range(rounds + warm)]
     return {name: [row[name] for row in times[warm:]] for name in steps}
@@ -117,8 +117,8 @@ def resident_peak() -> int:
 
 
 def added_at_peak(step: Step, tokens: torch.Tensor) -> float:
-    """What one step adds to what there is, at its peak, GB. On a CPU to be called in a fresh process."""
-    if tokens.is_cuda:  # what is reserved, as that of a CUDA graph is not counted as allocated
+    """Peak memory of one step beyond what is in use before it, GB. On a CPU, call it in a fresh process."""
+    if tokens.is_cuda:  # reserved memory, because the memory of a CUDA graph does not count as allocated
         torch.cuda.empty_cache()
         base = torch.cuda.memory_reserved()
         torch.cuda.reset_peak_memory_stats()
@@ -145,7 +145,7 @@ def plain_step(hf: nn.Module, compiled: bool = False) -> Step:
 
 
 def engine_step(model: EdgeMaskedTransformer, mask: torch.Tensor, compiled: bool = False) -> Step:
-    """The engine, with a mask of its own; `compiled` by torch.compile, as far as it can."""
+    """The engine with a given mask; `compiled` by torch.compile as far as possible."""
     mask = mask.to(model.mask.weights).requires_grad_()
     forward = torch.compile(model.hidden) if compiled else model.hidden
 
@@ -158,21 +158,21 @@ def engine_step(model: EdgeMaskedTransformer, mask: torch.Tensor, compiled: bool
 
 
 def binary_mask(n_edges: int, cut: int) -> torch.Tensor:
-    """The kind of mask that can be saved: `cut` edges cut, all others whole."""
+    """A mask as it is saved: `cut` edges have weight 0, all others 1."""
     mask = torch.ones(n_edges)
     mask[torch.randperm(n_edges, generator=torch.Generator().manual_seed(0))[:cut]] = 0.0
     return mask
 
 
 def dense_mask(n_edges: int) -> torch.Tensor:
-    """The kind of mask that training begins with: every weight between 0 and 1."""
+    """A mask as training starts with: every weight is between 0 and 1."""
     return torch.empty(n_edges).uniform_(0.9, 0.999, generator=torch.Generator().manual_seed(0))
 
 
 def medians(
     hf: nn.Module, engine: EdgeMaskedTransformer, tokens: torch.Tensor, cut: int, rounds: int
 ) -> dict[str, float]:
-    """Seconds of a plain step, of one with a binary mask that cuts so many edges, and of one with any mask."""
+    """Median seconds of a plain step, of one with a binary mask that cuts `cut` edges, and of one with any mask."""
     steps = {
         "plain": plain_step(hf),
         "binary": engine_step(engine, binary_mask(len(engine.graph), cut)),

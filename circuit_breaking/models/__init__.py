@@ -1,6 +1,6 @@
 """Hugging Face models: loaded, checked and described.
 
-First file to read: `load`. What differs between families is said in `families`."""
+First files to read: `load`, and `families`, which describes what differs between model families."""
 
 from circuit_breaking import lazy_names
 

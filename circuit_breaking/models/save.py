@@ -1,6 +1,6 @@
 """Write a Hugging Face model and its tokenizer as a folder."""
 
-import tempfile
+import shutil
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -14,29 +14,30 @@ CONFIG = "config.json"
 def save_hf_folder(folder: Path | str, hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
     """Write a model as a folder that `from_pretrained` reads.
 
-    Everything is written to a temporary folder beside it first, so an error, such as a full disk, leaves a former model
-    whole. Then the files of the former model are replaced. Hidden files and subfolders in `folder` stay, as a run may
-    keep its checkpoints there.
+    Everything is written to a temporary folder beside `folder` first, so an error, such as a full disk, leaves a former
+    model whole. Then the files of the former model are replaced. Hidden files and subfolders in `folder` stay, as a run
+    may keep its checkpoints there.
 
     Raises:
         UserError: the folder cannot be written.
     """
     folder = Path(folder)
+    staged = folder.with_name(f".{folder.name}.saving")
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
-            staged = Path(temporary) / folder.name  # not the temporary folder, which only its owner can read
-            staged.mkdir()
-            hf.save_pretrained(staged)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(staged)
-            for path in staged.rglob("*"):
-                if path.is_file():
-                    path.chmod(staged.stat().st_mode & 0o666)  # safetensors writes files that only their owner can read
-            _install(staged, folder)
+        shutil.rmtree(staged, ignore_errors=True)  # a killed process may have left it
+        staged.mkdir(parents=True)
+        hf.save_pretrained(staged)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(staged)
+        for path in staged.rglob("*"):
+            if path.is_file():
+                path.chmod(staged.stat().st_mode & 0o666)  # safetensors writes files that only their owner can read
+        _install(staged, folder)
     except (OSError, SafetensorError) as error:  # safetensors wraps what the disk says
         why = getattr(error, "strerror", None) or one_line(error)
         raise UserError(f"cannot write {folder}: {why}. Choose another folder.") from error
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
 
 
 def _install(staged: Path, folder: Path) -> None:

@@ -195,13 +195,13 @@ def test_a_method_is_made_by_one_run_at_a_time(data, tmp_path):
 
 
 def test_a_signal_between_trainings_stops_the_next(data, tmp_path, monkeypatch):
-    plain = toxicity.save
+    plain = toxicity.save_hf_folder
 
-    def save(*words):
-        plain(*words)
+    def save(*args):
+        plain(*args)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(toxicity, "save", save)
+    monkeypatch.setattr(toxicity, "save_hf_folder", save)
     counted = []
     kill_at(monkeypatch, 0, die, counted)
     with pytest.raises(Stopped):

@@ -211,7 +211,12 @@ def check_supported(spec: ModelSpec, consumer: str, options: Collection[str], no
     """
     for option in _options(spec):
         if option not in options:
-            raise UserError(f"{consumer} does not support {option!r}, which this {spec.family} model has.")
+            raise UserError(
+                f"{consumer} does not support {option!r}, which this {spec.family} model has. Use another model."
+            )
     for norm in (spec.final_norm, *(norm for layer in spec.layers for norm in layer.norms)):
         if norm.kind not in norms:
-            raise UserError(f"{consumer} does not support norms of kind {norm.kind!r} ({', '.join(sorted(norms))}).")
+            known = " and ".join(sorted(norms))
+            raise UserError(
+                f"{consumer} does not support norms of kind {norm.kind!r}, only {known}. Use another model."
+            )
