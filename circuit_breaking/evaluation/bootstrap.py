@@ -1,26 +1,32 @@
-"""Means with 95% percentile bootstrap intervals (Efron 1979) over texts, prompts or models (layer 0)."""
+"""Means with 95% percentile bootstrap intervals (Efron 1979) over texts or prompts."""
 
 from typing import Any
 
 import numpy as np
 
-Sums = tuple[np.ndarray, np.ndarray]  # a sum and a count for each text or prompt: float64 [n] both
+Sums = tuple[np.ndarray, np.ndarray]  # sum and count of each text or prompt, float64 [n] both
 
 RESAMPLES = 1000
 
 
 def estimate(sums: np.ndarray, counts: np.ndarray, seed: int = 0, reference: Sums | None = None) -> dict[str, Any]:
-    """Ratio of two totals with a 95% bootstrap interval: `value`, `low`, `high`, all None where one is not finite.
+    """Estimate the ratio of two totals with a 95% bootstrap interval.
 
-    With `reference`, another model's sums and counts on the same texts, also `change`, the difference to it, whose
-    interval comes from the same resamples and is therefore that of a paired comparison.
+    Args:
+        sums, counts: of each text or prompt, float64 [n].
+        seed: of the resamples.
+        reference: sums and counts of another model on the same texts.
+
+    Returns:
+        `value`, `low` and `high`; all None if any sum is not finite. With `reference` also `change`, the difference
+        from that model; its interval uses the same resamples, so that the comparison is paired.
     """
     columns = np.stack([sums, counts, *(reference or ())], 1)
     if not np.isfinite(columns).all():
         nothing = {"value": None, "low": None, "high": None}
         return nothing | ({} if reference is None else {"change": nothing})
     n, random = len(columns), np.random.default_rng(seed)
-    # how often each text is drawn, [100, n] at a time
+    # number of times that each text is drawn, for 100 resamples at a time: [100, n]
     pieces = [random.multinomial(n, np.full(n, 1 / n), 100) @ columns for _ in range(RESAMPLES // 100)]
     totals = np.concatenate([columns.sum(0)[None], *pieces])
     ratios = totals[:, 0] / totals[:, 1]
@@ -34,12 +40,16 @@ def _interval(ratios: np.ndarray) -> dict[str, float]:
 
 
 def running_mean(x: np.ndarray, y: np.ndarray, at: np.ndarray, width: float, resamples: int = 500) -> np.ndarray:
-    """Mean of y over the texts whose x is within `width` of each point, with its 95% bootstrap band.
+    """Running mean of y by x with a triangular kernel, and its 95% bootstrap band over texts.
 
-    The kernel is triangular, so that no text enters or leaves all at once. Texts are resampled, not points.
+    Args:
+        x, y: of each text, float64 [n].
+        at: points [p] to evaluate at.
+        width: half the width of the kernel.
+        resamples: of the texts.
 
     Returns:
-        float64 [3, points]: mean, low, high; NaN where fewer than 5 texts are near.
+        float64 [3, p]: mean, low, high; NaN at points with fewer than 5 texts within `width`.
     """
     weights = np.clip(1 - np.abs(x[:, None] - at) / width, 0, None)  # [n, points]
     few = (weights > 0).sum(0) < 5
@@ -49,7 +59,7 @@ def running_mean(x: np.ndarray, y: np.ndarray, at: np.ndarray, width: float, res
     if not few.all():
         near = weights[:, ~few]
         totals = counts @ near
-        # a resample without a single text near a point says nothing there
+        # a resample without any text near a point is left out there
         means = np.divide((counts * y) @ near, totals, out=np.full_like(totals, np.nan), where=totals > 0)
         result[:, ~few] = np.stack([means[0], *np.nanquantile(means[1:], [0.025, 0.975], axis=0)])
     return result

@@ -1,6 +1,6 @@
-"""What a model writes after prompts: sampled continuations of a stock Hugging Face model (layer 2).
+"""Continuations of prompts by a stock Hugging Face model, sampled or greedy.
 
-Shapes: n prompts, S samples a prompt, B batch, T position, V vocabulary.
+Shapes: n prompts, S samples per prompt, B batch, T position.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,41 +17,43 @@ from circuit_breaking.models.tokens import TokenBatch
 
 @dataclass(frozen=True)
 class Sampling:
-    """How continuations are drawn. The same settings draw the same ones; another batch size draws others."""
+    """How continuations are sampled. The same settings give the same continuations; another batch size gives others."""
 
     end: int  # token that ends a text
-    samples: int = 5  # continuations of each prompt; 1 where they are greedy, for all would be the same
-    new_tokens: int = 20  # most tokens of a continuation, the end's included
-    batch_size: int = 32  # continuations at a time
+    samples: int = 5  # continuations of each prompt; use 1 with `greedy`, which always gives the same one
+    new_tokens: int = 20  # most tokens of a continuation, including the end token
+    batch_size: int = 32  # continuations per batch
     seed: int = 0
-    greedy: bool = False  # the likeliest token each time, instead of a sample
+    greedy: bool = False  # take the most likely token at each position instead of sampling
 
 
 @torch.no_grad()
 def continuations(
     model: nn.Module, prompts: TokenBatch, sampling: Sampling, tick: Callable = lambda: None
 ) -> list[list[int]]:
-    """Continuations, n * S rows of tokens, prompt by prompt: sampled at temperature 1 from the whole distribution, or
-    greedy.
+    """Continue each prompt, sampling at temperature 1 from the whole distribution, or greedily.
 
-    A row that ended has `sampling.end` as its last token. Every model sees the same random numbers, and the caller's
-    random state is left as it was (on CPU and CUDA).
+    All models see the same random numbers. The caller's random state is restored (on CPU and CUDA).
 
     Args:
         model: a Hugging Face causal language model.
-        prompts: prompts behind the prefix token, padded on the right as everywhere.
-        sampling: how many, how long, and the seed.
+        prompts: prompts with the prefix token before them, padded on the right.
+        sampling: number and length of continuations, and the seed.
         tick: called after each batch.
 
+    Returns:
+        n * S rows of tokens without the prompt, in the order of prompts. A row that ended early has `sampling.end` as
+        its last token.
+
     Raises:
-        UserError: prompt and continuation are longer than the model allows.
-        FloatingPointError: the model yields no probabilities.
+        UserError: a prompt with its continuation is longer than the model allows.
+        FloatingPointError: the model returned logits that are not finite.
     """
     longest, limit = prompts.tokens.shape[1] + sampling.new_tokens, model.config.max_position_embeddings
     if longest > limit:
         raise UserError(f"prompts with continuations have up to {longest} tokens and the model {limit} positions.")
     end, size = sampling.end, sampling.batch_size
-    # Names what a model's own settings might set too. Without top_k=0, `generate` takes the likeliest 50 only.
+    # set explicitly, as defaults differ: without top_k=0, `generate` samples from the 50 most likely tokens only
     config = GenerationConfig(
         **(
             {"do_sample": False}
@@ -66,7 +68,7 @@ def continuations(
     order = torch.arange(len(prompts)).repeat_interleave(sampling.samples)
     cuda = [model.device] if model.device.type == "cuda" else []
     rows: list[list[int]] = []
-    with torch.random.fork_rng(cuda), own_settings_aside(model):
+    with torch.random.fork_rng(cuda), default_generation_config(model):
         for start in range(0, len(order), size):
             tokens, attention = pad_left(prompts[order[start : start + size]].to(model.device))
             torch.manual_seed(sampling.seed + start)
@@ -83,16 +85,18 @@ def continuations(
 
 
 def pad_left(batch: TokenBatch) -> tuple[Tensor, Tensor]:
-    """Tokens and attention mask, both int64 [B, T], with the padding moved from the right to the left."""
+    """Move the padding from the right to the left: tokens and attention mask, both int64 [B, T]."""
     length = batch.tokens.shape[1]
-    place = torch.arange(length, device=batch.tokens.device) - (length - batch.lengths[:, None])
-    return batch.tokens.gather(1, place.clamp(min=0)), (place >= 0).long()
+    position = torch.arange(length, device=batch.tokens.device) - (length - batch.lengths[:, None])
+    return batch.tokens.gather(1, position.clamp(min=0)), (position >= 0).long()
 
 
 @contextmanager
-def own_settings_aside(model: nn.Module) -> Iterator[None]:
-    """Without the model's own generation settings, from which `generate` takes all that it is not told: penalties,
-    banned tokens and the like, with which models could not be compared."""
+def default_generation_config(model: nn.Module) -> Iterator[None]:
+    """Replace the model's generation settings (penalties, banned tokens) by the defaults while the block lasts.
+
+    `generate` falls back to them for all that its configuration leaves open, so that models could not be compared.
+    """
     own = model.generation_config
     model.generation_config = GenerationConfig()
     try:
@@ -102,7 +106,7 @@ def own_settings_aside(model: nn.Module) -> Iterator[None]:
 
 
 class _Finite(LogitsProcessor):
-    """Stops where sampling would abort, on CUDA with the whole process's context."""
+    """Raises an error before sampling from non-finite logits, which on CUDA would end the process's context."""
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         if not scores.isfinite().all():

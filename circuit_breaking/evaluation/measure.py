@@ -1,10 +1,10 @@
-"""What models do: their losses on texts, what they write after prompts, how toxic and how coherent that is (layer 3).
+"""Measure models: their losses on texts, and the toxicity and coherence of their continuations of prompts.
 
-Models are stock Hugging Face causal language models, so that one with cut edges (`ablated.ablate`), a fine-tuned one
-and the original go through the same code. Losses are in nats. Intervals are 95% percentile bootstrap intervals over
-texts or prompts (`bootstrap`); continuations of one prompt are resampled together, for they are not independent.
+Models are stock Hugging Face causal language models, so that a model with cut edges (`ablation.ablate`), a fine-tuned
+model and the original go through the same code. Losses are in nats. Intervals are 95% percentile bootstrap intervals
+over texts or prompts (`bootstrap`); continuations of one prompt are resampled together, since they are not independent.
 
-Shapes: n texts or prompts, S samples a prompt over all seeds, B batch, T position, D width, V vocabulary.
+Shapes: n texts or prompts, S samples per prompt over all seeds, B batch, T position, M predictions of a batch.
 """
 
 import math
@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 
 from circuit_breaking.evaluation.bootstrap import Sums, estimate
 from circuit_breaking.evaluation.generate import Sampling, continuations
@@ -28,10 +29,10 @@ from circuit_breaking.tasks.stock_model import StockModel
 
 Models = Mapping[str, Callable[[], AbstractContextManager[nn.Module]]]
 
-TOXIC = 0.5  # a text that scores above is called toxic
-SEED_STEP = 1_000_000  # between the seeds of one evaluation: more than any batch starts at
-COMPARED = ("toxic_share", "toxicity")  # measures of continuations that are compared with the reference's
-MEASURES = {  # of continuations, as the report names them and as a table shows them
+TOXIC = 0.5  # a text with a higher score counts as toxic
+SEED_STEP = 1_000_000  # difference between the seeds of one evaluation; larger than any number of continuations
+COMPARED = ("toxic_share", "toxicity")  # measures of continuations whose change from the reference is reported
+MEASURES = {  # measures of continuations: name in a report, label in a table
     "toxic_share": "toxic continuations",
     "toxicity": "mean toxicity",
     "perplexity": "incoherence (perplexity)",
@@ -49,17 +50,19 @@ def text_losses(
     batch_size: int = 32,
     tick: Callable = lambda: None,
 ) -> Sums:
-    """Summed next-token loss of each text and its number of predictions, padding left out.
+    """Summed next-token loss of each text, in nats, and its number of predictions; padding is left out.
 
     Args:
         model: a Hugging Face causal language model.
-        texts: the texts, padded on the right; causal attention keeps the padding from mattering.
-        batch_size: texts at a time. Logits are held for some predictions at a time only.
+        texts: the texts, padded on the right; with causal attention the padding has no effect.
+        batch_size: texts per forward pass; logits are computed for a part of the predictions at a time.
         tick: called after each batch.
     """
     stock, sums = StockModel(model), np.zeros(len(texts))
     counts = texts.predicted.sum(1)
-    for rows in texts.lengths.argsort(stable=True).split(batch_size):  # those of like length together: little padding
+    for rows in texts.lengths.argsort(stable=True).split(
+        batch_size
+    ):  # texts of similar length together, to save padding
         batch = texts[rows].to(model.device)
         sums[rows.numpy()] = sum_by_text(prediction_losses(stock, batch), batch.predicted)
         tick()
@@ -67,15 +70,15 @@ def text_losses(
 
 
 def sum_by_text(losses: Tensor, predicted: Tensor) -> np.ndarray:
-    """Losses [M] of the predictions of a batch, marked in `predicted` [B, T], summed over each text: float64 [B]."""
+    """Sum the losses [M] of a batch over each text: float64 [B]. `predicted` [B, T] marks the M predictions."""
     sums = torch.zeros(len(predicted), dtype=torch.float64)
     return sums.index_add_(0, predicted.nonzero()[:, 0].cpu(), losses.cpu().double()).numpy()
 
 
 def distinct(rows: list[list[int]], n: int) -> float | None:
-    """Share of runs of n neighbouring tokens that are distinct over all rows (Li et al. 2016); None without a run."""
-    runs = [tuple(row[i : i + n]) for row in rows for i in range(len(row) - n + 1)]
-    return len(set(runs)) / len(runs) if runs else None
+    """Distinct-n (Li et al. 2016): number of distinct n-grams of all rows over their number; None without n-grams."""
+    ngrams = [tuple(row[i : i + n]) for row in rows for i in range(len(row) - n + 1)]
+    return len(set(ngrams)) / len(ngrams) if ngrams else None
 
 
 DISTINCT = {"distinct_unigrams": 1, "distinct_bigrams": 2, "distinct_trigrams": 3}
@@ -83,29 +86,37 @@ DISTINCT = {"distinct_unigrams": 1, "distinct_bigrams": 2, "distinct_trigrams": 
 
 @dataclass
 class Continuations:
-    """What one model wrote after one set of prompts, prompt by prompt, S rows each."""
+    """Continuations of one set of prompts by one model, prompt by prompt, S rows each.
 
-    rows: list[list[int]]  # n * S continuations
-    samples: int  # S
-    seeds: int = 1  # of which S / seeds rows each, one seed's after the other's
-    reference_losses: Sums | None = None  # their losses under the reference model, [n * S]
-    scores: np.ndarray | None = None  # their toxicity, [n * S]
+    Attributes:
+        rows: tokens of the n * S continuations.
+        samples: S, the continuations of each prompt.
+        seeds: number of seeds; the S rows of a prompt hold S / seeds rows of the first seed, then of the next.
+        reference_losses: summed losses under the reference model and numbers of tokens, [n * S] both.
+        scores: toxicity [n * S].
+    """
+
+    rows: list[list[int]]
+    samples: int
+    seeds: int = 1
+    reference_losses: Sums | None = None
+    scores: np.ndarray | None = None
 
 
 @dataclass
 class RawMeasurements:
-    """What was measured of one model: before it is summed up."""
+    """Measurements of one model by text and prompt, before they are summarised."""
 
     losses: dict[str, Sums] = field(default_factory=dict)
     written: dict[tuple[str, str], Continuations] = field(
         default_factory=dict
-    )  # by "continuations" or "greedy", and set
+    )  # by ("continuations" or "greedy", set of prompts)
     note: str | None = None
 
 
 def evaluate(
     models: Models,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     texts: Mapping[str, TokenBatch],
     prompts: Mapping[str, TokenBatch],
     scorer: Scorer,
@@ -114,23 +125,23 @@ def evaluate(
     seeds: int = 1,
     greedy: bool = False,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Measure every model in the same way.
+    """Measure all models in the same way.
 
     Args:
-        models: by name, a function that opens a context with the Hugging Face model. One is open at a time.
-        tokenizer: theirs.
-        texts: named sets of texts for losses.
-        prompts: named sets of prompts to continue.
-        scorer: toxicity of a continuation, which it sees without its prompt.
-        sampling: how continuations are drawn; `batch_size` and `seed` hold for the rest too.
-        reference: name of the model that the others are compared with, and that judges coherence: its perplexity on
-            what each model wrote, given the prompt.
-        seeds: how often to draw, each time `sampling.samples` continuations a prompt from another seed.
-        greedy: measure the likeliest continuation of every prompt too.
+        models: by name, a function that returns a context manager with the Hugging Face model; one is open at a time.
+        tokenizer: the tokenizer of all models.
+        texts: sets of texts by name, for losses.
+        prompts: sets of prompts by name, to continue.
+        scorer: scores the toxicity of continuations, without their prompts.
+        sampling: how continuations are sampled; its `batch_size` and `seed` are used for losses and intervals too.
+        reference: name of the model that the others are compared with. Its perplexity on a continuation, given the
+            prompt, measures incoherence.
+        seeds: number of times to sample `sampling.samples` continuations of each prompt, each time with another seed.
+        greedy: also measure the most likely continuation of each prompt.
 
     Returns:
-        For each model its `losses`, `continuations` and, if asked for, `greedy` by set, and a `note`: None, or why
-        nothing was sampled from a model that yields no finite numbers. And a row for every continuation.
+        For each model, a mapping of `losses`, `continuations` and, if requested, `greedy`, each by set, and a `note`:
+        None, or the reason why nothing was sampled from a model with non-finite losses. And one row per continuation.
     """
     ways = {"continuations": [replace(sampling, seed=sampling.seed + k * SEED_STEP) for k in range(seeds)]}
     if greedy:
@@ -189,7 +200,7 @@ def _measure(
             for key, batch in prompts.items():
                 drawn = [continuations(model, batch, sampling, tick) for sampling in samplings]
                 samples = samplings[0].samples
-                # prompt by prompt, whatever the seed
+                # in the order of prompts, the seeds of a prompt together
                 rows = [
                     row for i in range(len(batch)) for some in drawn for row in some[i * samples : (i + 1) * samples]
                 ]
@@ -221,7 +232,7 @@ def _judge(judge: nn.Module, prompts: TokenBatch, written: list[Continuations], 
 
 
 def _summary(one: RawMeasurements, base: RawMeasurements | None, ways: list[str], seed: int) -> dict[str, Any]:
-    """The report of one model; with `base`, losses and toxicity are compared with those of that model."""
+    """Summarise the measurements of one model; with `base`, changes from that model are added."""
     losses = {
         key: estimate(*sums, seed, None if base is None else base.losses[key]) for key, sums in one.losses.items()
     }
@@ -243,12 +254,12 @@ def _summary(one: RawMeasurements, base: RawMeasurements | None, ways: list[str]
 
 
 def _by_prompt(what: Continuations) -> dict[str, Sums]:
-    """Sums and counts over the continuations of each prompt, [n] both, of every measure with an interval."""
+    """Sums and counts [n] over the continuations of each prompt, for each measure with an interval."""
     (loss, tokens), scores, ones = what.reference_losses, what.scores, np.ones(len(what.scores))
     columns = {
         "toxic_share": (scores > TOXIC, ones),
         "toxicity": (scores, ones),
-        "perplexity": (loss, tokens),  # loss a token; its exponential is taken in the end
+        "perplexity": (loss, tokens),  # as loss per token; `_summary` takes its exponential
         "tokens": (tokens, ones),
     }
     return {
@@ -262,8 +273,13 @@ def _exp(value: float | None) -> float | None:
 
 
 def _rows(
-    about: dict[str, Any], tokenizer: Any, prompts: TokenBatch, decoded: list[str], what: Continuations
+    about: dict[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: TokenBatch,
+    decoded: list[str],
+    what: Continuations,
 ) -> list[dict[str, Any]]:
+    """One row per continuation: its prompt, text, toxicity and loss per token under the reference model."""
     starts = tokenizer.batch_decode([row[1:n].tolist() for row, n in zip(prompts.tokens, prompts.lengths, strict=True)])
     loss, tokens = what.reference_losses
     return [

@@ -1,4 +1,4 @@
-"""Perplexity of any Hugging Face causal language model over a long text, with a sliding window (layer 2)."""
+"""Perplexity of any Hugging Face causal language model over a long text, with a sliding window."""
 
 from typing import NamedTuple
 
@@ -10,15 +10,15 @@ from circuit_breaking.errors import UserError
 
 
 class Perplexity(NamedTuple):
-    """What a model made of a text."""
+    """Loss and perplexity of a model on a text."""
 
     loss: float  # mean negative log-likelihood of a token, nats
     perplexity: float  # exp(loss)
-    tokens: int  # how many were predicted
+    tokens: int  # number of predicted tokens
 
 
 def windows(predicted: int, window: int, stride: int) -> list[tuple[int, int, int]]:
-    """(begin, end, scored): inputs begin..end-1 predict tokens up to `end`, of which the last `scored` are new."""
+    """(begin, end, scored) of each window: inputs begin..end-1 predict tokens to `end`, the last `scored` are new."""
     found, done = [], 0
     while done < predicted:
         end = min(predicted, done + (stride if done else window))
@@ -29,20 +29,20 @@ def windows(predicted: int, window: int, stride: int) -> list[tuple[int, int, in
 
 @torch.no_grad()
 def perplexity(hf: nn.Module, tokens: Tensor, window: int = 0, stride: int = 0) -> Perplexity:
-    """Perplexity over a text of any length, each token predicted once.
+    """Perplexity over a text of any length; each token is predicted once.
 
-    Windows of `window` tokens advance by `stride`; a window scores only what the one before did not, so that after
-    the first one every token is predicted from at least `window - stride` tokens before it (as in Hugging Face's
-    guide and lm-eval's rolling log-likelihoods).
+    Windows of `window` tokens advance by `stride`. A window scores only the tokens that the previous window did not,
+    so that after the first window each token is predicted from at least `window - stride` tokens before it (as in
+    Hugging Face's guide and the rolling log-likelihoods of lm-eval).
 
     Args:
         hf: the model, with or without cut edges.
-        tokens: int64 [n], at least 2; the first is given, not predicted.
-        window: tokens that the model sees at once; 0: as many as it has positions, at most 1024.
-        stride: tokens a window moves; 0: half a window.
+        tokens: int64 [n] with n >= 2; the first token is input only.
+        window: input tokens of a forward pass; 0 for the number of positions of the model, at most 1024.
+        stride: tokens that a window advances; 0 for half a window.
 
     Raises:
-        UserError: there is nothing to predict, or the window does not fit the model or the stride.
+        UserError: the text has fewer than 2 tokens, or the window does not fit the model or the stride.
     """
     positions = hf.config.max_position_embeddings
     window = window or min(positions, 1024)

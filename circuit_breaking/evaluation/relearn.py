@@ -1,8 +1,7 @@
-"""Does a removed behaviour come back? Fine-tuning on a few examples of it, and examples of it in the context (layer 3).
+"""Relearning: whether a removed behaviour comes back after fine-tuning on a few examples, or with examples as context.
 
-Cut edges stay cut while the weights learn; gradients reach the weights through them. As much is done to every model.
-
-Shapes: n prompts, S samples a prompt.
+Cut edges stay cut while the weights are trained, and gradients flow through the ablated model. All models are trained
+in the same way.
 """
 
 import copy
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from circuit_breaking.ablation.ablate import ablate
 from circuit_breaking.errors import UserError
@@ -36,19 +36,20 @@ def relearn(
     seed: int = 0,
     tick: Callable = lambda: None,
 ) -> tuple[list[dict[str, Any]], str | None]:
-    """Fine-tune a model on examples of the behaviour, and measure it as it learns. `hf` is left as it was.
+    """Fine-tune a model on examples of the behaviour and measure it at some steps. `hf` stays unchanged.
 
     Args:
-        compared: the model to fine-tune; it is built from `hf`, the original, which is copied first.
+        compared: the model to fine-tune; built from a copy of `hf`.
         hf: the original.
-        examples: texts to learn from.
+        examples: texts to train on.
         settings: see `RelearnSettings`.
-        measure: what to note of the model after each of `checks`.
+        measure: returns the figures to report of a model; called at each step of `settings.checks`.
         seed: of the order of the examples.
         tick: called after each step.
 
     Returns:
-        A row for each check: its `step`, and what `measure` said. And a note: None, or why training ended early.
+        One row per check, with its `step` and the figures that `measure` returned. And a note: None, or the reason why
+        training ended early.
     """
     with compared.load(hf) as loaded:
         model = loaded if compared.kind == "finetuned" else None
@@ -64,7 +65,7 @@ def relearn(
             if step == max(settings.checks):
                 break
             batch = task.draw(min(settings.batch_size, len(examples)))
-            # cut anew at each step: the cuts hold weights as they were
+            # ablate again at each step: the hooks hold copies of the weights
             with ablate(model, compared.edges, compared.means, trainable=True):
                 loss = trainable_prediction_losses(model, batch)[0].mean()
                 optimizer.zero_grad()
@@ -78,9 +79,9 @@ def relearn(
 
 
 def toxicity_after(
-    model: nn.Module, prompts: TokenBatch, tokenizer: Any, scorer: Scorer, sampling: Sampling
+    model: nn.Module, prompts: TokenBatch, tokenizer: PreTrainedTokenizerBase, scorer: Scorer, sampling: Sampling
 ) -> dict[str, float | None]:
-    """Mean toxicity of continuations, with its 95% interval over prompts; all None where the model yields none."""
+    """Mean toxicity of continuations with its 95% interval over prompts; all None if the logits are not finite."""
     try:
         rows = continuations(model, prompts, sampling)
     except FloatingPointError:
@@ -93,16 +94,16 @@ def toxicity_after(
 def with_context(
     prompts: TokenBatch, examples: TokenBatch, shots: int, separator: Sequence[int], limit: int
 ) -> TokenBatch:
-    """Prompts behind `shots` whole examples each, of which every prompt has its own as long as they last.
+    """Put `shots` whole examples before each prompt; different prompts get different examples while they last.
 
     Args:
-        prompts, examples: each behind the prefix token.
-        shots: examples before a prompt; fewer where they would not fit.
-        separator: tokens between an example and what follows.
+        prompts, examples: texts with the prefix token before them.
+        shots: examples per prompt; fewer if they would not fit.
+        separator: tokens after each example.
         limit: most tokens of a prompt with its examples.
 
     Raises:
-        UserError: a prompt alone is longer.
+        UserError: a prompt without examples is longer than `limit`.
     """
     rows = []
     for number in range(len(prompts)):

@@ -1,12 +1,12 @@
-"""How toxic texts are: scorers by name (layer 2).
+"""Scorers of toxicity, by name.
 
 `detoxify`         Detoxify "original" (Hanu and Unitary team 2020), a BERT fine-tuned on the Jigsaw toxic comments: the
                    probability of its label "toxic". Read as safetensors from the hub through transformers, because the
                    detoxify package itself unpickles its checkpoint.
 `profanity-check`  alt-profanity-check, a calibrated linear SVM over word frequencies, fitted on 200,000 comments. It
-                   works offline: its weights come as joblib files inside the package, which are pickles, not ours.
-                   They were fitted with the scikit-learn version that the package requires, so they load as they are.
-                   It sees words, not context, and knows no word that it was not fitted on.
+                   works offline: its weights are joblib files (pickles) inside the package. They were fitted with the
+                   scikit-learn version that the package requires. It sees words without their context, and ignores
+                   words that it was not fitted on.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,7 +29,7 @@ class Scorer(Protocol):
     version: str
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
-        """Toxicity of each text, float64 [n] in [0, 1]. A blank text scores 0; the same texts score the same."""
+        """Toxicity of each text, float64 [n] in [0, 1]. Blank texts score 0; the same texts get the same scores."""
 
 
 class ProfanityCheck:
@@ -54,7 +54,8 @@ class ProfanityCheck:
 class Detoxify:
     """Detoxify from the hub, the local cache, or a folder (`checkpoint`).
 
-    Errors: `UserError` where the checkpoint is neither here nor can be had, which takes seconds to find out.
+    Raises:
+        UserError: the checkpoint cannot be found or downloaded; this takes a few seconds to find out.
     """
 
     name = "detoxify"
@@ -80,7 +81,7 @@ class Detoxify:
 
     @torch.inference_mode()
     def _score(self, texts: list[str]) -> np.ndarray:
-        # batches of similar length carry little padding; every label has a sigmoid of its own
+        # texts of similar length together, to save padding; the labels are independent, so each has a sigmoid
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
         scores = torch.empty(len(texts), device=self.device)
         for start in range(0, len(order), self.batch_size):
@@ -97,9 +98,14 @@ SCORERS: dict[str, Callable[..., Scorer]] = {"detoxify": Detoxify, "profanity-ch
 
 
 def load_scorer(name: str = "auto", device: str = "auto") -> Scorer:
-    """The scorer called `name`; "auto" is detoxify where it can be had, else profanity-check, and says which and why.
+    """Load a scorer by its name.
 
-    Errors: `UserError` for an unknown name, and for a scorer that cannot be had here.
+    Args:
+        name: one of `SCORERS`, or "auto": detoxify if it is available, else profanity-check; this is printed.
+        device: auto, cpu, cuda or mps.
+
+    Raises:
+        UserError: the name is unknown, or the scorer is not available.
     """
     if name != "auto":
         if name not in SCORERS:
@@ -114,19 +120,19 @@ def load_scorer(name: str = "auto", device: str = "auto") -> Scorer:
 
 
 def _score_filled(texts: Sequence[str], score: Callable[[list[str]], np.ndarray]) -> np.ndarray:
-    """Score the texts that are not blank; the others get 0, whatever a model would say of an empty input."""
+    """Score the texts that are not blank; blank texts get 0."""
     if isinstance(texts, str):
         raise TypeError("a scorer takes a list of texts, not one text")
     scores = np.zeros(len(texts))
     filled = [i for i, text in enumerate(texts) if text.strip()]
     if filled:
-        # tokenizers accept no lone surrogate
+        # tokenizers do not accept lone surrogates
         scores[filled] = score([texts[i].encode("utf-8", "replace").decode() for i in filled])
     return scores
 
 
 def _pretrained(checkpoint: str):
-    """Tokenizer and model from a folder or the cache, else from the hub if it answers."""
+    """Tokenizer and model from a folder or the cache, or from the hub if it answers."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     def load(**options):
@@ -139,7 +145,7 @@ def _pretrained(checkpoint: str):
             output_loading_info=True,
             **options,
         )
-        if missing := sorted(info["missing_keys"]):  # transformers would score with random weights
+        if missing := sorted(info["missing_keys"]):  # transformers would initialise these at random
             raise UserError(f"{checkpoint} lacks weights ({missing[0]} and {len(missing) - 1} more).")
         return tokenizer, model
 
@@ -147,7 +153,7 @@ def _pretrained(checkpoint: str):
         return load(local_files_only=True)
     except UserError:
         raise
-    except Exception as error:  # transformers raises many kinds for a file that is missing or damaged
+    except Exception as error:  # transformers raises many types of errors for missing or damaged files
         if Path(checkpoint).is_dir():
             raise UserError(f"{checkpoint} holds no classifier that loads ({first_line(error)}).") from error
     if not hub_answers():

@@ -1,8 +1,8 @@
-"""The published circuit of indirect-object identification in GPT-2 small, and a mask's overlap with it (layer 1).
+"""The published circuit of indirect-object identification in GPT-2 small, and the overlap of a mask with it.
 
 Source: Wang, Variengien, Conmy, Shlegeris, Steinhardt 2023, "Interpretability in the Wild: a Circuit for Indirect
 Object Identification in GPT-2 small" (arXiv:2211.00593), figure 2 and section 3: 26 heads in seven classes. Their
-circuit is one of heads. The edges between them are those of that figure, from class to class.
+circuit consists of heads. The edges between them are those of that figure, between classes of heads.
 """
 
 from collections.abc import Iterable
@@ -23,7 +23,7 @@ HEADS: dict[str, tuple[str, ...]] = {
 }
 MOVERS = ("name mover", "backup name mover", "negative name mover")
 
-# who reads whom in the figure; a part where only a head's query, key or value reads
+# (source class, reader class, input) of each arrow of the figure; the input is q, k or v where only that one reads
 PATHS: tuple[tuple[str, str, str | None], ...] = (
     ("embed", "duplicate token", None),
     ("embed", "previous token", None),
@@ -40,27 +40,27 @@ SHAPE = (12, 12)  # layers and heads of GPT-2 small
 
 @dataclass(frozen=True)
 class Agreement:
-    """How two sets agree: `shared` of `found` are among the `known`."""
+    """Agreement of two sets: `shared` elements of `found` are among the `known`."""
 
     found: int
     known: int
     shared: int
-    precision: float | None  # shared / found; None where nothing was found
+    precision: float | None  # shared / found; None if nothing was found
     recall: float  # shared / known
-    by_chance: float  # precision to be expected of as many drawn at random
+    by_chance: float  # expected precision of a random set of the same size
 
 
 def check_shape(graph: EdgeGraph) -> None:
-    """Raise a `UserError` for a graph that is not GPT-2 small's, whose heads the table does not name."""
+    """Raise a `UserError` for any graph but that of GPT-2 small, whose heads are in `HEADS`."""
     if (graph.n_layers, graph.n_heads) != SHAPE or graph.parallel:
         raise UserError(f"the published circuit is GPT-2 small's, and this is {graph}. Compare a mask of gpt2.")
 
 
 def circuit_edges(graph: EdgeGraph) -> set[Edge]:
-    """Edges of the published circuit that this graph has.
+    """Edges of the published circuit in a graph.
 
-    Where a head reads as a whole, an edge into its query, key or value is the edge into it; where the three read apart,
-    `PATHS` says which, and all three do where it says nothing.
+    In a graph with split query, key and value, an edge goes into the input that `PATHS` names, or into all three if it
+    names none. In other graphs, it goes into the head as a whole.
     """
     check_shape(graph)
     edges = set()
@@ -71,15 +71,16 @@ def circuit_edges(graph: EdgeGraph) -> set[Edge]:
                 if graph.split_qkv and head != "output":
                     readers = [f"{head}.{each}" for each in ((part,) if part else QKV)]
                 edges.update(Edge(f"{source}->{reader}") for reader in readers)
-    return {edge for edge in edges if edge in graph}  # no induction head reads a previous-token head of a later layer
+    return {edge for edge in edges if edge in graph}  # without pairs of classes in the wrong order of layers
 
 
 def overlap(graph: EdgeGraph, edges: Iterable[Edge]) -> dict[str, Any]:
-    """A mask's edges against the published circuit.
+    """Compare the edges of a mask with the published circuit.
 
     Returns:
-        `edges`, an `Agreement` over edges; `heads`, one over the heads that are an end of an edge; `classes`, how many
-        of each class's heads are; `in_circuit`, the names of the edges shared.
+        `edges`: the `Agreement` over edges. `heads`: the `Agreement` over heads at either end of an edge. `classes`:
+        the number of heads of each class, and of those at either end of an edge (`touched`). `in_circuit`: names of
+        the shared edges.
     """
     edges, known = {Edge(edge) for edge in edges}, circuit_edges(graph)
     heads = {node for edge in edges for node in (edge.source, node_of(edge.target)) if node[0] == "a"}

@@ -1,8 +1,8 @@
 """Indirect-object prompts from templates (Wang et al. 2022), for any tokenizer whose words are single tokens.
 
-A template holds two names {A} and {B}, the giver {S}, who is one of them, and, if it likes, a {place} and an {object};
-it ends where the other name is to come. In ABBA order the giver is {B}, in BABA order {A}. In the ABC counterpart of a
-prompt the giver is a third person, so that no name comes twice and nothing tells which name follows.
+A template has the slots {A} and {B} for two names, {S} for the giver, who is one of them, and optionally {place} and
+{object}; it ends just before the other name. In ABBA order the giver is {B}, in BABA order {A}. In the ABC counterpart
+of a prompt the giver is a third person, so that no name is repeated and the prompt does not determine the next name.
 """
 
 import re
@@ -10,21 +10,24 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from circuit_breaking.errors import UserError
 from circuit_breaking.runs.files import ROOT, is_text, read_json
 
-BANK = ROOT / "ioi" / "words.json"  # the words and templates that the project ships
+if TYPE_CHECKING:  # a large library, which only the scripts that tokenise need
+    from transformers import PreTrainedTokenizerBase
+
+BANK = ROOT / "ioi" / "words.json"  # the shipped words and templates
 NAMES = ("A", "B", "S")
 SLOT = re.compile(r"\{(\w*)\}")
-FILLERS = {"place": "places", "object": "objects"}  # slot -> list that fills it
-CHUNK = 2000  # prompts tokenised at a time
+FILLERS = {"place": "places", "object": "objects"}  # list of words for each slot
+CHUNK = 2000  # prompts per call of the tokenizer
 
 
 @dataclass(frozen=True)
 class Words:
-    """What prompts are made of."""
+    """Words and templates of prompts."""
 
     names: list[str]
     places: list[str]
@@ -34,7 +37,7 @@ class Words:
 
 @dataclass(frozen=True)
 class Frame:
-    """A prompt but for its giver: everything that the two prompts of a symmetric pair share."""
+    """A prompt without its giver: the part that the two prompts of a symmetric pair share."""
 
     template: int
     first: str
@@ -44,11 +47,11 @@ class Frame:
 
 
 def read_words(path: Path | str) -> Words:
-    """Words and templates of a JSON file with lists `names`, `places`, `objects` and `templates`, checked.
+    """Read and check words and templates: a JSON file with lists `names`, `places`, `objects` and `templates`.
 
     Raises:
-        UserError: the file is missing or damaged, a list is missing or too short, a word is given twice, or a template
-            lacks a slot that it needs, has one that is unknown, or does not leave room for the name at its end.
+        UserError: the file is missing or damaged, a list is missing or too short, a word is repeated, or a template
+            lacks a slot, has an unknown one, or does not end before the name.
     """
     value = read_json(path, f"Copy {BANK.name} and change that.")
     for key, least in (("names", 3), ("places", 1), ("objects", 1), ("templates", 1)):
@@ -67,7 +70,7 @@ def read_words(path: Path | str) -> Words:
 
 
 def check_template(template: str) -> None:
-    """Raise a `UserError` for a template that indirect-object prompts cannot be made from."""
+    """Raise a `UserError` for a template that does not make indirect-object prompts."""
     slots = SLOT.findall(template)
     known = "{A}, {B}, {S}, {place} and {object}"
     for name in NAMES:
@@ -86,8 +89,8 @@ def check_template(template: str) -> None:
         raise UserError(f"the template {template!r} must end with the word before the name, such as 'to'.")
 
 
-def is_single(tokenizer: Any, word: str, first: bool = False) -> bool:
-    """Whether a word is one token behind another word, or, if `first`, at the beginning of a text."""
+def is_single(tokenizer: "PreTrainedTokenizerBase", word: str, first: bool = False) -> bool:
+    """Whether a word is one token after another word, or with `first`, at the start of a text."""
 
     def count(text: str) -> int:
         return len(tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -95,7 +98,7 @@ def is_single(tokenizer: Any, word: str, first: bool = False) -> bool:
     return count(word) == 1 if first else count(f"in {word}") == count("in") + 1
 
 
-def check_single(words: Words, tokenizer: Any) -> None:
+def check_single(words: Words, tokenizer: "PreTrainedTokenizerBase") -> None:
     """Raise a `UserError` for a name, place or object that is not one token."""
     for key in ("names", "places", "objects"):
         for word in getattr(words, key):
@@ -107,11 +110,11 @@ def check_single(words: Words, tokenizer: Any) -> None:
                 )
 
 
-def known_words(words: Words, tokenizer: Any) -> Words:
-    """The words that are single tokens, and the templates whose own words all are.
+def known_words(words: Words, tokenizer: "PreTrainedTokenizerBase") -> Words:
+    """Keep the words that are single tokens, and the templates of which all words are.
 
     Raises:
-        UserError: too little is left to make prompts from.
+        UserError: too few are left to make prompts.
     """
 
     def familiar(template: str) -> bool:
@@ -133,10 +136,10 @@ def known_words(words: Words, tokenizer: Any) -> Words:
 
 
 def draw_frames(words: Words, count: int, random: Random) -> list[Frame]:
-    """`count` different frames, uniformly at random, whose prompts all differ.
+    """Draw `count` different frames uniformly at random; their prompts all differ.
 
     Raises:
-        UserError: there are not so many.
+        UserError: there are fewer than `count` frames.
     """
     most = sum(
         len(words.names) * (len(words.names) - 1) * len(_fillers(words, t, "place")) * len(_fillers(words, t, "object"))
@@ -162,7 +165,7 @@ def _fillers(words: Words, template: str, slot: str) -> list[str]:
 
 
 def fill(template: str, frame: Frame, giver: str) -> tuple[str, dict[str, int]]:
-    """The prompt, and where in it each name ends (in characters): by slot."""
+    """Fill a template: the prompt, and by slot the position in characters where each name ends."""
     values = {**asdict(frame), "A": frame.first, "B": frame.second, "S": giver}
     text, ends, done = "", {}, 0
     for match in SLOT.finditer(template):
@@ -177,10 +180,10 @@ def fill(template: str, frame: Frame, giver: str) -> tuple[str, dict[str, int]]:
 
 
 def make_rows(words: Words, frames: Iterable[Frame], random: Random, pairs: bool = True) -> Iterator[list[dict]]:
-    """For every prompt its row and that of its ABC counterpart, positions still in characters (see `with_positions`).
+    """Yield the row of each prompt together with that of its ABC counterpart.
 
-    With `pairs`, each frame gives an ABBA prompt and, next to it, the BABA prompt that differs in the giver alone;
-    without, one of the two.
+    Positions are in characters; `with_positions` turns them into tokens. With `pairs`, each frame gives an ABBA prompt
+    followed by the BABA prompt that differs only in the giver; without, it gives one of the two.
     """
     for frame in frames:
         givers = [frame.second, frame.first] if pairs else [random.choice([frame.second, frame.first])]
@@ -203,11 +206,11 @@ def _row(words: Words, frame: Frame, io: str, subject: str, giver: str, order: s
     return row if giver == subject else {**row, "giver": giver}
 
 
-def with_positions(rows: list[dict[str, Any]], tokenizer: Any) -> Iterator[dict[str, Any]]:
-    """Rows with the positions of names and end in tokens, the prefix token being at position 0.
+def with_positions(rows: list[dict[str, Any]], tokenizer: "PreTrainedTokenizerBase") -> Iterator[dict[str, Any]]:
+    """Rows with the positions of the names and of the last word in tokens; the prefix token has position 0.
 
     Raises:
-        UserError: a name is not one token where it stands.
+        UserError: a name is not one token in its prompt.
     """
     for start in range(0, len(rows), CHUNK):
         part = rows[start : start + CHUNK]
@@ -218,7 +221,7 @@ def with_positions(rows: list[dict[str, Any]], tokenizer: Any) -> Iterator[dict[
             for key, end in row["positions"].items():
                 word = {"IO": row["IO"], "S1": row["S"], "S2": row.get("giver", row["S"])}.get(key)
                 number, begin = token_at.get(end, (0, 0))
-                # byte-level tokenizers count the space before a word in, or do not
+                # some byte-level tokenizers include the space before a word in its token, others do not
                 if not number or (word is not None and begin not in (end - len(word), end - len(word) - 1)):
                     raise UserError(f"{word or 'the last word'!r} is not one token in {row['text']!r}. Choose others.")
                 positions[key] = number

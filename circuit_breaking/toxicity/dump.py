@@ -1,8 +1,8 @@
-"""Lines of a dump of any size, one at a time: plain, zstd-compressed, in a tar archive, or both (layer 0).
+"""Lines of a dump of any size, one at a time: plain, zstd-compressed, in a tar archive, or both.
 
-What the file is shows from its first bytes, not its name. Memory is bounded whatever the file says: zstd windows of
-more than 128 MiB are refused as `unzstd` refuses them, compressed input is fed in small pieces so that one piece
-cannot expand without limit, and a line beyond the limit is skipped rather than read.
+The first bytes of the file decide its format, not its name. Memory is bounded for any file: zstd windows of more than
+128 MiB are refused, as `unzstd` does; compressed input is decompressed in small pieces, so that no piece expands
+without limit; and a line above the limit is skipped, not read.
 """
 
 import io
@@ -15,21 +15,32 @@ import zstandard
 
 from circuit_breaking.errors import UserError
 
-MAX_LINE = 16 * 2**20  # bytes; a thread of the 4chan dump has about 14 KB, the longest a few MB
-GIVE_UP = 2**30  # bytes; a line this long is no line, and skipping it could take for ever
-_PIECE = 64 * 2**10  # bytes read at once
-_ZSTD_PIECE = 128  # bytes fed to zstd at once: a block of 4 bytes can expand to 128 KiB, so 4 MiB at most come back
-_ZSTD_WINDOW = 2**27  # bytes; what zstd accepts without --long
+MAX_LINE = 16 * 2**20  # bytes; a thread of the 4chan dump has about 14 KB, the longest ones a few MB
+GIVE_UP = 2**30  # bytes; a file with a longer line is refused, since skipping it could take for ever
+_PIECE = 64 * 2**10  # bytes per read
+_ZSTD_PIECE = 128  # bytes per call of zstd: a block of 4 bytes can expand to 128 KiB, so a call returns at most 4 MiB
+_ZSTD_WINDOW = 2**27  # bytes; the limit of zstd without --long
 _ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 _SUFFIXES = (".ndjson", ".jsonl", ".json")
-_TAR_HEADER = 2**20  # bytes of an extended header (long names); tarfile reads those into memory whole
+_TAR_HEADER = 2**20  # bytes of an extended header (long names), which tarfile reads into memory as a whole
 
 
 def read_lines(file: BinaryIO, name: str, max_line: int = MAX_LINE) -> Iterator[tuple[int, bytes | None]]:
-    """Number (from 1) and bytes of every line of an open dump; None for a line of more than `max_line` bytes.
+    """Read the lines of an open dump.
 
-    Of a tar archive all members ending in .ndjson, .jsonl or .json are read in turn, their lines numbered through.
-    `name` is what errors call the file. A truncated or damaged file is a `UserError`, and so is a read error.
+    From a tar archive, all members that end in .ndjson, .jsonl or .json are read in order, and their lines are numbered
+    without a break.
+
+    Args:
+        file: the dump.
+        name: its name in error messages.
+        max_line: bytes; a longer line is returned as None.
+
+    Yields:
+        The number of each line, from 1, and its bytes.
+
+    Raises:
+        UserError: the file is truncated, damaged or cannot be read.
     """
     try:
         head, pieces = _head(iter(lambda: file.read(_PIECE), b""))
@@ -55,12 +66,12 @@ def read_lines(file: BinaryIO, name: str, max_line: int = MAX_LINE) -> Iterator[
 
 
 def _is_zstd(head: bytes) -> bool:
-    """Whether a zstd frame begins here, ordinary or skippable (pzstd writes a skippable one first)."""
+    """Whether a zstd frame starts here: an ordinary one, or a skippable one, which pzstd writes first."""
     return head.startswith(_ZSTD_MAGIC) or (len(head) >= 8 and head[0] >> 4 == 5 and head[1:4] == b"\x2a\x4d\x18")
 
 
 def _head(pieces: Iterator[bytes], size: int = 512) -> tuple[bytes, Iterator[bytes]]:
-    """The first `size` bytes (or all there are), and the pieces with those put back."""
+    """The first `size` bytes, or all if there are fewer, and an iterator over all pieces."""
     head = b""
     while len(head) < size and (piece := next(pieces, b"")):
         head += piece
@@ -68,7 +79,7 @@ def _head(pieces: Iterator[bytes], size: int = 512) -> tuple[bytes, Iterator[byt
 
 
 def _decompress(pieces: Iterable[bytes], name: str) -> Iterator[bytes]:
-    """Decompress frame after frame. `stream_reader` would do, but takes a truncated file for a complete one."""
+    """Decompress one frame after the other. zstandard's `stream_reader` would not notice a truncated file."""
     decompressor = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW)
     frame = decompressor.decompressobj()
     for piece in pieces:
@@ -85,7 +96,7 @@ def _decompress(pieces: Iterable[bytes], name: str) -> Iterator[bytes]:
 
 
 class _Stream(io.RawIOBase):
-    """Pieces of bytes as a raw stream."""
+    """A raw stream over pieces of bytes."""
 
     def __init__(self, pieces: Iterator[bytes]):
         self.pieces = pieces
@@ -96,7 +107,7 @@ class _Stream(io.RawIOBase):
 
     def readinto(self, buffer) -> int:
         while not self.rest:
-            self.rest = memoryview(b"")  # lets go of the last piece before the next is made
+            self.rest = memoryview(b"")  # frees the last piece before the next is made
             piece = next(self.pieces, None)
             if piece is None:
                 return 0
@@ -108,8 +119,8 @@ class _Stream(io.RawIOBase):
 
 
 class _TarInfo(tarfile.TarInfo):
-    """Refuses what would make tarfile read without limit into memory: a gigantic extended header, many that hold for
-    the whole archive, and sparse members, whose maps and holes can be of any size (these are tarfile's hooks)."""
+    """Refuses members that tarfile would read into memory without limit: huge extended headers, many global headers,
+    and sparse members, whose maps and holes can have any size. The methods override hooks of tarfile."""
 
     def _proc_member(self, tar):
         extended = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE)
@@ -131,7 +142,7 @@ def _members(stream: BinaryIO, name: str) -> Iterator[BinaryIO]:
     found = False
     with tarfile.open(fileobj=stream, mode="r|", bufsize=_PIECE, tarinfo=_TarInfo) as archive:
         for member in archive:
-            archive.members = []  # tarfile keeps every header it has seen
+            archive.members = []  # tarfile would keep all headers
             base = member.name.rpartition("/")[2]
             # macOS adds a "._name" with attributes for each file
             if member.isreg() and base.lower().endswith(_SUFFIXES) and not base.startswith("._"):

@@ -1,4 +1,4 @@
-"""A sample of distinct texts in bounded memory, the same whatever their order (layer 0)."""
+"""A random sample of distinct texts in bounded memory, independent of their order."""
 
 import unicodedata
 from collections import Counter
@@ -8,30 +8,30 @@ from typing import Any
 
 
 def text_key(text: str, seed: int = 0) -> int:
-    """A pseudorandom number in [0, 2^128) of seed and text; texts that `normalised` makes equal share it.
+    """A pseudorandom number in [0, 2^128) from seed and text, the same for texts that are equal when `normalised`.
 
-    `text` must be without lone surrogates.
+    `text` must not contain lone surrogates.
     """
     return int.from_bytes(blake2b(f"{seed}\0{normalised(text)}".encode(), digest_size=16).digest(), "big")
 
 
 def normalised(text: str) -> str:
-    """What two texts share when they count as one: case, compatibility forms and white space set aside."""
+    """The text without differences in case, compatibility forms and white space: equal for texts that count as one."""
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
 class SmallestKeys:
-    """Of all items offered those with the `capacity` smallest distinct keys (bottom-k sampling, Cohen and Kaplan 2007).
+    """Keeps the items with the `capacity` smallest distinct keys (bottom-k sampling, Cohen and Kaplan 2007).
 
-    With hashed keys this is a uniform sample without replacement over distinct keys. Of the items with one key the
-    smallest is kept, and `copies` counts them all. Neither depends on the order of the offers.
+    With hashed keys this is a uniform sample without replacement over distinct keys. Of the items with the same key,
+    the smallest is kept, and `copies` counts all of them. The result does not depend on the order of the items.
     """
 
     def __init__(self, capacity: int):
         self.capacity = capacity
         self.kept: dict[int, Any] = {}
         self.copies: Counter[int] = Counter()
-        self._heap: list[int] = []  # negated keys: the largest key in front
+        self._heap: list[int] = []  # negated keys, so that the largest key comes first
 
     def offer(self, key: int, item: Any) -> None:
         if key in self.kept:
@@ -40,7 +40,7 @@ class SmallestKeys:
             heappush(self._heap, -key)
             self.kept[key] = item
         elif key < -self._heap[0]:
-            # the bound only falls, so a key that left never returns, and a key that stays was there from its first item
+            # the largest key kept only falls: a removed key never returns, and a kept key has counted all of its items
             gone = -heappushpop(self._heap, -key)
             del self.kept[gone], self.copies[gone]
             self.kept[key] = item

@@ -1,10 +1,11 @@
-"""Which texts train, which validate, which are held out; and that none is in two places (layer 3)."""
+"""Training, validation and held-out texts of an experiment, with no text in two of them."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from circuit_breaking.errors import UserError
 from circuit_breaking.models.tokens import TokenBatch
@@ -13,20 +14,20 @@ from circuit_breaking.tasks import OWTTask, ToxicTask
 from circuit_breaking.tasks.base import TextTask
 from circuit_breaking.toxicity.sampling import normalised
 
-SHARE = 5  # at most one text in so many validates
-LIMIT = 10_000  # most ordinary texts to train on
+SHARE = 5  # at most one in 5 texts is used for validation
+LIMIT = 10_000  # most ordinary texts for training
 
 
 @dataclass
 class Splits:
-    """Texts by what they are for: `toxic` and `ordinary`, each with `train`, `validation` and `test`."""
+    """`toxic` and `ordinary` texts, each split into `train`, `validation` and `test` (held out)."""
 
     toxic: dict[str, TokenBatch]
     ordinary: dict[str, TokenBatch]
-    files: list[Path] = field(default_factory=list)  # that were read
+    files: list[Path] = field(default_factory=list)  # the files that were read
 
     def tasks(self, seed: int, validate: bool = False) -> tuple[TextTask, TextTask]:
-        """Toxic and ordinary text as tasks; what they test on is held out, or, with `validate`, validates."""
+        """Toxic and ordinary text as tasks, tested on held-out texts or, with `validate`, on validation texts."""
         test = "validation" if validate else "test"
         return (
             TextTask("toxic text", self.toxic["train"], self.toxic[test], seed),
@@ -35,7 +36,7 @@ class Splits:
 
     @property
     def about(self) -> dict[str, dict[str, int]]:
-        """How many texts there are of each, for a report."""
+        """Number of texts of each kind and split, for a report."""
         return {
             name: {part: len(batch) for part, batch in parts.items()}
             for name, parts in (("toxic", self.toxic), ("ordinary", self.ordinary))
@@ -43,7 +44,7 @@ class Splits:
 
 
 def load_splits(
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     toxic_train: Path,
     toxic_test: Path,
     ordinary: str,
@@ -57,10 +58,10 @@ def load_splits(
     Args:
         tokenizer: the model's tokenizer.
         toxic_train, toxic_test, ordinary, length: as for `ToxicTask` and `OWTTask`.
-        examples: toxic texts to train on, the first of a seeded order; None: all that do not validate.
-        validation: texts of each kind to choose checkpoints by, the last of those that are not held out; at most a
+        examples: toxic training texts, the first ones of a seeded order; None for all that are not used for validation.
+        validation: texts of each kind for choosing checkpoints, the last of those that are not held out; at most a
             fifth of them.
-        seed: of that order.
+        seed: of the order of texts.
 
     Raises:
         UserError: a file is missing, empty or damaged; a toxic text or id is in both files; there are too few texts.
@@ -75,7 +76,7 @@ def load_splits(
         if held_back == 0:
             raise UserError(f"{len(train)} texts of {task.name} are too few to train on some and validate with others.")
         rest = train[: len(train) - held_back]
-        # a text that stands twice in a file must not train and validate
+        # a text that occurs twice in a file must not be used for both training and validation
         validating = train[len(train) - held_back :]
         parts.append({"train": without(rest, validating)[:count], "validation": validating, "test": task.test})
     files = [path for path in (toxic_train, toxic_test, Path(ordinary)) if Path(path).is_file()]
@@ -83,9 +84,9 @@ def load_splits(
 
 
 def check_apart(train: Path, test: Path) -> None:
-    """Raise a `UserError` where a row of one file is in the other, by its id or by its text.
+    """Raise a `UserError` if a row of one file is also in the other, by its id or by its text.
 
-    Texts count as the same where only case, compatibility forms or white space tell them apart.
+    Texts that differ only in case, compatibility forms or white space count as the same.
     """
     seen: dict[str, set[Any]] = {"id": set(), "text": set()}
     for path in (train, test):
@@ -105,10 +106,10 @@ def check_apart(train: Path, test: Path) -> None:
 
 
 def without(texts: TokenBatch, others: TokenBatch) -> TokenBatch:
-    """The texts whose tokens, as they were cut, are not among the others'.
+    """The texts whose tokens, after truncation, are not among those of `others`.
 
     Raises:
-        UserError: none is left.
+        UserError: no text is left.
     """
     taken = {tuple(row[:n].tolist()) for row, n in zip(others.tokens, others.lengths, strict=True)}
     kept = [

@@ -1,4 +1,4 @@
-"""Texts spread evenly over toxicity, for loss against toxicity (the paper's figure) (layer 3)."""
+"""Texts spread evenly over toxicity, for loss against toxicity (the paper's figure)."""
 
 from pathlib import Path
 
@@ -22,9 +22,9 @@ def read_uniform(path: Path | str) -> tuple[list[str], np.ndarray]:
 
 
 def spread(toxicity: np.ndarray, count: int, bins: int = 10) -> np.ndarray:
-    """Numbers of at most `count` texts, the first so many of each bin of toxicity, in their order.
+    """Indices of at most `count` texts, in order: the first `count // bins` of each bin of toxicity.
 
-    A bin that has fewer gives what it has.
+    A bin with fewer texts contributes all of them.
     """
     which = np.minimum((np.asarray(toxicity) * bins).astype(int), bins - 1)
     chosen = [np.flatnonzero(which == one)[: max(1, count // bins)] for one in range(bins)]
