@@ -54,8 +54,8 @@ def undrawn():
     """Pictures take most of the time and are not looked at here."""
     with pytest.MonkeyPatch.context() as patch:
         for name in ("draw_graph", "draw_heat_map", "draw_next_tokens"):
-            patch.setattr(f"circuit_breaking.figures.edge_graph.{name}", lambda *words, **more: None)
-        patch.setattr("circuit_breaking.figures.training.draw_training", lambda *words, **more: None)
+            patch.setattr(f"circuit_breaking.ioi.setting.{name}", lambda *args, **kwargs: None)
+        patch.setattr("circuit_breaking.figures.training.draw_training", lambda *args, **kwargs: None)
         yield
 
 
