@@ -7,11 +7,10 @@ Weights are read from safetensors or GGUF; a model with only pickled weights is 
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from circuit_breaking.errors import UserError, one_line
 from circuit_breaking.models.gguf import check_gguf
@@ -38,7 +37,7 @@ def check_files(folder: Path, gguf: str | None = None) -> None:
             raise UserError(f"{path} holds no JSON object. {HINT}")
 
 
-def check_sizes(config: Any, folder: Path, gguf: str | None = None) -> None:
+def check_sizes(config: PreTrainedConfig, folder: Path, gguf: str | None = None) -> None:
     """Raise a `UserError` if a configuration describes more weights than the files of its folder can hold.
 
     For a name on the hub, which is no local folder, only the number of layers is checked.

@@ -5,8 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging
 
 from circuit_breaking.errors import UserError, one_line
@@ -44,13 +50,13 @@ def _locate(name: str | Path) -> tuple[str, dict[str, Any]]:
 
 def _from_pretrained(loader: Any, name: str | Path, what: str, look: bool = True, **keywords: Any) -> Any:
     """Call `loader.from_pretrained`. With `look`, check the files of a local folder first."""
-    place, more = _locate(name)
-    local = Path(place).exists()
+    location, extra = _locate(name)
+    local = Path(location).exists()
     try:
         if local and look:
-            check_files(Path(place), more.get("gguf_file"))
+            check_files(Path(location), extra.get("gguf_file"))
         # code that comes with a model is never run, and the user is never asked about it
-        return loader.from_pretrained(place, **more, **keywords, trust_remote_code=False)
+        return loader.from_pretrained(location, **extra, **keywords, trust_remote_code=False)
     except UserError:
         raise
     except ImportError as error:
@@ -59,14 +65,14 @@ def _from_pretrained(loader: Any, name: str | Path, what: str, look: bool = True
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         if local:
-            raise UserError(f"{what} {place} cannot be read ({one_line(error)}).") from error
+            raise UserError(f"{what} {location} cannot be read ({one_line(error)}).") from error
         raise UserError(
-            f"{what} {place!r} is neither a local folder nor available from the Hugging Face hub "
+            f"{what} {location!r} is neither a local folder nor available from the Hugging Face hub "
             f"({one_line(error)}). Check the name and the network, or give a folder."
         ) from error
 
 
-def load_hf_model(name: str | Path, device: str = "auto", dtype: str | torch.dtype = "float32") -> nn.Module:
+def load_hf_model(name: str | Path, device: str = "auto", dtype: str | torch.dtype = "float32") -> PreTrainedModel:
     """The stock Hugging Face causal language model of a name, folder, `.gguf` file or `"tiny"`, in eval mode.
 
     Weights are read from safetensors or GGUF, never from pickle.
@@ -76,9 +82,9 @@ def load_hf_model(name: str | Path, device: str = "auto", dtype: str | torch.dty
             configuration.
     """
     device, dtype = pick_device(device), pick_dtype(dtype)
-    place, more = _locate(name)
-    check_sizes(load_config(name), Path(place), more.get("gguf_file"))
-    keywords = {} if more else {"use_safetensors": True}
+    location, extra = _locate(name)
+    check_sizes(load_config(name), Path(location), extra.get("gguf_file"))
+    keywords = {} if extra else {"use_safetensors": True}
     before = logging.get_verbosity()
     logging.set_verbosity_error()  # its warnings become errors in `check_weights`
     try:
@@ -116,8 +122,8 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
     tokenizer = _from_pretrained(AutoTokenizer, name, "the tokenizer of")
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # as for a folder without one
         raise UserError(f"the model {name} comes without its tokenizer. Save that in its folder too.")
-    place, more = _locate(name)
-    if not more and (Path(place) / "config.json").is_file():
+    location, extra = _locate(name)
+    if not extra and (Path(location) / "config.json").is_file():
         size = getattr(load_config(name, look=False), "vocab_size", None)
         most = max(tokenizer.get_vocab().values())
         if type(size) is int and most >= size:
@@ -127,7 +133,7 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_config(name: str | Path, look: bool = True) -> Any:
+def load_config(name: str | Path, look: bool = True) -> PreTrainedConfig:
     """The Hugging Face configuration alone, without the weights; `look` as for `_from_pretrained`."""
     return _from_pretrained(AutoConfig, name, "the configuration of", look)
 

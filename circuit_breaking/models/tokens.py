@@ -5,7 +5,6 @@ Shapes: n texts, T tokens of the longest (at most the context length).
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,7 +61,7 @@ class TokenBatch:
 
 
 def encode(
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str],
     prefix: int,
     length: int,
