@@ -11,6 +11,7 @@ from circuit_breaking.engine.load import load_model
 from circuit_breaking.engine.reference import NaiveEdgeMasked
 from circuit_breaking.models.families import FAMILIES
 from circuit_breaking.runs.files import ROOT
+from circuit_breaking.training.methods import METHODS as MASK_METHODS
 from circuit_breaking.training.unlearning import METHODS as BASELINES
 
 PAGE = ROOT / "docs" / "extending.md"
@@ -32,7 +33,7 @@ def run(heading: str) -> dict:
 @pytest.fixture(autouse=True)
 def registries():
     """What an example registers is gone after its test."""
-    before = [(registry, dict(registry)) for registry in (FAMILIES, BASELINES)]
+    before = [(registry, dict(registry)) for registry in (FAMILIES, MASK_METHODS, BASELINES)]
     yield
     for registry, entries in before:
         registry.clear()
@@ -62,6 +63,13 @@ def test_task():
     losses = [names["task"].loss(names["model"], part) for part in parts]
     whole = names["task"].loss(names["model"], batch)
     torch.testing.assert_close(sum(w * loss for w, loss in zip(weights, losses, strict=True)), whole)
+
+
+def test_mask_method():
+    names = run("A mask method")
+    rows = names["result"].history
+    assert [row["n_cut"] for row in rows if row["phase"] == "greedy"] == list(range(1, 13))
+    assert 0 < len(names["result"].edges) <= 12 and len(rows) == 22
 
 
 def test_baseline():
