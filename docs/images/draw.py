@@ -9,23 +9,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from circuit_breaking.evaluation.result_files import read_evidence
 from circuit_breaking.figures.edge_graph import draw_graph
 from circuit_breaking.graph import EdgeGraph, graph_record
 from circuit_breaking.runs.cli import run_script
-from circuit_breaking.runs.files import DATA, read_json, write_json
+from circuit_breaking.runs.files import DATA, write_json
 
 SHIPPED = EdgeGraph(n_layers=4, n_heads=4)
 
 
 @dataclass
 class Settings:
-    evidence: Path = DATA / "toxicity" / "evidence" / "evidence.json"  # written by toxicity/edge_evidence.py
+    run: Path = DATA / "toxicity" / "evidence"  # run folder of toxicity/edge_evidence.py
     picture: Path = Path(__file__).resolve().parent / "edges.png"  # file to write
 
 
 def main(settings: Settings) -> None:
-    (mask,) = read_json(settings.evidence, "Make it with toxicity/edge_evidence.py.")["masks"].values()
-    effects = {row["edge"]: row["within"]["toxic"]["value"] for row in mask["edges"]}
+    (mask,) = read_evidence(settings.run)["masks"].values()
+    effects = {row["edge"]: row["restore_effect"]["toxic"]["value"] for row in mask["edges"]}
     with TemporaryDirectory() as folder:
         write_json(Path(folder) / "graph.json", graph_record(SHIPPED, effects))
         settings.picture.write_bytes(draw_graph(folder).read_bytes())
