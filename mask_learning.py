@@ -25,7 +25,8 @@ from torch import nn
 
 from circuit_breaking.ablation.weight_mask import WeightMask, mask_weights, save_weight_mask, shares
 from circuit_breaking.evaluation.generate import Sampling
-from circuit_breaking.evaluation.measure import TOXIC, evaluate
+from circuit_breaking.evaluation.measure import evaluate
+from circuit_breaking.evaluation.measurements import TOXIC
 from circuit_breaking.evaluation.scorers import load_scorer
 from circuit_breaking.evaluation.tables import table
 from circuit_breaking.figures.report import draw_report

@@ -19,7 +19,7 @@ from circuit_breaking.engine.ablation_values import load_means
 from circuit_breaking.engine.load import load_model
 from circuit_breaking.engine.mask import load_mask
 from circuit_breaking.errors import UserError
-from circuit_breaking.evaluation.measure import estimate
+from circuit_breaking.evaluation.bootstrap import estimate
 from circuit_breaking.figures.indirect_objects import draw_models
 from circuit_breaking.ioi.setting import MEASURES, prompt_measures, text_measures
 from circuit_breaking.ioi.settings import FOLDER, default_data

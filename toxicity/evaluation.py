@@ -74,7 +74,8 @@ from circuit_breaking.evaluation.compared_models import (
     read_mask,
 )
 from circuit_breaking.evaluation.generate import Sampling
-from circuit_breaking.evaluation.measure import TOXIC, evaluate, text_losses
+from circuit_breaking.evaluation.measure import evaluate, text_losses
+from circuit_breaking.evaluation.measurements import TOXIC
 from circuit_breaking.evaluation.result_files import REPORT, UNIFORM
 from circuit_breaking.evaluation.scorers import Scorer, load_scorer
 from circuit_breaking.evaluation.tables import overview, table

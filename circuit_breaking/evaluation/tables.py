@@ -5,7 +5,7 @@ from typing import Any
 
 from rich.table import Table
 
-from circuit_breaking.evaluation.measure import MEASURES
+from circuit_breaking.evaluation.measurements import MEASURES
 
 UNSHOWN = {"distinct_unigrams", "distinct_trigrams"}  # measures that only the report's files show
 

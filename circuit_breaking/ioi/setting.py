@@ -12,7 +12,8 @@ from circuit_breaking.engine.ablation_values import load_means
 from circuit_breaking.engine.load import load_model
 from circuit_breaking.engine.mask import save_mask
 from circuit_breaking.errors import UserError
-from circuit_breaking.evaluation.measure import Sums, sum_by_text
+from circuit_breaking.evaluation.bootstrap import Sums
+from circuit_breaking.evaluation.measure import sum_by_text
 from circuit_breaking.figures.edge_graph import draw_graph
 from circuit_breaking.figures.heat_map import draw_heat_map
 from circuit_breaking.figures.indirect_objects import draw_next_tokens

@@ -23,7 +23,8 @@ from circuit_breaking.errors import UserError
 from circuit_breaking.evaluation import measure as evaluation
 from circuit_breaking.evaluation.bootstrap import estimate
 from circuit_breaking.evaluation.generate import Sampling, continuations
-from circuit_breaking.evaluation.measure import Continuations, distinct, evaluate, text_losses
+from circuit_breaking.evaluation.measure import evaluate, text_losses
+from circuit_breaking.evaluation.measurements import Continuations, distinct
 from circuit_breaking.evaluation.tables import table
 from circuit_breaking.models.tokens import encode, pad_right
 from circuit_breaking.runs.files import write_jsonl, write_text
