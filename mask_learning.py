@@ -1,23 +1,59 @@
 """Learn which few weights to set to zero so that a model stops producing toxic text: a mask over weights, not edges.
 
-Reads   a model of any supported family; toxic texts (train and held out); ordinary text; prompts.
-Writes  data/mask_learning/<run>/: settings.json, metrics.jsonl (a row a step), weight_mask.safetensors (the numbers of
-        the masked units, nothing dense), report.json and report.png (what toxicity/evaluation.py measures of edge
-        masks, in the same form), and, if asked for, model/ (a stock Hugging Face model, masked weights zero); and
-        checkpoints, from which a run that was interrupted goes on when it is started again.
-Time    a minute for the shipped model on one core.
-
     python mask_learning.py --model tiny                       # 0.05% of the weights of the shipped model
     python mask_learning.py --model tiny --granularity neuron
 
-To break or keep something else, put other tasks into `load_tasks`. Nothing that a model writes is printed.
+Reads   a model of any supported family; toxic texts for training and held-out ones; ordinary text; prompts.
+Writes  data/mask_learning/<run>/: settings.json; metrics.jsonl, one row per step; weight_mask.safetensors, the numbers
+        of the masked units; report.json and report.png, what toxicity/evaluation.py measures of edge masks, in the same
+        form; model/, with --save-model, a Hugging Face model whose masked weights are zero. During training also
+        checkpoints, from which the same command continues an interrupted run.
+Time    a minute for the shipped model on one core.
+
+To break or keep something else, put other tasks into `load_tasks`. No text that a model writes is printed.
 """
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from circuit_breaking.evaluation.settings import MeasureSettings
+from circuit_breaking.runs.cli import read_settings, run_script
+from circuit_breaking.runs.config import check_counts, resolve_defaults
+from circuit_breaking.runs.files import DATA, write_json
+from circuit_breaking.runs.settings import ModelSettings, OutSettings, ResumeSettings
+from circuit_breaking.toxicity.settings import ToxicDataSettings, default_data, require_data
+from circuit_breaking.training.config import WeightMaskSettings, check_weight_mask
+
+
+@dataclass
+class Settings(WeightMaskSettings, MeasureSettings, ToxicDataSettings, ModelSettings, OutSettings, ResumeSettings):
+    MOST_USED: ClassVar = (
+        "model", "granularity", "max_masked", "method", "alpha", "examples", "scorer", "save_model", "run", "seed",
+        "device",
+    )  # fmt: skip
+
+    model: str = "gpt2-medium"  # a name on the Hugging Face hub, tiny (the shipped model), a folder or a .gguf file
+    granularity: Literal["weight", "neuron", "head"] = "weight"  # unit that is masked as a whole
+    method: Literal["clamped", "hard-concrete"] = "clamped"  # how weights in [0, 1] are learned
+    ordinary_prompts: Path | None = None  # JSON Lines; None: the shipped ones, or the first words of held-out texts
+    out: Path = DATA / "mask_learning"
+    examples: int = 100  # toxic texts to learn from; 0: all of the file
+    num_prompts: int = 100  # most prompts of each kind; 0: no continuations are sampled
+    eval_batch: int = 32  # texts or continuations per forward pass when measuring
+    save_model: bool = False  # also write the masked model as a Hugging Face folder
+
+    def check(self) -> None:
+        check_weight_mask(self)
+        check_counts(self, "num_texts", "samples", "prompt_tokens", "new_tokens", "eval_batch")
+        require_data(self)
+
+
+if __name__ == "__main__":
+    settings = read_settings(Settings)
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
 
 import torch
 from rich.console import Console
@@ -33,46 +69,12 @@ from circuit_breaking.figures.report import draw_report
 from circuit_breaking.models.load import files_of, load_hf_model, load_tokenizer
 from circuit_breaking.models.save import save_hf_folder
 from circuit_breaking.models.tokens import prefix_token
-from circuit_breaking.runs.cli import run_script
-from circuit_breaking.runs.config import check_counts, resolve_defaults
-from circuit_breaking.runs.files import DATA, write_json
 from circuit_breaking.runs.provenance import provenance
 from circuit_breaking.runs.run_folder import recorded
 from circuit_breaking.tasks import OWTTask, ToxicTask
 from circuit_breaking.tasks.owt import load_texts
 from circuit_breaking.toxicity.inputs import load_prompts
-from circuit_breaking.toxicity.settings import default_data
-from circuit_breaking.training.config import WeightMaskSettings
 from circuit_breaking.training.weight_trainer import train_weight_mask
-
-
-@dataclass
-class Settings(WeightMaskSettings):
-    model: str = "gpt2-medium"  # a hub name, "tiny" (shipped), a folder, or a folder holding a .gguf
-    toxic_train: Path | None = None  # toxic texts to learn from; None: shipped for tiny, else data/toxicity/posts
-    toxic_test: Path | None = None  # toxic texts held out; None: as above
-    ordinary: str | None = None  # "tiny", a text file, or a data set's hub name; None: tiny, else NeelNanda/pile-10k
-    ordinary_prompts: Path | None = None  # JSON Lines; None: the shipped ones, or beginnings of held-out texts
-    run: str = "run"  # name of the run folder, data/mask_learning/<run>
-    out: Path = DATA / "mask_learning"  # where run folders are
-
-    granularity: Literal["weight", "neuron", "head"] = "weight"  # what is masked as a whole
-    method: Literal["clamped", "hard-concrete"] = "clamped"  # how weights in [0, 1] are learned
-    length: int = 50  # tokens a text is cut to
-    examples: int = 100  # toxic texts to learn from; 0: all of the file
-    num_texts: int = 500  # most held-out texts of each kind whose loss is measured
-    num_prompts: int = 100  # most prompts of each kind; 0: nothing is sampled
-    samples: int = 5  # continuations of each prompt
-    prompt_tokens: int = 10  # how much of a text is its prompt, where no prompt is written out
-    new_tokens: int = 20  # most tokens of a continuation
-    scorer: str = "auto"  # detoxify, profanity-check, or auto: detoxify where it can be had
-    eval_batch: int = 32  # texts or continuations at a time when measuring
-    save_model: bool = False  # write the masked model as a Hugging Face folder too
-    seed: int = 0  # another seed, another order of texts
-    resume: bool = True  # go on from the run folder's checkpoint, if it is of the same settings, data and code
-    checkpoint_every: int = 50  # steps between checkpoints; 0: only at the end and when told to stop (SIGTERM, SIGUSR1)
-    device: str = "auto"  # auto, cpu, cuda, mps
-    dtype: str = "float32"  # float32 or bfloat16
 
 
 def load_tasks(settings: Settings, tokenizer) -> dict[str, ToxicTask | OWTTask]:
@@ -94,7 +96,7 @@ def masked(hf: nn.Module, mask: WeightMask) -> Iterator[nn.Module]:
 
 
 def main(settings: Settings) -> None:
-    check_counts(settings, "num_texts", "samples", "prompt_tokens", "new_tokens", "eval_batch")
+    settings.check()
     settings = resolve_defaults(settings, default_data(settings.model))
     torch.manual_seed(settings.seed)
     folder = settings.out / settings.run
@@ -153,4 +155,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, Settings)
+    run_script(main, settings)

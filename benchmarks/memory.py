@@ -1,19 +1,49 @@
-"""Memory that one mask-training step needs, for models of several sizes: computed, and measured where it fits.
+"""Memory that one mask-training step needs, for models of several sizes: computed, and measured if it fits.
 
-A step computes both its batches at a time (5 + 5 texts by default), with `micro_batch` so many texts.
+The number of texts in a size is that of both batches together, 5 + 5 by default; with `micro_batch`, that many texts.
 
-Computed from the shape alone: the weights; the engine's memory of node and reader rows; what autograd keeps of one
-layer, counted on a model of that one layer, times the layers (or once, with recomputation); and the largest of what
-exists for a moment. So that one knows before a job is queued whether it fits, and with which settings.
-Measured in a fresh process, on random weights, where the computed sum is below `limit_gb`.
-Writes data/benchmarks/memory.json. Minutes a size on two cores.
+Computed from the shape alone: the weights; the engine's memory of node outputs and reader inputs; what autograd keeps
+of one layer, counted on a model of that one layer, times the number of layers (once, with gradient checkpointing); and
+the largest temporary tensor. So one knows before a job is queued whether it fits, and with which settings. Measured in
+a new process, on random weights, if the computed sum is below `limit_gb`.
+
+Reads   nothing.
+Writes  data/benchmarks/memory.json.
+Time    minutes per size on two cores.
 """
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import ClassVar
+
+from circuit_breaking.runs.cli import read_settings, run_script
+from circuit_breaking.runs.files import DATA, write_json
+from circuit_breaking.runs.settings import DeviceSettings
+
+
+@dataclass
+class Settings(DeviceSettings):
+    MOST_USED: ClassVar = (
+        "shapes", "dtypes", "sizes", "gradient_checkpointing", "split_qkv", "limit_gb", "threads", "device", "out",
+    )  # fmt: skip
+
+    shapes: tuple[str, ...] = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # shapes of models, see steps.SHAPES
+    dtypes: tuple[str, ...] = ("float32", "bfloat16")  # types of weights and activations
+    sizes: tuple[str, ...] = ("10 x 50", "32 x 64")  # texts x tokens that are computed at a time
+    gradient_checkpointing: tuple[bool, ...] = (False, True)  # without or with recomputing parts of each layer
+    split_qkv: bool = False  # a mask for each head's query, key and value
+    limit_gb: float = 12.0  # largest computed sum of weights and step that is measured; 0: nothing is measured
+    threads: int = 2  # CPU threads
+    device: str = "cpu"  # where it is measured: cpu or cuda
+    out: Path = DATA / "benchmarks" / "memory.json"  # file to write
+
+
+if __name__ == "__main__":
+    settings = read_settings(Settings)
 
 import copy
 import multiprocessing
 import re
-from dataclasses import dataclass, replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -27,25 +57,10 @@ from circuit_breaking.engine.load import load_model
 from circuit_breaking.engine.network import layer_groups
 from circuit_breaking.errors import UserError
 from circuit_breaking.graph import EdgeGraph
-from circuit_breaking.runs.cli import run_script
 from circuit_breaking.runs.devices import pick_dtype
-from circuit_breaking.runs.files import DATA, write_json
 from circuit_breaking.tasks.losses import PREDICTIONS_AT_ONCE, WORDS_AT_ONCE
 
 SIZE = re.compile(r"([1-9]\d*) x ([1-9]\d*)")  # texts x tokens
-
-
-@dataclass
-class Settings:
-    shapes: tuple[str, ...] = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # of steps.SHAPES
-    dtypes: tuple[str, ...] = ("float32", "bfloat16")  # of weights and activations
-    sizes: tuple[str, ...] = ("10 x 50", "32 x 64")  # texts x tokens that are computed at a time
-    gradient_checkpointing: tuple[bool, ...] = (False, True)  # compute parts of each layer again in the backward
-    split_qkv: bool = False  # masks for query, key and value apart
-    limit_gb: float = 12.0  # most that is tried out, of weights and step together; 0: nothing is measured
-    threads: int = 2  # CPU threads
-    device: str = "cpu"  # where it is measured: cpu or cuda
-    out: Path = DATA / "benchmarks" / "memory.json"  # file to write
 
 
 def size_of(module: nn.Module, item: int) -> int:
@@ -157,4 +172,4 @@ def table_of(rows: list[dict]) -> Table:
 
 
 if __name__ == "__main__":
-    run_script(main, Settings)
+    run_script(main, settings)

@@ -1,16 +1,42 @@
 """Time and memory of one mask-training step: the engine, plain Hugging Face, and the naive formulation.
 
-A step is a forward over the batch and a backward from its next-token loss: to the mask for the edge-masked models, to
-the embeddings for the plain one. The variants take turns, so that whatever else the machine does falls on all alike;
-the ratio is of medians. Peak memory is what one step adds to its loaded model, on a CPU in a fresh process.
-Random weights of the named shape; reads and writes nothing. About two minutes on two cores, less on a GPU, where a
-step takes so little that `--rounds 30` costs nothing.
+A step is a forward pass over the batch and a backward pass from its next-token loss: to the mask for the edge-masked
+models, to the embeddings for the plain one. The variants take turns, so that other work on the machine slows all of
+them alike; the ratio is of medians. Peak memory is what one step adds to its loaded model, on a CPU in a new process.
+
+Reads   nothing: the model has random weights of the named shape.
+Writes  nothing: prints a table.
+Time    about two minutes on two cores; less on a GPU, where --rounds 30 costs nothing.
 """
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from step_settings import StepSettings
+
+from circuit_breaking.runs.cli import read_settings, run_script
+
+
+@dataclass
+class Settings(StepSettings):
+    MOST_USED: ClassVar = (
+        "shape", "batch", "length", "rounds", "split_qkv", "naive", "cut", "threads", "device", "dtype",
+    )  # fmt: skip
+
+    shape: str = "gpt2"  # shape of the model: gpt2, gpt2-medium, pythia-160m, smollm2-135m, ..., see steps.SHAPES
+    split_qkv: bool = False  # a mask for each head's query, key and value
+    gradient_checkpointing: bool = False  # recompute parts of each layer in the engine's backward pass: less memory
+    compile: bool = False  # use torch.compile for the plain model and the engine; compiling is not timed
+    naive: bool = True  # also time the naive formulation, which is slow and takes a lot of memory
+    tf32: bool = False  # let CUDA multiply float32 matrices in TF32, in all variants
+
+
+if __name__ == "__main__":
+    settings = read_settings(Settings)
 
 import multiprocessing
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -32,27 +58,7 @@ from steps import (
 from circuit_breaking.engine.load import load_model
 from circuit_breaking.engine.reference import NaiveEdgeMasked
 from circuit_breaking.errors import UserError
-from circuit_breaking.runs.cli import run_script
 from circuit_breaking.runs.devices import pick_device
-
-
-@dataclass
-class Settings:
-    shape: str = "gpt2"  # one of steps.SHAPES: gpt2, gpt2-medium, pythia-160m, smollm2-135m, ...
-    batch: int = 10  # texts a step
-    length: int = 50  # tokens a text
-    rounds: int = 5  # steps of each variant; the median counts
-    split_qkv: bool = False  # masks for query, key and value apart
-    gradient_checkpointing: bool = (
-        False  # the engine computes parts of each layer again in the backward, to save memory
-    )
-    compile: bool = False  # torch.compile, of the plain model and of the engine; compiling itself is not timed
-    cut: int = 50  # edges that the binary mask cuts
-    naive: bool = True  # time the naive formulation too (slow, and a lot of memory)
-    threads: int = 2  # CPU threads
-    device: str = "auto"  # auto, cpu, cuda or mps
-    dtype: str = "float32"  # float32 or bfloat16
-    tf32: bool = False  # let CUDA multiply float32 matrices in TF32, in all variants
 
 
 def naive_step(settings: Settings) -> Callable[[torch.Tensor], None]:
@@ -105,6 +111,7 @@ def peak_memories(settings: Settings, names: list[str]) -> dict[str, float]:
 
 
 def main(settings: Settings) -> None:
+    settings.check()
     if settings.shape not in SHAPES:
         raise UserError(f"shape {settings.shape!r} is not one of {', '.join(SHAPES)}.")
     torch.set_num_threads(settings.threads)
@@ -130,4 +137,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, Settings)
+    run_script(main, settings)

@@ -1,81 +1,76 @@
-"""Other questions to a mask than breaking: necessary and sufficient edges, other ways to break, covering a circuit.
+"""Masks for other questions than how to break: necessary and sufficient edges, other ways to break, a whole circuit.
 
-necessary   edges whose cutting breaks the behaviour most, whatever becomes of ordinary text (no keep term)
-sufficient  as few edges as possible that show the behaviour by themselves (the signs flipped: keep it, cut the rest)
-outside     breaking by edges outside a known circuit, which stays whole (`frozen`)
-covering    masks that break, one after another, each without the edges of those before, until no more breaks or there
-            are enough; their union covers the circuit
+    necessary    edges whose cutting breaks the behaviour most; ordinary text does not count (no keep term)
+    sufficient   as few edges as possible that show the behaviour by themselves: keep it and cut the rest
+    outside      edges outside a known circuit (`frozen`), which stays whole, that break the behaviour
+    covering     masks that break, one after another, each without the edges of those before, until none breaks or there
+                 are enough; their union covers the circuit
 
-Reads   a model; prompts (make_ioi_datasets.py); ordinary text; means (compute_means.py), where a cut edge carries any;
-        for `outside`, edges.json of a run, or the published circuit of GPT-2 small.
-Writes  data/ioi/<run>/: what train_mask.py writes, for `sufficient` stages.json and stages.png in place of training's;
-        for `covering` that of each mask in mask1/, mask2/, ... and of their union in the folder itself, covering.json;
-        and checkpoints, from which a mask that was interrupted goes on when the script is started again (`sufficient`
-        trains nothing and starts anew).
-Time    half a minute a mask for the shipped model on one core.
+Reads   a model; prompts (make_ioi_datasets.py); ordinary text; ablation values (compute_means.py), if --means names a
+        file; for `outside`, edges.json of a run, or the published circuit of GPT-2 small.
+Writes  data/ioi/<run>/: what train_mask.py writes; for `sufficient` stages.json and stages.png in place of the log of
+        training; for `covering` the files of each mask in mask1/, mask2/, ..., those of their union in the folder
+        itself, and covering.json. During training also checkpoints, from which the same command continues an
+        interrupted mask (`sufficient` trains nothing and starts again).
+Time    half a minute per mask for the shipped model on one core.
 """
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
+
+from circuit_breaking.errors import UserError
+from circuit_breaking.ioi.settings import IOIMaskSettings
+from circuit_breaking.runs.cli import read_settings, run_script
+from circuit_breaking.runs.config import check_counts
+from circuit_breaking.runs.settings import ResumeSettings
+
+
+@dataclass
+class Settings(IOIMaskSettings, ResumeSettings):
+    MOST_USED: ClassVar = (
+        "kind", "model", "prompts", "max_edges", "means", "frozen", "masks", "faithful", "run", "seed", "device",
+    )  # fmt: skip
+
+    kind: Literal["necessary", "sufficient", "outside", "covering"] = "necessary"  # the question, see above
+    run: str | None = None  # name of the run folder, in the folder out; None: the kind
+    frozen: str = "run"  # outside: edges that stay, from a run, a file such as edges.json, or published (GPT-2 small)
+    masks: int = 4  # covering: most masks
+    broken: float = 0.5  # covering: largest share of the logit difference that a mask that breaks may leave
+    faithful: float = 0.9  # sufficient: share of the logit difference that must stay
+    shrink: float = 0.8  # sufficient: edges kept after a stage of pruning, as a share of those before it
+    prune_rounds: int = 20  # sufficient: rounds of a stage, each with one gradient
+    prune_batch_size: int = 20  # sufficient: prompts of a round
+    num_measured: int = 100  # sufficient: training prompts on which the share that stays is measured
+    max_edges: int = 10  # most edges that a mask may cut: a promise; not used for sufficient
+
+    def check(self) -> None:
+        super().check()
+        check_counts(self, "masks", "num_measured")
+
+
+if __name__ == "__main__":
+    settings = read_settings(Settings)
 
 import torch
 from torch import Tensor
 
-from circuit_breaking.errors import UserError
 from circuit_breaking.figures.indirect_objects import draw_stages
 from circuit_breaking.graph import EdgeGraph
 from circuit_breaking.ioi.known_circuits import circuit_edges
 from circuit_breaking.ioi.setting import Setting, draw_run, open_setting, write_run
-from circuit_breaking.ioi.settings import FOLDER
-from circuit_breaking.runs.cli import run_script
-from circuit_breaking.runs.config import check_counts
 from circuit_breaking.runs.files import read_json, write_json
 from circuit_breaking.runs.signals import stop_signals
 from circuit_breaking.tasks import IOITask
-from circuit_breaking.training.config import MaskConfig, PruneSettings
+from circuit_breaking.training.config import PruneSettings
 from circuit_breaking.training.prune import prune, smallest
 from circuit_breaking.training.run import train_into
 
 PUBLISHED = "published"  # value of `frozen`: the circuit of GPT-2 small in circuit_breaking/known_circuits.py
 
 
-@dataclass
-class Settings(MaskConfig):
-    kind: Literal["necessary", "sufficient", "outside", "covering"] = "necessary"  # see above
-    model: str = "tiny"  # "tiny" (shipped), a hub name such as gpt2, a folder, or a folder holding a .gguf
-    prompts: Literal["one", "two", "all"] = "all"  # set of prompts that make_ioi_datasets.py wrote for this model
-    train: Path | None = None  # training prompts; None: those of the set
-    test: Path | None = None  # held-out prompts; None: those of the set
-    ordinary: str | None = None  # "tiny", a text file, or a data set's hub name; None: "tiny" or NeelNanda/pile-10k
-    means: Path | None = None  # what cut edges carry, from compute_means.py; None: nothing (zero ablation)
-    run: str | None = None  # name of the run folder, data/ioi/<run>; None: the kind
-    out: Path = FOLDER  # where run folders are
-
-    frozen: str = "run"  # outside: edges that stay, a run's name, a file like edges.json, or "published" (GPT-2 small)
-    masks: int = 4  # covering: most masks
-    broken: float = 0.5  # covering: a mask counts that leaves at most this share of the logit difference
-    faithful: float = 0.9  # sufficient: share of the logit difference that must stay
-    shrink: float = 0.8  # sufficient: edges kept after a stage of pruning, of those before it
-    prune_rounds: int = 20  # sufficient: rounds of a stage, each with one gradient
-    prune_batch_size: int = 20  # sufficient: prompts of a round
-    num_measured: int = 100  # sufficient: training prompts on which that share is measured
-    max_edges: int = 10  # most edges that a mask may cut: a promise; not for sufficient
-    objective: Literal["logit_difference", "cross_entropy"] = "logit_difference"  # what breaking is to take away
-    break_cap: float = 1.0  # most that one prompt counts towards the broken loss; more for cross_entropy
-    alpha: float = 0.2  # weight of the indirect-object loss, which is to rise, against the ordinary loss
-    length: int = 50  # tokens an ordinary text is cut to
-    split_qkv: bool = False  # let each head's query, key and value read for themselves
-    seed: int = 0  # another seed, another order of texts
-    resume: bool = True  # go on from the run folder's checkpoints, if they are of the same settings, data and code
-    checkpoint_every: int = 50  # steps between checkpoints; 0: only at the end and when told to stop (SIGTERM, SIGUSR1)
-    num_test: int = 400  # held-out prompts and texts that are measured
-    device: str = "auto"  # auto, cpu, cuda, mps
-    dtype: str = "float32"  # float32 or bfloat16
-
-
 def main(settings: Settings) -> None:
-    check_counts(settings, "masks", "num_measured")
+    settings.check()
     setting = open_setting(settings)
     folder = settings.out / (settings.run or settings.kind)
     before = setting.summary()
@@ -200,4 +195,4 @@ def finish(
 
 
 if __name__ == "__main__":
-    run_script(main, Settings)
+    run_script(main, settings)

@@ -1,71 +1,71 @@
-"""Compare ways to choose edges: attribution (EAP and EAP-IG), learned masks, and chance, for several budgets.
+"""Compare ways to choose edges for several budgets: attribution (EAP and EAP-IG), learned masks, random edges.
 
-Reads   a model; prompts (make_ioi_datasets.py); ordinary text; means (compute_means.py), where a cut edge carries any.
-Writes  data/ioi/<run>/: comparison.json (logit difference and ordinary loss of each method and budget, edges, seconds)
-        and comparison.png, drawn from it.
-Time    three minutes for the shipped model on one core, most of it for the learned masks, one a budget.
+Reads   a model; prompts (make_ioi_datasets.py); ordinary text; ablation values (compute_means.py), if --means names a
+        file.
+Writes  data/ioi/<run>/: comparison.json, the logit difference and ordinary loss of each method and budget, edges and
+        seconds; comparison.png, drawn from it.
+Time    three minutes for the shipped model on one core, most of it for the learned masks, one for each budget.
 
-EAP and EAP-IG cut the edges whose loss is predicted to lower the logit difference most; they look at prompts alone.
+EAP and EAP-IG cut the edges whose removal is predicted to lower the logit difference most. They use prompts only.
 """
 
-import time
 from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from circuit_breaking.errors import UserError
+from circuit_breaking.ioi.settings import IOIMaskSettings
+from circuit_breaking.runs.cli import read_settings, run_script
+from circuit_breaking.runs.config import check_counts
+from circuit_breaking.runs.settings import SeedSettings
+
+
+@dataclass
+class Settings(IOIMaskSettings, SeedSettings):
+    MOST_USED: ClassVar = (
+        "model", "prompts", "budgets", "learned", "num_attribution", "ig_steps", "random_seeds", "means", "run", "seed",
+        "device",
+    )  # fmt: skip
+
+    budgets: tuple[int, ...] = (5, 10, 20, 50, 100)  # numbers of edges to cut; max_edges is not used
+    learned: str = "each"  # each: train a mask for every budget; or a run, of whose edges the most important are cut
+    num_attribution: int = 100  # training prompts that attribution averages over
+    ig_steps: int = 10  # points on the line of integrated gradients
+    random_seeds: int = 5  # random masks for each budget
+    run: str = "comparison"
+
+    def check(self) -> None:
+        super().check()
+        check_counts(self, "num_attribution", "ig_steps", "random_seeds")
+        if wrong := [budget for budget in self.budgets if budget < 1]:
+            raise UserError(f"a budget of {wrong[0]} is not between 1 and the model's edges.")
+        if not self.budgets:
+            raise UserError("there is no budget to compare at. Give at least one.")
+
+
+if __name__ == "__main__":
+    settings = read_settings(Settings)
+
+import time
 from functools import partial
-from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from circuit_breaking.engine.mask import load_mask, lowest_cut
-from circuit_breaking.errors import UserError
 from circuit_breaking.figures.indirect_objects import draw_comparison
 from circuit_breaking.ioi.setting import Setting, open_setting
-from circuit_breaking.ioi.settings import FOLDER
-from circuit_breaking.runs.cli import run_script
-from circuit_breaking.runs.config import check_counts
 from circuit_breaking.runs.files import write_json
 from circuit_breaking.training.attribution import eap, eap_ig
-from circuit_breaking.training.config import MaskConfig
 from circuit_breaking.training.mask_trainer import train_mask
 
 
-@dataclass
-class Settings(MaskConfig):
-    model: str = "tiny"  # "tiny" (shipped), a hub name such as gpt2, a folder, or a folder holding a .gguf
-    prompts: Literal["one", "two", "all"] = "all"  # set of prompts that make_ioi_datasets.py wrote for this model
-    train: Path | None = None  # training prompts; None: those of the set
-    test: Path | None = None  # held-out prompts; None: those of the set
-    ordinary: str | None = None  # "tiny", a text file, or a data set's hub name; None: "tiny" or NeelNanda/pile-10k
-    means: Path | None = None  # what cut edges carry, from compute_means.py; None: nothing (zero ablation)
-    run: str = "comparison"  # name of the run folder, data/ioi/<run>
-    out: Path = FOLDER  # where run folders are
-
-    budgets: tuple[int, ...] = (5, 10, 20, 50, 100)  # numbers of edges to cut; `max_edges` follows them
-    learned: str = "each"  # "each": train a mask for every budget; or a run, of whose mask the edges worth most count
-    num_attribution: int = 100  # training prompts that attribution averages over
-    ig_steps: int = 10  # points on the line of integrated gradients
-    random_seeds: int = 5  # masks drawn at random for each budget
-    objective: Literal["logit_difference", "cross_entropy"] = "logit_difference"  # what breaking is to take away
-    break_cap: float = 1.0  # most that one prompt counts towards the broken loss; more for cross_entropy
-    alpha: float = 0.2  # weight of the indirect-object loss, which is to rise, against the ordinary loss
-    length: int = 50  # tokens an ordinary text is cut to
-    split_qkv: bool = False  # let each head's query, key and value read for themselves
-    seed: int = 0  # another seed, another order of texts and other random masks
-    num_test: int = 400  # held-out prompts and texts that are measured
-    device: str = "auto"  # auto, cpu, cuda, mps
-    dtype: str = "float32"  # float32 or bfloat16
-
-
 def main(settings: Settings) -> None:
-    check_counts(settings, "num_attribution", "ig_steps", "random_seeds")
+    settings.check()
     setting = open_setting(settings)
     model, n_edges = setting.model, len(setting.model.graph)
     if wrong := [budget for budget in settings.budgets if not 1 <= budget <= n_edges]:
         raise UserError(f"a budget of {wrong[0]} is not between 1 and the model's {n_edges:,} edges.")
-    if not settings.budgets:
-        raise UserError("there is no budget to compare at. Give at least one.")
     original = setting.summary()  # with all edges, before a mask is loaded
     learned = None if settings.learned == "each" else ranked(setting)
     metrics = setting.metrics(settings.num_attribution, 20)
@@ -133,4 +133,4 @@ def measured(setting: Setting, mask: Tensor) -> dict:
 
 
 if __name__ == "__main__":
-    run_script(main, Settings)
+    run_script(main, settings)

@@ -1,16 +1,43 @@
-"""Compute what cut edges carry: every node's mean output over ABC prompts (no name repeats) or ordinary text.
+"""Compute ablation values: the mean output of every node over ABC prompts (no name repeats) or ordinary text.
 
-Reads   a model; the ABC prompts that make_ioi_datasets.py wrote, or the training part of ordinary text.
+Reads   a model; the ABC prompts that make_ioi_datasets.py wrote, or the training part of the ordinary text.
 Writes  data/ioi/means/<model>_<kind>_<texts>.safetensors, for the setting `means` of the other scripts here.
-Time    seconds for the shipped model; 0.1 s a prompt for a model of 135M parameters on one core.
+Time    seconds for the shipped model; 0.1 s per prompt for a model of 135M parameters on one core.
 
-Means per position serve prompts whose names stand at the same positions: the sets one and two, whose templates have
-one layout. Behind the longest prompt, where only ordinary text reaches, they are the plain means.
+Means per position serve prompts whose names are at the same positions: the sets one and two, whose templates have one
+layout. Beyond the longest prompt, which only ordinary text reaches, they are the plain means.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
+
+from circuit_breaking.ioi.settings import FOLDER, default_data, prompts_of
+from circuit_breaking.runs.cli import read_settings, run_script
+from circuit_breaking.runs.config import check_counts, resolve_defaults
+from circuit_breaking.runs.settings import ModelSettings
+
+
+@dataclass
+class Settings(ModelSettings):
+    MOST_USED: ClassVar = ("model", "kind", "texts", "prompts", "num_texts", "length", "out", "device")
+
+    kind: Literal["zero", "mean", "position"] = "mean"  # zeros, one mean per node, or one per node and position
+    texts: Literal["abc", "ordinary"] = "abc"  # what the mean is over: prompts with three names, or ordinary text
+    prompts: Literal["one", "two", "all"] = "all"  # set of ABC prompts
+    abc: Path | None = None  # ABC prompts; None: those of the set that make_ioi_datasets.py wrote for this model
+    ordinary: str | None = None  # tiny, a text file or a data set of the hub; None: tiny or NeelNanda/pile-10k
+    num_texts: int = 1000  # most texts that the mean is over
+    length: int = 50  # tokens of an ordinary text that are used; for kind position also the longest text to serve
+    batch_size: int = 8  # texts per forward pass
+    out: Path | None = None  # file to write; None: in data/ioi/means, named by model, kind and texts
+
+    def check(self) -> None:
+        check_counts(self, "num_texts", "length", "batch_size")
+
+
+if __name__ == "__main__":
+    settings = read_settings(Settings)
 
 import torch
 import torch.nn.functional as F
@@ -18,11 +45,8 @@ import torch.nn.functional as F
 from circuit_breaking.engine.ablation_values import compute_means, save_means
 from circuit_breaking.engine.load import load_model
 from circuit_breaking.ioi.setting import check_layout
-from circuit_breaking.ioi.settings import FOLDER, default_data, prompts_of
 from circuit_breaking.models.load import files_of, load_tokenizer
 from circuit_breaking.models.tokens import TokenBatch, encode, prefix_token
-from circuit_breaking.runs.cli import run_script
-from circuit_breaking.runs.config import check_counts, resolve_defaults
 from circuit_breaking.runs.files import read_jsonl
 from circuit_breaking.runs.provenance import provenance
 from circuit_breaking.tasks.data import PROMPTS_HINT
@@ -30,24 +54,8 @@ from circuit_breaking.tasks.ioi import encode_prompts, read_prompts
 from circuit_breaking.tasks.owt import load_texts
 
 
-@dataclass
-class Settings:
-    model: str = "tiny"  # "tiny" (shipped), a hub name such as gpt2, a folder, or a folder holding a .gguf
-    kind: Literal["zero", "mean", "position"] = "mean"  # zeros, a mean a node, or a mean a node and position
-    texts: Literal["abc", "ordinary"] = "abc"  # prompts with three names, or ordinary text
-    prompts: Literal["one", "two", "all"] = "all"  # set of ABC prompts
-    abc: Path | None = None  # ABC prompts; None: those of the set that make_ioi_datasets.py wrote for this model
-    ordinary: str | None = None  # "tiny", a text file, or a data set's hub name; None: "tiny" or NeelNanda/pile-10k
-    num_texts: int = 1000  # most texts to average over
-    length: int = 50  # tokens an ordinary text is cut to; per position, the longest text that the means will serve
-    batch_size: int = 8  # texts at a time
-    out: Path | None = None  # file to write; None: in data/ioi/means, named by model, kind and texts
-    device: str = "auto"  # auto, cpu, cuda, mps
-    dtype: str = "float32"  # float32 or bfloat16, of the model; sums are kept in float64
-
-
 def main(settings: Settings) -> None:
-    check_counts(settings, "num_texts", "length", "batch_size")
+    settings.check()
     abc = prompts_of(settings.model, settings.prompts, "train", abc=True)
     settings = resolve_defaults(settings, {"abc": abc, **default_data(settings.model, settings.prompts)})
     out = settings.out or FOLDER / "means" / f"{Path(settings.model).name}_{settings.kind}_{settings.texts}.safetensors"
@@ -83,4 +91,4 @@ def read_texts(settings: Settings, tokenizer: object) -> TokenBatch:
 
 
 if __name__ == "__main__":
-    run_script(main, Settings)
+    run_script(main, settings)

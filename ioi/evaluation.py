@@ -1,16 +1,52 @@
 """Measure the original model, masks and a fine-tuned model: logit difference, accuracy, ordinary loss.
 
-Reads   the masks and settings of runs (train_mask.py, alternative_masks.py), the model, held-out prompts and texts,
-        and, where there is one, the model that finetune_gpt2.py wrote.
-Writes  data/ioi/<report>/: report.json and, drawn from it, report.png; prints the table.
-Time    seconds a model for the shipped one.
+Reads   the masks and settings of runs (train_mask.py, alternative_masks.py), the model, held-out prompts and texts and,
+        if there is one, the model that finetune_gpt2.py wrote.
+Writes  data/ioi/<report>/: report.json and, drawn from it, report.png; prints a table.
+Time    seconds per model for the shipped one.
 """
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from circuit_breaking.errors import UserError
+from circuit_breaking.ioi.settings import FOLDER, PromptSettings, default_data
+from circuit_breaking.runs.cli import read_settings, run_script
+from circuit_breaking.runs.config import check_counts, resolve_defaults
+from circuit_breaking.runs.settings import ModelSettings, SeedSettings
+
+HINT = "Train one with ioi/train_mask.py, or set runs to those that are there."
+
+
+@dataclass
+class Settings(PromptSettings, ModelSettings, SeedSettings):
+    MOST_USED: ClassVar = ("runs", "finetuned", "report", "out", "model", "prompts", "num_test", "device")
+
+    runs: tuple[str, ...] = ("run",)  # runs in the folder out whose masks are measured
+    finetuned: str | None = "finetuned"  # run of finetune_gpt2.py; left out if it is not there; None: none
+    report: str = "report"  # name of the report's folder, in the folder out
+    out: Path = FOLDER  # folder that holds the run folders
+    model: str | None = None  # tiny, a name on the Hugging Face hub, a folder or a .gguf file; None: as in training
+    prompts: Literal["one", "two", "all"] | None = None  # set of prompts; None: as in training
+    train: Path | None = None  # training prompts, to make sure that none is held out too; None: as in training
+    test: Path | None = None  # held-out prompts; None: as in training
+    ordinary: str | None = None  # tiny, a text file or a data set of the hub; None: as in training
+    length: int | None = None  # tokens of an ordinary text that are used; None: as in training
+    num_test: int = 400  # held-out prompts and texts
+    seed: int = 0  # seed of the bootstrap intervals
+
+    def check(self) -> None:
+        check_counts(self, "num_test")
+        if not self.runs:
+            raise UserError(f"there is no run to measure. {HINT}")
+
+
+if __name__ == "__main__":
+    settings = read_settings(Settings)
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -18,38 +54,14 @@ from rich.table import Table
 from circuit_breaking.engine.ablation_values import load_means
 from circuit_breaking.engine.load import load_model
 from circuit_breaking.engine.mask import load_mask
-from circuit_breaking.errors import UserError
 from circuit_breaking.evaluation.bootstrap import estimate
 from circuit_breaking.figures.indirect_objects import draw_models
 from circuit_breaking.ioi.setting import MEASURES, prompt_measures, text_measures
-from circuit_breaking.ioi.settings import FOLDER, default_data
 from circuit_breaking.models.load import files_of, load_tokenizer
-from circuit_breaking.runs.cli import run_script
-from circuit_breaking.runs.config import check_counts, resolve_defaults
 from circuit_breaking.runs.files import write_json
 from circuit_breaking.runs.provenance import provenance
 from circuit_breaking.runs.tensors import read_tensors
 from circuit_breaking.tasks import IOITask, OWTTask
-
-HINT = "Train one with ioi/train_mask.py, or set runs to those that are there."
-
-
-@dataclass
-class Settings:
-    runs: tuple[str, ...] = ("run",)  # runs in data/ioi whose masks are measured
-    finetuned: str | None = "finetuned"  # run of finetune_gpt2.py; left out where it is not there; None: none
-    report: str = "report"  # folder of the report in data/ioi
-    out: Path = FOLDER  # where run folders are
-    model: str | None = None  # "tiny", a hub name, a folder, or one holding a .gguf; None: as the first run was trained
-    prompts: Literal["one", "two", "all"] | None = None  # set of prompts; None: as the first run was trained
-    train: Path | None = None  # training prompts, to make sure that none is held out too; None: as in training
-    test: Path | None = None  # held-out prompts; None: as in training
-    ordinary: str | None = None  # "tiny", a text file, or a data set's hub name; None: as in training
-    length: int | None = None  # tokens an ordinary text is cut to; None: as in training
-    num_test: int = 400  # held-out prompts and texts
-    seed: int = 0  # of bootstrap intervals
-    device: str = "auto"  # auto, cpu, cuda, mps
-    dtype: str = "float32"  # float32 or bfloat16
 
 
 @contextmanager
@@ -67,9 +79,7 @@ def masked(engine: Any, path: Path, means: Path | None) -> Iterator[Any]:
 
 
 def main(settings: Settings) -> None:
-    check_counts(settings, "num_test")
-    if not settings.runs:
-        raise UserError(f"there is no run to measure. {HINT}")
+    settings.check()
     abouts = {run: read_tensors(settings.out / run / "mask.safetensors", HINT)[1] for run in settings.runs}
     first = next(iter(abouts.values())).get("settings") or {}
     settings = resolve_defaults(settings, first, {"model": "tiny", "prompts": "all", "length": 50})
@@ -143,4 +153,4 @@ def table(models: dict[str, Any]) -> Table:
 
 
 if __name__ == "__main__":
-    run_script(main, Settings)
+    run_script(main, settings)

@@ -1,26 +1,59 @@
 """Fine-tune all weights on the objective that masks are trained for, to compare with cutting edges.
 
 Reads   a model; prompts (make_ioi_datasets.py); ordinary text.
-Writes  data/ioi/<run>/: model/ (a Hugging Face folder with its tokenizer), settings.json, metrics.jsonl; while
-        it trains, checkpoints, from which a run that was interrupted goes on when it is started again.
+Writes  data/ioi/<run>/: model/, a Hugging Face folder with its tokenizer; settings.json; metrics.jsonl. During training
+        also checkpoints, from which the same command continues an interrupted run.
 Time    half a minute for the shipped model on one core.
 
-Minimises ordinary loss - alpha * indirect-object loss; a prompt counts with at most `break_cap`, for without a cap this
-loss has no minimum. Whatever the name says, any model that the other scripts take can be fine-tuned.
+Minimises ordinary loss - alpha * indirect-object loss. A prompt counts with at most `break_cap`, because without a cap
+this loss has no minimum. Despite the name of the script, any model that the other scripts take can be fine-tuned.
 """
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from circuit_breaking.errors import UserError
+from circuit_breaking.ioi.settings import (
+    IOIRunSettings,
+    ObjectiveSettings,
+    PromptSettings,
+    default_data,
+    require_prompts,
+)
+from circuit_breaking.runs.cli import read_settings, run_script
+from circuit_breaking.runs.config import check_counts, resolve_defaults
+from circuit_breaking.runs.settings import ModelSettings, ResumeSettings
+
+
+@dataclass
+class Settings(ObjectiveSettings, PromptSettings, ModelSettings, IOIRunSettings, ResumeSettings):
+    MOST_USED: ClassVar = (
+        "model", "prompts", "steps", "batch_size", "lr", "alpha", "break_cap", "objective", "run", "seed", "device",
+    )  # fmt: skip
+
+    run: str = "finetuned"
+    steps: int = 100  # steps of training
+    batch_size: int = 10  # prompts and texts per step
+    lr: float = 1e-4  # learning rate of AdamW without weight decay
+
+    def check(self) -> None:
+        check_counts(self, "steps", "batch_size")
+        if self.lr <= 0:
+            raise UserError(f"lr is {self.lr}; it must be above 0.")
+        require_prompts(self)
+
+
+if __name__ == "__main__":
+    settings = read_settings(Settings)
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
-from circuit_breaking.errors import UserError
-from circuit_breaking.ioi.settings import FOLDER, default_data
 from circuit_breaking.models.load import files_of, load_hf_model, load_tokenizer
 from circuit_breaking.models.save import save_hf_folder
 from circuit_breaking.runs.checkpoints import (
@@ -31,8 +64,6 @@ from circuit_breaking.runs.checkpoints import (
     state_of,
     training_state,
 )
-from circuit_breaking.runs.cli import run_script
-from circuit_breaking.runs.config import check_counts, resolve_defaults
 from circuit_breaking.runs.files import read_jsonl, write_json
 from circuit_breaking.runs.provenance import provenance
 from circuit_breaking.runs.run_folder import recorded
@@ -42,33 +73,8 @@ from circuit_breaking.tasks.losses import trainable_prediction_losses
 from circuit_breaking.tasks.stock_model import StockModel
 
 
-@dataclass
-class Settings:
-    model: str = "tiny"  # "tiny" (shipped), a hub name such as gpt2, a folder, or a folder holding a .gguf
-    prompts: Literal["one", "two", "all"] = "all"  # set of prompts that make_ioi_datasets.py wrote for this model
-    train: Path | None = None  # training prompts; None: those of the set
-    test: Path | None = None  # held-out prompts, only to make sure that none is trained on; None: those of the set
-    ordinary: str | None = None  # "tiny", a text file, or a data set's hub name; None: "tiny" or NeelNanda/pile-10k
-    run: str = "finetuned"  # name of the run folder, data/ioi/<run>
-    out: Path = FOLDER  # where run folders are
-    objective: Literal["logit_difference", "cross_entropy"] = "logit_difference"  # what breaking is to take away
-    alpha: float = 0.2  # weight of the indirect-object loss, which is to rise, against the ordinary loss
-    break_cap: float = 1.0  # most that one prompt counts towards the broken loss; more for cross_entropy
-    steps: int = 100  # steps of training
-    batch_size: int = 10  # prompts and texts a step
-    lr: float = 1e-4  # AdamW without decay
-    length: int = 50  # tokens an ordinary text is cut to
-    seed: int = 0  # another seed, another order of texts
-    resume: bool = True  # go on from the run folder's checkpoint, if it is of the same settings, data and code
-    checkpoint_every: int = 50  # steps between checkpoints; 0: only at the end and when told to stop (SIGTERM, SIGUSR1)
-    device: str = "auto"  # auto, cpu, cuda, mps
-    dtype: str = "float32"  # float32 or bfloat16
-
-
 def main(settings: Settings) -> None:
-    check_counts(settings, "steps", "batch_size")
-    if settings.lr <= 0:
-        raise UserError(f"lr is {settings.lr}; it must be above 0.")
+    settings.check()
     settings = resolve_defaults(settings, default_data(settings.model, settings.prompts))
     torch.manual_seed(settings.seed)
     folder = settings.out / settings.run
@@ -133,4 +139,4 @@ def finetune(
 
 
 if __name__ == "__main__":
-    run_script(main, Settings)
+    run_script(main, settings)

@@ -1,25 +1,29 @@
 """Compare a mask with the published circuit of GPT-2 small (Wang et al. 2023): precision, recall, picture.
 
-Reads   data/ioi/<run>/graph.json, which the mask scripts here write.
+Reads   data/ioi/<run>/graph.json, which the mask scripts here write; the mask must be of GPT-2 small.
 Writes  data/ioi/<run>/known_circuit.json, known_circuit.png.
 Time    a second.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
+from typing import ClassVar
 
-from circuit_breaking.figures.edge_graph import draw_graph, read_graph
-from circuit_breaking.ioi.known_circuits import HEADS, overlap
-from circuit_breaking.ioi.settings import FOLDER
-from circuit_breaking.runs.cli import run_script
-from circuit_breaking.runs.files import write_json
-from circuit_breaking.runs.provenance import provenance
+from circuit_breaking.ioi.settings import IOIRunSettings
+from circuit_breaking.runs.cli import read_settings, run_script
 
 
 @dataclass
-class Settings:
-    run: str = "run"  # name of the run folder, data/ioi/<run>; the mask must be of GPT-2 small
-    out: Path = FOLDER  # where run folders are
+class Settings(IOIRunSettings):
+    MOST_USED: ClassVar = ("run", "out")
+
+
+if __name__ == "__main__":
+    settings = read_settings(Settings)
+
+from circuit_breaking.figures.edge_graph import draw_graph, read_graph
+from circuit_breaking.ioi.known_circuits import HEADS, overlap
+from circuit_breaking.runs.files import write_json
+from circuit_breaking.runs.provenance import provenance
 
 
 def main(settings: Settings) -> None:
@@ -49,4 +53,4 @@ def _renamed(found: dict) -> dict:
 
 
 if __name__ == "__main__":
-    run_script(main, Settings)
+    run_script(main, settings)

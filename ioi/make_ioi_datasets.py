@@ -1,19 +1,48 @@
 """Make indirect-object prompts and their ABC counterparts for a model's tokenizer.
 
-Reads   a tokenizer, and words and templates (ioi/words.json, or a file of your own like it).
-Writes  data/ioi/prompts/<model>/: for the sets one, two and all (one template, two, all of them) <set>_train.jsonl,
-        <set>_test.jsonl and, line by line their counterparts, <set>_abc_train.jsonl, <set>_abc_test.jsonl; report.json.
+Reads   a tokenizer, and words and templates (ioi/words.json, or your own file of this form).
+Writes  data/ioi/prompts/<model>/: for each of the sets one, two and all (one template, two, all of them)
+        <set>_train.jsonl and <set>_test.jsonl and, line by line, their counterparts <set>_abc_train.jsonl and
+        <set>_abc_test.jsonl; report.json.
 Time    ten seconds.
 
-Words of the project's list that are not single tokens of the tokenizer are left out, and templates with such words; in
-a list of your own they are an error. No prompt, nor the other of its pair, is in both parts.
+Words of the project's list that are not single tokens of the tokenizer are left out, and so are templates with such
+words; in your own list they are an error. No prompt, and no partner of a pair, is both in training and held out.
 """
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from random import Random
+from typing import ClassVar
 
 from circuit_breaking.errors import UserError
+from circuit_breaking.ioi.settings import FOLDER, SETS
+from circuit_breaking.runs.cli import read_settings, run_script
+from circuit_breaking.runs.config import check_counts
+
+
+@dataclass
+class Settings:
+    MOST_USED: ClassVar = ("model", "words", "train", "test", "pairs", "seed", "out")
+
+    model: str = "tiny"  # model whose tokenizer is used: tiny (the shipped one), a name on the hub, or a folder
+    words: Path | None = None  # JSON file like ioi/words.json with your own words and templates; None: the project's
+    train: int = 8000  # training prompts of each set
+    test: int = 2000  # held-out prompts of each set
+    pairs: bool = True  # make prompts in pairs that differ in the giver only: one ABBA, one BABA
+    seed: int = 0  # seed of the choice of words and templates
+    out: Path | None = None  # folder to write; None: data/ioi/prompts/<model>
+
+    def check(self) -> None:
+        check_counts(self, "train", "test")
+        if self.pairs and (self.train % 2 or self.test % 2):
+            raise UserError(f"{self.train} and {self.test} prompts do not come in pairs. Give even numbers.")
+
+
+if __name__ == "__main__":
+    settings = read_settings(Settings)
+
+from random import Random
+
 from circuit_breaking.ioi.prompts import (
     BANK,
     Words,
@@ -24,30 +53,14 @@ from circuit_breaking.ioi.prompts import (
     read_words,
     with_positions,
 )
-from circuit_breaking.ioi.settings import FOLDER, SETS
 from circuit_breaking.models.load import load_tokenizer
 from circuit_breaking.models.tokens import prefix_token
-from circuit_breaking.runs.cli import run_script
-from circuit_breaking.runs.config import check_counts
 from circuit_breaking.runs.files import write_json, write_jsonl
 from circuit_breaking.runs.provenance import provenance
 
 
-@dataclass
-class Settings:
-    model: str = "tiny"  # whose tokenizer: "tiny" (shipped), a hub name such as gpt2, or a folder
-    words: Path | None = None  # JSON file like ioi/words.json with your own words and templates; None: the project's
-    train: int = 8000  # training prompts of each set
-    test: int = 2000  # held-out prompts of each set
-    pairs: bool = True  # make prompts in pairs that differ in the giver alone: one ABBA, one BABA
-    seed: int = 0  # another seed, other prompts
-    out: Path | None = None  # folder to write; None: data/ioi/prompts/<model>
-
-
 def main(settings: Settings) -> None:
-    check_counts(settings, "train", "test")
-    if settings.pairs and (settings.train % 2 or settings.test % 2):
-        raise UserError(f"{settings.train} and {settings.test} prompts do not come in pairs. Give even numbers.")
+    settings.check()
     out = settings.out or FOLDER / "prompts" / Path(settings.model).name
     tokenizer = load_tokenizer(settings.model)
     prefix_token(tokenizer)  # positions count it: an error for a tokenizer without one
@@ -86,4 +99,4 @@ def make_set(settings: Settings, words: Words, tokenizer: object, name: str) -> 
 
 
 if __name__ == "__main__":
-    run_script(main, Settings)
+    run_script(main, settings)

@@ -45,7 +45,7 @@ from circuit_breaking.models.checks import check_sizes
 from circuit_breaking.models.gguf import check_gguf
 from circuit_breaking.models.load import load_config, load_tokenizer
 from circuit_breaking.runs.checkpoints import NEWEST, Checkpoints
-from circuit_breaking.runs.cli import run_script
+from circuit_breaking.runs.cli import read_settings, run_script
 from circuit_breaking.runs.files import read_csv, read_json, read_jsonl, read_lines
 from circuit_breaking.runs.grid import combinations, parse_grid
 from circuit_breaking.runs.sweep import read_table
@@ -258,4 +258,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, Settings)
+    run_script(main, read_settings(Settings))

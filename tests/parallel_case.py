@@ -8,7 +8,7 @@ from helpers.models import small_gpt2
 from helpers.tasks import FEW, QUICK, make_prompts, make_task
 
 from circuit_breaking.engine.load import load_model
-from circuit_breaking.runs.cli import run_script
+from circuit_breaking.runs.cli import read_settings, run_script
 from circuit_breaking.runs.distributed import is_main, sum_, world
 from circuit_breaking.runs.files import write_json
 from circuit_breaking.training.config import MaskConfig
@@ -49,4 +49,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, Settings, parallel=True)
+    run_script(main, read_settings(Settings, parallel=True))

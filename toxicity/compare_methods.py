@@ -1,22 +1,71 @@
-"""Compare ways to find edges at equal budgets and equal numbers of texts: clamped, hard-concrete, attribution, chance.
+"""Compare ways to find edges at equal budgets and equal numbers of texts: clamped, hard-concrete, attribution, random.
 
-Reads   a model; toxic posts and ordinary text; means, where a cut edge carries any.
-Writes  data/toxicity/<run>/: methods.json and methods.csv (a row a mask: budget, seed, edges cut, held-out losses,
-        gain), methods.png, drawn from the first; masks/<method>_<budget>_seed<n>/: mask.safetensors, edges.json,
+Reads   a model; toxic posts and ordinary text; ablation values, if --means names a file.
+Writes  data/toxicity/<run>/: methods.json and methods.csv, one row per mask (budget, seed, edges cut, held-out losses,
+        gain); methods.png, drawn from the first; masks/<method>_<budget>_seed<n>/: mask.safetensors, edges.json,
         metrics.jsonl, cost.json.
-Time    17 seconds a mask for the shipped model on one core, half an hour for the defaults.
+Time    17 seconds per mask for the shipped model on one core, half an hour for the defaults.
 
-A method finds edges and measured effects refine them. `alone` is the method without the refinement, for which it gets
-as many more steps as see the refinement's texts. A run that was interrupted goes on with the masks that are missing.
+A method finds edges, and refinement changes them one by one by their measured effects. `alone` is the method without
+refinement; it trains for so many more steps that it sees equally many texts. The same command continues an interrupted
+run with the masks that are missing.
 """
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+from circuit_breaking.errors import UserError
+from circuit_breaking.runs.cli import read_settings, run_script
+from circuit_breaking.runs.config import check_counts, resolve_defaults
+from circuit_breaking.runs.settings import ModelSettings, SeedSettings
+from circuit_breaking.toxicity.settings import ToxicDataSettings, ToxicRunSettings, default_data, require_data
+from circuit_breaking.training.config import MaskConfig
+from circuit_breaking.training.methods import METHODS
+
+
+@dataclass
+class Settings(ToxicDataSettings, ModelSettings, ToxicRunSettings, SeedSettings):
+    MOST_USED: ClassVar = (
+        "model", "budgets", "methods", "alone", "seeds", "random_seeds", "means", "num_texts", "run", "seed", "device",
+    )  # fmt: skip
+
+    budgets: tuple[int, ...] = (1, 2, 5, 12, 25, 50)  # most edges to cut: one mask of each method for each budget
+    methods: tuple[str, ...] = tuple(METHODS)  # methods with refinement: clamped, hard-concrete, attribution
+    alone: tuple[str, ...] = tuple(METHODS)  # methods without refinement
+    seeds: int = 3  # masks of each method and budget
+    random_seeds: int = 5  # masks of each budget whose edges are drawn at random
+    training: MaskConfig = field(default_factory=MaskConfig)  # of every mask; max_edges and method are not used
+    means: Path | None = None  # file of ablation values from compute_means.py; None: cut edges carry zero
+    run: str = "methods"
+    resume: bool = True  # keep masks of a run with the same settings and data; the code is not compared
+    examples: int = 100  # toxic texts to learn from; 0: all of the file
+    num_texts: int = 500  # most held-out texts of each kind
+    split_qkv: bool = False  # cut edges into a head's query, key and value one by one
+    seed: int = 0  # the first seed; another one gives another choice and order of texts
+
+    def check(self) -> None:
+        check_counts(self, "seeds", "length", "num_texts")
+        if self.random_seeds < 0:
+            raise UserError(f"random_seeds is {self.random_seeds}; it cannot be negative.")
+        if not self.budgets or min(self.budgets) < 1:
+            raise UserError(f"budgets are {list(self.budgets)}; give one or more, each 1 or more.")
+        if wrong := [name for name in (*self.methods, *self.alone) if name not in METHODS]:
+            raise UserError(f"method {wrong[0]!r} is not one of {', '.join(METHODS)}.")
+        if self.training.constants_lr:
+            raise UserError(
+                "constants_lr is not compared here: it would tell methods apart by more than their edges. Set it to 0."
+            )
+        require_data(self)
+
+
+if __name__ == "__main__":
+    settings = read_settings(Settings)
 
 import json
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
 from functools import cache
-from pathlib import Path
-from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -24,52 +73,20 @@ from tqdm import tqdm
 from circuit_breaking.engine.ablation_values import load_means
 from circuit_breaking.engine.load import load_model
 from circuit_breaking.engine.mask import load_mask, save_mask
-from circuit_breaking.errors import UserError
 from circuit_breaking.figures.methods import FILE, draw_methods, table
 from circuit_breaking.models.load import files_of, load_tokenizer
-from circuit_breaking.runs.cli import run_script
-from circuit_breaking.runs.config import check_counts, resolve_defaults
 from circuit_breaking.runs.cost import COST_FILE, cost
 from circuit_breaking.runs.files import plain, write_csv, write_json, write_jsonl
 from circuit_breaking.runs.provenance import provenance
 from circuit_breaking.runs.tensors import read_tensors
-from circuit_breaking.toxicity.settings import FOLDER, default_data
 from circuit_breaking.toxicity.splits import Splits, load_splits
-from circuit_breaking.training.config import MaskConfig
 from circuit_breaking.training.mask_trainer import train_mask
-from circuit_breaking.training.methods import METHODS
 
 MASK, RANDOM = "mask.safetensors", "random"
 MADE_BY = (  # settings by which a mask is made; others may differ where a run goes on
     "model", "max_edges", "seed", "training", "means", "toxic_train", "toxic_test", "ordinary", "length", "examples",
     "split_qkv", "device", "dtype",
 )  # fmt: skip
-
-
-@dataclass
-class Settings:
-    model: str = "tiny"  # "tiny" (shipped), a hub name such as gpt2, a folder, or a folder holding a .gguf
-    budgets: tuple[int, ...] = (1, 2, 5, 12, 25, 50)  # most edges to cut, a mask of each method for each
-    methods: tuple[str, ...] = tuple(METHODS)  # ways to find edges, refined
-    alone: tuple[str, ...] = tuple(METHODS)  # ways to find edges, not refined
-    seeds: int = 3  # masks of each
-    random_seeds: int = 5  # masks of each budget whose edges are drawn evenly from all
-    training: MaskConfig = field(default_factory=MaskConfig)  # of every mask, but for max_edges and method
-    means: Path | None = None  # what cut edges carry, from compute_means.py; None: nothing (zero)
-    toxic_train: Path | None = None  # toxic texts to learn from; None: shipped for tiny, else posts/train.jsonl
-    toxic_test: Path | None = None  # toxic texts held out; None: the shipped ones for tiny, else posts/test.jsonl
-    ordinary: str | None = None  # "tiny", a text file, or a data set's hub name; None: tiny, else NeelNanda/pile-10k
-    run: str = "methods"  # name of the run folder, data/toxicity/<run>
-    out: Path = FOLDER  # where run folders are
-    resume: bool = True  # keep masks that are there, of the same settings and data; the code is not compared
-
-    length: int = 50  # tokens a text is cut to
-    examples: int = 100  # toxic texts to learn from; 0: all
-    num_texts: int = 500  # most held-out texts of each kind
-    split_qkv: bool = False  # let each head's query, key and value read for themselves
-    seed: int = 0  # the first; another seed, another choice and order of texts
-    device: str = "auto"  # auto, cpu, cuda, mps
-    dtype: str = "float32"  # float32 or bfloat16
 
 
 def texts_seen(training: MaskConfig) -> int:
@@ -99,22 +116,8 @@ def plan(settings: Settings, budgets: list[int]) -> Iterator[tuple[str, int, int
             yield RANDOM, budget, settings.seed + number, None
 
 
-def check(settings: Settings) -> None:
-    check_counts(settings, "seeds", "length", "num_texts")
-    if settings.random_seeds < 0:
-        raise UserError(f"random_seeds is {settings.random_seeds}; it cannot be negative.")
-    if not settings.budgets or min(settings.budgets) < 1:
-        raise UserError(f"budgets are {list(settings.budgets)}; give one or more, each 1 or more.")
-    if wrong := [name for name in (*settings.methods, *settings.alone) if name not in METHODS]:
-        raise UserError(f"method {wrong[0]!r} is not one of {', '.join(METHODS)}.")
-    if settings.training.constants_lr:
-        raise UserError(
-            "constants_lr is not compared here: it would tell methods apart by more than their edges. Set it to 0."
-        )
-
-
 def main(settings: Settings) -> None:
-    check(settings)
+    settings.check()
     settings = resolve_defaults(settings, default_data(settings.model))
     folder = settings.out / settings.run
     tokenizer = load_tokenizer(settings.model)
@@ -197,4 +200,4 @@ def make(folder: Path, model: Any, tasks: tuple[Any, Any], budget: int, seed: in
 
 
 if __name__ == "__main__":
-    run_script(main, Settings)
+    run_script(main, settings)

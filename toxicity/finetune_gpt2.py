@@ -1,69 +1,78 @@
-"""Fine-tune the whole model against toxic text, in five ways: what cutting a few edges is compared with.
+"""Fine-tune the whole model against toxic text, in five ways: the baselines of cutting a few edges.
 
     joint             ordinary loss - ratio · toxic loss (the paper's eq. 4)
     ascent            gradient ascent on toxic text alone
-    task_arithmetic   learn toxic text, subtract the change times a scale
-    npo, rmu          two unlearning methods of 2024 (circuit_breaking/unlearning.py says what each minimises)
+    task_arithmetic   learn toxic text, then subtract the change times a scale
+    npo, rmu          two unlearning methods of 2024; circuit_breaking/training/unlearning.py says what they minimise
 
-Reads   a model; toxic posts and ordinary text, of which a part validates checkpoints.
-Writes  data/toxicity/<run>/finetuned/<method>/: an ordinary Hugging Face model (the best checkpoint), finetuning.json
-        (what was chosen, and why it ended), metrics.jsonl (a row a checkpoint), cost.json; and finetuning.png. While
-        a method trains, checkpoints/, from which a run that was interrupted goes on when it is started again.
-Time    half a minute for a method and learning rate on the shipped model, one core; a model of 135M parameters takes
-        about 5 s a step.
+Reads   a model; toxic posts and ordinary text, a part of which is used for validation.
+Writes  data/toxicity/<run>/finetuned/<method>/: a Hugging Face model, the best checkpoint; finetuning.json, what was
+        chosen and why training ended; metrics.jsonl, one row per validation; cost.json. Also finetuning.png. During
+        training checkpoints/, from which the same command continues an interrupted run.
+Time    half a minute per method and learning rate for the shipped model on one core; about 5 s per step for a model of
+        135M parameters.
 
-Several learning rates are tried, and the best checkpoint of all on validation texts is kept. Best is by the
-masks' objective, ordinary loss - alpha · toxic loss. Held-out texts are read by evaluation.py alone.
+Several learning rates are tried, and the checkpoint with the best validation score is kept. The score is the objective
+of the masks, ordinary loss - alpha · toxic loss. Only evaluation.py reads held-out texts.
 """
 
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from circuit_breaking.errors import UserError
+from circuit_breaking.runs.cli import read_settings, run_script
+from circuit_breaking.runs.config import check_counts, resolve_defaults
+from circuit_breaking.runs.settings import Float32ModelSettings, ResumeSettings
+from circuit_breaking.toxicity.settings import ToxicDataSettings, ToxicRunSettings, default_data, require_data
+from circuit_breaking.training.config import FinetuneSettings, check_finetune
+
+# Methods that only raise a loss are trained more slowly. On the shipped model the next rate up or down was worse.
+SLOW, FAST = (1e-5, 1e-4), (1e-4, 1e-3)
+LRS = {"joint": FAST, "ascent": SLOW, "task_arithmetic": SLOW, "npo": FAST, "rmu": FAST}  # by method
+
+
+@dataclass
+class Settings(FinetuneSettings, ToxicDataSettings, Float32ModelSettings, ToxicRunSettings, ResumeSettings):
+    MOST_USED: ClassVar = (
+        "model", "methods", "lrs", "steps", "alpha", "ratio", "examples", "batch_size", "run", "seed", "device",
+    )  # fmt: skip
+
+    methods: tuple[str, ...] = tuple(LRS)  # methods to run: joint, ascent, task_arithmetic, npo, rmu
+    lrs: tuple[float, ...] = ()  # learning rates to try, the best is kept; none: two for each method, see LRS
+    run: str = "finetune"
+    examples: int = 100  # toxic texts to train on; 0: all that are not used for validation
+    validation: int = 50  # most texts of each kind for validation; never more than a fifth
+    lr: float = 1e-4  # not used here: see lrs
+
+    def check(self) -> None:
+        check_finetune(self)
+        check_counts(self, "validation", "length")
+        if unknown := [name for name in self.methods if name not in LRS]:
+            raise UserError(f"there is no method {unknown[0]!r}; choose from {', '.join(LRS)}.")
+        if not self.methods:
+            raise UserError(f"methods is empty; choose from {', '.join(LRS)}.")
+        require_data(self)
+
+
+if __name__ == "__main__":
+    settings = read_settings(Settings)
+
+from pathlib import Path
+
 from circuit_breaking.figures.training import draw_finetuning
 from circuit_breaking.models.activations import fused_activations
 from circuit_breaking.models.load import files_of, load_hf_model, load_tokenizer
 from circuit_breaking.models.save import save_hf_folder
-from circuit_breaking.runs.cli import run_script
-from circuit_breaking.runs.config import check_counts, resolve_defaults
 from circuit_breaking.runs.cost import COST_FILE, cost, with_earlier
 from circuit_breaking.runs.files import read_json, write_json, write_jsonl
 from circuit_breaking.runs.provenance import provenance
 from circuit_breaking.runs.run_folder import CheckpointedParts, is_up_to_date, locked
 from circuit_breaking.runs.signals import stop_signals
-from circuit_breaking.toxicity.settings import FOLDER, default_data
 from circuit_breaking.toxicity.splits import Splits, load_splits
-from circuit_breaking.training.config import FinetuneSettings, check_finetune
 from circuit_breaking.training.finetune import describe, finetune
-from circuit_breaking.training.unlearning import METHODS
 
-# What only goes one way is trained more slowly. On the shipped model the next rate up or down was worse for each.
-SLOW, FAST = (1e-5, 1e-4), (1e-4, 1e-3)
-LRS = {"joint": FAST, "ascent": SLOW, "task_arithmetic": SLOW, "npo": FAST, "rmu": FAST}
 FINETUNING, PARTS = "finetuning.json", "checkpoints"
 APART = ("methods", "lrs", "lr")  # settings that make no difference to a method at a learning rate
-
-
-@dataclass
-class Settings(FinetuneSettings):
-    model: str = "tiny"  # "tiny" (shipped), a hub name such as gpt2, a folder, or a folder holding a .gguf
-    methods: tuple[str, ...] = tuple(METHODS)  # which methods to run
-    lrs: tuple[float, ...] = ()  # learning rates to try, the best is kept; none: two for each method, see LRS
-    toxic_train: Path | None = None  # toxic texts to unlearn; None: shipped for tiny, else posts/train.jsonl
-    toxic_test: Path | None = None  # toxic texts held out, only to make sure none is trained on; None: as above
-    ordinary: str | None = None  # "tiny", a text file, or a data set's hub name; None: tiny, else NeelNanda/pile-10k
-    run: str = "finetune"  # name of the run folder, data/toxicity/<run>
-    out: Path = FOLDER  # where run folders are
-
-    length: int = 50  # tokens a text is cut to
-    examples: int = 100  # toxic texts to train on; 0: all that do not validate
-    validation: int = 50  # most texts of each kind that choose checkpoints; at most a fifth
-    lr: float = 1e-4  # not used here: see lrs
-    seed: int = 0  # of the choice and the order of texts
-    resume: bool = True  # keep models that are there and go on from checkpoints, of the same settings, data and code
-    checkpoint_every: int = 50  # steps between checkpoints; 0: only at the end and when told to stop (SIGTERM, SIGUSR1)
-    device: str = "auto"  # auto, cpu, cuda, mps
 
 
 def best_of_grid(settings: Settings, method: str, splits: Splits, parts: CheckpointedParts) -> tuple[Any, ...]:
@@ -110,12 +119,7 @@ def make(folder: Path, settings: Settings, method: str, splits: Splits, tokenize
 
 
 def main(settings: Settings) -> None:
-    check_finetune(settings)
-    check_counts(settings, "validation", "length")
-    if unknown := [name for name in settings.methods if name not in METHODS]:
-        raise UserError(f"there is no method {unknown[0]!r}; choose from {', '.join(METHODS)}.")
-    if not settings.methods:
-        raise UserError(f"methods is empty; choose from {', '.join(METHODS)}.")
+    settings.check()
     settings = resolve_defaults(settings, default_data(settings.model))
     folder = settings.out / settings.run / "finetuned"
     tokenizer = load_tokenizer(settings.model)
@@ -139,4 +143,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, Settings)
+    run_script(main, settings)

@@ -1,16 +1,52 @@
-"""Does it come back? Teach every model the behaviour again from a few examples; put examples of it into the context.
+"""Does the behaviour come back? Fine-tune every model on a few toxic examples, and put examples into the prompt.
 
-Reads   models of sweep_masks.py, train_mask.py, finetune_gpt2.py or save_ablated; the original; toxic training texts,
-        to relearn from; held-out toxic texts, to measure with.
+Reads   models of sweep_masks.py, train_mask.py, finetune_gpt2.py or save_ablated; the original model; toxic training
+        texts to relearn from; held-out toxic texts to measure with.
 Writes  data/toxicity/<run>/: relearning.json, relearning.png.
-Time    ten seconds a model for the shipped model on one core.
+Time    ten seconds per model for the shipped model on one core.
 
-Cut edges stay cut while the weights learn. The original goes through the same, for comparison.
+Cut edges stay cut while the weights are trained. The original model is trained in the same way, for comparison.
 """
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
+
+from circuit_breaking.evaluation.settings import MeasureSettings
+from circuit_breaking.runs.cli import read_settings, run_script
+from circuit_breaking.runs.config import check_counts, resolve_defaults
+from circuit_breaking.runs.settings import Float32ModelSettings, SeedSettings
+from circuit_breaking.toxicity.settings import ToxicDataSettings, ToxicRunSettings, default_data, require_data
+from circuit_breaking.training.config import RelearnSettings, check_relearn
+
+
+@dataclass
+class Settings(
+    RelearnSettings, MeasureSettings, ToxicDataSettings, Float32ModelSettings, ToxicRunSettings, SeedSettings
+):
+    MOST_USED: ClassVar = ("models", "model", "counts", "checks", "lr", "shots", "scorer", "run", "seed", "device")
+
+    models: tuple[Path, ...] = ()  # models besides the original: folders of models, or folders of these
+    counts: tuple[int, ...] = (10, 100)  # numbers of toxic examples to learn from
+    shots: int = 3  # toxic examples in front of a prompt, as many as fit; 0: this is not measured
+    separator: str = "\n"  # text between these examples and the prompt
+    toxic_prompts: Path | None = None  # JSON Lines with a prompt or a text in each row; None: those of toxic_test
+    run: str = "relearn"
+    num_texts: int = 100
+    num_prompts: int = 50
+    samples: int = 2
+    eval_batch_size: int = 128  # texts or continuations per forward pass when measuring
+
+    def check(self) -> None:
+        check_counts(
+            self, "length", "num_texts", "num_prompts", "samples", "prompt_tokens", "new_tokens", "eval_batch_size"
+        )
+        check_relearn(self)
+        require_data(self)
+
+
+if __name__ == "__main__":
+    settings = read_settings(Settings)
 
 from torch import nn
 from tqdm import tqdm
@@ -25,45 +61,14 @@ from circuit_breaking.figures.relearning import draw_relearning
 from circuit_breaking.models.activations import fused_activations
 from circuit_breaking.models.load import files_of, load_hf_model, load_tokenizer
 from circuit_breaking.models.tokens import prefix_token
-from circuit_breaking.runs.cli import run_script
-from circuit_breaking.runs.config import check_counts, resolve_defaults
 from circuit_breaking.runs.files import write_json
 from circuit_breaking.runs.provenance import provenance
 from circuit_breaking.toxicity.inputs import load_prompts
-from circuit_breaking.toxicity.settings import FOLDER, default_data
 from circuit_breaking.toxicity.splits import load_splits
-from circuit_breaking.training.config import RelearnSettings, check_relearn
-
-
-@dataclass
-class Settings(RelearnSettings):
-    models: tuple[Path, ...] = ()  # besides the original: folders of models, or folders of those
-    counts: tuple[int, ...] = (10, 100)  # how many toxic examples to learn from
-    shots: int = 3  # toxic examples put before a prompt, as far as they fit; 0: none
-    separator: str = "\n"  # between those examples and the prompt
-    run: str = "relearn"  # name of the run folder, data/toxicity/<run>
-    out: Path = FOLDER  # where run folders are
-    model: str = "tiny"  # "tiny" (shipped), a hub name such as gpt2, a folder, or a folder holding a .gguf
-    toxic_train: Path | None = None  # toxic texts to relearn from; None: shipped for tiny, else posts/train.jsonl
-    toxic_test: Path | None = None  # toxic texts held out; None: shipped for tiny, else posts/test.jsonl
-    ordinary: str | None = None  # "tiny", a text file, or a data set's hub name; None: tiny, else NeelNanda/pile-10k
-    toxic_prompts: Path | None = None  # JSON Lines with a prompt or a text in each row; None: those of toxic_test
-    length: int = 50  # tokens a text is cut to
-    num_texts: int = 100  # most held-out toxic texts whose loss is measured
-    num_prompts: int = 50  # most prompts
-    samples: int = 2  # continuations of each prompt
-    prompt_tokens: int = 10  # how much of a text is its prompt, where no prompt is written out
-    new_tokens: int = 20  # most tokens of a continuation
-    eval_batch_size: int = 128  # texts or continuations at a time when measuring
-    scorer: str = "auto"  # detoxify, profanity-check, or auto: detoxify where it can be had
-    seed: int = 0  # of the choice and order of examples, and of sampling
-    device: str = "auto"  # auto, cpu, cuda, mps
 
 
 def main(settings: Settings) -> None:
-    names = ("length", "num_texts", "num_prompts", "samples", "prompt_tokens", "new_tokens", "eval_batch_size")
-    check_counts(settings, *names)
-    check_relearn(settings)
+    settings.check()
     settings = resolve_defaults(settings, default_data(settings.model))
     folder = settings.out / settings.run
     scorer, tokenizer = load_scorer(settings.scorer, settings.device), load_tokenizer(settings.model)
@@ -118,4 +123,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, Settings)
+    run_script(main, settings)

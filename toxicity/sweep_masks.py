@@ -2,25 +2,72 @@
 
 Reads   a model; toxic posts and ordinary text, the same parts that finetune_gpt2.py trains on.
 Writes  data/toxicity/<run>/masks/<ablation>_<budget>[_seed<n>]/: mask.safetensors, edges.json, metrics.jsonl,
-        cost.json; means.safetensors where ablation values are learned; random_<ablation>_<budget>_seed<n>/
-        without metrics: as many edges, drawn evenly, as the mask of that budget cuts; and means_<texts>.safetensors
-        beside masks/, the ablation values of mean ablation. While masks are trained, checkpoints in their folders and
-        relaxed/ (the phase that they share), from which a sweep that was interrupted goes on when it is started again;
-        masks that are finished are left alone.
-Time    half a minute a mask for the shipped model on one core.
+        cost.json; means.safetensors, if ablation values are learned. random_<ablation>_<budget>_seed<n>/, without
+        metrics: as many edges, drawn at random, as the mask of that budget cuts. means_<texts>.safetensors beside
+        masks/, the ablation values of mean ablation. During training also checkpoints in these folders and relaxed/
+        (the phase that masks share), from which the same command continues an interrupted sweep.
+Time    half a minute per mask for the shipped model on one core.
 
-The first phase, which the budget does not change, is trained once for all budgets. The masks of seeds above 0, at one
-budget, show how stable the choice of edges is. Where what cut edges carry is learned, it is learned for random edges
-too, at that budget, in as many steps: what is then left over is owed to the choice of edges.
+The first phase of training does not depend on the budget and is trained once for all budgets. Masks with seeds above 0,
+at one budget, show how stable the choice of edges is. If ablation values are learned, they are learned for random edges
+too, at that budget and in as many steps: the remaining difference is due to the choice of edges.
 """
+
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+from circuit_breaking.errors import UserError
+from circuit_breaking.runs.cli import read_settings, run_script
+from circuit_breaking.runs.config import check_counts, resolve_defaults
+from circuit_breaking.runs.settings import ModelSettings, ResumeSettings
+from circuit_breaking.toxicity.settings import ToxicDataSettings, ToxicRunSettings, default_data, require_data
+from circuit_breaking.training.config import MaskConfig
+from circuit_breaking.training.methods import GIVEN
+
+ABLATIONS = ("zero", "mean", "optimal")  # kinds of ablation value; "optimal" is learned with the mask
+
+
+@dataclass
+class Settings(ToxicDataSettings, ModelSettings, ToxicRunSettings, ResumeSettings):
+    MOST_USED: ClassVar = (
+        "model", "budgets", "ablations", "stable_budget", "seeds", "random_seeds", "examples", "run", "seed", "device",
+    )  # fmt: skip
+
+    budgets: tuple[int, ...] = (1, 2, 5, 12, 25, 50, 100, 200)  # most edges to cut: one mask for each budget
+    ablations: tuple[str, ...] = ABLATIONS  # kinds of ablation value: zero, mean, optimal (learned with the mask)
+    learned_lr: float = 0.005  # learning rate of AdamW on ablation values that are learned
+    mean_texts: int = 1000  # ordinary training texts that the mean is over
+    stable_budget: int = 12  # budget whose masks are trained with several seeds; 0: none
+    seeds: int = 3  # masks at that budget, the first one with the setting seed
+    random_seeds: int = 5  # random masks for each budget, as a control
+    large_refine_rounds: int | None = None  # rounds of refinement above stable_budget, which take longer; None: as many
+    training: MaskConfig = field(default_factory=MaskConfig)  # of every mask; max_edges is not used
+    run: str = "sweep"
+    examples: int = 100  # toxic texts to learn from; 0: all that are not used for validation
+    validation: int = 50  # most texts of each kind that are left to validate fine-tuned models with
+    split_qkv: bool = False  # cut edges into a head's query, key and value one by one
+    seed: int = 0  # seed of the choice and order of texts, and of random edges
+
+    def check(self) -> None:
+        check_counts(self, "mean_texts", "length", "validation")
+        for name in ("seeds", "random_seeds", "stable_budget"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name} is {getattr(self, name)}; it cannot be negative.")
+        if not self.budgets or min(self.budgets) < 1:
+            raise UserError(f"budgets are {list(self.budgets)}; give one or more, each 1 or more.")
+        if not self.ablations or not set(self.ablations) <= set(ABLATIONS):
+            raise UserError(f"ablations are {list(self.ablations)}; choose from {', '.join(ABLATIONS)}.")
+        require_data(self)
+
+
+if __name__ == "__main__":
+    settings = read_settings(Settings)
 
 import random
 import shutil
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,57 +75,21 @@ from torch import Tensor
 from circuit_breaking.engine.ablation_values import compute_means, load_means, save_means
 from circuit_breaking.engine.load import load_model
 from circuit_breaking.engine.mask import load_mask, save_mask
-from circuit_breaking.errors import UserError
 from circuit_breaking.models.load import files_of, load_tokenizer
 from circuit_breaking.runs.checkpoints import Checkpoints
-from circuit_breaking.runs.cli import run_script
-from circuit_breaking.runs.config import check_counts, resolve_defaults
 from circuit_breaking.runs.cost import COST_FILE, cost, together, with_earlier
 from circuit_breaking.runs.files import read_jsonl, write_json, write_jsonl
 from circuit_breaking.runs.provenance import provenance
 from circuit_breaking.runs.run_folder import METRICS, hold, is_up_to_date, resume_key
 from circuit_breaking.runs.signals import stop_signals
 from circuit_breaking.runs.tensors import read_tensors
-from circuit_breaking.toxicity.settings import FOLDER, default_data
 from circuit_breaking.toxicity.splits import Splits, load_splits
-from circuit_breaking.training.config import MaskConfig
-from circuit_breaking.training.methods import GIVEN
 from circuit_breaking.training.methods.base import relax_phase_of
 from circuit_breaking.training.run import train_into
 
-ABLATIONS = ("zero", "mean", "optimal")
 MASK = "mask.safetensors"
 # settings that change no mask, or whose part in one is told by what `Sweep.about` says of it
 APART = ("budgets", "ablations", "stable_budget", "seeds", "random_seeds", "large_refine_rounds", "means")
-
-
-@dataclass
-class Settings:
-    model: str = "tiny"  # "tiny" (shipped), a hub name such as gpt2, a folder, or a folder holding a .gguf
-    budgets: tuple[int, ...] = (1, 2, 5, 12, 25, 50, 100, 200)  # most edges to cut, a mask each; those a model has
-    ablations: tuple[str, ...] = ABLATIONS  # kinds of ablation value: zero, mean, optimal (learned with the mask)
-    learned_lr: float = 0.005  # AdamW's, on what cut edges carry where it is learned
-    mean_texts: int = 1000  # ordinary training texts to average node outputs over
-    stable_budget: int = 12  # budget whose masks are trained with several seeds; 0: none
-    seeds: int = 3  # masks at that budget, the first with the setting seed
-    random_seeds: int = 5  # random masks for each budget, as a control
-    large_refine_rounds: int | None = None  # rounds of refinement above stable_budget, where each takes longer
-    training: MaskConfig = field(default_factory=MaskConfig)  # of every mask; its max_edges is not used
-    toxic_train: Path | None = None  # toxic texts to learn from; None: shipped for tiny, else posts/train.jsonl
-    toxic_test: Path | None = None  # toxic texts held out, only to make sure none is trained on; None: as above
-    ordinary: str | None = None  # "tiny", a text file, or a data set's hub name; None: tiny, else NeelNanda/pile-10k
-    run: str = "sweep"  # name of the run folder, data/toxicity/<run>
-    out: Path = FOLDER  # where run folders are
-
-    length: int = 50  # tokens a text is cut to
-    examples: int = 100  # toxic texts to learn from; 0: all that do not validate
-    validation: int = 50  # most texts of each kind that are left to choose fine-tuned checkpoints by
-    split_qkv: bool = False  # let each head's query, key and value read for themselves
-    seed: int = 0  # of the choice and the order of texts, and of random edges
-    resume: bool = True  # keep masks that are there and go on from checkpoints, of the same settings, data and code
-    checkpoint_every: int = 50  # steps between checkpoints; 0: only at the end and when told to stop (SIGTERM, SIGUSR1)
-    device: str = "auto"  # auto, cpu, cuda, mps
-    dtype: str = "float32"  # float32 or bfloat16
 
 
 def plan(settings: Settings, n_edges: int) -> Iterator[tuple[str, str, int, int]]:
@@ -97,17 +108,6 @@ def read_texts(settings: Settings, tokenizer: Any, seed: int) -> Splits:
         tokenizer, settings.toxic_train, settings.toxic_test, settings.ordinary, settings.length,
         settings.examples or None, settings.validation, seed,
     )  # fmt: skip
-
-
-def check(settings: Settings) -> None:
-    check_counts(settings, "mean_texts", "length", "validation")
-    for name in ("seeds", "random_seeds", "stable_budget"):
-        if getattr(settings, name) < 0:
-            raise UserError(f"{name} is {getattr(settings, name)}; it cannot be negative.")
-    if not settings.budgets or min(settings.budgets) < 1:
-        raise UserError(f"budgets are {list(settings.budgets)}; give one or more, each 1 or more.")
-    if not settings.ablations or not set(settings.ablations) <= set(ABLATIONS):
-        raise UserError(f"ablations are {list(settings.ablations)}; choose from {', '.join(ABLATIONS)}.")
 
 
 def training_of(settings: Settings, ablation: str, budget: int) -> MaskConfig:
@@ -241,7 +241,7 @@ class Sweep:
 
 
 def main(settings: Settings) -> None:
-    check(settings)
+    settings.check()
     settings = resolve_defaults(settings, default_data(settings.model))
     sweep = Sweep(settings)
     n_edges = len(sweep.model.graph)
@@ -265,4 +265,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, Settings)
+    run_script(main, settings)

@@ -4,9 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from circuit_breaking.runs.files import DATA
-from circuit_breaking.runs.settings import OutSettings
-from circuit_breaking.tasks.data import ordinary_text
+from circuit_breaking.runs.config import check_counts, resolve_defaults
+from circuit_breaking.runs.files import DATA, require_file
+from circuit_breaking.runs.settings import ModelSettings, OutSettings
+from circuit_breaking.tasks.data import PROMPTS_HINT, ordinary_text
+from circuit_breaking.training.config import MaskConfig, check_mask
 
 FOLDER = DATA / "ioi"  # run folders, prompts and means
 SETS = {"one": 1, "two": 2, "all": None}  # sets of prompts, and how many templates each is made from
@@ -44,3 +46,36 @@ class IOIRunSettings(OutSettings):
     """The run folder of an experiment on indirect objects."""
 
     out: Path = FOLDER
+
+
+@dataclass
+class ObjectiveSettings:
+    """What breaking the behaviour means."""
+
+    TITLE: ClassVar[str] = "mask training"
+
+    objective: Literal["logit_difference", "cross_entropy"] = "logit_difference"  # loss whose rise breaks the behaviour
+    break_cap: float = 1.0  # most that one prompt counts towards the broken loss; give more for cross_entropy
+    alpha: float = 0.2  # weight of the indirect-object loss, which training raises, relative to the ordinary loss
+
+
+@dataclass
+class IOIMaskSettings(ObjectiveSettings, MaskConfig, PromptSettings, ModelSettings, IOIRunSettings):
+    """A mask against indirect objects."""
+
+    means: Path | None = None  # file of ablation values from compute_means.py; None: cut edges carry zero
+    max_edges: int = 10  # most edges that the mask may cut: a promise
+    split_qkv: bool = False  # cut edges into a head's query, key and value one by one
+    num_test: int = 400  # held-out prompts and texts that are measured
+
+    def check(self) -> None:
+        check_mask(self)
+        check_counts(self, "num_test", "length")
+        require_prompts(self)
+
+
+def require_prompts(settings: Any) -> None:
+    """Raise a `UserError` if a file of prompts that these settings name, or mean by None, is not there."""
+    settings = resolve_defaults(settings, default_data(settings.model, settings.prompts))
+    for name in ("train", "test"):
+        require_file(getattr(settings, name), PROMPTS_HINT)

@@ -56,10 +56,8 @@ def read_settings(settings_class: type[T], parallel: bool = False, args: Sequenc
     return settings
 
 
-def run_script(main: Callable[[T], object], settings: T | type[T], parallel: bool = False) -> None:
+def run_script(main: Callable[[T], object], settings: T) -> None:
     """Call `main`; a `UserError` and Ctrl-C end the script as `one_sentence` says."""
-    if isinstance(settings, type):
-        settings = read_settings(settings, parallel)
     with one_sentence():
         main(settings)
 

@@ -4,10 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from circuit_breaking.errors import UserError
 from circuit_breaking.models.shipped import SHIPPED, TEXT
 from circuit_breaking.runs.config import resolve_defaults
 from circuit_breaking.runs.files import DATA, require_file
-from circuit_breaking.runs.settings import OutSettings
+from circuit_breaking.runs.settings import OutSettings, SeedSettings
 from circuit_breaking.tasks.data import TOXIC_HINT, ordinary_text
 
 FOLDER = DATA / "toxicity"  # run folders, posts and means
@@ -63,3 +64,35 @@ def require_data(settings: Any) -> None:
     settings = resolve_defaults(settings, default_data(settings.model))
     for name in ("toxic_train", "toxic_test"):
         require_file(getattr(settings, name), TOXIC_HINT)
+
+
+@dataclass
+class PostSettings(SeedSettings):
+    """Which posts are drawn from the dump."""
+
+    TITLE: ClassVar[str] = "posts"
+
+    dump: Path = FOLDER / "pol_0616-1119_labeled.tar.zst"  # the dump, or any file of its format
+    n_train: int = 400  # posts to train on (the paper takes 100)
+    n_test: int = 200  # held-out posts of the same toxicity
+    band: tuple[float, float] = (0.9, 1.0)  # range of their toxicity, with the first number and without the second
+    n_uniform: int = 1000  # posts uniform over toxicity, rounded down to a multiple of n_bins
+    n_bins: int = 10  # bins of [0, 1] that get equally many of them
+    min_characters: int = 10  # shortest text that is used
+    max_posts: int = 0  # stop after the thread in which this many posts have been read; 0: read all
+    seed: int = 0  # seed of the sample
+
+    def check(self) -> None:
+        """Refuse settings that make no sense, before an hour of reading."""
+        low, high = self.band
+        if not 0 <= low < high <= 1:
+            raise UserError(f"band {low} {high} is no stretch of [0, 1]; give two rising numbers such as --band 0.9 1.")
+        for name in ("n_train", "n_test", "n_uniform", "max_posts"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name} is {getattr(self, name)}; give 0 or more.")
+        if self.n_train + self.n_test + self.n_uniform == 0:
+            raise UserError("n_train, n_test and n_uniform are all 0: nothing to draw. Set one of them.")
+        if not 1 <= self.n_bins <= 1000:
+            raise UserError(f"n_bins is {self.n_bins}; give 1 to 1000.")
+        if 0 < self.n_uniform < self.n_bins:
+            raise UserError(f"n_uniform {self.n_uniform} is fewer than one post for each of {self.n_bins} bins.")

@@ -5,7 +5,7 @@ Imports neither torch nor transformers, so that a script can print its `--help` 
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from circuit_breaking.errors import UserError
 from circuit_breaking.runs.config import check_choice, check_not_negative, check_positive
@@ -18,6 +18,8 @@ WEIGHT_BUDGETS = {"weight": 0.0005, "neuron": 0.04, "head": 0.25}  # default sha
 @dataclass
 class MaskConfig:
     """How an edge mask is trained. Losses are in nats; a step sees `batch_size` texts of each task."""
+
+    TITLE: ClassVar[str] = "mask training"
 
     method: Literal[tuple(METHODS)] = "clamped"  # how edges are first found
     max_edges: int = 12  # most edges that the mask may cut: a promise
@@ -75,10 +77,10 @@ def with_new_names(settings: Mapping[str, Any]) -> dict[str, Any]:
 class WeightMaskSettings:
     """How a mask over weights is learned. Losses are in nats; a step sees `batch_size` texts of each task."""
 
+    TITLE: ClassVar[str] = "mask training"
+
     granularity: str = "weight"  # unit that is masked as a whole: weight, neuron or head
-    max_masked: int | None = (
-        None  # most units that may be masked, a promise; None: 0.05% of weights, 4% of neurons, 25% of heads
-    )
+    max_masked: int | None = None  # most units to mask, a promise; None: 0.05% of weights, 4% of neurons, 25% of heads
     method: str = "clamped"  # weights in [0, 1]: clamped as in the paper, or hard-concrete (Louizos et al. 2018)
     alpha: float = 0.2  # weight of the loss to raise; negative to lower it too
     keep_weight: float = 1.0  # weight of the loss to keep low
@@ -96,6 +98,8 @@ class WeightMaskSettings:
 class LossSettings:
     """Settings of the losses of fine-tuning methods (`training.unlearning`)."""
 
+    TITLE: ClassVar[str] = "fine-tuning"
+
     ratio: float = 0.2  # joint: weight of the toxic loss (paper: eq. 4), as alpha is for masks
     cap: float = 0.0  # joint and ascent: most that one toxic prediction counts, nats; 0: log of the vocabulary size
     npo_beta: float = 0.1  # npo: inverse temperature (Zhang et al.: 0.1)
@@ -108,6 +112,8 @@ class LossSettings:
 @dataclass
 class FinetuneSettings(LossSettings):
     """How a model is fine-tuned. A step sees `batch_size` texts of each kind."""
+
+    TITLE: ClassVar[str] = "fine-tuning"
 
     steps: int = 200  # most steps of a method
     lr: float = 1e-4  # learning rate of AdamW (no weight decay)
@@ -135,6 +141,8 @@ class PruneSettings:
 @dataclass
 class RelearnSettings:
     """How a model is fine-tuned on a behaviour that was removed."""
+
+    TITLE: ClassVar[str] = "relearning"
 
     checks: tuple[int, ...] = (0, 2, 5, 10, 20, 40)  # steps after which toxicity is measured; the last ends training
     lr: float = 1e-4  # learning rate of AdamW (no weight decay), the same for every model

@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 from circuit_breaking.evaluation.result_files import read_evidence
 from circuit_breaking.figures.edge_graph import draw_graph
 from circuit_breaking.graph import EdgeGraph, graph_record
-from circuit_breaking.runs.cli import run_script
+from circuit_breaking.runs.cli import read_settings, run_script
 from circuit_breaking.runs.files import DATA, write_json
 
 SHIPPED = EdgeGraph(n_layers=4, n_heads=4)
@@ -33,4 +33,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, Settings)
+    run_script(main, read_settings(Settings))

@@ -14,7 +14,7 @@ from test_ablated_files import word_tokenizer
 from circuit_breaking.ablation.ablate import ablate
 from circuit_breaking.ablation.saved import load_ablated, save_ablated
 from circuit_breaking.errors import UserError
-from circuit_breaking.runs.cli import run_script
+from circuit_breaking.runs.cli import read_settings, run_script
 from circuit_breaking.runs.files import write_json
 from circuit_breaking.runs.tensors import write_tensors
 
@@ -122,7 +122,7 @@ def test_errors_are_sentences(run, tmp_path, capsys, monkeypatch):
     write_json(run / "settings.json", {"settings": {}})
     monkeypatch.setattr(sys, "argv", ["generate.py", "--ablated", str(run), "--prompt", "a"])
     with pytest.raises(SystemExit) as stopped:
-        run_script(generate.main, generate.Settings)
+        run_script(generate.main, read_settings(generate.Settings))
     assert stopped.value.code == 1 and "neither a run" in capsys.readouterr().err
 
 

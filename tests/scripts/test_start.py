@@ -16,11 +16,12 @@ from circuit_breaking.runs.cli import help_of, read_settings, run_script, wrappe
 from circuit_breaking.runs.files import ROOT
 
 LARGE = ("torch", "transformers", "matplotlib", "numpy", "sklearn", "datasets")
-SCRIPTS = [*(f"toxicity/{name}.py" for name in (
-    "compare", "compute_means", "demo", "edge_evidence", "evaluation", "generate", "report", "train_mask",
-)), *(f"mnist/{name}.py" for name in ("main", "old", "redraw")), *(f"benchmarks/{name}.py" for name in (
-    "families", "generate_time", "scaling",
-)), "data/make_tiny_gpt2.py", "sweep.py"]  # fmt: skip
+SCRIPTS = sorted(
+    str(path.relative_to(ROOT))
+    for folder in (".", "toxicity", "ioi", "mnist", "benchmarks", "data")
+    for path in (ROOT / folder).glob("*.py")
+    if "run_script(" in path.read_text(encoding="utf-8")
+)
 
 # runs a script as the interpreter does, and says what it loaded and how much of the CPU that took
 HELP = f"""
@@ -66,6 +67,13 @@ def test_help_fits_a_narrow_terminal(monkeypatch):
         ),
         ("toxicity/evaluation.py", ["--samples", 0], "samples is 0; give 1 or more."),
         ("toxicity/compare.py", ["--judged", 3], "judged is 3, which is none of the budgets."),
+        ("toxicity/finetune_gpt2.py", ["--methods", "x"], "there is no method 'x'; choose from joint, ascent"),
+        ("toxicity/sweep_masks.py", ["--budgets", 0], "budgets are [0]; give one or more, each 1 or more."),
+        ("ioi/train_mask.py", ["--train", "/nowhere.jsonl"], "there is no file /nowhere.jsonl. Make prompts with"),
+        ("ioi/make_ioi_datasets.py", ["--train", 3], "3 and 2000 prompts do not come in pairs."),
+        ("mnist/main.py", ["--steps", 0], "--steps is 0; it must be positive."),
+        ("mask_learning.py", ["--model", "tiny", "--lr", 0], "lr is 0.0; it must be above 0."),
+        ("sweep.py", ["toxicity/report.py"], "--grid is empty."),
         ("toxicity/generate.py", ["--prompt", "a", "--perplexity", "b"], "prompt and perplexity were both given."),
     ],
 )

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from circuit_breaking.errors import UserError
 from circuit_breaking.toxicity import dump as dump_module
 from circuit_breaking.toxicity.dump import read_lines
+from circuit_breaking.toxicity.posts import COUNTS
 
 
 @pytest.fixture(scope="module")
@@ -184,4 +185,4 @@ POST = st.fixed_dictionaries({}, optional={"no": JSON, "com": JSON, "perspective
 def test_no_json_crashes_the_reader(values):
     sampler, tally = script.sample(io.BytesIO(ndjson(values)), Settings(min_characters=1))
     sampler.draw()
-    assert tally.counts["posts"] == sum(tally.counts[name] for name in script.COUNTS[4:12])
+    assert tally.counts["posts"] == sum(tally.counts[name] for name in COUNTS[4:12])
