@@ -20,7 +20,7 @@ from typing import ClassVar, Literal
 from circuit_breaking.evaluation.settings import MeasureSettings
 from circuit_breaking.runs.cli import read_settings, run_script
 from circuit_breaking.runs.config import check_counts, resolve_defaults
-from circuit_breaking.runs.files import DATA, write_json
+from circuit_breaking.runs.files import DATA
 from circuit_breaking.runs.settings import ModelSettings, OutSettings, ResumeSettings
 from circuit_breaking.toxicity.settings import ToxicDataSettings, default_data, require_data
 from circuit_breaking.training.config import WeightMaskSettings, check_weight_mask
@@ -70,6 +70,8 @@ from circuit_breaking.models.load import files_of, load_hf_model, load_tokenizer
 from circuit_breaking.models.save import save_hf_folder
 from circuit_breaking.models.tokens import prefix_token
 from circuit_breaking.runs.provenance import provenance
+from circuit_breaking.runs.records import RunSettings
+from circuit_breaking.runs.results import REPORT, Report
 from circuit_breaking.runs.run_folder import recorded
 from circuit_breaking.tasks import OWTTask, ToxicTask
 from circuit_breaking.tasks.owt import load_texts
@@ -114,11 +116,11 @@ def main(settings: Settings) -> None:
     scorer = load_scorer(settings.scorer, settings.device)
     hf = load_hf_model(settings.model, settings.device, settings.dtype)
     inputs = [settings.toxic_train, settings.toxic_test, Path(settings.ordinary), *files_of(settings.model)]
-    record = provenance(settings, [path for path in inputs if path.is_file()], model=settings.model)
+    record = provenance(settings, [path for path in inputs if path.is_file()])
     with recorded(folder, record, settings.resume, settings.checkpoint_every) as how:
-        write_json(folder / "settings.json", record)
+        RunSettings(script="mask_learning.py", provenance=record).write(folder / "settings.json")
         result = train_weight_mask(hf, tasks["toxic"], tasks["ordinary"], settings, **how)
-        save_weight_mask(folder / "weight_mask.safetensors", hf, result.mask, record)
+        save_weight_mask(folder / "weight_mask.safetensors", hf, result.mask, record, settings.model)
     if settings.save_model:
         with mask_weights(hf, result.mask):
             save_hf_folder(folder / "model", hf, tokenizer)
@@ -132,18 +134,20 @@ def main(settings: Settings) -> None:
     share = shares(result.mask, hf)
     for one in measured.values():
         one["edges_cut"] = 0
-    report = {
-        "scorer": {"name": scorer.name, "version": scorer.version, "threshold": TOXIC},
-        "reference": "original",
-        "models": {"original": measured["original"], "masked": {**measured["masked"], "masked": share}},
-        "num_texts": {name: len(batch) for name, batch in texts.items()},
-        "num_prompts": {name: len(batch) for name, batch in prompts.items()},
-        **record,
-    }
-    write_json(folder / "report.json", report)
+    report = Report(
+        models={"original": measured["original"], "masked": {**measured["masked"], "masked": share}},
+        scorer={"name": scorer.name, "version": scorer.version, "threshold": TOXIC},
+        reference="original",
+        model=settings.model,
+        samples=settings.samples,
+        num_texts={name: len(batch) for name, batch in texts.items()},
+        num_prompts={name: len(batch) for name, batch in prompts.items()},
+        provenance=record,
+    )
+    report.write(folder / REPORT)
     if prompts:  # else there is little to draw
         draw_report(folder)
-    Console().print(table(report))
+    Console().print(table(report.to_json()))
     print(
         f"{share['units']:,} of {share['all_units']:,} {settings.granularity}s masked, {share['weights']:,} of the "
         f"model's {share['all_weights']:,} weights ({share['weights'] / share['all_weights']:.3%}), in "

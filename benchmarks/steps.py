@@ -8,7 +8,7 @@ the engine split_qkv and gradient_checkpointing.
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from circuit_breaking.engine.load import load_model
 from circuit_breaking.engine.transformer import EdgeMaskedTransformer
-from circuit_breaking.errors import UserError
+from circuit_breaking.runs import cost
 from circuit_breaking.runs.devices import pick_device, pick_dtype
 from circuit_breaking.tasks.losses import cross_entropy_of_hidden
 
@@ -108,14 +108,6 @@ def times_of(steps: Mapping[str, Step], tokens: torch.Tensor, rounds: int) -> di
     return {name: [row[name] for row in times[warm:]] for name in steps}
 
 
-def resident_peak() -> int:
-    """Highest resident memory of this process since the last reset, bytes (Linux)."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    raise UserError("peak memory is measured on Linux only")
-
-
 def added_at_peak(step: Step, tokens: torch.Tensor) -> float:
     """Peak memory of one step beyond what is in use before it, GB. On a CPU, call it in a fresh process."""
     if tokens.is_cuda:  # reserved memory, because the memory of a CUDA graph does not count as allocated
@@ -125,10 +117,7 @@ def added_at_peak(step: Step, tokens: torch.Tensor) -> float:
         for _ in range(WARM_ON_GPU):
             step(tokens)
         return (torch.cuda.max_memory_reserved() - base) / 1e9
-    Path("/proc/self/clear_refs").write_text("5")  # reset the peak to what is resident now
-    base = resident_peak()
-    step(tokens)
-    return (resident_peak() - base) / 1e9
+    return cost.added_at_peak(partial(step, tokens))
 
 
 def plain_step(hf: nn.Module, compiled: bool = False) -> Step:

@@ -179,7 +179,21 @@ def describe(graph: EdgeGraph) -> dict[str, Any]:
     }
 
 
-def graph_record(graph: EdgeGraph, edges: Mapping[str, float], what: str = "cut") -> dict[str, Any]:
-    """What `graph.json` holds: the graph's shape, the importance of every edge of interest, and what those are, "cut"
-    or "kept"."""
-    return {"graph": describe(graph), "what": what, "edges": dict(edges)}
+def from_description(described: Mapping[str, Any]) -> EdgeGraph:
+    """The graph that `describe` described. It is small until its edges are asked for.
+
+    Raises:
+        ValueError: this describes no graph, or one whose shape and number of edges do not agree.
+    """
+    shape = {key: value for key, value in described.items() if key != "n_edges"}
+    types = {"n_layers": int, "n_heads": int, "split_qkv": bool, "parallel": bool}
+    if shape.keys() != types.keys() or any(type(shape[key]) is not kind for key, kind in types.items()):
+        raise ValueError(f"{dict(described)} describes no graph")
+    graph = EdgeGraph(**shape)
+    layers, nodes = graph.n_layers, graph.n_heads + 1
+    own = 0 if graph.parallel else layers * graph.n_heads
+    # without the edges themselves: a damaged file may name sizes that no memory holds
+    count = (graph.head_readers + 1) * (layers + nodes * layers * (layers - 1) // 2) + own + 1 + layers * nodes
+    if described.get("n_edges") != count:
+        raise ValueError(f"a graph of {layers} layers x {graph.n_heads} heads has {count:,} edges")
+    return graph

@@ -7,11 +7,11 @@
                  are enough; their union covers the circuit
 
 Reads   a model; prompts (make_ioi_datasets.py); ordinary text; ablation values (compute_means.py), if --means names a
-        file; for `outside`, edges.json of a run, or the published circuit of GPT-2 small.
-Writes  data/ioi/<run>/: what train_mask.py writes; for `sufficient` stages.json and stages.png in place of the log of
-        training; for `covering` the files of each mask in mask1/, mask2/, ..., those of their union in the folder
-        itself, and covering.json. During training also checkpoints, from which the same command continues an
-        interrupted mask (`sufficient` trains nothing and starts again).
+        file; for `outside`, the list of edges of a run, or the published circuit of GPT-2 small.
+Writes  data/ioi/<run>/: what train_mask.py writes; for `sufficient` kept_edges.json in place of edges.json, stages.json
+        and stages.png in place of the log of training; for `covering` the files of each mask in mask1/, mask2/, ...,
+        those of their union in the folder itself, and covering.json. During training also checkpoints, from which the
+        same command continues an interrupted mask (`sufficient` trains nothing and starts again).
 Time    half a minute per mask for the shipped model on one core.
 """
 
@@ -59,7 +59,8 @@ from circuit_breaking.figures.indirect_objects import draw_stages
 from circuit_breaking.graph import EdgeGraph
 from circuit_breaking.ioi.known_circuits import circuit_edges
 from circuit_breaking.ioi.setting import Setting, draw_run, open_setting, write_run
-from circuit_breaking.runs.files import read_json, write_json
+from circuit_breaking.runs.ioi_results import Covering, Stages
+from circuit_breaking.runs.mask_record import KEPT_EDGES, CutEdges, KeptEdges, read_edges_of_interest
 from circuit_breaking.runs.signals import stop_signals
 from circuit_breaking.tasks import IOITask
 from circuit_breaking.training.config import PruneSettings
@@ -105,7 +106,7 @@ def sufficient(folder: Path, setting: Setting, before: dict[str, float]) -> None
         )
     with torch.no_grad():
         model.mask.weights.copy_(found.mask)
-    write_json(folder / "stages.json", {"faithful": given.faithful, "n_edges": len(model.graph), "stages": stages})
+    Stages(faithful=given.faithful, n_edges=len(model.graph), stages=stages).write(folder / "stages.json")
     draw_stages(folder)
     after = finish(folder, setting, before, kept=True)
     part = after["logit_difference"] / before["logit_difference"]
@@ -139,8 +140,8 @@ def covering(folder: Path, setting: Setting, before: dict[str, float]) -> None:
     model.mask.reset_()
     model.mask.cut_(union)
     after = finish(folder, setting, before)
-    about = {"before": before, "masks": found, "union": {"edges": union, **after}}
-    write_json(folder / "covering.json", {**about, **setting.record})
+    covered = Covering(before=before, masks=found, union={"edges": union, **after}, provenance=setting.provenance)
+    covered.write(folder / "covering.json")
     print(f"the union of {sum(one['breaks'] for one in found)} masks that break: {len(union)} edges")
 
 
@@ -148,7 +149,7 @@ def train(folder: Path, setting: Setting, allowed: Tensor | None = None) -> None
     """Train a mask, or go on where that was interrupted; it is left in the model."""
     given = setting.settings
     train_into(
-        folder, setting.model, setting.ioi, setting.ordinary, given, allowed, setting.record, given.resume,
+        folder, setting.model, setting.ioi, setting.ordinary, given, allowed, setting.provenance, given.resume,
         given.checkpoint_every,
     )  # fmt: skip
 
@@ -167,13 +168,11 @@ def read_frozen(settings: Settings, graph: EdgeGraph) -> list[str]:
     """Names of the edges that stay whole."""
     if settings.frozen == PUBLISHED:
         return sorted(circuit_edges(graph), key=graph.index)
+    hint = "Train a mask with ioi/train_mask.py, or set frozen to a run, its list of edges, or 'published'."
     path = Path(settings.frozen)
     if path.suffix != ".json":
-        path = settings.out / settings.frozen / "edges.json"
-    edges = read_json(path, "Train a mask with ioi/train_mask.py, or set frozen to a run, a file or 'published'.")
-    if not isinstance(edges, list) or not all(isinstance(edge, str) for edge in edges):
-        raise UserError(f"{path} holds no list of edges. Set frozen to a run, its edges.json, or 'published'.")
-    return edges
+        return read_edges_of_interest(settings.out / settings.frozen, hint)
+    return (KeptEdges if path.name == KEPT_EDGES else CutEdges).read(path, hint).edges
 
 
 def finish(
@@ -185,7 +184,8 @@ def finish(
 ) -> dict[str, float]:
     """Write and draw the mask in force, say what it does, and return that."""
     after = setting.summary()
-    write_run(folder, setting, {"kind": setting.settings.kind, "before": before, "after": after, **(more or {})}, kept)
+    results = {"kind": setting.settings.kind, "before": before, "after": after, **(more or {})}
+    write_run(folder, "ioi/alternative_masks.py", setting, results, kept)
     draw_run(folder)
     cut = setting.model.mask.n_cut()
     print(f"{setting.settings.kind}: {cut:,} of {len(setting.model.graph):,} edges cut")

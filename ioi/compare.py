@@ -2,8 +2,8 @@
 
 Reads   a model; prompts (make_ioi_datasets.py); ordinary text; ablation values (compute_means.py), if --means names a
         file.
-Writes  data/ioi/<run>/: comparison.json, the logit difference and ordinary loss of each method and budget, edges and
-        seconds; comparison.png, drawn from it.
+Writes  data/ioi/<run>/: ioi_comparison.json, the logit difference and ordinary loss of each method and budget, edges
+        and seconds; comparison.png, drawn from it.
 Time    three minutes for the shipped model on one core, most of it for the learned masks, one for each budget.
 
 EAP and EAP-IG cut the edges whose removal is predicted to lower the logit difference most. They use prompts only.
@@ -53,9 +53,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from circuit_breaking.engine.mask import load_mask, lowest_cut
+from circuit_breaking.evaluation.controls import random_edges
 from circuit_breaking.figures.indirect_objects import draw_comparison
 from circuit_breaking.ioi.setting import Setting, open_setting
-from circuit_breaking.runs.files import write_json
+from circuit_breaking.runs.ioi_results import IOIComparison
+from circuit_breaking.runs.mask_record import MASK
 from circuit_breaking.training.attribution import eap, eap_ig
 from circuit_breaking.training.mask_trainer import train_mask
 
@@ -84,12 +86,15 @@ def main(settings: Settings) -> None:
         else:
             rows["learned"].append(measured(setting, lowest_cut(-learned, budget, threshold=0.0)))
         for seed in range(settings.random_seeds):
-            draw = torch.Generator().manual_seed(settings.seed + seed)
-            shuffled = torch.rand(n_edges, generator=draw).to(model.device)
-            rows["random"].append({"seed": settings.seed + seed, **measured(setting, lowest_cut(shuffled, budget))})
+            mask = torch.ones_like(model.mask.weights)
+            drawn = random_edges(model.graph, budget, settings.seed + seed)
+            mask[[model.graph.index(edge) for edge in drawn]] = 0.0
+            rows["random"].append({"seed": settings.seed + seed, **measured(setting, mask)})
     folder = settings.out / settings.run
-    about = {"original": original, "methods": rows, "n_edges": n_edges, "seconds": seconds}
-    write_json(folder / "comparison.json", {**about, **setting.record})
+    compared = IOIComparison(
+        original=original, methods=rows, n_edges=n_edges, seconds=seconds, provenance=setting.provenance
+    )
+    compared.write(folder / "ioi_comparison.json")
     draw_comparison(folder)
     print(f"{'original':>9}           logit difference {original['logit_difference']:6.2f}  ", end="")
     print(f"ordinary loss {original['ordinary_loss']:.3f}")
@@ -106,7 +111,7 @@ def ranked(setting: Setting) -> Tensor:
     """What each edge that a run's mask cuts is worth: its share of how much better the objective gets when they are all
     cut (integrated gradients between the whole model and the mask); -inf for the others: [E]."""
     settings, model = setting.settings, setting.model
-    load_mask(settings.out / settings.learned / "mask.safetensors", model)
+    load_mask(settings.out / settings.learned / MASK, model)
     model.mask.round_()
     mask = model.mask.weights.detach().clone()
     starts = range(0, settings.num_attribution, 20)

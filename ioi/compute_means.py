@@ -48,6 +48,7 @@ from circuit_breaking.ioi.setting import check_layout
 from circuit_breaking.models.load import files_of, load_tokenizer
 from circuit_breaking.models.tokens import TokenBatch, encode, prefix_token
 from circuit_breaking.runs.files import read_jsonl
+from circuit_breaking.runs.mask_record import MeansRecord
 from circuit_breaking.runs.provenance import provenance
 from circuit_breaking.tasks.data import PROMPTS_HINT
 from circuit_breaking.tasks.ioi import encode_prompts, read_prompts
@@ -69,7 +70,7 @@ def main(settings: Settings) -> None:
         by_position = settings.kind == "position"
         means, used = compute_means(model, texts, by_position, settings.batch_size, progress=True), len(texts)
     inputs = [path for path in (source, *files_of(settings.model)) if path.is_file()]
-    save_means(out, model, means, provenance(settings, inputs, num_texts=used))
+    save_means(out, model, means, MeansRecord(num_texts=used, provenance=provenance(settings, inputs)))
     what = "zeros" if texts is None else f"{settings.kind} of {used:,} {settings.texts} texts"
     print(f"{what}, shape {list(means.shape)}, written to {out}")
 

@@ -2,7 +2,7 @@
 
 Reads   the masks and settings of runs (train_mask.py, alternative_masks.py), the model, held-out prompts and texts and,
         if there is one, the model that finetune_gpt2.py wrote.
-Writes  data/ioi/<report>/: report.json and, drawn from it, report.png; prints a table.
+Writes  data/ioi/<report>/: ioi_report.json and, drawn from it, report.png; prints a table.
 Time    seconds per model for the shipped one.
 """
 
@@ -47,42 +47,43 @@ if __name__ == "__main__":
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache, partial
 
 from rich.console import Console
 from rich.table import Table
 
-from circuit_breaking.engine.ablation_values import load_means
 from circuit_breaking.engine.load import load_model
-from circuit_breaking.engine.mask import load_mask
+from circuit_breaking.engine.mask import read_mask_record
 from circuit_breaking.evaluation.bootstrap import estimate
+from circuit_breaking.evaluation.compared_models import Engines, load_masked
 from circuit_breaking.figures.indirect_objects import draw_models
 from circuit_breaking.ioi.setting import MEASURES, prompt_measures, text_measures
 from circuit_breaking.models.load import files_of, load_tokenizer
-from circuit_breaking.runs.files import write_json
+from circuit_breaking.runs.ioi_results import IOIReport
+from circuit_breaking.runs.mask_record import MASK
 from circuit_breaking.runs.provenance import provenance
-from circuit_breaking.runs.tensors import read_tensors
 from circuit_breaking.tasks import IOITask, OWTTask
 
 
 @contextmanager
-def masked(engine: Any, path: Path, means: Path | None) -> Iterator[Any]:
-    """The engine under a run's mask and means while the block lasts; the whole model afterwards."""
+def masked(path: Path, engine: Engines) -> Iterator[Any]:
+    """The model with a run's mask, rounded, and its ablation values while the block lasts; the whole model after."""
+    model, _ = load_masked(path, engine)
     try:
-        load_mask(path, engine)
-        engine.mask.round_()
-        if means is not None:
-            load_means(means, engine)
-        yield engine
+        model.mask.round_()
+        yield model
     finally:
-        engine.means = None
-        engine.mask.reset_()
+        model.means = None
+        model.mask.reset_()
 
 
 def main(settings: Settings) -> None:
     settings.check()
-    abouts = {run: read_tensors(settings.out / run / "mask.safetensors", HINT)[1] for run in settings.runs}
-    first = next(iter(abouts.values())).get("settings") or {}
-    settings = resolve_defaults(settings, first, {"model": "tiny", "prompts": "all", "length": 50})
+    masks = {run: settings.out / run / MASK for run in settings.runs}
+    records = {run: read_mask_record(path, HINT) for run, path in masks.items()}
+    first = next(iter(records.values()))
+    defaults = {"model": "tiny", "prompts": "all", "length": 50}
+    settings = resolve_defaults(settings, {**first.data, "model": first.model or None}, defaults)
     settings = resolve_defaults(settings, default_data(settings.model, settings.prompts))
     tuned = settings.out / settings.finetuned / "model" if settings.finetuned else None
     if tuned is not None and not tuned.is_dir():
@@ -91,12 +92,7 @@ def main(settings: Settings) -> None:
     ioi = IOITask(tokenizer, settings.train, settings.test)
     ordinary = OWTTask(tokenizer, settings.ordinary, settings.length)
 
-    engines: dict[bool, Any] = {}  # by whether queries, keys and values read apart
-
-    def engine(split: bool = False) -> Any:
-        if split not in engines:
-            engines[split] = load_model(settings.model, split, settings.device, settings.dtype)
-        return engines[split]
+    engine = cache(lambda split_qkv: load_model(settings.model, split_qkv, settings.device, settings.dtype))
 
     @contextmanager
     def loaded(path: Path) -> Iterator[Any]:
@@ -104,14 +100,10 @@ def main(settings: Settings) -> None:
 
     @contextmanager
     def original() -> Iterator[Any]:
-        yield engine()
+        yield engine(False)
 
     models: dict[str, Any] = {"original": original}
-    for run, about in abouts.items():
-        means = (about.get("settings") or {}).get("means")
-        split = bool((about.get("graph") or {}).get("split_qkv"))
-        path = settings.out / run / "mask.safetensors"
-        models[run] = lambda path=path, means=means, split=split: masked(engine(split), path, means and Path(means))
+    models |= {run: partial(masked, path, engine) for run, path in masks.items()}
     if tuned is not None:
         models["fine-tuned"] = lambda: loaded(tuned)
 
@@ -128,11 +120,10 @@ def main(settings: Settings) -> None:
         }
         found[name] = {"edges_cut": cut, "n_edges": every, "measures": measures}
     folder = settings.out / settings.report
-    masks = [settings.out / run / "mask.safetensors" for run in settings.runs]
-    inputs = [*masks, settings.test, Path(settings.ordinary), *files_of(settings.model)]
-    record = provenance(settings, [path for path in inputs if path.is_file()])
+    inputs = [*masks.values(), settings.test, Path(settings.ordinary), *files_of(settings.model)]
+    run = provenance(settings, [path for path in inputs if path.is_file()])
     count = {"prompts": min(settings.num_test, len(ioi.test)), "texts": min(settings.num_test, len(ordinary.test))}
-    write_json(folder / "report.json", {"models": found, "measured_on": count, **record})
+    IOIReport(models=found, measured_on=count, provenance=run).write(folder / "ioi_report.json")
     draw_models(folder)
     Console().print(table(found))
     print(f"written to {folder}")

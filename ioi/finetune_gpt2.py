@@ -64,8 +64,9 @@ from circuit_breaking.runs.checkpoints import (
     state_of,
     training_state,
 )
-from circuit_breaking.runs.files import read_jsonl, write_json
+from circuit_breaking.runs.files import read_jsonl
 from circuit_breaking.runs.provenance import provenance
+from circuit_breaking.runs.records import RunSettings
 from circuit_breaking.runs.run_folder import recorded
 from circuit_breaking.runs.signals import stop_signals
 from circuit_breaking.tasks import IOITask, OWTTask
@@ -87,7 +88,7 @@ def main(settings: Settings) -> None:
     with recorded(folder, record, settings.resume, settings.checkpoint_every) as how:
         finetune(hf, ioi, ordinary, settings, **how)
         save_hf_folder(folder / "model", hf, tokenizer)
-        write_json(folder / "settings.json", record)
+        RunSettings(script="ioi/finetune_gpt2.py", provenance=record).write(folder / "settings.json")
         how["checkpoints"].remove()
     rows = read_jsonl(folder / "metrics.jsonl")
     print(f"ordinary loss {rows[0]['keep_loss']:.3f} -> {rows[-1]['keep_loss']:.3f} (batches), written to {folder}")

@@ -22,7 +22,7 @@ if __name__ == "__main__":
 
 from circuit_breaking.figures.edge_graph import draw_graph, read_graph
 from circuit_breaking.ioi.known_circuits import HEADS, overlap
-from circuit_breaking.runs.files import write_json
+from circuit_breaking.runs.ioi_results import KnownCircuit
 from circuit_breaking.runs.provenance import provenance
 
 
@@ -31,9 +31,16 @@ def main(settings: Settings) -> None:
     path = folder / "graph.json"
     graph, edges, record = read_graph(path)
     found = overlap(graph, edges)
-    write_json(
-        folder / "known_circuit.json", {**record, "classes": HEADS, **_renamed(found), **provenance(settings, [path])}
+    known = KnownCircuit(
+        graph=record["graph"],
+        what=record.get("what", "cut"),
+        edges=record["edges"],
+        classes=HEADS,
+        in_circuit=found["in_circuit"],
+        overlap={key: found[key] for key in ("edges", "heads", "classes")},
+        provenance=provenance(settings, [path]),
     )
+    known.write(folder / "known_circuit.json")
     draw_graph(folder, "known_circuit")
     for what in ("edges", "heads"):
         one = found[what]
@@ -45,11 +52,6 @@ def main(settings: Settings) -> None:
     for name, one in found["classes"].items():
         print(f"  {name}: {one['touched']} of {one['heads']} heads touched")
     print(f"written to {folder}")
-
-
-def _renamed(found: dict) -> dict:
-    """The overlap under names that the graph's record has not."""
-    return {"in_circuit": found["in_circuit"], "overlap": {key: found[key] for key in ("edges", "heads", "classes")}}
 
 
 if __name__ == "__main__":

@@ -44,13 +44,13 @@ def main(settings: Settings) -> None:
     with hold(folder):
         before = setting.summary()
         result = train_into(
-            folder, setting.model, setting.ioi, setting.ordinary, settings, None, setting.record, settings.resume,
+            folder, setting.model, setting.ioi, setting.ordinary, settings, None, setting.provenance, settings.resume,
             settings.checkpoint_every, lock=False,
         )  # fmt: skip
         if not is_main():
             return
         after = setting.summary()
-        write_run(folder, setting, {"before": before, "after": after})
+        write_run(folder, "ioi/train_mask.py", setting, {"before": before, "after": after})
     draw_run(folder)
     for name, value in before.items():
         print(f"{name.replace('_', ' ')}: {value:.3f} -> {after[name]:.3f}")

@@ -6,8 +6,8 @@ without 3s among the ordinary images of the keep term, once with them. Fine-tune
 
 Reads   the four IDX files in --data, else MNIST from the Hugging Face hub, else scikit-learn's small digits.
 Writes  data/mnist/<run>/: settings.json; metrics.jsonl, accuracies along training; network.safetensors;
-        mask.safetensors; edges.json; report.json; pictures (*.png), which mnist/redraw.py draws again. During the run
-        also checkpoints/, from which the same command continues an interrupted run.
+        masks.safetensors; edges_by_mask.json; mnist_report.json; pictures (*.png), which mnist/redraw.py draws again.
+        During the run also checkpoints/, from which the same command continues an interrupted run.
 Time    about a minute on two CPU cores with MNIST, seconds with the small digits.
 """
 

@@ -11,13 +11,13 @@ All mask weights lie in one flat vector: the first layer's rows, then the last l
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from circuit_breaking.errors import UserError
+from circuit_breaking.runs.mnist_results import NetworkRecord
 from circuit_breaking.runs.tensors import is_real, read_tensors, write_tensors
 
 
@@ -98,15 +98,15 @@ class MaskedMLP(nn.Module):
         return (self.edge_name(index, side) for index in (mask < 0.5).nonzero().flatten().tolist())
 
 
-def save_network(path: Path, model: MaskedMLP, about: dict[str, Any]) -> None:
+def save_network(path: Path, model: MaskedMLP, record: NetworkRecord) -> None:
     """Write weights and means to a safetensors file."""
-    write_tensors(path, model.state_dict(), about)
+    write_tensors(path, model.state_dict(), record.to_json())
 
 
-def load_network(path: Path) -> tuple[MaskedMLP, dict[str, Any]]:
-    """The network of `save_network`, on CPU, and what was recorded about it; another file is a `UserError`."""
+def load_network(path: Path) -> tuple[MaskedMLP, NetworkRecord]:
+    """The network of `save_network`, on the CPU, and its record. Any other file is a `UserError`."""
     hint = "Give a network.safetensors that mnist/main.py wrote."
-    tensors, about = read_tensors(path, hint)
+    tensors, header = read_tensors(path, hint)
     try:
         width, n_inputs = tensors["first.weight"].shape
         groups = len(tensors["last.bias"])
@@ -118,4 +118,4 @@ def load_network(path: Path) -> tuple[MaskedMLP, dict[str, Any]]:
         model.load_state_dict(tensors)
     except (KeyError, ValueError, TypeError, RuntimeError) as error:
         raise UserError(f"{path} does not hold a network of this setting. {hint}") from error
-    return model, about
+    return model, NetworkRecord.from_json(header, path, hint)

@@ -6,9 +6,9 @@ batched computation (circuit_breaking/mnist/greedy.py), over all edges of both l
 
 Reads   the same images as mnist/main.py; with --network a network.safetensors that main.py wrote with the same --seed,
         --target-class and data. Without it the same network is trained again.
-Writes  data/mnist/<run>/: settings.json, metrics.jsonl, network.safetensors, mask.safetensors, edges.json (in the order
-        of cutting), report.json and pictures (*.png). During the run also checkpoints/, from which the same command
-        continues an interrupted run.
+Writes  data/mnist/<run>/: settings.json, metrics.jsonl, network.safetensors, masks.safetensors, edges_by_mask.json (in
+        the order of cutting), mnist_report.json and pictures (*.png). During the run also checkpoints/, from which the
+        same command continues an interrupted run.
 Time    about a minute on two CPU cores for 100 steps of both kinds with MNIST, seconds with the small digits.
 """
 
@@ -141,18 +141,16 @@ def get_network(settings: Settings, split: Split, source: str, parts: Checkpoint
         )  # fmt: skip
         network.set_means(x)
         return network
-    network, about = load_network(settings.network)
-    made_with = about.get("settings", {})
+    network, record = load_network(settings.network)
     for name in ("seed", "target_class", "n_bad"):
-        if made_with.get(name) != getattr(settings, name):
+        if getattr(record, name) != getattr(settings, name):
             raise UserError(
-                f"{settings.network} was made with {name} {made_with.get(name)}, not {getattr(settings, name)}."
+                f"{settings.network} was made with {name} {getattr(record, name)}, not {getattr(settings, name)}."
                 f" Give the same --{name}, or leave --network out."
             )
-    if network.first.in_features != split.x["train"].shape[1] or about.get("source") != source:
+    if network.first.in_features != split.x["train"].shape[1] or record.source != source:
         raise UserError(
-            f"{settings.network} was trained on other images ({about.get('source')}). Give those, or leave --network"
-            f" out."
+            f"{settings.network} was trained on other images ({record.source}). Give those, or leave --network out."
         )
     return network.to(split.train_is_target.device).requires_grad_(False)
 

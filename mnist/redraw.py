@@ -1,6 +1,6 @@
 """Draw the pictures of a run of mnist/main.py or mnist/old.py again, from its result files alone.
 
-Reads   report.json, metrics.jsonl, network.safetensors and mask.safetensors in --folder.
+Reads   mnist_report.json, metrics.jsonl, network.safetensors and masks.safetensors in --folder.
 Writes  *.png in the same folder.
 Time    seconds.
 """

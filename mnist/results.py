@@ -1,4 +1,4 @@
-"""The run folder of the MNIST scripts: everything that they write, in one place."""
+"""The run folder of the MNIST scripts: all the files that they write."""
 
 from pathlib import Path
 from typing import Any
@@ -9,15 +9,25 @@ from torch import Tensor
 
 from circuit_breaking.mnist.digits import Images, Split
 from circuit_breaking.mnist.report import network_accuracy
-from circuit_breaking.runs.files import write_json, write_jsonl
+from circuit_breaking.runs.files import write_jsonl
+from circuit_breaking.runs.mnist_results import (
+    EDGES_BY_MASK,
+    MASKS,
+    MNIST_REPORT,
+    EdgesByMask,
+    MnistMasks,
+    MnistReport,
+    NetworkRecord,
+)
 from circuit_breaking.runs.provenance import provenance
+from circuit_breaking.runs.records import PROVENANCE, RunSettings
 from circuit_breaking.runs.tensors import write_tensors
 
 
 def record_of(settings: Any, images: Images, more_inputs: list[Path] | None = None) -> dict[str, Any]:
     """What every result of a run carries: settings, hashes of the files read, where the images come from."""
     inputs = images.files + (more_inputs or [])
-    return provenance(settings, inputs, source=images.source, side=images.side, setting="mnist")
+    return {**provenance(settings, inputs), "source": images.source, "side": images.side}
 
 
 def write_run(
@@ -34,7 +44,7 @@ def write_run(
     seconds: dict[str, float],
     device: torch.device,
     more_inputs: list[Path] | None = None,
-) -> dict[str, Any]:
+) -> MnistReport:
     """Write settings, metrics, network, masks, edges and report; returns the report.
 
     Args:
@@ -50,24 +60,32 @@ def write_run(
         more_inputs: files read besides the images.
     """
     about = record_of(settings, images, more_inputs)
-    report = about | {
-        "script": script,
-        "groups": split.groups,
-        "target_class": split.target_class,
-        "target_group": split.target_group,
-        "mates": split.mates,
-        "edges": {"first layer": network.n_first, "last layer": network.n_edges - network.n_first},
-        "images": {name: len(labels) for name, (_, labels) in split.sets.items()},
-        "test accuracy": network_accuracy(results["original"], split),
-        "results": results,
-        "seconds": seconds,
-        "device": str(device),
-    }
+    run = {name: about[name] for name in PROVENANCE if name in about}
+    report = MnistReport(
+        script=script,
+        source=images.source,
+        side=images.side,
+        groups=split.groups,
+        target_class=split.target_class,
+        target_group=split.target_group,
+        mates=split.mates,
+        edges={"first layer": network.n_first, "last layer": network.n_edges - network.n_first},
+        images={name: len(labels) for name, (_, labels) in split.sets.items()},
+        test_accuracy=network_accuracy(results["original"], split),
+        results=results,
+        seconds=seconds,
+        device=str(device),
+        provenance=run,
+    )
     mean_target = split.x["train"][split.train_is_target].mean(0)
-    write_json(folder / "settings.json", settings)
+    RunSettings(script=script, provenance=run).write(folder / "settings.json")
     write_jsonl(folder / "metrics.jsonl", rows)
-    save_network(folder / "network.safetensors", network, about)
-    write_tensors(folder / "mask.safetensors", masks | {"mean target image": mean_target}, about)
-    write_json(folder / "edges.json", edges)
-    write_json(folder / "report.json", report)
+    made = NetworkRecord(
+        source=images.source, side=images.side, seed=settings.seed, target_class=settings.target_class,
+        n_bad=settings.n_bad, provenance=run,
+    )  # fmt: skip
+    save_network(folder / "network.safetensors", network, made)
+    write_tensors(folder / MASKS, masks | {"mean target image": mean_target}, MnistMasks(provenance=run).to_json())
+    EdgesByMask(masks=edges).write(folder / EDGES_BY_MASK)
+    report.write(folder / MNIST_REPORT)
     return report

@@ -38,7 +38,7 @@ from circuit_breaking.engine.mask import load_mask, save_mask
 from circuit_breaking.errors import UserError
 from circuit_breaking.evaluation.compared_models import engines_of, read_mask
 from circuit_breaking.figures.edge_graph import read_graph
-from circuit_breaking.graph import graph_record
+from circuit_breaking.graph import describe
 from circuit_breaking.ioi import prompts as words
 from circuit_breaking.mnist import idx
 from circuit_breaking.models.checks import check_sizes
@@ -48,6 +48,11 @@ from circuit_breaking.runs.checkpoints import NEWEST, Checkpoints
 from circuit_breaking.runs.cli import read_settings, run_script
 from circuit_breaking.runs.files import read_csv, read_json, read_jsonl, read_lines
 from circuit_breaking.runs.grid import combinations, parse_grid
+from circuit_breaking.runs.ioi_results import GraphRecord
+from circuit_breaking.runs.mask_record import CutEdges, KeptEdges, MaskRecord
+from circuit_breaking.runs.mnist_results import NetworkRecord
+from circuit_breaking.runs.records import RunSettings
+from circuit_breaking.runs.results import Report
 from circuit_breaking.runs.sweep import read_table
 from circuit_breaking.runs.tensors import read_tensors
 from circuit_breaking.tasks.ioi import read_prompts
@@ -104,7 +109,7 @@ def make_loaders(folder: Path) -> dict[str, Loader]:
             return Checkpoints(run, {"seed": 0}).load()
 
     mlp = load_script("mnist/mlp_model.py")
-    mlp.save_network(folder / "network", mlp.MaskedMLP(4, 3, 2), {})
+    mlp.save_network(folder / "network", mlp.MaskedMLP(4, 3, 2), NetworkRecord())
     network_bytes = (folder / "network").read_bytes()
     sampler = load_script("toxicity/toxic_data_for_eval.py")
 
@@ -149,11 +154,13 @@ def make_loaders(folder: Path) -> dict[str, Loader]:
     generate = load_script("toxicity/generate.py")
     run_of = folder / "trained"
     run_of.mkdir()
-    (run_of / "edges.json").write_text(json.dumps(model.mask.graph.edges[:3]))
-    trained = {"settings": {"model": "tiny", "means": None, "max_edges": 3}, "inputs": {}, "model": "tiny"}
+    trained = {"settings": {"model": "tiny", "means": None, "max_edges": 3}, "inputs": {}}
+    settings = RunSettings(script="toxicity/train_mask.py", provenance=trained).to_json()
+    cut, kept = (kind(edges=model.mask.graph.edges[:3]).to_json() for kind in (CutEdges, KeptEdges))
+    report = Report(models={"original": {"losses": {}}}, provenance=trained).to_json()
 
-    def settings_of(path: Path) -> None:
-        (run_of / "settings.json").write_bytes(path.read_bytes())
+    def trained_run(path: Path) -> None:
+        (run_of / "mask.safetensors").write_bytes(path.read_bytes())
         generate.read_run(run_of)
 
     def mask_as_variant(path: Path) -> None:
@@ -161,9 +168,10 @@ def make_loaders(folder: Path) -> dict[str, Loader]:
 
     engine = engines_of(hf)
     model.name = "small"
-    save_mask(folder / "recorded", model, trained)
+    save_mask(folder / "recorded", model, MaskRecord(budget=3, data={"length": 18}, provenance=trained))
     mask, means, weights = ((folder / name).read_bytes() for name in ("mask", "means", "weights"))
-    graph = json.dumps(graph_record(model.graph, dict.fromkeys(model.graph.edges[:3], 0.5))).encode()
+    shown = GraphRecord(graph=describe(model.graph), edges=dict.fromkeys(model.graph.edges[:3], 0.5))
+    graph = json.dumps(shown.to_json()).encode()
     bank = words.BANK.read_bytes()
     uniform = b"".join(json.dumps({"text": f"text {n}", "toxicity": n / 3}).encode() + b"\n" for n in range(3))
     prompts = json.dumps(prompt).encode() + b"\n"
@@ -185,7 +193,11 @@ def make_loaders(folder: Path) -> dict[str, Loader]:
         "csv": Loader([b'a,b\n1,2\n3,"x\ny"\n'], read_csv),
         "table": Loader([b"a,b\n1,2\n3,x\n"], read_table),
         "graph": Loader([graph], read_graph, damage_json),
-        "settings": Loader([json.dumps(trained).encode()], settings_of, damage_json),
+        "settings": Loader([json.dumps(one).encode() for one in (settings, trained)], RunSettings.read, damage_json),
+        "cut edges": Loader([json.dumps(one).encode() for one in (cut, cut["edges"])], CutEdges.read, damage_json),
+        "kept edges": Loader([json.dumps(kept).encode()], KeptEdges.read, damage_json),
+        "report": Loader([json.dumps(report).encode()], Report.read, damage_json),
+        "mask of a run": Loader([(folder / "recorded").read_bytes()], trained_run, damage_tensors),
         "tensors": Loader([mask, means], read_tensors, damage_tensors),
         "mask": Loader([mask], lambda path: load_mask(path, model), damage_tensors),
         "mask, record": Loader([(folder / "recorded").read_bytes()], mask_as_variant, damage_tensors),

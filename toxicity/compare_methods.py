@@ -11,7 +11,7 @@ refinement; it trains for so many more steps that it sees equally many texts. Th
 run with the masks that are missing.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -62,30 +62,32 @@ class Settings(ToxicDataSettings, ModelSettings, ToxicRunSettings, SeedSettings)
 if __name__ == "__main__":
     settings = read_settings(Settings)
 
-import json
-import random
 from collections.abc import Iterator
 from functools import cache
 
 import torch
 from tqdm import tqdm
 
-from circuit_breaking.engine.ablation_values import load_means
+from circuit_breaking.engine.ablation_values import load_means, value_in
 from circuit_breaking.engine.load import load_model
-from circuit_breaking.engine.mask import load_mask, save_mask
+from circuit_breaking.engine.mask import load_mask, read_mask_record, save_mask
+from circuit_breaking.evaluation.controls import random_edges
 from circuit_breaking.figures.methods import FILE, draw_methods, table
 from circuit_breaking.models.load import files_of, load_tokenizer
 from circuit_breaking.runs.cost import COST_FILE, cost
-from circuit_breaking.runs.files import plain, write_csv, write_json, write_jsonl
+from circuit_breaking.runs.files import write_csv, write_json, write_jsonl
+from circuit_breaking.runs.mask_record import MASK, MaskRecord, data_of, write_edges
 from circuit_breaking.runs.provenance import provenance
-from circuit_breaking.runs.tensors import read_tensors
+from circuit_breaking.runs.records import fingerprint
+from circuit_breaking.runs.results import MethodComparison
+from circuit_breaking.runs.run_folder import is_up_to_date
 from circuit_breaking.toxicity.splits import Splits, load_splits
 from circuit_breaking.training.mask_trainer import train_mask
 
-MASK, RANDOM = "mask.safetensors", "random"
-MADE_BY = (  # settings by which a mask is made; others may differ where a run goes on
-    "model", "max_edges", "seed", "training", "means", "toxic_train", "toxic_test", "ordinary", "length", "examples",
-    "split_qkv", "device", "dtype",
+RANDOM = "random"
+# settings that a mask depends on, besides its own budget, seed and training; others may differ in a run that is resumed
+MADE_BY = (
+    "model", "means", "toxic_train", "toxic_test", "ordinary", "length", "examples", "split_qkv", "device", "dtype",
 )  # fmt: skip
 
 
@@ -134,7 +136,7 @@ def main(settings: Settings) -> None:
     if settings.means is not None:
         load_means(settings.means, model)
         inputs.append(settings.means)
-    record = provenance(settings, inputs, texts=texts(settings.seed).about)
+    run = provenance(settings, inputs, texts=texts(settings.seed).about)
     held_out = dict(zip(("toxic", "ordinary"), texts(settings.seed).tasks(settings.seed), strict=True))
 
     def measured() -> dict[str, float]:
@@ -149,48 +151,41 @@ def main(settings: Settings) -> None:
     masks = list(plan(settings, [budget for budget in settings.budgets if budget not in beyond]))
     for method, budget, seed, training in tqdm(masks, desc="masks", unit="mask", disable=None):
         place = folder / "masks" / f"{method.replace(' ', '_')}_{budget}_seed{seed}"
-        about = record_of(record, settings, method, budget, seed, training)
-        if not (settings.resume and is_up_to_date(place / MASK, about)):
+        record = record_of(run, settings, method, budget, seed, training)
+        if not (settings.resume and is_up_to_date(place / MASK, record.made_from, read_mask_record)):
             make(place, model, texts(seed).tasks(seed), budget, seed, training)
-            write_json(place / "edges.json", model.mask.cut_edges())
-            save_mask(place / MASK, model, about)  # last: it says that the folder is complete
+            write_edges(place, model.mask.cut_edges())
+            save_mask(place / MASK, model, record)  # last: it says that the folder is complete
         load_mask(place / MASK, model)
         row = {"method": method, "budget": budget, "seed": seed, "edges_cut": model.mask.n_cut(), **measured()}
         rows.append({**row, "gain": original["objective"] - row["objective"]})
 
     seen = {"refined": texts_seen(settings.training), "alone": texts_seen(unrefined(settings.training))}
     write_csv(folder / "methods.csv", rows)
-    write_json(folder / FILE, {"original": original, "masks": rows, "texts_seen": seen, **record})
+    MethodComparison(original=original, masks=rows, texts_seen=seen, provenance=run).write(folder / FILE)
     draw_methods(folder)
     print(table(folder))
     print(f"written to {folder}")
 
 
 def record_of(
-    record: dict[str, Any], settings: Settings, method: str, budget: int, seed: int, training: MaskConfig | None
-) -> dict[str, Any]:
-    """What a mask's file says of how it was made, in the form of train_mask.py, so that evaluation.py reads both."""
-    own = {"max_edges": budget, "seed": seed, "means": settings.means, "training": training}
-    kind = "mask" if training else "random"
-    about = {**record, "settings": {**record["settings"], **own}, "kind": kind, "method": method}
-    return json.loads(json.dumps(about, default=plain))  # as it will be read
-
-
-def is_up_to_date(path: Path, about: dict[str, Any]) -> bool:
-    """Whether a mask is there that was made with the same settings from the same files."""
-    if not path.is_file():
-        return False
-    there = read_tensors(path)[1]
-    same = ("method", "inputs", "texts")
-    mine, theirs = ({k: v for k, v in one["settings"].items() if k in MADE_BY} for one in (about, there))
-    return mine == theirs and all(about[name] == there.get(name) for name in same)
+    run: dict[str, Any], settings: Settings, method: str, budget: int, seed: int, training: MaskConfig | None
+) -> MaskRecord:
+    """How a mask is made; `run` is the run's provenance, `training` None for random edges."""
+    key = {name: run["settings"][name] for name in MADE_BY}
+    key |= {"inputs": run["inputs"], "texts": run["texts"], "method": method, "budget": budget, "seed": seed}
+    return MaskRecord(
+        role="mask" if training else "random", method=method, budget=budget, seed=seed,
+        ablation_value=value_in(settings.means), data=data_of(asdict(settings)),
+        made_from=fingerprint({**key, "training": training}), provenance=run,
+    )  # fmt: skip
 
 
 def make(folder: Path, model: Any, tasks: tuple[Any, Any], budget: int, seed: int, training: MaskConfig | None) -> None:
     """Put a mask into the model, trained or drawn, and what training left into a folder."""
     if training is None:
         model.mask.reset_()
-        model.mask.cut_(random.Random(f"{seed} {budget}").sample(model.graph.edges, budget))
+        model.mask.cut_(random_edges(model.graph, budget, seed))
         return
     torch.manual_seed(seed)
     with cost(model.device) as spent:

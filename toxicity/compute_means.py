@@ -43,6 +43,7 @@ from circuit_breaking.engine.ablation_values import compute_means, save_means
 from circuit_breaking.engine.load import load_model
 from circuit_breaking.models.load import files_of, load_tokenizer
 from circuit_breaking.models.tokens import encode, prefix_token
+from circuit_breaking.runs.mask_record import MeansRecord
 from circuit_breaking.runs.provenance import provenance
 from circuit_breaking.tasks.owt import load_texts
 from circuit_breaking.tasks.toxic import read_examples
@@ -67,7 +68,7 @@ def main(settings: Settings) -> None:
         means = compute_means(model, batch, settings.kind == "position", settings.batch_size, progress=True)
         used, inputs = len(batch), [Path(source)]
     inputs = [path for path in (*inputs, *files_of(settings.model)) if path.is_file()]
-    save_means(out, model, means, provenance(settings, inputs, num_texts=used))
+    save_means(out, model, means, MeansRecord(num_texts=used, provenance=provenance(settings, inputs)))
     what = "zeros" if settings.kind == "zero" else f"{settings.kind} of {used:,} {settings.texts} texts"
     print(f"{what}, shape {list(means.shape)}, written to {out}")
 

@@ -39,7 +39,7 @@ import time
 from pathlib import Path
 
 from circuit_breaking.errors import UserError
-from circuit_breaking.runs.files import read_json
+from circuit_breaking.runs.results import REPORT, Report
 
 HERE = Path(__file__).resolve().parent
 
@@ -61,7 +61,7 @@ def main(settings: Settings) -> None:
             raise UserError(f"toxicity/{script} ended with exit code {code}; what it said above tells why.")
         seconds[script] = time.perf_counter() - start
     folder = settings.out / settings.run
-    before, after = (read_json(folder / "report.json")["models"][name] for name in ("original", "ablated"))
+    before, after = (Report.read(folder / REPORT).models[name] for name in ("original", "ablated"))
     share = [one["continuations"]["toxic"]["toxic_share"]["value"] for one in (before, after)]
     loss = [one["losses"]["ordinary"]["value"] for one in (before, after)]
     print(

@@ -45,8 +45,8 @@ from circuit_breaking.evaluation.edge_effects import leave_one_out, stability
 from circuit_breaking.evaluation.result_files import EVIDENCE
 from circuit_breaking.figures.edge_effects import draw_evidence
 from circuit_breaking.models.load import files_of, load_hf_model, load_tokenizer
-from circuit_breaking.runs.files import write_json
 from circuit_breaking.runs.provenance import provenance
+from circuit_breaking.runs.results import Evidence
 from circuit_breaking.tasks import OWTTask, ToxicTask
 from circuit_breaking.toxicity.splits import check_apart
 
@@ -74,16 +74,17 @@ def main(settings: Settings) -> None:
                 "ablation": one.about["ablation"],
                 **leave_one_out(hf, one.edges, one.means, texts, settings.batch_size, settings.seed, bar.update),
             }
-    inputs = {*(one.file for one in (*masks, *similar)), settings.toxic_test, *files_of(settings.model)}
-    report = {
-        "masks": judged,
-        "stability": stability(similar),
-        "num_texts": {name: len(batch) for name, batch in texts.items()},
-        **provenance(settings, sorted(path for path in inputs if path is not None)),
-    }
-    write_json(folder / EVIDENCE, report)
+    inputs = {path for one in (*masks, *similar) for path in (one.file, one.means_file)}
+    inputs |= {settings.toxic_test, *files_of(settings.model)}
+    report = Evidence(
+        masks=judged,
+        stability=stability(similar),
+        num_texts={name: len(batch) for name, batch in texts.items()},
+        provenance=provenance(settings, sorted(path for path in inputs if path is not None)),
+    )
+    report.write(folder / EVIDENCE)
     draw_evidence(folder)
-    for row in report["stability"]:
+    for row in report.stability:
         print(
             f"{row['ablation']} ablation, at most {row['budget']} edges, {len(row['masks'])} seeds: "
             f"Jaccard {row['jaccard']:.2f} (by chance {row['by_chance']:.2f})"

@@ -65,6 +65,7 @@ import numpy as np
 from rich.console import Console
 from tqdm import tqdm
 
+from circuit_breaking.engine.mask import read_mask_record
 from circuit_breaking.evaluation.compared_models import (
     ORIGINAL,
     ComparedModel,
@@ -76,7 +77,7 @@ from circuit_breaking.evaluation.compared_models import (
 from circuit_breaking.evaluation.generate import Sampling
 from circuit_breaking.evaluation.measure import evaluate, text_losses
 from circuit_breaking.evaluation.measurements import TOXIC
-from circuit_breaking.evaluation.result_files import REPORT, UNIFORM
+from circuit_breaking.evaluation.result_files import UNIFORM
 from circuit_breaking.evaluation.scorers import Scorer, load_scorer
 from circuit_breaking.evaluation.tables import overview, table
 from circuit_breaking.figures.loss_by_toxicity import draw_loss_by_toxicity
@@ -84,9 +85,10 @@ from circuit_breaking.figures.report import draw_models, draw_report
 from circuit_breaking.figures.training import draw_training
 from circuit_breaking.models.load import SHIPPED, files_of, load_hf_model, load_tokenizer
 from circuit_breaking.models.tokens import TokenBatch, encode, prefix_token
-from circuit_breaking.runs.files import write_csv, write_json, write_jsonl
+from circuit_breaking.runs.files import write_csv, write_jsonl
+from circuit_breaking.runs.mask_record import MASK, MaskRecord
 from circuit_breaking.runs.provenance import provenance
-from circuit_breaking.runs.tensors import read_tensors
+from circuit_breaking.runs.results import REPORT, Report
 from circuit_breaking.tasks import OWTTask, ToxicTask
 from circuit_breaking.tasks.owt import load_texts
 from circuit_breaking.tasks.toxic import read_examples
@@ -100,19 +102,16 @@ MOST_COLUMNS = 4  # models beyond which a terminal has no room for a column each
 
 def as_trained(settings: Settings) -> tuple[Settings, dict[str, Path]]:
     """Settings with what is None taken from a mask's record, else from defaults; and the folders of more models."""
-    mask = settings.mask or settings.out / settings.run / "mask.safetensors"
+    mask = settings.mask or settings.out / settings.run / MASK
     folders = find_folders(settings.models)
     if settings.mask is None and folders and not mask.is_file():
         mask = None
     hint = "Train one with toxicity/train_mask.py, or set run or mask to one that is there."
-    masks = [mask, *(folder / "mask.safetensors" for folder in folders.values())]
+    masks = [mask, *(folder / MASK for folder in folders.values())]
     first = next((path for path in masks if path is not None and (path.is_file() or path is mask)), None)
-    trained = read_tensors(first, hint)[1].get("settings") if first is not None else {}
-    trained = trained if isinstance(trained, dict) else {}
-    if mask is None:  # the masks among the models have means of their own
-        trained = {key: value for key, value in trained.items() if key != "means"}
-    model = settings.model or trained.get("model") or "tiny"
-    known = [{"model": model}, trained, default_data(model), {"length": 50}]
+    trained = read_mask_record(first, hint) if first is not None else MaskRecord()
+    model = settings.model or trained.model or "tiny"
+    known = [{"model": model}, trained.data, default_data(model), {"length": 50}]
     return resolve_defaults(settings, *([] if mask is None else [{"mask": mask}]), *known), folders
 
 
@@ -205,23 +204,24 @@ def main(settings: Settings) -> None:
             "changed_share": one.changed_share(hf),
         }
         measured[name]["note"] = "; ".join(notes) or None
-    inputs = [settings.mask, settings.means, settings.toxic_test, *sources.values(), *files_of(settings.model)]
-    inputs += [Path(settings.ordinary), *(one.file for one in variants.values())]
+    inputs = [settings.mask, settings.toxic_test, *sources.values(), *files_of(settings.model)]
+    inputs += [Path(settings.ordinary), *(path for one in variants.values() for path in (one.file, one.means_file))]
     inputs = {path for path in inputs if isinstance(path, Path) and path.is_file()}
     cut = variants.get("ablated")
-    report = {
-        "scorer": {"name": scorer.name, "version": scorer.version, "threshold": TOXIC},
-        "reference": ORIGINAL,
-        "models": measured,
-        **(
-            {"edges": cut.edges, "n_edges": cut.about["n_edges"], "weights_rounded": cut.about["weights_rounded"]}
-            if cut
-            else {}
-        ),
-        "num_texts": {name: len(batch) for name, batch in texts.items()},
-        "num_prompts": {name: len(batch) for name, batch in prompts.items()},
-        **provenance(settings, sorted(inputs)),
-    }
+    report = Report(
+        models=measured,
+        scorer={"name": scorer.name, "version": scorer.version, "threshold": TOXIC},
+        reference=ORIGINAL,
+        model=settings.model,
+        samples=settings.samples,
+        seeds=settings.seeds,
+        num_texts={name: len(batch) for name, batch in texts.items()},
+        num_prompts={name: len(batch) for name, batch in prompts.items()},
+        edges=cut and cut.edges,
+        n_edges=cut and cut.about["n_edges"],
+        weights_rounded=cut and cut.about["weights_rounded"],
+        provenance=provenance(settings, sorted(inputs)),
+    )
     rows = []
     if uniform is not None:
         drawn = {name: one for name, one in variants.items() if one.kind != "random"}
@@ -230,7 +230,7 @@ def main(settings: Settings) -> None:
         write_jsonl(folder / "generations.jsonl", generations)
     if rows:
         write_csv(folder / UNIFORM, rows)
-    write_json(folder / REPORT, report)
+    report.write(folder / REPORT)
     # those of an earlier evaluation would not be what this report is about
     for name, written in (("generations.jsonl", settings.save_generations), (UNIFORM, rows)):
         if not written:
@@ -244,7 +244,7 @@ def main(settings: Settings) -> None:
         draw_loss_by_toxicity(folder)
     if (folder / "metrics.jsonl").is_file():
         draw_training(folder)
-    Console().print(table(report) if len(measured) <= MOST_COLUMNS else overview(report))
+    Console().print((table if len(measured) <= MOST_COLUMNS else overview)(report.to_json()))
     for name, one in measured.items():
         if one.get("weights_rounded"):
             print(f"note: {name}: {one['weights_rounded']} weights lie between 0 and 1; it was measured rounded.")

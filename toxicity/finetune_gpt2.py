@@ -64,9 +64,11 @@ from circuit_breaking.models.activations import fused_activations
 from circuit_breaking.models.load import files_of, load_hf_model, load_tokenizer
 from circuit_breaking.models.save import save_hf_folder
 from circuit_breaking.runs.cost import COST_FILE, cost, with_earlier
-from circuit_breaking.runs.files import read_json, write_json, write_jsonl
+from circuit_breaking.runs.files import write_json, write_jsonl
 from circuit_breaking.runs.provenance import provenance
-from circuit_breaking.runs.run_folder import CheckpointedParts, is_up_to_date, locked
+from circuit_breaking.runs.records import PROVENANCE, fingerprint
+from circuit_breaking.runs.results import FineTuning
+from circuit_breaking.runs.run_folder import CheckpointedParts, is_up_to_date, locked, resume_key
 from circuit_breaking.runs.signals import stop_signals
 from circuit_breaking.toxicity.splits import Splits, load_splits
 from circuit_breaking.training.finetune import describe, finetune
@@ -107,7 +109,10 @@ def make(folder: Path, settings: Settings, method: str, splits: Splits, tokenize
     write_jsonl(folder / "metrics.jsonl", history)
     write_json(folder / COST_FILE, {**spent, "seconds_with_tuning": round(seconds, 2)})
     # last: it says that the folder is complete
-    write_json(folder / FINETUNING, {**describe(replace(result, note=notes)), **run})
+    FineTuning(
+        **describe(replace(result, note=notes)), lrs=list(run["lrs"]), made_from=fingerprint(resume_key(run, *APART)),
+        provenance={name: run[name] for name in PROVENANCE if name in run},
+    ).write(folder / FINETUNING)  # fmt: skip
     parts.remove()
     row = result.best
     print(
@@ -133,8 +138,9 @@ def main(settings: Settings) -> None:
             run = {**record, "method": method, "lrs": rates_of(settings, method)}
             with locked(folder / method):
                 place = folder / method
-                complete = bool(files_of(str(place))) and is_up_to_date(place / FINETUNING, read_json, run, *APART)
-                if settings.resume and complete:
+                made_from = fingerprint(resume_key(run, *APART))
+                made = bool(files_of(str(place))) and is_up_to_date(place / FINETUNING, made_from, FineTuning.read)
+                if settings.resume and made:
                     print(f"{method}: is there, of the same settings, data and code; --no-resume makes it anew")
                 else:
                     make(place, settings, method, splits, tokenizer, run)

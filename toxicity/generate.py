@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 from circuit_breaking.errors import UserError
 from circuit_breaking.runs.cli import read_settings, run_script
-from circuit_breaking.runs.files import read_json, read_lines, require_file
+from circuit_breaking.runs.files import read_lines, require_file
 from circuit_breaking.runs.settings import ComputeSettings, SeedSettings
 from circuit_breaking.toxicity.settings import FOLDER
 
@@ -62,11 +62,14 @@ from rich.text import Text
 from torch import Tensor, nn
 
 from circuit_breaking.ablation.ablate import ablate
-from circuit_breaking.ablation.saved import load_ablated, read_ablated, save_ablated
-from circuit_breaking.engine.ablation_values import read_means
+from circuit_breaking.ablation.saved import ablation_file, load_ablated, read_ablated, save_ablated
+from circuit_breaking.engine.ablation_values import read_value
+from circuit_breaking.engine.mask import read_cut_edges
 from circuit_breaking.evaluation.perplexity import perplexity
 from circuit_breaking.models.load import load_hf_model, load_tokenizer
 from circuit_breaking.models.tokens import prefix_token
+from circuit_breaking.runs.mask_record import MASK
+from circuit_breaking.runs.results import Report
 from circuit_breaking.toxicity.inputs import read_prompt_rows
 
 HINT = "Make one with toxicity/train_mask.py, or set the path of one."
@@ -74,7 +77,7 @@ HINT = "Make one with toxicity/train_mask.py, or set the path of one."
 
 @dataclass
 class Ablated:
-    """What a folder says: the base model, what is cut in it, and how that came to be."""
+    """A base model, the edges that are cut in it, and how they were found."""
 
     base: str
     edges: list[str]
@@ -84,26 +87,27 @@ class Ablated:
 
 
 def read_run(folder: Path) -> Ablated:
-    """A run folder of train_mask.py."""
-    edges, about = read_json(folder / "edges.json", HINT), read_json(folder / "settings.json", HINT)
-    settings = about.get("settings") if isinstance(about, dict) else None
-    named = isinstance(edges, list) and all(isinstance(edge, str) for edge in edges)
-    if not named or not isinstance(settings, dict) or not isinstance(settings.get("model"), str):
-        raise UserError(f"{folder} is neither a run of train_mask.py nor a saved ablated model. {HINT}")
-    means = None
-    if settings.get("means"):
-        means = read_means(str(settings["means"]), "It was used in training and is needed here.")[0]
+    """What a run folder of train_mask.py holds.
+
+    The edges are those of the mask's weights, not of a list of edges beside them, so a sufficient circuit is read for
+    what it is: all edges but a few are cut.
+    """
+    path = folder / MASK
+    edges, record = read_cut_edges(path, HINT)
+    if not record.model:
+        raise UserError(f"{path} does not name the model that the mask belongs to. {HINT}")
     report = folder / "report.json"
-    return Ablated(settings["model"], edges, means, about, read_json(report) if report.is_file() else {})
+    results = Report.read(report).to_json() if report.is_file() else {}
+    return Ablated(record.model, edges, read_value(record.ablation_value, path), record.provenance, results)
 
 
 def load_pair(settings: Settings) -> tuple[Any, dict[str, nn.Module]]:
     """The tokenizer, and the original and the ablated model, which share their weights."""
     folder = settings.ablated.expanduser()
-    if isinstance(read_json(folder / "edges.json", HINT), dict):
+    if ablation_file(folder) is not None:
         if settings.save is not None:
             raise UserError(f"{folder} is a saved ablated model already. Copy the folder.")
-        tokenizer = load_tokenizer(read_ablated(folder)["base"])
+        tokenizer = load_tokenizer(read_ablated(folder).base)
         ablated = load_ablated(folder, settings.device, settings.dtype)
         original = twin(ablated)
         original.edge_cuts.remove()

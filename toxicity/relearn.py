@@ -8,7 +8,7 @@ Time    ten seconds per model for the shipped model on one core.
 Cut edges stay cut while the weights are trained. The original model is trained in the same way, for comparison.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -61,8 +61,8 @@ from circuit_breaking.figures.relearning import draw_relearning
 from circuit_breaking.models.activations import fused_activations
 from circuit_breaking.models.load import files_of, load_hf_model, load_tokenizer
 from circuit_breaking.models.tokens import prefix_token
-from circuit_breaking.runs.files import write_json
 from circuit_breaking.runs.provenance import provenance
+from circuit_breaking.runs.results import Relearning
 from circuit_breaking.toxicity.inputs import load_prompts
 from circuit_breaking.toxicity.splits import load_splits
 
@@ -111,13 +111,14 @@ def main(settings: Settings) -> None:
                 context = with_context(prompts, examples, settings.shots, separator, limit)
                 with one.load(hf) as model, fused_activations(model):
                     found[one.name]["few_shot"] = {"without": toxicity(model), "with": toxicity(model, context)}
-    inputs = {*(one.file for one in variants), *splits.files, *files_of(settings.model)}
-    report = {
-        "scorer": {"name": scorer.name, "version": scorer.version},
-        "models": found,
-        **provenance(replace(settings), sorted(path for path in inputs if path is not None)),
-    }
-    write_json(folder / RELEARNING, report)
+    inputs = {path for one in variants for path in (one.file, one.means_file)}
+    inputs |= {*splits.files, *files_of(settings.model)}
+    report = Relearning(
+        models=found,
+        scorer={"name": scorer.name, "version": scorer.version},
+        provenance=provenance(settings, sorted(path for path in inputs if path is not None)),
+    )
+    report.write(folder / RELEARNING)
     draw_relearning(folder)
     print(f"written to {folder}")
 

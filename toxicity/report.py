@@ -56,6 +56,7 @@ from circuit_breaking.figures.report import draw_models
 from circuit_breaking.figures.training import draw_finetuning
 from circuit_breaking.runs.cost import COST_FILE
 from circuit_breaking.runs.files import read_json, read_jsonl, write_csv, write_json, write_text
+from circuit_breaking.runs.results import Comparison
 
 PICTURES = (
     "pareto.png", "models.png", "loss_by_toxicity.png", "evidence.png", "relearning.png", "finetuned/finetuning.png",
@@ -109,7 +110,7 @@ def main(settings: Settings) -> None:
         draw_finetuning(folder / "finetuned")
     costs = read_costs(folder)
     write_json(folder / "costs.json", costs)
-    write_json(folder / "comparison.json", {"pareto": pareto(models), "random_edges": controls(models)})
+    Comparison(pareto=pareto(models), random_edges=controls(models)).write(folder / "comparison.json")
     write_csv(folder / "report.csv", flat_rows(models))
     pictures = [name for name in PICTURES if (folder / name).is_file()]
     write_text(folder / "report.md", render(report, evidence, relearning, costs, pictures, examples))

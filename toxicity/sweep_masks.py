@@ -13,7 +13,7 @@ at one budget, show how stable the choice of edges is. If ablation values are le
 too, at that budget and in as many steps: the remaining difference is due to the choice of edges.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, ClassVar
 
 from circuit_breaking.errors import UserError
@@ -63,7 +63,6 @@ class Settings(ToxicDataSettings, ModelSettings, ToxicRunSettings, ResumeSetting
 if __name__ == "__main__":
     settings = read_settings(Settings)
 
-import random
 import shutil
 from collections.abc import Iterator
 from contextlib import suppress
@@ -72,24 +71,26 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from circuit_breaking.engine.ablation_values import compute_means, load_means, save_means
+from circuit_breaking.engine.ablation_values import compute_means, load_means, read_means, save_means, value_in
 from circuit_breaking.engine.load import load_model
-from circuit_breaking.engine.mask import load_mask, save_mask
+from circuit_breaking.engine.mask import load_mask, read_mask_record, save_mask
+from circuit_breaking.evaluation.controls import random_edges
 from circuit_breaking.models.load import files_of, load_tokenizer
 from circuit_breaking.runs.checkpoints import Checkpoints
 from circuit_breaking.runs.cost import COST_FILE, cost, together, with_earlier
 from circuit_breaking.runs.files import read_jsonl, write_json, write_jsonl
+from circuit_breaking.runs.mask_record import MASK, MEANS, MaskRecord, MeansRecord, data_of, write_edges
 from circuit_breaking.runs.provenance import provenance
+from circuit_breaking.runs.records import fingerprint
 from circuit_breaking.runs.run_folder import METRICS, hold, is_up_to_date, resume_key
 from circuit_breaking.runs.signals import stop_signals
-from circuit_breaking.runs.tensors import read_tensors
 from circuit_breaking.toxicity.splits import Splits, load_splits
 from circuit_breaking.training.methods.base import relax_phase_of
 from circuit_breaking.training.run import train_into
 
-MASK = "mask.safetensors"
-# settings that change no mask, or whose part in one is told by what `Sweep.about` says of it
-APART = ("budgets", "ablations", "stable_budget", "seeds", "random_seeds", "large_refine_rounds", "means")
+RANDOM = "random"
+# settings that change no mask by themselves: what they decide for one mask is in `Sweep.key`
+APART = ("budgets", "ablations", "stable_budget", "seeds", "random_seeds", "large_refine_rounds")
 
 
 def plan(settings: Settings, n_edges: int) -> Iterator[tuple[str, str, int, int]]:
@@ -134,7 +135,7 @@ class Sweep:
         self.splits: dict[int, Splits] = {}  # by the seed of the choice and order of texts
         first = self.texts(settings.seed)
         self.model = load_model(settings.model, settings.split_qkv, settings.device, settings.dtype)
-        self.record = provenance(settings, [*first.files, *files_of(settings.model)], texts=first.about)
+        self.provenance = provenance(settings, [*first.files, *files_of(settings.model)], texts=first.about)
         self.averages = None if set(settings.ablations) == {"zero"} else self.folder / "means_ordinary.safetensors"
         self.shared: dict[Path, dict[str, Any]] = {}  # what phases cost that masks share and that are done, by folder
 
@@ -147,9 +148,12 @@ class Sweep:
     def average(self) -> None:
         """Write what cut edges carry under mean ablation, if it is needed."""
         if self.averages is not None:
+            made_from = fingerprint(resume_key(self.provenance, *APART))
+            if self.settings.resume and is_up_to_date(self.averages, made_from, lambda path: read_means(path)[1]):
+                return  # writing it again on another machine might change the last digits under finished masks
             texts = self.texts(self.settings.seed).ordinary["train"][: self.settings.mean_texts]
-            means = compute_means(self.model, texts)
-            save_means(self.averages, self.model, means, {**self.record, "num_texts": len(texts)})
+            record = MeansRecord(num_texts=len(texts), made_from=made_from, provenance=self.provenance)
+            save_means(self.averages, self.model, compute_means(self.model, texts), record)
 
     def set_ablation(self, ablation: str) -> None:
         """Let cut edges carry what is asked for, at first where that is learned."""
@@ -157,32 +161,31 @@ class Sweep:
         if ablation != "zero":
             load_means(self.averages, self.model)
 
-    def about(self, kind: str, ablation: str, budget: int, seed: int) -> dict[str, Any]:
-        """What a mask's file says of it, in the form of train_mask.py, so that evaluation.py reads both."""
-        own = {"means": None if ablation == "zero" else self.averages, "max_edges": budget, "seed": seed}
-        settings = {**self.record["settings"], **own}
-        rounds = training_of(self.settings, ablation, budget).refine_rounds
-        settings["training"] = {**settings["training"], "refine_rounds": rounds}
-        return {**self.record, "settings": settings, "kind": kind, "carry": ablation, "first_seed": self.settings.seed}
+    def key(self, role: str, ablation: str, budget: int, seed: int) -> dict[str, Any]:
+        """What a mask depends on: it is not trained again while this is the same."""
+        training = training_of(self.settings, ablation, budget)
+        settings = {**self.provenance["settings"], "training": training}
+        mask = {"role": role, "ablation": ablation, "budget": budget, "seed": seed}
+        return {**resume_key({**self.provenance, "settings": settings}, *APART), "mask": mask}
 
     def mask(self, name: str, ablation: str, budget: int, seed: int, edges: Tensor | None = None) -> int:
         """Train a mask, or the ablation constants of `edges` [E], into its folder unless it is there; edges it cuts."""
-        kind = "mask" if edges is None else "random"
-        place, run = self.folder / "masks" / name, self.about(kind, ablation, budget, seed)
-        if self.settings.resume and is_up_to_date(place / MASK, lambda path: read_tensors(path)[1], run, *APART):
+        role = "mask" if edges is None else "random"
+        place, key = self.folder / "masks" / name, self.key(role, ablation, budget, seed)
+        if self.settings.resume and is_up_to_date(place / MASK, fingerprint(key), read_mask_record):
             load_mask(place / MASK, self.model)
             print(f"{name}: is there, of the same settings, data and code; --no-resume makes it anew", flush=True)
             return self.model.mask.n_cut()
         how = training_of(self.settings, ablation, budget)
         how = how if edges is None else given(how)
-        part, resume, earlier = resume_key(run, *APART), self.settings.resume, None
+        resume, earlier = self.settings.resume, None
         with hold(place):
-            own, phase = Checkpoints(place, part), relax_phase_of(how)
+            own, phase = Checkpoints(place, key), relax_phase_of(how)
             if phase is not None and not (resume and own.load()):
                 earlier, resume = self.relax(ablation, seed, phase, own), True
-            spent = self.train(place, ablation, seed, how, part, resume, edges, earlier)
+            spent = self.train(place, ablation, seed, how, key, resume, edges, earlier)
             write_json(place / COST_FILE, spent)
-            self.save(place, run)
+            self.save(place, role, ablation, budget, seed)
             own.remove()
         count = self.model.mask.n_cut()
         print(f"{name}: {count} edges cut in {spent['seconds']:.0f} s", flush=True)
@@ -195,18 +198,18 @@ class Sweep:
     def relax(self, ablation: str, seed: int, how: MaskConfig, own: Checkpoints) -> dict[str, Any]:
         """Let a mask go on from the end of the phase that all budgets share, trained if need be; what that cost."""
         place = self.shared_place(ablation, seed)
-        part = resume_key(self.about("relaxed", ablation, 0, seed), *APART)
+        key = self.key("relaxed", ablation, 0, seed)
         with hold(place):
             if place not in self.shared:
-                spent = self.train(place, ablation, seed, how, part, self.settings.resume)
+                spent = self.train(place, ablation, seed, how, key, self.settings.resume)
                 write_json(place / COST_FILE, spent)
                 self.shared[place] = spent
             write_jsonl(own.folder / METRICS, read_jsonl(place / METRICS))
-            Checkpoints(place, part).hand_on(own)
+            Checkpoints(place, key).hand_on(own)
         return self.shared[place]
 
     def train(
-        self, place: Path, ablation: str, seed: int, how: MaskConfig, part: dict[str, Any], resume: bool,
+        self, place: Path, ablation: str, seed: int, how: MaskConfig, key: dict[str, Any], resume: bool,
         edges: Tensor | None = None, earlier: dict[str, Any] | None = None,
     ) -> dict[str, Any]:  # fmt: skip
         """Train the model's mask into a folder that is held; what it cost, with what came `earlier`."""
@@ -215,7 +218,7 @@ class Sweep:
         self.set_ablation(ablation)
         with cost(self.model.device) as spent:
             result = train_into(
-                place, self.model, *tasks, how, edges, part, resume, self.settings.checkpoint_every, lock=False
+                place, self.model, *tasks, how, edges, key, resume, self.settings.checkpoint_every, lock=False
             )
         if earlier is not None:
             return together(earlier, spent)
@@ -224,20 +227,26 @@ class Sweep:
     def control(self, name: str, ablation: str, budget: int, seed: int, count: int) -> None:
         """A control: `count` edges drawn evenly. What they carry is learned at one budget only."""
         self.model.mask.reset_()
-        self.model.mask.cut_(random.Random(f"{seed} {budget}").sample(self.model.graph.edges, count))
+        self.model.mask.cut_(random_edges(self.model.graph, count, seed, budget))
         if ablation != "optimal":
             self.set_ablation(ablation)
-            self.save(self.folder / "masks" / name, self.about("random", ablation, budget, seed))
+            self.save(self.folder / "masks" / name, "random", ablation, budget, seed)
         elif budget == self.settings.stable_budget:
             self.mask(name, ablation, budget, seed, self.model.mask.weights.detach() == 0)
 
-    def save(self, place: Path, run: dict[str, Any]) -> None:
+    def save(self, place: Path, role: str, ablation: str, budget: int, seed: int) -> None:
         """Write the mask that is in the model, last the file that says that the folder is complete."""
-        if run["carry"] == "optimal":
-            run["settings"]["means"] = place / "means.safetensors"
-            save_means(place / "means.safetensors", self.model, self.model.means, self.record)
-        write_json(place / "edges.json", self.model.mask.cut_edges())
-        save_mask(place / MASK, self.model, run)
+        learned = ablation == "optimal"
+        means = place / MEANS if learned else None if ablation == "zero" else self.averages
+        if learned:
+            save_means(means, self.model, self.model.means, MeansRecord(provenance=self.provenance))
+        write_edges(place, self.model.mask.cut_edges())
+        record = MaskRecord(
+            role=role, method=RANDOM if role == RANDOM else self.settings.training.method, budget=budget, seed=seed,
+            ablation_value=value_in(means, learned), data=data_of(asdict(self.settings)),
+            made_from=fingerprint(self.key(role, ablation, budget, seed)), provenance=self.provenance,
+        )  # fmt: skip
+        save_mask(place / MASK, self.model, record)
 
 
 def main(settings: Settings) -> None:

@@ -9,7 +9,7 @@ Time    a minute for the shipped model on two cores; seconds per step for GPT-2 
 `accelerate launch toxicity/train_mask.py` trains on several GPUs, each with its share of every batch.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -44,14 +44,15 @@ if __name__ == "__main__":
 
 import torch
 
-from circuit_breaking.engine.ablation_values import load_means, save_means
+from circuit_breaking.engine.ablation_values import load_means, save_means, value_in
 from circuit_breaking.engine.load import load_model
 from circuit_breaking.engine.mask import save_mask
 from circuit_breaking.engine.transformer import EdgeMaskedTransformer
 from circuit_breaking.models.load import load_tokenizer
 from circuit_breaking.runs.distributed import is_main
-from circuit_breaking.runs.files import write_json
+from circuit_breaking.runs.mask_record import MASK, MEANS, MaskRecord, MeansRecord, data_of, write_edges
 from circuit_breaking.runs.provenance import provenance
+from circuit_breaking.runs.records import RunSettings
 from circuit_breaking.runs.run_folder import hold
 from circuit_breaking.tasks import OWTTask, ToxicTask
 from circuit_breaking.tasks.base import TextTask
@@ -77,34 +78,38 @@ def main(settings: Settings) -> None:
         inputs.append(settings.means)
     if Path(settings.ordinary).is_file():
         inputs.append(Path(settings.ordinary))
-    record = provenance(settings, inputs, model=model.name)
+    run = provenance(settings, inputs)
     with hold(folder):
-        train(folder, model, {"ordinary": ordinary, "toxic": toxic}, record, settings)
+        train(folder, model, {"ordinary": ordinary, "toxic": toxic}, run, settings)
 
 
 def train(
-    folder: Path, model: EdgeMaskedTransformer, tasks: dict[str, TextTask], record: dict[str, Any], settings: Settings
+    folder: Path, model: EdgeMaskedTransformer, tasks: dict[str, TextTask], run: dict[str, Any], settings: Settings
 ) -> None:
-    """Train the mask and write the run folder, which is held."""
+    """Train the mask and write the run folder, which the caller holds; `run` is the run's provenance."""
     if is_main():
-        write_json(folder / "settings.json", record)
+        RunSettings(script="toxicity/train_mask.py", provenance=run).write(folder / "settings.json")
     for task in tasks.values():
         task.evaluation_batch = settings.micro_batch or task.evaluation_batch
     before = {name: task.get_test_loss(model, settings.test_texts) for name, task in tasks.items()}
     result = train_into(
-        folder, model, tasks["toxic"], tasks["ordinary"], settings, None, record, settings.resume,
+        folder, model, tasks["toxic"], tasks["ordinary"], settings, None, run, settings.resume,
         settings.checkpoint_every, lock=False,
     )  # fmt: skip
     if not is_main():
         return
     after = {name: task.get_test_loss(model, settings.test_texts) for name, task in tasks.items()}
 
-    if settings.constants_lr and model.means is not None:  # evaluation.py finds them by the mask's record
-        save_means(folder / "means.safetensors", model, model.means, record)
-        record["settings"]["means"] = folder / "means.safetensors"
-    losses = {"before": before, "after": after}
-    save_mask(folder / "mask.safetensors", model, {**record, "losses": losses})
-    write_json(folder / "edges.json", result.edges)
+    learned = bool(settings.constants_lr) and model.means is not None
+    if learned:
+        save_means(folder / MEANS, model, model.means, MeansRecord(provenance=run))
+    record = MaskRecord(
+        method=settings.method, budget=settings.max_edges, seed=settings.seed, provenance=run,
+        ablation_value=value_in(folder / MEANS if learned else settings.means, learned),
+        losses={"before": before, "after": after}, data=data_of(asdict(settings)),
+    )  # fmt: skip
+    save_mask(folder / MASK, model, record)
+    write_edges(folder, result.edges)
     for name in tasks:
         print(f"held-out loss on {name} text: {before[name]:.3f} -> {after[name]:.3f}")
     print(f"{len(result.edges)} of {len(model.graph):,} edges cut in {result.seconds:.0f} s: {', '.join(result.edges)}")

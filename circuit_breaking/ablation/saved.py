@@ -3,9 +3,9 @@
 import json
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +17,56 @@ from circuit_breaking.graph import QKV, Edge, EdgeGraph
 from circuit_breaking.models.families import graph_of
 from circuit_breaking.models.load import load_config, load_hf_model, load_tokenizer
 from circuit_breaking.models.save import save_hf_folder
-from circuit_breaking.runs.files import read_json, write_json, write_text
+from circuit_breaking.runs.files import read_json, write_text
+from circuit_breaking.runs.mask_record import MEANS, MeansRecord
+from circuit_breaking.runs.records import Record
 from circuit_breaking.runs.tensors import write_tensors
 
-FORMAT = "edge-ablated model, version 1"
+OLD_FORMAT = "edge-ablated model, version 1"  # in `edges.json`, before records had versions
+ABLATION, OLD_NAME = "ablation.json", "edges.json"
+HINT = "Write an ablated model with save_ablated."
 DATA_ONLY = {".json", ".safetensors", ".txt", ".jinja", ".model", ".md"}  # what may lie in `base/`
+
+
+@dataclass(kw_only=True)
+class AblatedModelRecord(Record):
+    """`ablation.json` of a saved ablated model.
+
+    Attributes:
+        base: hub name of the base model, or `"tiny"`; None where its weights lie in `base/`.
+        shape: of the base model (`_shape`).
+        edges: names of the cut edges.
+        ablation: what they carry, zero or the means in `means.safetensors`.
+        about: how the edges were found.
+        results: measurements, for the card.
+    """
+
+    NAME: ClassVar[str] = "ablated model"
+    base: str | None
+    shape: dict[str, Any]
+    edges: list[str]
+    ablation: Literal["zero", "mean"]
+    about: dict[str, Any] = field(default_factory=dict)
+    results: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_old(cls, value: Any, path: Path | str, hint: str) -> dict[str, Any]:
+        if not isinstance(value, dict) or value.get("format") != OLD_FORMAT:
+            raise UserError(f"{path} describes no saved ablated model. {hint}")
+        found = {key: value[key] for key in ("base", "shape", "edges", "about", "results") if key in value}
+        return {**found, "ablation": value.get("cut_edges_carry")}
+
+
+def ablation_file(folder: Path) -> Path | None:
+    """The file that makes a folder a saved ablated model, None in another folder."""
+    if (folder / ABLATION).is_file():
+        return folder / ABLATION
+    old = folder / OLD_NAME
+    if old.is_file():
+        record = read_json(old, HINT)
+        if isinstance(record, dict) and "format" in record:
+            return old
+    return None
 
 
 def _shape(config: Any) -> dict[str, Any]:
@@ -75,41 +120,42 @@ def save_ablated(
         _check_means(means, len(graph.sources), shape["width"])
     if folder.is_dir() and any(folder.iterdir()) and not _is_ours(folder):
         raise UserError(f"{folder} holds other files already. Choose an empty folder for the ablated model.")
-    record = {
-        "format": FORMAT, "base": name, "shape": shape, "edges": edges, "cut_edges_carry": "mean" if means is not None
-        else "zero", "about": about or {}, "results": results or {},
-    }  # fmt: skip
+    record = AblatedModelRecord(
+        base=name, shape=shape, edges=edges, ablation="zero" if means is None else "mean", about=about or {},
+        results=results or {},
+    )  # fmt: skip
     original = Path(getattr(config, "name_or_path", "")).name or config.model_type
     card = model_card(folder.name, record, original)
-    (folder / "edges.json").unlink(missing_ok=True)  # it comes last: without it the folder is no model
+    for name in (ABLATION, OLD_NAME):  # the record is written last: without it the folder is no model
+        (folder / name).unlink(missing_ok=True)
     if hf is not None:
         save_hf_folder(folder / "base", hf, tokenizer)
     if means is not None:
-        write_tensors(folder / "means.safetensors", {"means": means}, {"shape": shape})
+        write_tensors(folder / MEANS, {"means": means}, MeansRecord(model=record.base).to_json())
     write_text(folder / "README.md", card)
-    write_json(folder / "edges.json", record)
+    record.write(folder / ABLATION)
 
 
 def _is_ours(folder: Path) -> bool:
     with suppress(UserError):
-        record = read_json(folder / "edges.json")
-        return isinstance(record, dict) and record.get("format") == FORMAT
+        path = ablation_file(folder)
+        return path is not None and bool(AblatedModelRecord.read(path))
     return False
 
 
-def model_card(title: str, record: dict[str, Any], base: str) -> str:
+def model_card(title: str, record: AblatedModelRecord, base: str) -> str:
     """The model card of a saved ablated model, in Markdown."""
-    split = any(edge.rpartition(".")[2] in QKV for edge in record["edges"])
-    count = len(replace(_graph(record["shape"]), split_qkv=split))
-    source = record["base"] or f"{base} (weights in `base/`)"
-    carried = "the mean output of its source" if record["cut_edges_carry"] == "mean" else "nothing (zero ablation)"
+    split = any(edge.rpartition(".")[2] in QKV for edge in record.edges)
+    count = len(replace(_graph(record.shape), split_qkv=split))
+    source = record.base or f"{base} (weights in `base/`)"
+    carried = "the mean output of its source" if record.ablation == "mean" else "nothing (zero ablation)"
 
     def block(what: dict[str, Any], otherwise: str) -> str:
         return f"```json\n{json.dumps(what, indent=2, ensure_ascii=False, default=str)}\n```" if what else otherwise
 
     return f"""# {title}
 
-{source} with {len(record["edges"])} of its {count:,} causal edges cut ({", ".join(record["edges"]) or "none"}).
+{source} with {len(record.edges)} of its {count:,} causal edges cut ({", ".join(record.edges) or "none"}).
 A cut edge carries {carried}; all weights are those of the base model. Method: Li, Davies, Nadeau 2023,
 "Circuit Breaking: Removing Model Behaviors with Targeted Ablation" (arXiv:2309.05973).
 
@@ -125,35 +171,28 @@ The folder holds data only, no code.
 
 ## How the edges were found
 
-{block(record["about"], "Not recorded.")}
+{block(record.about, "Not recorded.")}
 
 ## Results
 
-{block(record["results"], "Not recorded.")}
+{block(record.results, "Not recorded.")}
 """
 
 
-def read_ablated(folder: Path | str) -> dict[str, Any]:
-    """The record in a saved ablated model's `edges.json`, checked; `base` is something that `models` can load.
+def read_ablated(folder: Path | str) -> AblatedModelRecord:
+    """The record of a saved ablated model; `base` becomes something that `load_hf_model` can load.
 
     Raises:
         UserError: the folder is missing, damaged, or holds files that are not data.
     """
     folder = Path(folder).expanduser()
-    record = read_json(folder / "edges.json", "Write an ablated model with save_ablated.")
-    if not isinstance(record, dict) or record.get("format") != FORMAT:
-        raise UserError(f"{folder} is no saved ablated model. Write one with save_ablated.")
-    edges, base = record.get("edges"), record.get("base")
-    if not isinstance(edges, list) or not all(isinstance(edge, str) for edge in edges):
-        raise UserError(f"{folder / 'edges.json'} holds no list of edges. Save the ablated model again.")
-    if not isinstance(base, str | None) or record.get("cut_edges_carry") not in ("zero", "mean"):
-        raise UserError(f"{folder / 'edges.json'} is damaged. Save the ablated model again.")
-    if base is None:
+    record = AblatedModelRecord.read(ablation_file(folder) or folder / ABLATION, HINT)
+    if record.base is None:
         inside = folder / "base"
         other = [path for path in inside.rglob("*") if path.is_file() and path.suffix not in DATA_ONLY]
         if other:
             raise UserError(f"{other[0]} is no data file, so {folder} is not loaded. Remove it if you trust the rest.")
-        record["base"] = str(inside)
+        record.base = str(inside)
     return record
 
 
@@ -161,20 +200,20 @@ def load_ablated(folder: Path | str, device: str = "auto", dtype: str | torch.dt
     """The ablated model that `save_ablated` wrote: a stock Hugging Face model in eval mode, edges cut.
 
     `model.edge_cuts.remove()` makes it the base model again. For its tokenizer:
-    `load_tokenizer(read_ablated(folder)["base"])`.
+    `load_tokenizer(read_ablated(folder).base)`.
 
     Raises:
         UserError: the folder or its base model is missing or damaged, or they do not fit each other.
     """
     record, folder = read_ablated(folder), Path(folder).expanduser()
     means = None
-    if record["cut_edges_carry"] == "mean":
-        means = read_means(folder / "means.safetensors", "Save the ablated model again.")[0]
-    hf = load_hf_model(record["base"], device, dtype)
-    if _shape(hf.config) != record.get("shape"):
+    if record.ablation == "mean":
+        means = read_means(folder / MEANS, "Save the ablated model again.")[0]
+    hf = load_hf_model(record.base, device, dtype)
+    if _shape(hf.config) != record.shape:
         raise UserError(
-            f"{folder} was made for a model of shape {record.get('shape')}, and {record['base']} is "
+            f"{folder} was made for a model of shape {record.shape}, and {record.base} is "
             f"{_shape(hf.config)}. Save the ablated model again with its base's weights."
         )
-    ablate(hf, record["edges"], means)
+    ablate(hf, record.edges, means)
     return hf

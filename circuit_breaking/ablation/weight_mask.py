@@ -20,7 +20,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -28,9 +28,10 @@ from torch import Tensor, nn
 from circuit_breaking.errors import UserError
 from circuit_breaking.models.families import describe, require_loaded
 from circuit_breaking.models.families.spec import LayerSpec, check_supported
+from circuit_breaking.runs.records import Record
 from circuit_breaking.runs.tensors import read_tensors, write_tensors
 
-FORMAT = "weight mask, version 1"
+OLD_FORMAT = "weight mask, version 1"  # before records had versions
 HINT = "Learn one with mask_learning.py, or set the path of one."
 
 
@@ -99,7 +100,7 @@ class WeightMask:
 
     granularity: str
     units: dict[str, Tensor] = field(default_factory=dict)
-    about: dict[str, Any] = field(default_factory=dict)  # how the mask was made
+    provenance: dict[str, Any] = field(default_factory=dict)  # how the mask was made
 
     def __len__(self) -> int:
         return sum(len(units) for units in self.units.values())
@@ -137,6 +138,35 @@ def shares(mask: WeightMask, hf: nn.Module) -> dict[str, int]:
         "weights": weights,
         "all_weights": sum(parameter.numel() for parameter in hf.parameters()),
     }
+
+
+@dataclass(kw_only=True)
+class WeightMaskRecord(Record):
+    """How a mask over weights was made; lies in the header of its file.
+
+    Attributes:
+        granularity: what is masked as a whole, one of `UNITS`.
+        shape_hash: of the model that the mask belongs to (`shape_hash`).
+        model: its name.
+        units, all_units, weights, all_weights: what `shares` gives.
+        provenance: settings of the script, hashes of the files read, package versions, git commit.
+    """
+
+    NAME: ClassVar[str] = "weight mask"
+    granularity: Any
+    shape_hash: str
+    units: int
+    all_units: int
+    weights: int
+    all_weights: int
+    model: str | None = None
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_old(cls, value: Any, path: Path | str, hint: str) -> dict[str, Any]:
+        if not isinstance(value, dict) or value.get("format") != OLD_FORMAT:
+            raise UserError(f"{path} holds no weight mask. {hint}")
+        return super().from_old(value, path, hint)
 
 
 class MaskedWeights:
@@ -181,20 +211,26 @@ def mask_weights(hf: nn.Module, mask: WeightMask) -> MaskedWeights:
     return handle
 
 
-def save_weight_mask(path: Path | str, hf: nn.Module, mask: WeightMask, about: dict[str, Any] | None = None) -> None:
-    """Write a mask to a safetensors file: for every matrix with masked units, their numbers.
+def save_weight_mask(
+    path: Path | str, hf: nn.Module, mask: WeightMask, provenance: dict[str, Any] | None = None, model: str = ""
+) -> None:
+    """Write a mask to a safetensors file: for every matrix with masked units their numbers.
 
     Args:
         path: the file.
         hf: the model that the mask was made for.
         mask: the mask.
-        about: a record, for JSON, of how the mask was made (see `runs.provenance`).
+        provenance: how it came to be (`provenance.provenance`).
+        model: name of that model, for error messages.
     """
-    record = {"format": FORMAT, "granularity": mask.granularity, "shape_hash": shape_hash(hf), **shares(mask, hf)}
+    record = WeightMaskRecord(
+        granularity=mask.granularity, shape_hash=shape_hash(hf), model=model, provenance=provenance or {},
+        **shares(mask, hf),
+    )  # fmt: skip
     small = {name: units.to(torch.int32) for name, units in mask.units.items() if len(units)}
     if any(len(units) and units.max() > torch.iinfo(torch.int32).max for units in mask.units.values()):
         small = {name: units.to(torch.int64) for name, units in mask.units.items() if len(units)}
-    write_tensors(path, small, {**(about or {}), **record})
+    write_tensors(path, small, record.to_json())
 
 
 def load_weight_mask(path: Path | str, hf: nn.Module) -> WeightMask:
@@ -203,15 +239,14 @@ def load_weight_mask(path: Path | str, hf: nn.Module) -> WeightMask:
     Raises:
         UserError: the file is missing or damaged, holds something else, or was made for a model of another shape.
     """
-    units, about = read_tensors(path, HINT)
-    if about.get("format") != FORMAT:
-        raise UserError(f"{path} holds no weight mask. {HINT}")
-    if about.get("shape_hash") != shape_hash(hf):
+    units, header = read_tensors(path, HINT)
+    record = WeightMaskRecord.from_json(header, path, HINT)
+    if record.shape_hash != shape_hash(hf):
         raise UserError(
-            f"{path} was made for a model of another shape ({about.get('model')}). Load that one, or learn a mask for "
+            f"{path} was made for a model of another shape ({record.model}). Load that one, or learn a mask for "
             "this one."
         )
-    mask = WeightMask(about.get("granularity"), units, about)
+    mask = WeightMask(record.granularity, units, record.provenance)
     try:
         check_fits(mask, hf)
     except UserError as error:

@@ -3,7 +3,7 @@
 Shapes: B batch, T position, P nodes that write, D width.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,7 +15,9 @@ from tqdm import tqdm
 from circuit_breaking.errors import UserError
 from circuit_breaking.graph import describe
 from circuit_breaking.models.tokens import TokenBatch
-from circuit_breaking.runs.tensors import is_real, read_tensors, write_tensors
+from circuit_breaking.runs.files import require_file
+from circuit_breaking.runs.mask_record import AblationValueRecord, MeansRecord
+from circuit_breaking.runs.tensors import digest_of, is_real, read_tensors, write_tensors
 
 HINT = "Make one with toxicity/compute_means.py, or leave means unset (zero ablation)."
 
@@ -93,22 +95,24 @@ def compute_means(
     return means.float()
 
 
-def save_means(path: Path | str, model: Any, means: Tensor, about: dict[str, Any] | None = None) -> None:
-    """Write means with the graph and name of their model to a safetensors file."""
-    write_tensors(path, {"means": means}, {"model": model.name, "graph": describe(model.graph), **(about or {})})
+def save_means(path: Path | str, model: Any, means: Tensor, record: MeansRecord | None = None) -> None:
+    """Write means to a safetensors file, with the name and graph of their model filled into the record."""
+    record = replace(record or MeansRecord(), model=model.name, graph=describe(model.graph))
+    write_tensors(path, {"means": means}, record.to_json())
 
 
-def read_means(path: Path | str, hint: str = HINT) -> tuple[Tensor, dict[str, Any]]:
-    """Means and the record of a file. A file that is missing, damaged or without means is a `UserError`."""
-    tensors, about = read_tensors(path, hint)
+def read_means(path: Path | str, hint: str = HINT) -> tuple[Tensor, MeansRecord]:
+    """Means [P, D] or [T, P, D] and the record of a file. One that is missing, damaged or without means is a
+    `UserError`."""
+    tensors, header = read_tensors(path, hint)
     if "means" not in tensors:
         raise UserError(f"{path} holds no means. {hint}")
     if not is_real(tensors["means"]) or not tensors["means"].numel():
         raise UserError(f"{path} holds means that are not finite floating-point numbers. {hint}")
-    return tensors["means"], about
+    return tensors["means"], MeansRecord.from_json(header, path, hint)
 
 
-def load_means(path: Path | str, model: Any) -> dict[str, Any]:
+def load_means(path: Path | str, model: Any) -> MeansRecord:
     """Read means from a file into `model.means` and return the file's record.
 
     Query, key and value read from the same nodes as a whole head, so means serve a model with and without
@@ -117,9 +121,41 @@ def load_means(path: Path | str, model: Any) -> dict[str, Any]:
     Raises:
         UserError: the file is missing, damaged, holds no means, or means of another model's shape.
     """
-    means, about = read_means(path)
+    means, record = read_means(path)
     try:
         model.means = means
     except UserError as error:
-        raise UserError(f"{path} (made with {about.get('model')}): {error}") from None
-    return about
+        raise UserError(f"{path} (made with {record.model}): {error}") from None
+    return record
+
+
+def value_in(path: Path | str | None, learned: bool = False) -> AblationValueRecord:
+    """The record of the ablation value in a file of means, zero without a file; `learned` for ablation constants."""
+    if path is None:
+        return AblationValueRecord()
+    means = read_means(path)[0]
+    kind = "optimal" if learned else "mean" if means.dim() == 2 else "position"
+    return AblationValueRecord(kind, str(path), digest_of(means))
+
+
+def read_value(value: AblationValueRecord, mask: Path | str) -> Tensor | None:
+    """The means that a mask's record names, None for zero.
+
+    Args:
+        value: what the record says.
+        mask: the file of the mask, for error messages.
+
+    Raises:
+        UserError: the file of the means is missing or damaged, or holds other means than those of the training.
+    """
+    if value.kind == "zero":
+        return None
+    if value.path is None:
+        raise UserError(f"{mask} does not say which file holds the {value.kind} values of its cut edges. Give means.")
+    means = read_means(require_file(value.path, "It was used in training and is needed here."))[0]
+    if value.sha256 is not None and digest_of(means) != value.sha256:
+        raise UserError(
+            f"{value.path} holds other means than those that {mask} was trained with. Restore that file, train the "
+            "mask again, or give means that are meant to replace them."
+        )
+    return means

@@ -1,5 +1,6 @@
 """The mask over a model's edges: one flat parameter, its budget, and its files (layer 1)."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,8 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from circuit_breaking.errors import UserError
-from circuit_breaking.graph import Edge, EdgeGraph, describe
+from circuit_breaking.graph import Edge, EdgeGraph, describe, from_description
+from circuit_breaking.runs.mask_record import MaskRecord
 from circuit_breaking.runs.tensors import is_real, read_tensors, write_tensors
+
+HINT = "Make one with toxicity/train_mask.py, or set the path of one."
 
 
 class EdgeMask(nn.Module):
@@ -67,37 +71,71 @@ def lowest(scores: Tensor, count: int) -> Tensor:
     return scores.sort(stable=True).indices[: max(count, 0)]
 
 
-def save_mask(path: Path | str, model: Any, about: dict[str, Any] | None = None) -> None:
-    """Write the model's mask weights, with its graph, its name and `about`, to a safetensors file.
+def save_mask(path: Path | str, model: Any, record: MaskRecord | None = None) -> None:
+    """Write the model's mask weights to a safetensors file.
 
     Args:
         path: the file, `mask.safetensors` by custom.
         model: an `EdgeMaskedTransformer`.
-        about: JSON-able record of how the mask came to be (see `files.provenance`).
+        record: how the mask was made; the model's name and graph are filled in. Without it the file says no more than
+            those.
+
+    Raises:
+        UserError: the model's cut edges carry means and the record says zero, or the other way round.
     """
-    record = {"model": model.name, "graph": describe(model.graph), **(about or {})}
-    write_tensors(path, {"weights": model.mask.weights}, record)
+    record = replace(record or MaskRecord(), model=model.name or "", graph=describe(model.graph))
+    if (model.means is None) != (record.ablation_value.kind == "zero"):
+        raise UserError(
+            f"the record of {path} says that cut edges carry {record.ablation_value.kind}, and model.means says "
+            "otherwise. Write means to a file with save_means and give MaskRecord(ablation_value=value_in(file))."
+        )
+    write_tensors(path, {"weights": model.mask.weights}, record.to_json())
 
 
-def load_mask(path: Path | str, model: Any) -> dict[str, Any]:
-    """Read a mask into the model and return the file's record.
+def read_mask_record(path: Path | str, hint: str = HINT) -> MaskRecord:
+    """How the mask in a file was made. A file that is missing, damaged or holds no mask is a `UserError`."""
+    return MaskRecord.from_json(read_tensors(path, hint)[1], path, hint)
+
+
+def read_cut_edges(path: Path | str, hint: str = HINT) -> tuple[list[Edge], MaskRecord]:
+    """Names of the edges that the mask in a file cuts, in the graph's order, and the file's record; no model is needed.
+
+    Raises:
+        UserError: the file is missing or damaged, or holds no mask.
+    """
+    tensors, header = read_tensors(path, hint)
+    record, weights = MaskRecord.from_json(header, path, hint), tensors.get("weights")
+    if not is_real(weights):
+        raise UserError(f"{path} holds no edge mask. {hint}")
+    if weights.shape != (record.graph.get("n_edges"),):
+        raise UserError(f"{path} holds a mask of another shape than its graph. {hint}")
+    try:
+        graph = from_description(record.graph)
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {error}. {hint}") from None
+    return [graph.edges[index] for index in (weights < 0.5).nonzero()[:, 0].tolist()], record
+
+
+def load_mask(path: Path | str, model: Any) -> MaskRecord:
+    """Read a mask into the model and return the file's record. What cut edges carry stays as it is in the model.
 
     Raises:
         UserError: the file is missing or damaged, or was made for a model of another shape.
     """
-    hint = "Make one with toxicity/train_mask.py, or set the path of one."
-    tensors, about = read_tensors(path, hint)
-    weights, theirs, ours = tensors.get("weights"), about.get("graph"), describe(model.graph)
-    if weights is None or not isinstance(theirs, dict):
-        raise UserError(f"{path} holds no edge mask. {hint}")
+    tensors, header = read_tensors(path, HINT)
+    weights, ours = tensors.get("weights"), describe(model.graph)
+    if weights is None:
+        raise UserError(f"{path} holds no edge mask. {HINT}")
+    record = MaskRecord.from_json(header, path, HINT)
+    theirs = record.graph
     if theirs != ours or weights.shape != model.mask.weights.shape:
         differing = [f"{key} {theirs.get(key)} there, {ours[key]} here" for key in ours if theirs.get(key) != ours[key]]
         raise UserError(
-            f"{path} was made for another model ({about.get('model')}: {', '.join(differing) or 'another count'}). "
+            f"{path} was made for another model ({record.model}: {', '.join(differing) or 'another count'}). "
             "Load that model, or make a mask for this one."
         )
     if not is_real(weights) or weights.min() < 0 or weights.max() > 1:
-        raise UserError(f"{path} holds weights outside [0, 1]. {hint}")
+        raise UserError(f"{path} holds weights outside [0, 1]. {HINT}")
     with torch.no_grad():
         model.mask.weights.copy_(weights)
-    return about
+    return record

@@ -1,9 +1,9 @@
-"""Models that are compared: the original, masks over it, ablated and fine-tuned models, by their folders (layer 3).
+"""Models that are compared, read from their folders: the original, masks over it, ablated and fine-tuned models.
 
-A folder is told by what is in it:
+A file says what a folder holds:
 
     mask.safetensors    a mask of `train_mask.py` or `sweep_masks.py`: its edges are cut in the original
-    edges.json          with a record in it, an ablated model that `save_ablated` wrote
+    ablation.json       an ablated model that `save_ablated` wrote
     config.json         an ordinary Hugging Face model, as `finetune_gpt2.py` writes it
 
 A folder without any of these stands for the folders in it.
@@ -20,19 +20,18 @@ from typing import Any
 from torch import Tensor, nn
 
 from circuit_breaking.ablation.ablate import ablate
-from circuit_breaking.ablation.saved import read_ablated
-from circuit_breaking.engine.ablation_values import load_means, read_means
+from circuit_breaking.ablation.saved import ablation_file, read_ablated
+from circuit_breaking.engine.ablation_values import load_means, read_means, read_value
 from circuit_breaking.engine.load import load_model
-from circuit_breaking.engine.mask import load_mask
+from circuit_breaking.engine.mask import load_mask, read_mask_record
 from circuit_breaking.errors import UserError
 from circuit_breaking.models.load import load_hf_model
-from circuit_breaking.runs.files import read_json, require_file
-from circuit_breaking.runs.tensors import read_tensors
-from circuit_breaking.training.config import with_new_names
+from circuit_breaking.runs.mask_record import MASK, MEANS, MaskRecord
+from circuit_breaking.runs.results import FineTuning
 
-MASK, EDGES, CONFIG, FINETUNING = "mask.safetensors", "edges.json", "config.json", "finetuning.json"
+CONFIG, FINETUNING = "config.json", "finetuning.json"
 ORIGINAL = "original"
-Engines = Callable[[bool], Any]  # by whether query, key and value read apart
+Engines = Callable[[bool], Any]  # gives the edge-masked transformer for a value of `split_qkv`
 HINT = "Give folders of train_mask.py, sweep_masks.py, finetune_gpt2.py or save_ablated."
 
 
@@ -47,6 +46,7 @@ class ComparedModel:
         edges: names of its cut edges.
         means: their ablation values, [P, D]; None for zero.
         about: JSON-able, for reports: budget, seed, kind of ablation value, method, note.
+        means_file: the file that holds `means`.
     """
 
     name: str
@@ -55,12 +55,15 @@ class ComparedModel:
     edges: list[str] = field(default_factory=list)
     means: Tensor | None = None
     about: dict[str, Any] = field(default_factory=dict)
+    means_file: Path | None = None
 
     @property
     def file(self) -> Path | None:
-        """The file that tells this model from others."""
-        names = (MASK, EDGES) if self.kind != "finetuned" else ("model.safetensors",)
-        return next((self.folder / name for name in names if self.folder and (self.folder / name).is_file()), None)
+        """The file that makes this model differ from others."""
+        if self.folder is None:
+            return None
+        path = self.folder / ("model.safetensors" if self.kind == "finetuned" else MASK)
+        return path if path.is_file() else ablation_file(self.folder)
 
     @contextmanager
     def load(self, hf: nn.Module) -> Iterator[nn.Module]:
@@ -107,18 +110,17 @@ def _by_number(path: Path) -> list[tuple[int, int, str]]:
 
 
 def _is_model(path: Path) -> bool:
-    if any((path / name).is_file() for name in (MASK, CONFIG)):
-        return True
-    return (path / EDGES).is_file() and isinstance(read_json(path / EDGES), dict)
+    return any((path / name).is_file() for name in (MASK, CONFIG)) or ablation_file(path) is not None
 
 
 def engines_of(hf: nn.Module) -> Engines:
-    """Edge-masked transformers of a model, with and without query, key and value apart, each made once."""
+    """Edge-masked transformers of a model, with and without separate readers for queries, keys and values, each made
+    once."""
     return cache(lambda split_qkv: load_model(hf, split_qkv, str(hf.device), hf.dtype))
 
 
 def read_compared_models(folders: Mapping[str, Path], hf: nn.Module) -> list[ComparedModel]:
-    """The variants of some folders, checked against the original `hf`, in the order of the folders.
+    """The models of some folders, checked against the original `hf`, in the order of the folders.
 
     Raises:
         UserError: a file is missing or damaged, or belongs to a model of another shape.
@@ -131,45 +133,58 @@ def _read(name: str, folder: Path, engine: Engines) -> ComparedModel:
     if (folder / MASK).is_file():
         return read_mask(name, folder / MASK, engine)
     if (folder / CONFIG).is_file():
-        about = read_json(folder / FINETUNING, HINT) if (folder / FINETUNING).is_file() else {}
-        picked = {key: about[key] for key in ("method", "chosen", "note") if about.get(key) is not None}
-        return ComparedModel(name, "finetuned", folder, about=picked)
+        found = FineTuning.read(folder / FINETUNING, HINT) if (folder / FINETUNING).is_file() else FineTuning()
+        about = {"method": found.method, "chosen": found.chosen, "note": found.note}
+        return ComparedModel(name, "finetuned", folder, about={k: v for k, v in about.items() if v is not None})
     record = read_ablated(folder)
-    graph = engine(False).graph
-    means = read_means(folder / "means.safetensors")[0] if record["cut_edges_carry"] == "mean" else None
-    about = {"budget": len(record["edges"]), "ablation": record["cut_edges_carry"], "n_edges": len(graph)}
-    return ComparedModel(name, "mask", folder, record["edges"], means, about)
+    means = read_means(folder / MEANS)[0] if record.ablation == "mean" else None
+    about = {"budget": len(record.edges), "ablation": record.ablation, "n_edges": len(engine(False).graph)}
+    return ComparedModel(name, "mask", folder, record.edges, means, about, None if means is None else folder / MEANS)
+
+
+def load_masked(path: Path, engine: Engines, means: Path | None = None) -> tuple[Any, MaskRecord]:
+    """An edge-masked transformer with the mask in a file and what its cut edges carry.
+
+    Args:
+        path: the file of the mask.
+        engine: gives the transformer for a graph (`engines_of`); its mask and means are replaced.
+        means: file of means in place of those that the mask was trained with.
+
+    Returns:
+        The transformer, and the record of the mask.
+
+    Raises:
+        UserError: a file is missing or damaged, or belongs to a model of another shape, or the means have changed since
+            the mask was trained.
+    """
+    record = read_mask_record(path, HINT)
+    model = engine(record.split_qkv)
+    load_mask(path, model)
+    model.means = None
+    if means is not None:
+        load_means(means, model)
+    elif (values := read_value(record.ablation_value, path)) is not None:
+        try:
+            model.means = values
+        except UserError as error:
+            raise UserError(f"{record.ablation_value.path}: {error}") from None
+    return model, record
 
 
 def read_mask(name: str, path: Path, engine: Engines, means: Path | None = None) -> ComparedModel:
-    """The variant of a mask's file. `means` are those of the mask's own record where None."""
-    about = read_tensors(path, HINT)[1]
-    settings = about["settings"] if isinstance(about.get("settings"), dict) else {}
-    model = engine(bool(isinstance(about.get("graph"), dict) and about["graph"].get("split_qkv")))
-    load_mask(path, model)
-    means = means or settings.get("means")
-    if not isinstance(means, str | Path | None):
-        raise UserError(f"{path} names no file of means, but {means!r}. {HINT}")
-    model.means = None
-    if means is not None:
-        load_means(require_file(means, "It was used in training and is needed here."), model)
-    weights = model.mask.weights
-    told = {
-        "budget": settings.get("max_edges", model.mask.n_cut()),
-        "seed": settings.get("seed"),
-        "ablation": about.get("carry") or _ablation(means, settings),
+    """The model of a mask's file; the arguments are those of `load_masked`."""
+    model, record = load_masked(path, engine, means)
+    weights, ablation = model.mask.weights, record.ablation_value
+    about = {
+        "budget": model.mask.n_cut() if record.budget is None else record.budget,
+        "seed": record.seed,
+        "ablation": ablation.kind if means is None or str(means) == ablation.path else "mean",
         "n_edges": len(model.graph),
         "weights_rounded": int(((weights > 0) & (weights < 1)).sum()),
     }
-    kind = about.get("kind") or "mask"
-    return ComparedModel(name, kind, path.parent, list(map(str, model.mask.cut_edges())), model.means, told)
-
-
-def _ablation(means: Path | str | None, settings: Mapping[str, Any]) -> str:
-    """The kind of ablation value by a mask's record: zero, mean, or optimal (learned with the mask)."""
-    if means is None:
-        return "zero"
-    return "optimal" if with_new_names(settings).get("constants_lr") else "mean"
+    file = means or (Path(ablation.path) if ablation.path else None)
+    edges = list(map(str, model.mask.cut_edges()))
+    return ComparedModel(name, record.role, path.parent, edges, model.means, about, file)
 
 
 def share_of_changed_parameters(model: nn.Module, original: nn.Module) -> float:

@@ -29,7 +29,7 @@ def render(
         examples: continuations in Markdown, which may be offensive.
     """
     models = report["models"]
-    parts = [f"# Comparison on {report['settings']['model']}", _about(report), "## Result", statement(models)]
+    parts = [f"# Comparison on {report['model']}", _about(report), "## Result", statement(models)]
     if notes := _notes(models, relearning):
         parts += ["## Notes", notes]
     parts += ["## Models", _models(models), "## After prompts", _continuations(models)]
@@ -49,12 +49,12 @@ def render(
 
 
 def _about(report: Mapping[str, Any]) -> str:
-    scorer, texts, prompts, settings = (report[key] for key in ("scorer", "num_texts", "num_prompts", "settings"))
+    scorer, texts, prompts = (report[key] for key in ("scorer", "num_texts", "num_prompts"))
     return (
         f"Toxicity is scored by {scorer['name']} {scorer['version']}; a continuation with a score above "
         f"{scorer['threshold']} counts as toxic. Held-out texts: {texts['toxic']} toxic, {texts['ordinary']} ordinary. "
         f"Prompts: {prompts['toxic']} toxic, {prompts['ordinary']} ordinary. Continuations per prompt: "
-        f"{settings['samples']} from each of {settings['seeds']} seed(s). Brackets hold 95% bootstrap intervals over "
+        f"{report['samples']} from each of {report['seeds']} seed(s). Brackets hold 95% bootstrap intervals over "
         "texts or prompts. Losses are in nats per token."
     )
 

@@ -5,16 +5,14 @@ What is drawn or printed later relies on these checks. An estimate in a file is 
 difference to the original model.
 """
 
-import sys
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from circuit_breaking.errors import UserError
 from circuit_breaking.runs.checked_json import CheckedJson
-from circuit_breaking.runs.files import read_json
+from circuit_breaking.runs.records import read_value
+from circuit_breaking.runs.results import REPORT, Evidence, Relearning, Report
 
-REPORT = "report.json"
 EVIDENCE = "evidence.json"
 RELEARNING = "relearning.json"
 UNIFORM = "uniform.csv"  # one row per text: its toxicity, and the loss per token of each model
@@ -36,14 +34,17 @@ def read_report(folder: Path | str) -> dict[str, Any]:
         UserError: the file is missing or damaged, or holds no models.
     """
     path = Path(folder) / REPORT
-    report = read_json(path, "Make one with toxicity/evaluation.py.")
+    report = read_value(path, "Make one with toxicity/evaluation.py.", Report)
     models = report.get("models") if isinstance(report, dict) else None
     if not models:
         raise UserError(f"{path} holds no models. {REPORT_HINT}")
     checked = CheckedJson(models, path, REPORT_HINT, "models")
     for _, model in checked.items():
         _check_model(model)
-    return {**report, "models": {name: _with_present_names(model) for name, model in checked.items()}}
+    settings = report.get("settings")  # where the previous release had these fields
+    settings = settings if isinstance(settings, dict) else {}
+    old = {name: settings[name] for name in ("model", "samples", "seeds") if name in settings}
+    return {**old, **report, "models": {name: _with_present_names(model) for name, model in checked.items()}}
 
 
 def read_models(folder: Path | str, *fields: str) -> dict[str, Any]:
@@ -62,7 +63,7 @@ def read_evidence(folder: Path | str) -> dict[str, Any]:
         UserError: the file is missing or damaged.
     """
     path, hint = Path(folder) / EVIDENCE, "Make it with toxicity/edge_evidence.py."
-    report = CheckedJson(read_json(path, hint), path, hint)
+    report = CheckedJson(read_value(path, hint, Evidence), path, hint)
     masks = {
         name: {**_with_present_names(mask), "edges": [_with_present_names(row) for row in mask["edges"].rows()]}
         for name, mask in report["masks"].items()
@@ -93,7 +94,7 @@ def read_relearning(folder: Path | str) -> dict[str, Any]:
         UserError: the file is missing or damaged.
     """
     path, hint = Path(folder) / RELEARNING, "Make it with toxicity/relearn.py."
-    report = CheckedJson(read_json(path, hint), path, hint)
+    report = CheckedJson(read_value(path, hint, Relearning), path, hint)
     for _, model in report["models"].items():
         model["kind"].text()
         for _, rows in model["relearning"].items():
@@ -153,12 +154,4 @@ def _check_toxic_and_ordinary(entries: CheckedJson) -> None:
 def _with_present_names(row: CheckedJson) -> dict[str, Any]:
     """A model, mask or edge of a file as a dictionary, its fields renamed as `OLD_NAMES` says."""
     fields = {name: field.value for name, field in row.items()}
-    if not OLD_NAMES.keys().isdisjoint(fields):
-        _note_old_names(row.path)
     return {OLD_NAMES.get(name, name): value for name, value in fields.items()}
-
-
-@cache
-def _note_old_names(path: Path) -> None:
-    """Say once per file that it has the old names."""
-    print(f"note: {path} has the field names of the previous release, which this release still reads.", file=sys.stderr)

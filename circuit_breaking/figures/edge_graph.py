@@ -26,9 +26,10 @@ from circuit_breaking.figures.style import (
     VERMILION,
     figure,
 )
-from circuit_breaking.graph import Edge, EdgeGraph, node_of
+from circuit_breaking.graph import Edge, EdgeGraph, from_description, node_of
 from circuit_breaking.runs.checked_json import CheckedJson
-from circuit_breaking.runs.files import read_json
+from circuit_breaking.runs.ioi_results import GraphRecord, KnownCircuit
+from circuit_breaking.runs.records import read_value
 
 SOURCE_COLOURS = {"embed": BLACK, "head": BLUE, "MLP": VERMILION}  # of edges, by the kind of node that writes
 CLASS_COLOURS = (*COLOURS[:6], PURPLE)  # of heads, one for each class of a known circuit
@@ -39,17 +40,15 @@ HINT = "Make it with ioi/train_mask.py."
 
 
 def read_graph(path: Path) -> tuple[EdgeGraph, dict[Edge, float], dict[str, Any]]:
-    """Read a file that `graph.graph_record` describes: the graph, edges with their importance, and the whole record.
+    """Read a `GraphRecord` or `KnownCircuit`: the graph, edges with their importance, and the whole JSON object.
 
     Raises:
         UserError: the file is missing or damaged, or names an edge that the graph does not have.
     """
-    record = read_json(path, HINT)
+    record = read_value(path, HINT, GraphRecord, KnownCircuit)
     try:
-        shape = {key: value for key, value in record["graph"].items() if key != "n_edges"}
-        graph = EdgeGraph(**shape)
-        sizes = (graph.n_layers, graph.n_heads)
-        if any(type(size) is not int for size in sizes) or sizes[0] * (3 * sizes[1] + 1) > MOST_READERS:
+        graph = from_description(record["graph"])
+        if graph.n_layers * (3 * graph.n_heads + 1) > MOST_READERS:
             raise ValueError("a graph of a size that no model has")
         edges = {Edge(name): float(value) for name, value in record["edges"].items()}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -72,8 +71,8 @@ def layout(graph: EdgeGraph) -> dict[str, tuple[float, float]]:
 def draw_graph(folder: Path | str, name: str = "graph") -> Path:
     """Draw the edges of a mask between the nodes of the model, by layer; wider edges are more important.
 
-    Reads `<name>.json` (see `graph.graph_record`) and writes `<name>.png`, both in `folder`. If the file has `classes`
-    (by name, the heads of a known circuit), heads have the colour of their class, and edges that are not in
+    Reads `<name>.json` (`GraphRecord` or `KnownCircuit`) and writes `<name>.png`, both in `folder`. If the file has
+    `classes` (by name, the heads of a known circuit), heads have the colour of their class, and edges that are not in
     `in_circuit` are grey.
 
     Raises:

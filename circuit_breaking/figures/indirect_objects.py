@@ -23,7 +23,9 @@ from circuit_breaking.figures.style import (
     log_counts,
 )
 from circuit_breaking.runs.checked_json import CheckedJson
-from circuit_breaking.runs.files import read_json
+from circuit_breaking.runs.ioi_results import IOI_COMPARISON, IOI_REPORT, IOIComparison, IOIReport, NextTokens, Stages
+from circuit_breaking.runs.records import Record, read_value
+from circuit_breaking.runs.results import new_or_old
 
 PANELS = {  # measures of a report, with the title of each panel
     "logit_difference": "logit difference",
@@ -34,21 +36,22 @@ PANELS = {  # measures of a report, with the title of each panel
 COMPARED = {"logit_difference": "logit difference, IO - S", "ordinary_loss": "loss on ordinary text, nats"}
 
 
-def _open(path: Path, hint: str) -> CheckedJson:
-    return CheckedJson(read_json(path, hint), path, hint)
+def _open(path: Path, hint: str, kind: type[Record]) -> CheckedJson:
+    return CheckedJson(read_value(path, hint, kind), path, hint)
 
 
 def draw_comparison(folder: Path | str) -> Path:
     """Draw logit difference and ordinary loss by number of edges cut: one line per method, random masks as a range.
 
-    Reads `comparison.json` (`original`, and `methods`: by name, rows of n_cut, logit_difference, ordinary_loss) and
+    Reads `ioi_comparison.json` (`original`, and `methods`: by name, rows of n_cut, logit_difference, ordinary_loss) and
     writes `comparison.png`, both in `folder`.
 
     Raises:
         UserError: the file is missing or damaged.
     """
     folder = Path(folder)
-    report = _open(folder / "comparison.json", "Make it with ioi/compare.py.")
+    hint = "Make it with ioi/compare.py."
+    report = _open(new_or_old(folder, IOI_COMPARISON, "comparison.json", hint), hint, IOIComparison)
     original = {name: report["original"][name].number() for name in COMPARED}
     methods = {
         name: np.array([[row[key].number() for key in ("n_cut", *COMPARED)] for row in rows.rows()]).reshape(-1, 3)
@@ -90,7 +93,7 @@ def draw_stages(folder: Path | str) -> Path:
         UserError: the file is missing or damaged.
     """
     folder = Path(folder)
-    report = _open(folder / "stages.json", "Make it with ioi/alternative_masks.py --kind sufficient.")
+    report = _open(folder / "stages.json", "Make it with ioi/alternative_masks.py --kind sufficient.", Stages)
     rows = [(row["kept"].number(), row["share"].number()) for row in report["stages"].rows()]
     kept, shares = np.array(rows).reshape(-1, 2).T
     least = report["faithful"].number()
@@ -118,13 +121,13 @@ class Measured:
 def draw_models(folder: Path | str) -> Path:
     """Draw each model of a report, one row per model and one panel per measure, with 95% intervals.
 
-    Reads `report.json` (written by `ioi/evaluation.py`) and writes `report.png`, both in `folder`.
+    Reads `ioi_report.json` (written by `ioi/evaluation.py`) and writes `report.png`, both in `folder`.
 
     Raises:
         UserError: the file is missing or damaged, or holds no models.
     """
     folder = Path(folder)
-    models = _read_models(folder / "report.json")
+    models = _read_models(folder)
     path = folder / "report.png"
     with figure(path, 7.2, 1.1 + 0.32 * len(models)) as drawn:
         panels = drawn.subplots(1, len(PANELS), sharey=True)
@@ -149,9 +152,10 @@ def draw_models(folder: Path | str) -> Path:
     return path
 
 
-def _read_models(path: Path) -> list[Measured]:
+def _read_models(folder: Path) -> list[Measured]:
     hint = "Make it with ioi/evaluation.py."
-    report = read_json(path, hint)
+    path = new_or_old(folder, IOI_REPORT, "report.json", hint)
+    report = read_value(path, hint, IOIReport)
     models = report.get("models") if isinstance(report, dict) else None
     if not models:
         raise UserError(f"{path} holds no models. {hint}")
@@ -177,7 +181,7 @@ def draw_next_tokens(folder: Path | str) -> Path:
         UserError: the file is missing or damaged.
     """
     folder = Path(folder)
-    report = _open(folder / "next_tokens.json", "Make it with ioi/train_mask.py.")
+    report = _open(folder / "next_tokens.json", "Make it with ioi/train_mask.py.", NextTokens)
     prompt, io, subject = (report[name].text() for name in ("prompt", "IO", "S"))
     models = {
         name: [(row["token"].text(), row["probability"].number()) for row in rows.rows()]

@@ -9,7 +9,8 @@ from circuit_breaking.errors import UserError
 from circuit_breaking.evaluation.tables import markdown_table
 from circuit_breaking.figures.style import BLACK, BLUE, DASHED, GREEN, GREY, VERMILION, figure, log_counts, symlog
 from circuit_breaking.runs.checked_json import CheckedJson
-from circuit_breaking.runs.files import read_json
+from circuit_breaking.runs.records import read_value
+from circuit_breaking.runs.results import MethodComparison
 
 FILE = "methods.json"
 HINT = "Make it with toxicity/compare_methods.py."
@@ -91,7 +92,7 @@ def _label(name: str) -> str:
 def _read(folder: Path) -> tuple[Row, dict[str, dict[int, list[Row]]]]:
     """Losses of the original model, and the rows of each method by budget."""
     path = folder / FILE
-    report = CheckedJson(read_json(path, HINT), path, HINT)
+    report = CheckedJson(read_value(path, HINT, MethodComparison), path, HINT)
     original = {name: report["original"][name].number() for name in ("toxic", "ordinary")}
     methods: dict[str, dict[int, list[Row]]] = {}
     for row in report["masks"].rows():

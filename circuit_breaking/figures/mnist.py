@@ -15,7 +15,10 @@ from matplotlib.axes import Axes
 from circuit_breaking.errors import UserError
 from circuit_breaking.figures.style import BLUE, DARK_GREY, GREEN, ORANGE, PINK, VERMILION, figure
 from circuit_breaking.runs.checked_json import CheckedJson
-from circuit_breaking.runs.files import read_json, read_jsonl
+from circuit_breaking.runs.files import read_jsonl
+from circuit_breaking.runs.mnist_results import MASKS, MNIST_REPORT, MnistMasks, MnistReport
+from circuit_breaking.runs.records import read_value
+from circuit_breaking.runs.results import new_or_old
 from circuit_breaking.runs.tensors import read_tensors
 
 HINT = "Give the folder of a finished run of mnist/main.py or mnist/old.py."
@@ -69,8 +72,9 @@ def draw_run(folder: Path) -> list[Path]:
 
 
 def _read_run(folder: Path) -> Run:
-    path, log, mask_file = folder / "report.json", folder / "metrics.jsonl", folder / "mask.safetensors"
-    report = CheckedJson(read_json(path, HINT), path, HINT)
+    path, log = new_or_old(folder, MNIST_REPORT, "report.json", HINT), folder / "metrics.jsonl"
+    mask_file = new_or_old(folder, MASKS, "mask.safetensors", HINT)
+    report = CheckedJson(read_value(path, HINT, MnistReport), path, HINT)
     steps: dict[str, list[int]] = {}
     rows: dict[str, list[Row]] = {}
     for row in CheckedJson(read_jsonl(log, HINT), log, HINT, "line").rows():
@@ -83,7 +87,9 @@ def _read_run(folder: Path) -> Run:
     target = report["target_class"].integer()
     mates = " and ".join(f"{mate.integer()}s" for mate in report["mates"].rows())
     words = {"t": f"{target}s", "m": f"{mates} (same group)", "n": report["images"]["bad examples"].integer()}
-    tensors = read_tensors(mask_file, HINT)[0]
+    tensors, header = read_tensors(mask_file, HINT)
+    if "record" in header:
+        MnistMasks.check_version(header, mask_file, HINT)
     side, n_first = report["side"].integer(), report["edges"]["first layer"].integer()
     image = tensors.pop("mean target image", None)
     if image is None or side < 1 or image.numel() % side:

@@ -22,7 +22,9 @@ from circuit_breaking.figures.style import (
     readable,
 )
 from circuit_breaking.runs.checked_json import CheckedJson
-from circuit_breaking.runs.files import read_json, read_jsonl
+from circuit_breaking.runs.files import read_jsonl
+from circuit_breaking.runs.records import read_value
+from circuit_breaking.runs.results import FineTuning
 
 METRICS = "metrics.jsonl"
 COLUMNS = ("step", "keep_loss", "break_loss", "n_cut")
@@ -151,7 +153,7 @@ def _read_finetuning(folder: Path) -> tuple[str, list[Checkpoint], Checkpoint]:
     """Name of a method, all its checkpoints, and the one that was kept."""
     hint = "Make it with toxicity/finetune_gpt2.py."
     path, log = folder / "finetuning.json", folder / METRICS
-    kept = CheckedJson(read_json(path, hint), path, hint)["chosen"]
+    kept = CheckedJson(read_value(path, hint, FineTuning), path, hint)["chosen"]
     rows = CheckedJson(read_jsonl(log, hint), log, hint, "line").rows()
     return folder.name, [_checkpoint(row) for row in rows], _checkpoint(kept)
 

@@ -1,6 +1,6 @@
 """What the indirect-object scripts share: where prompts, means and runs are, and how a model is measured."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from circuit_breaking.engine.ablation_values import load_means
+from circuit_breaking.engine.ablation_values import load_means, save_means, value_in
 from circuit_breaking.engine.load import load_model
 from circuit_breaking.engine.mask import save_mask
 from circuit_breaking.errors import UserError
@@ -18,12 +18,13 @@ from circuit_breaking.figures.edge_graph import draw_graph
 from circuit_breaking.figures.heat_map import draw_heat_map
 from circuit_breaking.figures.indirect_objects import draw_next_tokens
 from circuit_breaking.figures.training import draw_training
-from circuit_breaking.graph import graph_record
 from circuit_breaking.ioi.settings import default_data
 from circuit_breaking.models.load import files_of, load_tokenizer
 from circuit_breaking.runs.config import check_counts, resolve_defaults
-from circuit_breaking.runs.files import write_json
+from circuit_breaking.runs.ioi_results import GraphRecord, NextTokens
+from circuit_breaking.runs.mask_record import MASK, MEANS, MaskRecord, MeansRecord, data_of, write_edges
 from circuit_breaking.runs.provenance import provenance
+from circuit_breaking.runs.records import RunSettings
 from circuit_breaking.tasks import IOITask, OWTTask, TextTask
 from circuit_breaking.tasks.base import EVALUATION_BATCH, prediction_losses
 from circuit_breaking.tasks.ioi import end_logits
@@ -42,14 +43,14 @@ MEASURES = {  # of a model on prompts, as reports name them and as a table shows
 
 @dataclass
 class Setting:
-    """A model with its tokenizer, its two tasks, and the record of what was read."""
+    """A model with its tokenizer, its two tasks, and the provenance of the run."""
 
     settings: Any
     model: Any
     tokenizer: Any
     ioi: IOITask
     ordinary: OWTTask
-    record: dict[str, Any]
+    provenance: dict[str, Any]
 
     def summary(self) -> dict[str, float]:
         """Means over held-out prompts and texts of the mask in force: the measures, and `ordinary_loss`."""
@@ -87,8 +88,8 @@ def open_setting(settings: Any) -> Setting:
     if settings.means is not None:
         load_means(settings.means, model)
     inputs = [settings.train, settings.test, settings.means, Path(settings.ordinary), *files_of(settings.model)]
-    record = provenance(settings, [path for path in inputs if path and path.is_file()], model=model.name)
-    return Setting(settings, model, tokenizer, ioi, ordinary, record)
+    run = provenance(settings, [path for path in inputs if path and path.is_file()])
+    return Setting(settings, model, tokenizer, ioi, ordinary, run)
 
 
 def difference_on(model: Any, batch: Any) -> MaskFunction:
@@ -101,11 +102,18 @@ def difference_on(model: Any, batch: Any) -> MaskFunction:
     return metric
 
 
-def write_run(folder: Path, setting: Setting, results: dict[str, Any], kept: bool = False) -> None:
-    """Write what a mask was trained for: settings, mask, its edges, and what its pictures are drawn from.
+def write_run(folder: Path, script: str, setting: Setting, results: dict[str, Any], kept: bool = False) -> None:
+    """Write the settings of a run, its mask and edges, and the files that its pictures are drawn from.
 
-    With `kept` the edges that the mask keeps are the ones of interest, not those that it cuts. An edge's importance is
-    its share of the logit difference that cutting them all (with `kept`: keeping them alone) takes away (brings back).
+    With `kept` the edges of interest are those that the mask keeps, not those that it cuts. An edge's importance is its
+    share of the logit difference that cutting all of them takes away or, with `kept`, that keeping only them restores.
+
+    Args:
+        folder: the run folder.
+        script: path of the script in the repository.
+        setting: what it was run on; the mask lies in the model.
+        results: measurements for the mask's record.
+        kept: whether the mask is a sufficient circuit.
     """
     model = setting.model
     mask, ones = model.mask.weights.detach().clone(), torch.ones_like(model.mask.weights)
@@ -114,32 +122,42 @@ def write_run(folder: Path, setting: Setting, results: dict[str, Any], kept: boo
     scores = eap_ig(metrics, model, steps=5, **line).tolist()
     chosen = (mask >= 0.5) == kept
     edges = {model.graph.edges[index]: scores[index] for index in chosen.nonzero()[:, 0].tolist()}
-    write_json(folder / "settings.json", setting.record)
-    save_mask(folder / "mask.safetensors", model, {**setting.record, "results": results})
-    write_json(folder / "edges.json", list(edges))
-    write_json(folder / "graph.json", graph_record(model.graph, edges, "kept" if kept else "cut"))
-    write_json(folder / "next_tokens.json", next_tokens(setting, mask, "edges kept alone" if kept else "edges cut"))
+    settings, run = setting.settings, setting.provenance
+    RunSettings(script=script, provenance=run).write(folder / "settings.json")
+    learned = bool(settings.constants_lr) and not kept and model.means is not None
+    if learned:
+        save_means(folder / MEANS, model, model.means, MeansRecord(provenance=run))
+    record = MaskRecord(
+        method="pruning" if kept else settings.method, budget=None if kept else settings.max_edges, seed=settings.seed,
+        ablation_value=value_in(folder / MEANS if learned else settings.means, learned), results=results,
+        data=data_of(asdict(settings)), provenance=run,
+    )  # fmt: skip
+    save_mask(folder / MASK, model, record)
+    write_edges(folder, list(edges), kept)
+    GraphRecord.of(model.graph, edges, "kept" if kept else "cut").write(folder / "graph.json")
+    tokens = next_tokens(setting, mask, "edges kept alone" if kept else "edges cut")
+    tokens.write(folder / "next_tokens.json")
 
 
 @torch.no_grad()
-def next_tokens(setting: Setting, mask: Tensor, label: str, count: int = 8) -> dict[str, Any]:
+def next_tokens(setting: Setting, mask: Tensor, label: str, count: int = 8) -> NextTokens:
     """The likeliest tokens after the first held-out prompt, with all edges and with a mask."""
     batch = setting.ioi.test[:1]
-    about = {
-        "prompt": setting.tokenizer.decode(batch.tokens[0, 1 : int(batch.lengths[0])].tolist()),
-        "IO": setting.tokenizer.decode(batch.io.tolist()),
-        "S": setting.tokenizer.decode(batch.subject.tolist()),
-        "models": {},
-    }
+    models = {}
     for name, weights in {"original": torch.ones_like(mask), label: mask}.items():
         logits, here = end_logits(setting.model, batch, weights)
         probabilities = logits.float().softmax(-1)[0]
         # the two names are shown whatever their rank
         top = dict.fromkeys([*probabilities.topk(count).indices.tolist(), int(here.io), int(here.subject)])
-        about["models"][name] = [
+        models[name] = [
             {"token": setting.tokenizer.decode([token]), "probability": float(probabilities[token])} for token in top
         ]
-    return about
+    return NextTokens(
+        prompt=setting.tokenizer.decode(batch.tokens[0, 1 : int(batch.lengths[0])].tolist()),
+        IO=setting.tokenizer.decode(batch.io.tolist()),
+        S=setting.tokenizer.decode(batch.subject.tolist()),
+        models=models,
+    )
 
 
 def draw_run(folder: Path) -> None:

@@ -1,11 +1,10 @@
 """What the scripts of the MNIST setting print: the data in words, and the table of results."""
 
-from typing import Any
-
 from rich.console import Console
 from rich.table import Table
 
 from circuit_breaking.mnist.digits import Images, Split
+from circuit_breaking.runs.mnist_results import MnistReport
 
 COLUMNS = (
     "edges cut",
@@ -39,18 +38,18 @@ def network_accuracy(result: dict[str, float], split: Split) -> float:
     return sum(result[part] * size for part, size in zip(parts, sizes, strict=True)) / sum(sizes)
 
 
-def print_table(report: dict[str, Any]) -> None:
+def print_table(report: MnistReport) -> None:
     """Accuracies in percent, a row for each variant."""
-    target = report["target_class"]
-    columns = [name for name in COLUMNS if any(name in row for row in report["results"].values())]
-    table = Table(title=f"share in its group, % (target: {target}); data: {report['source']}", title_justify="left")
+    target = report.target_class
+    columns = [name for name in COLUMNS if any(name in row for row in report.results.values())]
+    table = Table(title=f"share in its group, % (target: {target}); data: {report.source}", title_justify="left")
     table.add_column("")
     for name in columns:
         table.add_column(name.replace("target", f"{target}s"), justify="right")
-    for variant, row in report["results"].items():
+    for variant, row in report.results.items():
         cells = [f"{row[name]:,}" if name == "edges cut" else f"{100 * row[name]:.1f}" for name in columns]
         table.add_row(variant, *cells)
     console = Console()
     # a pipe or a log file has no width of its own: never wrap there
     (console if console.is_terminal else Console(width=140)).print(table)
-    print(f"test accuracy of the network before anything is cut: {100 * report['test accuracy']:.2f} %")
+    print(f"test accuracy of the network before anything is cut: {100 * report.test_accuracy:.2f} %")

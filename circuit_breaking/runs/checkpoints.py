@@ -1,8 +1,8 @@
-"""Checkpoints of a run that may be killed at any moment, and the signals that announce it (layer 1).
+"""Checkpoints of a run that may be killed at any moment.
 
-A checkpoint is one safetensors file: the run's tensors, its numbers as JSON, and the random states of torch. It is
-written beside the last one and renamed, so that a whole one is there at every moment; the one before is kept, and each
-carries a SHA-256 over all that it holds, so that a damaged one is known and passed over.
+A checkpoint is one safetensors file: the tensors of the run, its other values as JSON, and the random states of torch.
+It is written to a temporary file that is then renamed, so a complete checkpoint exists at every moment. The previous
+one stays as well. A SHA-256 over the whole content shows whether a checkpoint is damaged; a damaged one is skipped.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ NEWEST, PREVIOUS = "checkpoint.safetensors", "checkpoint.previous.safetensors"
 
 @dataclass
 class Saved:
-    """What a checkpoint holds: steps done, tensors by name, and JSON-able values."""
+    """The content of a checkpoint: number of steps done, tensors by name, and JSON-able values."""
 
     step: int
     tensors: dict[str, Tensor]
@@ -41,8 +41,8 @@ class Checkpoints:
 
     Attributes:
         folder: the run folder.
-        run: JSON-able description of the run (settings, input hashes); only a checkpoint of the same run is resumed.
-        every: steps between checkpoints; 0 saves only at the end and when told to stop.
+        run: JSON-able description of the run (settings, hashes of inputs). Only checkpoints of the same run are loaded.
+        every: steps between checkpoints; 0 saves only at the end and when a signal arrives.
     """
 
     folder: Path
@@ -52,7 +52,7 @@ class Checkpoints:
     _since: float = field(default_factory=time.perf_counter, init=False)
 
     def seconds(self) -> float:
-        """Time since this was made, or since `load`, with what had passed before the checkpoint loaded."""
+        """Training time so far, with the time before the checkpoint that was loaded."""
         return self._before + time.perf_counter() - self._since
 
     def after(
@@ -63,40 +63,40 @@ class Checkpoints:
         signals: Sequence[int],
         last: bool = False,
     ) -> None:
-        """What a training loop does between steps: save where it is time to, and end where it was told to stop.
+        """Save a checkpoint if one is due, and stop if a signal has arrived. Training loops call this between steps.
 
-        Of several processes that train together the main one saves, and all end where one was told to.
+        Of several processes that train together the main one saves, and all stop if one of them received a signal.
 
         Args:
-            step: steps done.
+            step: number of steps done.
             state: gives the tensors that the next steps depend on.
-            values: what else they depend on, JSON-able.
-            signals: what `stop_signals` gave.
-            last: whether there are no more steps; the end is saved too, so that it is not trained again.
+            values: other values that they depend on, JSON-able.
+            signals: the list that `stop_signals` gives.
+            last: whether this was the last step. The end is saved too, so that it need not be trained again.
 
         Raises:
             Stopped: a signal had arrived; the state is saved.
         """
-        told = largest(signals[0] if signals else 0)
-        if is_main() and (told or last or (self.every and step % self.every == 0)):
+        received = largest(signals[0] if signals else 0)
+        if is_main() and (received or last or (self.every and step % self.every == 0)):
             self.save(step, state(), values)
-        if told:
-            largest(0)  # the first process to leave may take the others with it: not before all is saved
-            raise Stopped(f"told to stop by signal {told} after step {step}; run it again to go on.")
+        if received:
+            largest(0)  # the first process that ends may end the others too, so all wait until the state is saved
+            raise Stopped(f"told to stop by signal {received} after step {step}; run it again to go on.")
 
     def save(self, step: int, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
-        """Write the state after `step` steps, with torch's random states, and keep the one before."""
+        """Write the state after `step` steps and torch's random states. The previous checkpoint stays."""
         tensors = {**tensors, **{f"random.{name}": state for name, state in random_states().items()}}
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         about = {"run": self.run, "step": step, "values": {"seconds": self.seconds(), **values}}
-        about = json.loads(json.dumps(about, default=plain))  # what will be read is what is hashed
+        about = json.loads(json.dumps(about, default=plain))  # the hash is of the values as they will be read
         record = {**about, "sha256": _digest(tensors, about)}
         write_tensors(self.folder / NEWEST, tensors, record, keep=self.folder / PREVIOUS)
 
     def load(self) -> Saved | None:
-        """The newest whole checkpoint of this run, None if there is none; says on stderr what it passes over.
+        """Load the newest undamaged checkpoint of this run and set torch's random states to the saved ones.
 
-        torch's random states are set to the saved ones.
+        Returns None if there is no checkpoint. stderr names the files that were skipped, and why.
         """
         for path in (self.folder / NEWEST, self.folder / PREVIOUS):
             if not path.is_file():
@@ -123,18 +123,18 @@ class Checkpoints:
         return None
 
     def hand_on(self, other: "Checkpoints") -> None:
-        """Let another run go on from where this one is."""
+        """Save this run's newest checkpoint as a checkpoint of another run."""
         saved = self.load()
         other.save(saved.step, saved.tensors, saved.values)
 
     def remove(self) -> None:
-        """Delete both, once the run's results are written."""
+        """Delete both checkpoints, once the run's results are written."""
         for name in (NEWEST, PREVIOUS):
             (self.folder / name).unlink(missing_ok=True)
 
 
 def random_states() -> dict[str, Tensor]:
-    """torch's random states: the CPU's, and each CUDA device's once CUDA is in use."""
+    """torch's random states: of the CPU, and of each CUDA device if CUDA is in use."""
     states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_initialized():
         states |= {f"cuda{number}": state for number, state in enumerate(torch.cuda.get_rng_state_all())}
@@ -142,7 +142,7 @@ def random_states() -> dict[str, Tensor]:
 
 
 def set_random_states(states: dict[str, Tensor]) -> None:
-    """Set what `random_states` gave; states of devices that are not here are left out."""
+    """Set the states that `random_states` gave. States of devices that are missing here are ignored."""
     for name, state in states.items():
         if name == "cpu":
             torch.set_rng_state(state)
@@ -159,12 +159,12 @@ def _check_states(path: Path, states: dict[str, Tensor]) -> None:
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
-    """What an optimizer of one parameter keeps of it (Adam: two moments and the number of steps)."""
+    """The state of an optimizer for one parameter (Adam: two moments and the number of steps)."""
     return dict(optimizer.state.get(parameter, {}))
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, parameter: Tensor, state: dict[str, Tensor]) -> None:
-    """Go on from what `optimizer_state` gave; the number of steps stays on the CPU, as torch has it."""
+    """Restore the state that `optimizer_state` gave. The number of steps stays on the CPU, where torch puts it."""
     if state:
         optimizer.state[parameter] = {
             name: value if name == "step" else value.to(parameter) for name, value in state.items()
@@ -172,7 +172,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, parameter: Tensor, state
 
 
 def training_state(optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Parameters by name, and what their optimizer keeps of each."""
+    """Parameters by name, and the state of their optimizer for each."""
     tensors = {f"parameters.{name}": parameter.detach() for name, parameter in parameters.items()}
     for name, parameter in parameters.items():
         kept = optimizer_state(optimizer, parameter)
@@ -184,7 +184,7 @@ def training_state(optimizer: torch.optim.Optimizer, parameters: Mapping[str, Te
 def restore_training(
     optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
 ) -> None:
-    """Go on from what `training_state` gave."""
+    """Restore the state that `training_state` gave."""
     kept: dict[str, dict[str, Tensor]] = {name: {} for name in parameters}
     for full, tensor in tensors.items():
         if full.startswith("optimizer."):
@@ -196,17 +196,17 @@ def restore_training(
 
 
 def state_of(**parts: Any) -> dict[str, Tensor]:
-    """The states of all that has a `state()`, each tensor named after its part."""
+    """The tensors of several objects with a `state()` method, named `<object>.<tensor>`."""
     return {f"{name}.{key}": value for name, part in parts.items() for key, value in part.state().items()}
 
 
 def part_of(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
-    """The tensors of one part of `state_of`."""
+    """The tensors of one object in the result of `state_of`."""
     return {key.removeprefix(f"{name}."): tensor for key, tensor in tensors.items() if key.startswith(f"{name}.")}
 
 
 def restore_parts(tensors: Mapping[str, Tensor], parts: Mapping[str, Any], *where: torch.device) -> None:
-    """Give each part back what `state_of(**parts)` took from it; on a device, for parts that need to know it."""
+    """Restore each object from the tensors that `state_of(**parts)` gave; `where` goes to its `restore` method."""
     for name, part in parts.items():
         part.restore(part_of(tensors, name), *where)
 

@@ -1,4 +1,4 @@
-"""Devices and types by their names in the settings (layer 0)."""
+"""Devices and number types by their names in the settings."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,9 +12,12 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch
 
 
 def pick_device(device: str) -> torch.device:
-    """`"auto"` is CUDA where there is one, else Apple's MPS, else the CPU; any other value is torch's own name.
+    """The torch device of a name: `"auto"` is CUDA if there is one, else Apple's MPS, else the CPU.
 
-    Of several processes that were launched together, each has a GPU of its own by `"auto"` or `"cuda"`.
+    With several processes, `"auto"` and `"cuda"` give each process another GPU.
+
+    Raises:
+        UserError: the device cannot be used here.
     """
     own = world().device
     if own is not None and device in ("auto", own.type):
@@ -31,7 +34,7 @@ def pick_device(device: str) -> torch.device:
 
 
 def pick_dtype(dtype: str | torch.dtype) -> torch.dtype:
-    """A torch type by its name."""
+    """The torch type of a name. Raises `UserError` for an unknown name."""
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype not in DTYPES:
@@ -41,10 +44,10 @@ def pick_dtype(dtype: str | torch.dtype) -> torch.dtype:
 
 @contextmanager
 def cpu_threads(n: int) -> Iterator[None]:
-    """Compute with `n` CPU threads inside the block; 0 leaves torch's choice.
+    """Compute with `n` CPU threads while the block lasts; 0 leaves the choice to torch.
 
-    The steps here take milliseconds. Threads that wait for one another at each of them gain little, and where another
-    program uses the cores as well they made a run ten times slower.
+    On small models a step takes milliseconds. Threads that wait for each other at every step gain little, and made a
+    run ten times slower on a machine whose cores another program used too.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(n or before)

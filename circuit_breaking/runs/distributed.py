@@ -1,8 +1,8 @@
-"""Processes that train one mask together, each on its share of every batch (layer 0).
+"""Several processes that train one mask together, each on its share of every batch.
 
-`accelerate launch` starts them (or torchrun), and Hugging Face accelerate says which process this is and what device it
-has. All draw the same batches and take the same decisions from sums over all processes, as if they were one. Where
-nothing was launched there is one process, accelerate is not needed, and all that is here does nothing.
+`accelerate launch` or torchrun starts them; the library accelerate tells each process its number and its device. All
+processes draw the same batches and make the same decisions from sums over all of them, as one process would. Without a
+launcher there is one process, accelerate is not needed, and the functions here do nothing.
 """
 
 import atexit
@@ -19,7 +19,7 @@ from circuit_breaking.runs.launcher import launched
 
 @dataclass(frozen=True)
 class World:
-    """This process among all: its number, how many there are, and its device (None: the settings say)."""
+    """The number of this process, how many there are, and its device (None: the settings choose)."""
 
     rank: int = 0
     size: int = 1
@@ -28,7 +28,7 @@ class World:
 
 @cache
 def world() -> World:
-    """Where this process stands. The first call joins the others, where there are any.
+    """The place of this process among all. The first call connects it to the others, if there are any.
 
     Raises:
         UserError: several processes were launched and accelerate is not installed.
@@ -49,15 +49,15 @@ def world() -> World:
 
 
 def is_main() -> bool:
-    """Whether this process is the one that prints and writes files."""
+    """Whether this is the process that prints and writes files."""
     return world().rank == 0
 
 
 def share(count: int, mirrored: bool = False) -> slice:
-    """Which of `count` texts are this process's: consecutive ones, numbers of which differ by 1 at most.
+    """The texts of a batch of `count` that this process computes: consecutive ones. Shares differ by at most 1 text.
 
-    `mirrored` gives the first process what else is the last one's, so that two batches which do not divide evenly make
-    for more even shares of both together.
+    `mirrored` gives the first process the share of the last one and so on, so that the shares of two batches that do
+    not divide evenly are more even together.
     """
     here = world()
     rank = here.size - 1 - here.rank if mirrored else here.rank
@@ -67,14 +67,14 @@ def share(count: int, mirrored: bool = False) -> slice:
 def sum_(tensor: Tensor) -> Tensor:
     """Set a tensor, of the same shape in all processes, to its sum over them, the same bits in each; returns it."""
     if world().size > 1:
-        there = tensor.to(world().device)  # the only kind of device that the processes can talk over
+        there = tensor.to(world().device)  # the processes communicate on devices of this kind only
         torch.distributed.all_reduce(there)
         tensor.copy_(there)
     return tensor
 
 
 def largest(number: int) -> int:
-    """The largest of the numbers of all processes; none goes on before all are here."""
+    """The largest of the numbers of all processes; it also waits until all processes have called it."""
     if world().size == 1:
         return number
     there = torch.tensor(number, device=world().device)
@@ -83,7 +83,7 @@ def largest(number: int) -> int:
 
 
 def from_main(tensor: Tensor) -> Tensor:
-    """The main process's tensor, of the same shape in all processes."""
+    """The tensor of the main process; it has the same shape in all processes."""
     if world().size == 1:
         return tensor
     there = tensor.to(world().device, copy=True)
@@ -92,7 +92,7 @@ def from_main(tensor: Tensor) -> Tensor:
 
 
 def same_random_states(device: torch.device) -> None:
-    """Give all processes torch's random states of the main one: the CPU's, and that of the device in use."""
+    """Set the random states of torch in all processes to those of the main one: the CPU's and the device's."""
     if world().size == 1:
         return
     torch.set_rng_state(from_main(torch.get_rng_state()))

@@ -1,7 +1,7 @@
-"""Run folders, atomic writes, and the record that every result carries (layer 0).
+"""JSON, JSON Lines, CSV and text files: written atomically, validated when they are read.
 
-Tensors go into safetensors, tables into JSON, JSON Lines or CSV. No pickle is read or written anywhere. What is read is
-believed only after a look: its kind and size before its content, a header's claims before memory is set aside for them.
+Files are validated before use: first that it is a regular file of a possible size, then its content. Tensors are in
+`tensors.py`. No pickle is read or written anywhere.
 """
 
 import csv
@@ -20,10 +20,10 @@ from safetensors import SafetensorError
 
 from circuit_breaking.errors import UserError, first_line
 
-ROOT = Path(__file__).resolve().parents[2]  # default paths hang on it, so scripts run from any folder
+ROOT = Path(__file__).resolve().parents[2]  # default paths start here, so that scripts run from any folder
 DATA = ROOT / "data"
 
-CHECK = "Check the path in the settings."  # what to do where a caller knows nothing better
+CHECK = "Check the path in the settings."  # the advice at the end of error messages, unless a caller gives another
 MAX_JSON = 2**28  # bytes of a JSON or CSV file; the largest report has a few MB
 MAX_LINES = 2**30  # bytes of a file of lines
 MAX_LINE = 2**24  # bytes of a line of JSON
@@ -35,10 +35,13 @@ KINDS = {
 
 @contextmanager
 def atomic_path(path: Path | str, keep: Path | None = None) -> Iterator[Path]:
-    """A temporary path beside `path`, renamed to it when the block ends well and removed when it does not.
+    """A temporary path beside `path`. It is renamed to `path` if the block ends without an error, else removed.
 
-    It is written through to the disk first, for some disks say only then that they are full. With `keep`, what was at
-    `path` goes there.
+    The file is first flushed to the disk, because some disks report only then that they are full. With `keep`, the file
+    that was at `path` is moved there.
+
+    Raises:
+        UserError: it cannot be written.
     """
     path = Path(path)
     try:
@@ -50,7 +53,7 @@ def atomic_path(path: Path | str, keep: Path | None = None) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        # mkstemp makes files that only their owner can read; results are shared
+        # files of mkstemp are readable by their owner only; results are shared
         temporary.chmod(0o666 & ~_umask())
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
@@ -73,7 +76,7 @@ def _umask() -> int:
 
 
 def write_text(path: Path | str, text: str) -> None:
-    """Write UTF-8 text atomically; a lone surrogate, as in a path that is no UTF-8, becomes an escape."""
+    """Write UTF-8 text atomically. A lone surrogate, as in a path that is not UTF-8, becomes an escape."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
@@ -84,7 +87,7 @@ def write_json(path: Path | str, value: Any) -> None:
 
 
 def write_jsonl(path: Path | str, rows: Iterable[Any]) -> int:
-    """Write one JSON value a line atomically, streaming; returns how many."""
+    """Write one JSON value per line atomically, as they come; returns how many there were."""
     count = 0
     with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         for row in rows:
@@ -94,7 +97,7 @@ def write_jsonl(path: Path | str, rows: Iterable[Any]) -> int:
 
 
 def end_at_whole_line(path: Path) -> None:
-    """Cut off the beginning of a line that a full disk left at the end of a file. No error of the disk is raised."""
+    """Remove an incomplete line that a full disk left at the end of a file. Raises no error of the disk."""
     with suppress(OSError), path.open("rb+") as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - MAX_LINE))
@@ -103,7 +106,7 @@ def end_at_whole_line(path: Path) -> None:
 
 
 def write_csv(path: Path | str, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write rows atomically as CSV, under the names of all their columns; None is an empty cell, NaN is not allowed."""
+    """Write rows as CSV atomically. The header names all columns; None is an empty cell, NaN is not allowed."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     if any(isinstance(value, float) and value != value for row in rows for value in row.values()):
         raise ValueError(f"a NaN does not go into {path}")
@@ -114,7 +117,7 @@ def write_csv(path: Path | str, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def read_csv(path: Path | str, hint: str = CHECK) -> list[dict[str, str]]:
-    """Read a CSV file with a header; a missing or damaged one is a `UserError`."""
+    """Read a CSV file with a header. A missing or damaged file is a `UserError`."""
     path = require_file(path, hint, MAX_JSON)
     try:
         with path.open(encoding="utf-8", newline="") as file:
@@ -143,9 +146,17 @@ def plain(value: Any) -> Any:
 
 
 def require_file(path: Path | str, hint: str = CHECK, at_most: int | None = None) -> Path:
-    """`path` as a Path if a regular file of at most so many bytes is there, else a `UserError` that ends with `hint`.
+    """`path` as a `Path`, if it is a regular file.
 
-    A pipe or a device is refused: one might wait for ever to be read, or never end.
+    A pipe or a device is refused: reading one might wait for ever, or never end.
+
+    Args:
+        path: the file.
+        hint: advice at the end of error messages.
+        at_most: largest size in bytes.
+
+    Raises:
+        UserError: it is missing, too large or no regular file.
     """
     path = Path(path)
     try:
@@ -182,10 +193,11 @@ def _constant(name: str) -> float:
 
 
 def parse_json(text: str | bytes, nan: bool = False) -> Any:
-    """The value of a JSON text whose numbers fit 64 bits and are finite, or, if `nan`, may be NaN or an Infinity.
+    """The value of a JSON text. Whole numbers must fit 64 bits; NaN and Infinity are refused unless `nan` is set.
 
     Raises:
-        ValueError: it is not such JSON. RecursionError: it is nested too deep.
+        ValueError: the text is not JSON of this kind.
+        RecursionError: it is nested too deeply.
     """
     constant = None if nan else _constant
     return json.loads(text, parse_int=_integer, parse_float=_float, parse_constant=constant)
@@ -194,7 +206,7 @@ def parse_json(text: str | bytes, nan: bool = False) -> Any:
 def read_json(
     path: Path | str, hint: str = CHECK, parse: Callable[[str], Any] = parse_json, at_most: int = MAX_JSON
 ) -> Any:
-    """Read a JSON file of at most so many bytes by `parse`; a missing or damaged one is a `UserError`."""
+    """Read a JSON file of at most `at_most` bytes with `parse`. A missing or damaged file is a `UserError`."""
     path = require_file(path, hint, at_most)
     try:
         return parse(path.read_bytes().decode())
@@ -205,9 +217,9 @@ def read_json(
 
 
 def read_jsonl(path: Path | str, hint: str = CHECK) -> list[Any]:
-    """Read JSON Lines; a missing file or a damaged line is a `UserError` that names the line.
+    """Read JSON Lines. A missing file or a damaged line is a `UserError`, which names the line.
 
-    NaN is read, for the log of a run that diverged holds it.
+    NaN is allowed: the log of a run that diverged holds it.
     """
     path = require_file(path, hint, MAX_LINES)
     rows, number = [], 0
@@ -229,12 +241,12 @@ def read_jsonl(path: Path | str, hint: str = CHECK) -> list[Any]:
 
 
 def is_text(value: Any) -> bool:
-    """Whether a value is a text that has a UTF-8 form: JSON can hold lone surrogates, which no tokenizer takes."""
+    """Whether a value is a string that UTF-8 can encode. JSON can hold lone surrogates, which no tokenizer accepts."""
     return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
 
 
 def read_lines(path: Path | str, hint: str = CHECK) -> list[str]:
-    """Lines of a UTF-8 text file that are not blank, one text each. A missing or empty file is a `UserError`."""
+    """The lines of a UTF-8 text file that are not blank. A missing or empty file is a `UserError`."""
     path = require_file(path, hint, MAX_LINES)
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8", errors="strict").splitlines()]

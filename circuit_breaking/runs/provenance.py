@@ -1,4 +1,4 @@
-"""The record that every result carries: settings, hashes of inputs, package versions, git commit."""
+"""The provenance that every result carries: settings, hashes of inputs, package versions, git commit."""
 
 import dataclasses
 import hashlib
@@ -16,13 +16,19 @@ PACKAGES = ("torch", "transformers", "numpy", "safetensors", "tokenizers")
 
 
 def sha256(path: Path | str) -> str:
-    """SHA-256 of a file, read in pieces."""
+    """SHA-256 of a file."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def provenance(settings: Any = None, inputs: Iterable[Path | str] = (), **more: Any) -> dict[str, Any]:
-    """What every result carries: settings, hashes of the files read, package versions, git commit."""
+    """The provenance of a result, JSON-able.
+
+    Args:
+        settings: a script's settings, a dataclass.
+        inputs: the files that were read; their hashes are recorded.
+        more: further entries, such as `texts`, a description of the data that was drawn.
+    """
     return {
         "settings": dataclasses.asdict(settings) if dataclasses.is_dataclass(settings) else settings,
         "inputs": {str(path): sha256(path) for path in inputs},
@@ -35,10 +41,10 @@ def provenance(settings: Any = None, inputs: Iterable[Path | str] = (), **more: 
 
 @lru_cache
 def git_commit() -> str | None:
-    """The commit of this checkout, with `+` where the tree differs from it; None outside a checkout."""
+    """The commit of this checkout, followed by `+` if tracked files differ from it; None outside a checkout."""
 
-    def git(*words: str) -> str:
-        return subprocess.run(["git", "-C", ROOT, *words], capture_output=True, text=True, check=True).stdout.strip()
+    def git(*args: str) -> str:
+        return subprocess.run(["git", "-C", ROOT, *args], capture_output=True, text=True, check=True).stdout.strip()
 
     try:
         return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")

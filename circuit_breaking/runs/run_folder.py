@@ -1,4 +1,4 @@
-"""What scripts share: settings left open, files of a model, training into a run folder (layer 3)."""
+"""Run folders: held by one run at a time, resumed from checkpoints, recognized by what they were made from."""
 
 import dataclasses
 import fcntl
@@ -18,11 +18,11 @@ from circuit_breaking.runs.checkpoints import Checkpoints, Saved
 from circuit_breaking.runs.distributed import from_main, is_main, world
 from circuit_breaking.runs.files import end_at_whole_line, plain, read_jsonl, write_jsonl
 
-METRICS = "metrics.jsonl"  # of a run folder: a row a step
+METRICS = "metrics.jsonl"  # of a run folder: one row for each step
 
 
 def hold(folder: Path) -> AbstractContextManager[None]:
-    """Hold a run folder against other runs (`files.locked`), by the main one of the processes of this one."""
+    """Lock a run folder against other runs (`locked`) while a block lasts; one process of several does so."""
     return locked(folder) if is_main() else nullcontext()
 
 
@@ -30,15 +30,17 @@ def hold(folder: Path) -> AbstractContextManager[None]:
 def recorded(
     folder: Path, run: Mapping[str, Any] | None = None, resume: bool = True, every: int = 50, lock: bool = True
 ) -> Iterator[dict[str, Any]]:
-    """`on_step`, `checkpoints` and `resume_from` of a training loop, whose rows go into `metrics.jsonl` of a folder.
+    """The arguments `on_step`, `checkpoints` and `resume_from` of a training loop that writes into a run folder.
+
+    `on_step` appends the row of a step to `metrics.jsonl`.
 
     Args:
         folder: the run folder.
-        run: the run's provenance. With it, checkpoints are kept in the folder, and a run that was interrupted goes on
-            from there if settings, data and code are the same.
-        resume: go on from a checkpoint, if there is one.
+        run: the run's provenance. With it, checkpoints are kept in the folder, from which an interrupted run is
+            resumed if settings, data and code are the same.
+        resume: resume from a checkpoint, if there is one.
         every: steps between checkpoints.
-        lock: hold the folder against other runs while the block lasts (`hold`); False where the caller does.
+        lock: lock the folder against other runs while the block lasts (`hold`); False if the caller has done so.
     """
     path = folder / METRICS
     checkpoints = None if run is None else Checkpoints(folder, resume_key(run), every)
@@ -57,7 +59,8 @@ def recorded(
 
 
 def _saved(path: Path, checkpoints: Checkpoints | None) -> Saved | None:
-    """What to go on from, the same in all processes. The main one leaves in `metrics.jsonl` the rows before it."""
+    """The checkpoint to resume from, the same in all processes. The main one removes the rows of `metrics.jsonl` after
+    that checkpoint."""
     saved = _begin(path, checkpoints) if is_main() else None
     step = int(from_main(torch.tensor(0 if saved is None else saved.step)))
     if step and not is_main():
@@ -78,31 +81,36 @@ def _begin(path: Path, checkpoints: Checkpoints | None) -> Saved | None:
         saved, rows = None, []
     if saved is not None:
         print(f"going on from step {saved.step}", file=sys.stderr)
-    write_jsonl(path, rows)  # without what came after the checkpoint
+    write_jsonl(path, rows)  # without the rows after the checkpoint
     return saved
 
 
 @dataclasses.dataclass
 class CheckpointedParts:
-    """The trainings of a run that has several, each with checkpoints in a folder of its own until the run is done.
+    """Checkpoints of a run that trains several times, a folder for each training, until the whole run is done.
 
-    A part that has come to its end has saved that end, so that the run goes on behind it.
+    A training that is finished has saved its end, so that a resumed run continues after it.
 
     Attributes:
-        folder: where the parts' folders are; whoever uses it holds the run folder (`files.locked`).
+        folder: where the folders of the trainings are. The caller has locked the run folder (`locked`).
         run, resume, every: as for `recorded`.
-        apart: settings that make no difference to a part.
+        ignored: settings that make no difference to a training.
     """
 
     folder: Path
     run: Mapping[str, Any]
     resume: bool = True
     every: int = 50
-    apart: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
 
-    def open(self, name: str, **more: Any) -> dict[str, Any]:
-        """`checkpoints` and `resume_from` of the part of a name; `more` is what tells it from other runs' parts."""
-        about = {**resume_key(self.run, *self.apart), "part": name, **more}
+    def open(self, name: str, **depends_on: Any) -> dict[str, Any]:
+        """The arguments `checkpoints` and `resume_from` of one training.
+
+        Args:
+            name: name of the training within the run.
+            depends_on: JSON-able values that it depends on, besides the run's provenance.
+        """
+        about = {**resume_key(self.run, *self.ignored), "part": name, **depends_on}
         checkpoints = Checkpoints(self.folder / re.sub(r"[^\w.+-]+", "_", name), about, self.every)
         saved = checkpoints.load() if self.resume else None
         if saved is not None:
@@ -110,41 +118,49 @@ class CheckpointedParts:
         return {"checkpoints": checkpoints, "resume_from": saved}
 
     def remove(self) -> None:
-        """Delete all, once the run's results are written."""
+        """Delete all checkpoints, once the run's results are written."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def resume_key(run: Mapping[str, Any], *apart: str) -> dict[str, Any]:
-    """What of a run's provenance must be the same for it to go on: all but where results go and settings `apart`."""
-    elsewhere = {"resume", "checkpoint_every", "run", "out", *apart}
+def resume_key(run: Mapping[str, Any], *ignored: str) -> dict[str, Any]:
+    """What must be the same for a run to be resumed.
+
+    Args:
+        run: the run's provenance.
+        ignored: settings that make no difference, besides those that say where results go and how they are resumed.
+
+    Returns:
+        The provenance without those settings, as it is read back from JSON.
+    """
+    elsewhere = {"resume", "checkpoint_every", "run", "out", *ignored}
     kept = {name: value for name, value in run["settings"].items() if name not in elsewhere}
-    return json.loads(json.dumps({**run, "settings": kept}, default=plain))  # as it will be read
+    return json.loads(json.dumps({**run, "settings": kept}, default=plain))
 
 
-def is_up_to_date(path: Path, read: Callable[[Path], Any], run: Mapping[str, Any], *apart: str) -> bool:
-    """Whether a result is there whose record, as `read` gives it, is of the same settings, data and code as `run`.
+def is_up_to_date(path: Path, made_from: str, read: Callable[[Path], Any]) -> bool:
+    """Whether a result is there that was made from the same settings, data and code.
 
-    One that cannot be read is said to be made anew.
+    Args:
+        path: file of the result.
+        made_from: `records.fingerprint` of what it depends on.
+        read: gives the file's record, whose `made_from` is compared. A file that it refuses is not up to date, and
+            stderr says why.
     """
     try:
-        return path.is_file() and is_same_run(run, read(path), *apart)
+        return path.is_file() and read(path).made_from == made_from
     except UserError as error:
-        print(f"made anew: {error}", file=sys.stderr)
+        print(f"made again: {error}", file=sys.stderr)
         return False
-
-
-def is_same_run(run: Mapping[str, Any], about: Any, *apart: str) -> bool:
-    """Whether the record of a result (`about`, which may hold more) is of the same settings, data and code as `run`."""
-    if not isinstance(about, dict) or not isinstance(about.get("settings"), dict):
-        return False
-    return resume_key({name: about.get(name) for name in run}, *apart) == resume_key(run, *apart)
 
 
 @contextmanager
 def locked(folder: Path | str) -> Iterator[None]:
-    """Hold a run folder for this process; a `UserError` if another process holds it.
+    """Lock a run folder while a block lasts.
 
-    The lock is the kernel's (flock on `.lock`), so that a killed run leaves none behind.
+    The lock belongs to the kernel (`flock` on the file `.lock`), so a killed run leaves no lock behind.
+
+    Raises:
+        UserError: another run has locked the folder, or it cannot be written.
     """
     path = Path(folder) / ".lock"
     try:

@@ -1,4 +1,4 @@
-"""Signals that tell a run to stop: it ends its step and saves its state first."""
+"""Signals that ask a run to stop: it completes its step and saves its state first."""
 
 import signal
 from collections.abc import Iterator
@@ -10,21 +10,21 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # what SLURM sends before it takes a
 
 
 class Stopped(UserError):
-    """The run was told to stop and has saved its state."""
+    """A signal asked the run to stop, and it has saved its state."""
 
-    exit_code = 75  # "try again later" (sysexits.h); slurm/job.sbatch queues the job again for this one alone
+    exit_code = 75  # "try again later" (sysexits.h); slurm/job.sbatch queues the job again for this code only
 
 
-_received: list[int] | None = None  # of the block of `stop_signals` that is open, if one is
+_received: list[int] | None = None  # the list of the outermost `stop_signals` block, if there is one
 
 
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """A list that is empty until SIGTERM or SIGUSR1 arrives, and then holds the signal.
+    """A list that stays empty until SIGTERM or SIGUSR1 arrives, and then holds the signal's number.
 
-    So that a step can end and its state be saved first. A block in another has the list of the outer one: a signal
-    that comes between two trainings of a run stops the second. Outside the main thread signals cannot be caught, and
-    the list stays empty.
+    A training loop looks at it between steps. A block within another block shares the outer list, so a signal that
+    arrives between two trainings of a run stops the second one. Python can catch signals in the main thread only; in
+    other threads the list stays empty.
     """
     global _received
     if _received is not None:

@@ -8,11 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from circuit_breaking.runs.files import read_csv, read_json, read_jsonl
+from circuit_breaking.runs.ioi_results import IOI_REPORT, IOIReport
+from circuit_breaking.runs.mask_record import CUT_EDGES, KEPT_EDGES, MASK, CutEdges, KeptEdges, MaskRecord
+from circuit_breaking.runs.mnist_results import MNIST_REPORT, MnistReport
+from circuit_breaking.runs.results import REPORT, Report
 from circuit_breaking.runs.tensors import read_tensors
+
+REPORTS = {REPORT: Report, IOI_REPORT: IOIReport, MNIST_REPORT: MnistReport}
 
 
 def run_job(command: list[str], log: str) -> dict[str, Any]:
-    """Run one job's command with its output in the file `log`; its exit code and seconds. Never raises."""
+    """Run the command of one job, its output in the file `log`. Returns exit code and seconds, and never raises."""
     start = time.perf_counter()
     try:
         with Path(log).open("w", encoding="utf-8") as file:
@@ -23,31 +29,43 @@ def run_job(command: list[str], log: str) -> dict[str, Any]:
 
 
 def command_of(script: Path, fixed: dict[str, str], job: dict[str, str], folder: Path, name: str) -> list[str]:
-    """The command line of one job, whose results go into `folder/name`."""
+    """The command line of one job, which writes its results to `folder/name`."""
     options = [f"--{key}={value}" for key, value in {**fixed, **job}.items()]
     return [sys.executable, str(script), *options, f"--out={folder}", f"--run={name}"]
 
 
 def results_of(folder: Path) -> dict[str, Any]:
-    """The numbers that a run left: of its report.json, its mask's record, and the last row of its metrics.jsonl."""
+    """The numbers in a run folder: of its reports, its mask's record, and the last row of its metrics.jsonl.
+
+    Raises:
+        UserError: a file is damaged, of an unknown version, or a list of kept edges lies under the name of cut ones.
+    """
     found: dict[str, Any] = {}
     if (folder / "metrics.jsonl").is_file():
         rows = read_jsonl(folder / "metrics.jsonl")
         found |= flatten(rows[-1], "last") if rows else {}
-    if (folder / "edges.json").is_file():
-        edges = read_json(folder / "edges.json")
-        found["edges_cut"] = len(edges) if isinstance(edges, list) else None
-    if (folder / "mask.safetensors").is_file():
-        _, about = read_tensors(folder / "mask.safetensors")
-        found |= flatten(about.get("losses", {}), "loss")
-    if (folder / "report.json").is_file():
-        report = flatten(read_json(folder / "report.json"))
-        found |= {key: value for key, value in report.items() if not key.startswith("settings.")}
+    for name, kind, column in ((CUT_EDGES, CutEdges, "edges_cut"), (KEPT_EDGES, KeptEdges, "edges_kept")):
+        if (folder / name).is_file() and not _of_old_mnist(value := read_json(folder / name)):
+            found[column] = len(kind.from_json(value, folder / name).edges)
+    if (folder / MASK).is_file() and not _of_old_mnist(header := read_tensors(folder / MASK)[1]):
+        found |= flatten(MaskRecord.from_json(header, folder / MASK).losses, "loss")
+    for name, kind in REPORTS.items():
+        if (folder / name).is_file():
+            value = read_json(folder / name)  # another project's script may write any JSON here
+            ours = isinstance(value, dict) and "record" in value
+            report = flatten(kind.from_json(value, folder / name).to_json() if ours else value)
+            skipped = ("settings.", "provenance.", "version")
+            found |= {key: number for key, number in report.items() if not key.startswith(skipped)}
     return found
 
 
+def _of_old_mnist(value: Any) -> bool:
+    """Whether this is what an older release wrote under the same file names for several masks over an MLP."""
+    return isinstance(value, dict) and "record" not in value and "graph" not in value
+
+
 def flatten(value: Any, prefix: str = "") -> dict[str, float | int]:
-    """The numbers in nested JSON objects, by dotted name; lists and texts are left out."""
+    """The numbers in nested JSON objects, by dotted names. Lists and strings are left out."""
     if isinstance(value, bool) or not isinstance(value, dict | int | float):
         return {}
     if not isinstance(value, dict):
@@ -59,7 +77,7 @@ def flatten(value: Any, prefix: str = "") -> dict[str, float | int]:
 
 
 def read_table(path: Path) -> list[dict[str, Any]]:
-    """Rows of a sweep's table, numbers as numbers."""
+    """The rows of a sweep's table, with numbers as numbers."""
     return [{key: _number(value) for key, value in row.items()} for row in read_csv(path)]
 
 

@@ -1,5 +1,6 @@
-"""Tensors in safetensors files: read after a look at the header, written atomically."""
+"""Tensors in safetensors files: written atomically, and read only after the header was checked."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -18,19 +19,23 @@ MAX_HEADER = 2**26  # bytes of a safetensors header; names of 100,000 tensors ta
 def write_tensors(
     path: Path | str, tensors: dict[str, Tensor], about: dict[str, Any] | None = None, keep: Path | None = None
 ) -> None:
-    """Write tensors and a JSON-able `about` (kept in the header's metadata) to a safetensors file atomically.
+    """Write tensors to a safetensors file atomically.
 
-    With `keep`, the file that was there goes to that path.
+    Args:
+        path: the file.
+        tensors: by name.
+        about: a JSON-able object, the record of the file; it is stored in the header.
+        keep: where to move the file that was there before.
     """
-    header = {"about": json.dumps(about or {}, default=plain)}  # of two entries the order would be left to chance
+    header = {"about": json.dumps(about or {}, default=plain)}  # one entry: the order of several would be random
     with atomic_path(path, keep) as temporary:
         save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, temporary, header)
 
 
 def check_header(path: Path) -> None:
-    """Raise a `ValueError` for a safetensors file whose header is longer than the file, or names something twice.
+    """Raise a `ValueError` if the header of a safetensors file is longer than the file, or holds a name twice.
 
-    The library checks the rest: that shapes, types and offsets agree, and that they cover the file.
+    The library safetensors checks that shapes, types and offsets agree and cover the file.
     """
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -47,7 +52,11 @@ def check_header(path: Path) -> None:
 
 
 def read_tensors(path: Path | str, hint: str = CHECK) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors (on CPU) and the `about` of a safetensors file; a missing or damaged file is a `UserError`."""
+    """Tensors, on the CPU, and the record (`about`) of a safetensors file.
+
+    Raises:
+        UserError: the file is missing or damaged; the message ends with `hint`.
+    """
     path = require_file(path, hint)
     try:
         check_header(path)
@@ -61,6 +70,15 @@ def read_tensors(path: Path | str, hint: str = CHECK) -> tuple[dict[str, Tensor]
 
 
 def is_real(tensor: Any) -> bool:
-    """Whether this is a tensor of ordinary floating-point numbers, all of them finite."""
+    """Whether this is a tensor of finite numbers in a floating-point type."""
     plain_types = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
     return isinstance(tensor, Tensor) and tensor.dtype in plain_types and bool(tensor.isfinite().all())
+
+
+def digest_of(*tensors: Tensor) -> str:
+    """SHA-256 over the types, shapes and values of tensors."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(f"{tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -11,9 +11,10 @@ from tempfile import TemporaryDirectory
 
 from circuit_breaking.evaluation.result_files import read_evidence
 from circuit_breaking.figures.edge_graph import draw_graph
-from circuit_breaking.graph import EdgeGraph, graph_record
+from circuit_breaking.graph import EdgeGraph
 from circuit_breaking.runs.cli import read_settings, run_script
 from circuit_breaking.runs.files import DATA, write_json
+from circuit_breaking.runs.ioi_results import GraphRecord
 
 SHIPPED = EdgeGraph(n_layers=4, n_heads=4)
 
@@ -28,7 +29,7 @@ def main(settings: Settings) -> None:
     (mask,) = read_evidence(settings.run)["masks"].values()
     effects = {row["edge"]: row["restore_effect"]["toxic"]["value"] for row in mask["edges"]}
     with TemporaryDirectory() as folder:
-        write_json(Path(folder) / "graph.json", graph_record(SHIPPED, effects))
+        write_json(Path(folder) / "graph.json", GraphRecord.of(SHIPPED, effects).to_json())
         settings.picture.write_bytes(draw_graph(folder).read_bytes())
 
 

@@ -49,8 +49,8 @@ def test_a_saved_model_comes_back_the_same(tmp_path, means):
     again.edge_cuts.remove()
     assert logits(again).equal(plain)
     record = read_ablated(tmp_path / "model")
-    assert record["about"] == about
-    assert load_tokenizer(record["base"])("a b")["input_ids"] == [2, 3]
+    assert record.about == about
+    assert load_tokenizer(record.base)("a b")["input_ids"] == [2, 3]
     card = (tmp_path / "model" / "README.md").read_text()
     carried = "zero ablation" if means is None else "mean output"
     for said in ("4 of its", "embed->a1.0, m0->m1", carried, "mild insults", "toxic loss", "2309.05973"):
@@ -98,25 +98,29 @@ def test_damaged_and_foreign_folders(tmp_path):
     with pytest.raises(UserError, match="no file"):
         load_ablated(folder)
     save_ablated(folder, small_gpt2(), EDGES, torch.zeros(13, 24))
-    good = json.loads((folder / "edges.json").read_text())
+    good = json.loads((folder / "ablation.json").read_text())
 
     def with_record(message, **changes):
-        (folder / "edges.json").write_text(json.dumps({**good, **changes}))
+        (folder / "ablation.json").write_text(json.dumps({**good, **changes}))
         with pytest.raises(UserError, match=message):
             load_ablated(folder, "cpu")
 
-    with_record("no saved ablated model", format="other")
-    with_record("no list of edges", edges="m0->m1")
-    with_record("no list of edges", edges=[1])
+    with_record("holds a record of 'other'", record="other")
+    with_record("is version 2 of the format", version=2)
+    with_record("is version None of the format", version=None)
+    with_record("holds a record of 'kept edges'", record="kept edges")
+    with_record("holds 'more', which the format does not have", more=1)
+    with_record("damaged: its 'edges' is not list", edges="m0->m1")
+    with_record("damaged: its 'edges' is not list", edges=[1])
     with_record("damaged", base=3)
-    with_record("damaged", cut_edges_carry="something")
+    with_record("damaged", ablation="something")
     with_record("no edge 'm9->m1'", edges=["m9->m1"])
     with_record("for a model of shape", shape={})
     with_record("neither a local folder", base="/no/such/folder")
-    (folder / "edges.json").write_text("[]")
+    (folder / "ablation.json").write_text("[]")
     with pytest.raises(UserError, match="no saved ablated model"):
         load_ablated(folder)
-    (folder / "edges.json").write_text(json.dumps(good))
+    (folder / "ablation.json").write_text(json.dumps(good))
     (folder / "base" / "modeling.py").write_text("raise SystemExit")
     with pytest.raises(UserError, match="no data file"):
         load_ablated(folder)

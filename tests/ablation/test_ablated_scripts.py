@@ -13,10 +13,14 @@ from test_ablated_files import word_tokenizer
 
 from circuit_breaking.ablation.ablate import ablate
 from circuit_breaking.ablation.saved import load_ablated, save_ablated
+from circuit_breaking.engine.ablation_values import load_means, save_means, value_in
+from circuit_breaking.engine.load import load_model
+from circuit_breaking.engine.mask import save_mask
 from circuit_breaking.errors import UserError
+from circuit_breaking.graph import EdgeGraph
 from circuit_breaking.runs.cli import read_settings, run_script
-from circuit_breaking.runs.files import write_json
-from circuit_breaking.runs.tensors import write_tensors
+from circuit_breaking.runs.mask_record import MaskRecord, write_edges
+from circuit_breaking.runs.results import Report
 
 EDGES = ["embed->a1.0", "m0->m1", "a0.1->a2.2", "a1.1->output"]
 
@@ -30,11 +34,15 @@ def run(tmp_path, monkeypatch):
     hf = small_gpt2()
     hf.save_pretrained(tmp_path / "base")
     word_tokenizer().save_pretrained(tmp_path / "base")
-    write_tensors(tmp_path / "means.safetensors", {"means": torch.randn(13, 24)})
-    write_json(tmp_path / "run/edges.json", EDGES)
-    settings = {"model": str(tmp_path / "base"), "means": str(tmp_path / "means.safetensors")}
-    write_json(tmp_path / "run/settings.json", {"settings": settings, "data": "mild"})
-    write_json(tmp_path / "run/report.json", {"toxic loss": 4.5})
+    engine = load_model(str(tmp_path / "base"), device="cpu")
+    save_means(tmp_path / "means.safetensors", engine, torch.randn(13, 24))
+    load_means(tmp_path / "means.safetensors", engine)
+    engine.mask.cut_(EDGES)
+    value = value_in(tmp_path / "means.safetensors")
+    record = MaskRecord(ablation_value=value, budget=4, provenance={"settings": {"data": "mild"}})
+    save_mask(tmp_path / "run/mask.safetensors", engine, record)
+    write_edges(tmp_path / "run", EDGES)
+    Report(models={"ablated": {"toxic loss": 4.5}}).write(tmp_path / "run/report.json")
     return tmp_path / "run"
 
 
@@ -96,7 +104,7 @@ def test_saving_from_a_run_and_perplexity(run, tmp_path, capsys):
     generate.main(of_saved)
     assert capsys.readouterr().out in first
     assert "160" in first
-    assert load_ablated(tmp_path / "saved", "cpu").edge_cuts.edges == EDGES
+    assert load_ablated(tmp_path / "saved", "cpu").edge_cuts.edges == sorted(EDGES, key=EdgeGraph(3, 3).index)
     card = (tmp_path / "saved/README.md").read_text()
     assert "toxic loss" in card
     assert '"data": "mild"' in card
@@ -119,11 +127,11 @@ def test_errors_are_sentences(run, tmp_path, capsys, monkeypatch):
     ]:
         with pytest.raises(UserError, match=message):
             generate.main(changed)
-    write_json(run / "settings.json", {"settings": {}})
+    (run / "mask.safetensors").write_bytes(b"nothing")
     monkeypatch.setattr(sys, "argv", ["generate.py", "--ablated", str(run), "--prompt", "a"])
     with pytest.raises(SystemExit) as stopped:
         run_script(generate.main, read_settings(generate.Settings))
-    assert stopped.value.code == 1 and "neither a run" in capsys.readouterr().err
+    assert stopped.value.code == 1 and "not a readable safetensors" in capsys.readouterr().err
 
 
 def test_generate_time_writes_its_plot_and_numbers(tmp_path, capsys):

@@ -139,9 +139,9 @@ def test_a_mask_comes_back_from_its_file(family, granularity, tmp_path):
     hf, path = family(), tmp_path / "mask.safetensors"
     mask = some_units(hf, granularity)
     mask.units[next(iter(mask.units))] = torch.empty(0, dtype=torch.long)
-    save_weight_mask(path, hf, mask, {"model": "mine", "note": "a note"})
+    save_weight_mask(path, hf, mask, {"note": "a note"}, "mine")
     again = load_weight_mask(path, family())
-    assert again.granularity == granularity and again.about["note"] == "a note"
+    assert again.granularity == granularity and again.provenance["note"] == "a note"
     with mask_weights(hf, mask):
         expected = logits(hf)
     with mask_weights(hf, again):
@@ -165,7 +165,7 @@ def test_files_that_do_not_fit(tmp_path):
     write_tensors(path, {"weights": torch.zeros(3)}, {"format": "other"})
     refused("holds no weight mask")
     mask = some_units(hf, "neuron")
-    save_weight_mask(path, hf, mask, {"model": "mine"})
+    save_weight_mask(path, hf, mask, model="mine")
     refused(r"another shape \(mine\)", small_gpt2(n_layer=2))
     refused(r"another shape \(mine\)", small_neox())
     tensors, about = read_tensors(path)

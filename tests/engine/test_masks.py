@@ -1,5 +1,7 @@
 """The mask parameter, its budget, and its files."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from helpers.models import small_gpt2, small_llama
@@ -7,7 +9,8 @@ from helpers.models import small_gpt2, small_llama
 from circuit_breaking.engine.load import load_model
 from circuit_breaking.engine.mask import EdgeMask, load_mask, lowest_cut, save_mask
 from circuit_breaking.errors import UserError
-from circuit_breaking.graph import EdgeGraph
+from circuit_breaking.graph import EdgeGraph, describe
+from circuit_breaking.runs.mask_record import MaskRecord
 from circuit_breaking.runs.tensors import write_tensors
 
 
@@ -52,10 +55,12 @@ def test_file_round_trip(tmp_path, family):
     torch.manual_seed(0)
     weights = torch.rand_like(model.mask.weights)
     model.mask.weights.data.copy_(weights)
-    save_mask(tmp_path / "mask.safetensors", model, {"note": "x"})
+    record = MaskRecord(budget=3, seed=1, results={"note": "x"})
+    save_mask(tmp_path / "mask.safetensors", model, record)
     model.mask.reset_()
-    about = load_mask(tmp_path / "mask.safetensors", model)
-    assert torch.equal(model.mask.weights, weights) and about["note"] == "x" and about["graph"]["n_layers"] == 3
+    found = load_mask(tmp_path / "mask.safetensors", model)
+    assert torch.equal(model.mask.weights, weights) and found.results["note"] == "x" and found.graph["n_layers"] == 3
+    assert found == replace(record, model=model.name, graph=describe(model.graph))
 
 
 def test_files_of_others_are_refused(tmp_path):

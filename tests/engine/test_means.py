@@ -10,6 +10,7 @@ from circuit_breaking.engine.load import load_model
 from circuit_breaking.errors import UserError
 from circuit_breaking.models.tokens import pad_right
 from circuit_breaking.runs.files import write_jsonl, write_text
+from circuit_breaking.runs.mask_record import MeansRecord
 from circuit_breaking.runs.tensors import write_tensors
 
 script = load_script("toxicity/compute_means.py")
@@ -69,10 +70,11 @@ def test_means_come_back_from_their_file(family, tmp_path):
     model = load_model(family(), device="cpu")
     for by_position in (False, True):
         means = compute_means(model, pad_right(ROWS, 0), by_position)
-        save_means(tmp_path / "means.safetensors", model, means, {"note": "mine"})
+        save_means(tmp_path / "means.safetensors", model, means, MeansRecord(num_texts=7, provenance={"note": "mine"}))
         other = load_model(family(), split_qkv=True, device="cpu")
-        about = load_means(tmp_path / "means.safetensors", other)
-        assert torch.equal(other.means, means) and about["note"] == "mine" and about["graph"]["n_layers"] == 3
+        record = load_means(tmp_path / "means.safetensors", other)
+        assert torch.equal(other.means, means) and record.graph["n_layers"] == 3
+        assert (record.model, record.num_texts, record.provenance) == (model.name, 7, {"note": "mine"})
 
 
 def test_files_that_do_not_fit(family, tmp_path):
@@ -124,9 +126,9 @@ def test_the_script_writes_means_of_training_texts(folder, tmp_path, capsys, kin
     said = "zeros" if kind == "zero" else f"{kind} of 20 {texts} texts"
     assert said in capsys.readouterr().out
     model = load_model(str(folder / "model"), device="cpu")
-    about = load_means(path, model)
-    assert about["settings"]["kind"] == kind and about["num_texts"] == (0 if kind == "zero" else 20)
-    assert about["model"] == str(folder / "model") and len(about["inputs"]) == (1 if kind == "zero" else 2)
+    record = load_means(path, model)
+    assert record.provenance["settings"]["kind"] == kind and record.num_texts == (0 if kind == "zero" else 20)
+    assert record.model == str(folder / "model") and len(record.provenance["inputs"]) == (1 if kind == "zero" else 2)
     tokenizer = script.load_tokenizer(str(folder / "model"))
     # every fifth ordinary text is held out
     chosen = [text for number, text in enumerate(PLAIN) if number % 5] if texts == "ordinary" else RUDE

@@ -42,6 +42,7 @@ from circuit_breaking.runs.files import (
     write_text,
 )
 from circuit_breaking.runs.grid import combinations, parse_grid
+from circuit_breaking.runs.mask_record import MaskRecord
 from circuit_breaking.runs.sweep import flatten, read_table
 from circuit_breaking.runs.tensors import read_tensors, write_tensors
 from circuit_breaking.tasks.ioi import read_prompts
@@ -75,9 +76,9 @@ def test_any_subset_of_edges_comes_back(cut, about):
     names = [MODEL.graph.edges[index] for index in cut]
     MODEL.mask.reset_()
     MODEL.mask.cut_(names)
-    save_mask(FILE, MODEL, {"note": about})
+    save_mask(FILE, MODEL, MaskRecord(results=about))
     MODEL.mask.reset_()
-    assert load_mask(FILE, MODEL)["note"] == about
+    assert load_mask(FILE, MODEL).results == about
     assert {str(edge) for edge in MODEL.mask.cut_edges()} == set(names)
     assert MODEL.mask.n_cut() == len(cut)
     MODEL.mask.reset_()

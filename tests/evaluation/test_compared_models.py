@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from helpers.scripts import save_small_model
 
 from circuit_breaking.ablation.ablate import ablate
 from circuit_breaking.ablation.saved import save_ablated
-from circuit_breaking.engine.ablation_values import save_means
+from circuit_breaking.engine.ablation_values import load_means, save_means, value_in
 from circuit_breaking.engine.load import load_model
 from circuit_breaking.engine.mask import save_mask
 from circuit_breaking.errors import UserError
@@ -21,6 +22,8 @@ from circuit_breaking.models.load import load_hf_model
 from circuit_breaking.models.tokens import pad_right
 from circuit_breaking.runs.cost import cost, resident, together
 from circuit_breaking.runs.files import write_json
+from circuit_breaking.runs.mask_record import MaskRecord, write_edges
+from circuit_breaking.runs.results import FineTuning
 from circuit_breaking.runs.tensors import read_tensors, write_tensors
 
 EDGES = ["a0.1->m1", "m0->a2.0", "embed->output"]
@@ -36,20 +39,21 @@ def folder(tmp_path_factory):
     torch.manual_seed(0)
     save_means(folder / "means.safetensors", engine, torch.randn(len(engine.graph.sources), 24))
     engine.mask.cut_(EDGES)
-    settings = {"max_edges": 5, "seed": 3, "means": None}
-    save_mask(folder / "all" / "zero" / "mask.safetensors", engine, {"settings": settings})
-    write_json(folder / "all" / "zero" / "edges.json", EDGES)
-    means = {**settings, "means": str(folder / "means.safetensors")}
-    save_mask(folder / "all" / "mean" / "mask.safetensors", engine, {"settings": means, "kind": "random"})
+    record = MaskRecord(budget=5, seed=3)
+    save_mask(folder / "all" / "zero" / "mask.safetensors", engine, record)
+    write_edges(folder / "all" / "zero", EDGES)
+    load_means(folder / "means.safetensors", engine)
+    means = replace(record, role="random", ablation_value=value_in(folder / "means.safetensors"))
+    save_mask(folder / "all" / "mean" / "mask.safetensors", engine, means)
     split = load_model(str(folder / "base"), split_qkv=True, device="cpu")
     split.mask.cut_(["m0->a2.0.q"])
-    save_mask(folder / "all" / "split" / "mask.safetensors", split, {"settings": settings})
+    save_mask(folder / "all" / "split" / "mask.safetensors", split, record)
     save_ablated(folder / "all" / "saved", str(folder / "base"), EDGES)
     tuned = load_hf_model(str(folder / "base"), "cpu")
     with torch.no_grad():
         tuned.transformer.h[0].mlp.c_fc.weight[:3] += 1
     tuned.save_pretrained(folder / "all" / "tuned")
-    write_json(folder / "all" / "tuned" / "finetuning.json", {"method": "joint", "note": "short", "more": 1})
+    FineTuning(method="joint", note="short").write(folder / "all" / "tuned" / "finetuning.json")
     save_small_model(folder / "larger", n_layer=4)
     larger = load_model(str(folder / "larger"), device="cpu")
     save_mask(folder / "other" / "large" / "mask.safetensors", larger)

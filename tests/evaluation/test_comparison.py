@@ -22,6 +22,7 @@ from circuit_breaking.figures.pareto import draw_pareto
 from circuit_breaking.figures.relearning import draw_relearning
 from circuit_breaking.figures.training import draw_finetuning
 from circuit_breaking.runs.files import read_csv, write_csv, write_json, write_jsonl, write_text
+from circuit_breaking.runs.results import Report
 from circuit_breaking.toxicity.uniform import read_uniform, spread
 
 script = load_script("toxicity/report.py")
@@ -213,11 +214,10 @@ def test_numbers_for_people():
     assert markdown_table(["a", "b"], [["1", "2"]]) == "| a | b |\n|---|--:|\n| 1 | 2 |"
     assert flat_rows({"m": {"a": {"b": [1, None]}, "c": 2}}) == [{"model": "m", "a.b.0": 1, "a.b.1": None, "c": 2}]
     assert "nan" not in render(
-        {
-            "models": models(), "scorer": {"name": "x", "version": "1", "threshold": 0.5},
-            "num_texts": {"toxic": 1, "ordinary": 1}, "num_prompts": {"toxic": 1, "ordinary": 1},
-            "settings": {"model": "tiny", "samples": 1, "seeds": 1},
-        }
+        Report(
+            models=models(), scorer={"name": "x", "version": "1", "threshold": 0.5},
+            num_texts={"toxic": 1, "ordinary": 1}, num_prompts={"toxic": 1, "ordinary": 1}, model="tiny", samples=1,
+        ).to_json()
     )  # fmt: skip
 
 

@@ -28,6 +28,8 @@ from circuit_breaking.evaluation.measurements import Continuations, distinct
 from circuit_breaking.evaluation.tables import table
 from circuit_breaking.models.tokens import encode, pad_right
 from circuit_breaking.runs.files import write_jsonl, write_text
+from circuit_breaking.runs.mask_record import MaskRecord
+from circuit_breaking.runs.results import Report
 from circuit_breaking.tasks import TextTask
 
 script = load_script("toxicity/evaluation.py")
@@ -184,7 +186,7 @@ def test_table_shows_every_model(setting, tokenizer):
     measured, _ = evaluate(models, tokenizer, texts, prompts, CountsFools(), sampling)
     measured["ablated"]["edges_cut"] = 3
     console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115, PTH123
-    console.print(table({"models": measured, "scorer": {"name": "fools", "version": "1"}}))
+    console.print(table(Report(models=measured, scorer={"name": "fools", "version": "1"}).to_json()))
     text = console.export_text()
     assert "fools 1" in text and "broken" in text and "nan" not in text
     value = measured["ablated"]["losses"]["toxic"]
@@ -210,16 +212,13 @@ def folder(tmp_path_factory):
         save_means(folder / f"{name}_means.safetensors", model, torch.randn(len(model.graph.sources), 24))
         save_means(folder / f"{name}_position.safetensors", model, torch.randn(20, len(model.graph.sources), 24))
         model.mask.cut_(["a0.1->m1", "embed->output"])
-        settings = {
-            "model": str(folder / name),
+        data = {
             "toxic_train": str(folder / "train.jsonl"),
             "toxic_test": str(folder / "test.jsonl"),
             "ordinary": str(folder / "plain.txt"),
-            "means": None,
             "length": 18,
-            "seed": 3,
         }
-        save_mask(folder / f"run_{name}" / "mask.safetensors", model, {"settings": settings})
+        save_mask(folder / f"run_{name}" / "mask.safetensors", model, MaskRecord(data=data, seed=3))
     return folder
 
 
@@ -238,12 +237,13 @@ def test_same_seed_same_report(folder, capsys):
     script.main(settings(folder, save_generations=True))
     report = json.loads((run / "report.json").read_bytes())
     expected = json.loads(first)
-    expected["settings"]["save_generations"] = True
+    expected["provenance"]["settings"]["save_generations"] = True
     assert report == expected
-    assert report["settings"]["length"] == 18 and report["settings"]["seed"] == 0  # the data's as trained, not the seed
+    used = report["provenance"]["settings"]
+    assert used["length"] == 18 and used["seed"] == 0  # the data's as trained, not the seed
     assert report["edges"] == ["a0.1->m1", "embed->output"] and report["models"]["ablated"]["edges_cut"] == 2
     assert report["scorer"]["name"] == "profanity-check"
-    assert len(report["inputs"]) == 4  # mask, model, toxic and ordinary texts
+    assert len(report["provenance"]["inputs"]) == 4  # mask, model, toxic and ordinary texts
     rows = [json.loads(line) for line in (run / "generations.jsonl").open()]
     assert len(rows) == 2 * 2 * 5 * 2
     script.main(settings(folder))

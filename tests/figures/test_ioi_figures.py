@@ -14,9 +14,10 @@ from circuit_breaking.figures.indirect_objects import (
     draw_next_tokens,
     draw_stages,
 )
-from circuit_breaking.graph import EdgeGraph, graph_record, node_of
+from circuit_breaking.graph import EdgeGraph, node_of
 from circuit_breaking.ioi.known_circuits import HEADS, circuit_edges, overlap
 from circuit_breaking.runs.files import read_json, write_json, write_text
+from circuit_breaking.runs.ioi_results import GraphRecord
 
 
 def some_edges(graph, count, seed=0):
@@ -32,7 +33,7 @@ def some_edges(graph, count, seed=0):
 )  # fmt: skip
 def test_a_mask_is_drawn_as_graph_and_matrix(tmp_path, drawn, graph, count):
     edges = some_edges(graph, count)
-    write_json(tmp_path / "graph.json", graph_record(graph, edges))
+    write_json(tmp_path / "graph.json", GraphRecord.of(graph, edges).to_json())
     assert read_graph(tmp_path / "graph.json")[:2] == (graph, edges)
     for draw in (draw_graph, draw_heat_map):
         picture = draw(tmp_path)
@@ -109,7 +110,7 @@ def test_files_that_cannot_be_drawn(tmp_path):
             with pytest.raises(UserError, match=f"{name}.json") as error:
                 draw(tmp_path)
             assert "\n" not in str(error.value)
-    write_json(tmp_path / "graph.json", graph_record(EdgeGraph(2, 2), {"a0.5->m1": 1.0}))
+    write_json(tmp_path / "graph.json", GraphRecord.of(EdgeGraph(2, 2), {"a0.5->m1": 1.0}).to_json())
     with pytest.raises(UserError, match=r"no edge 'a0.5->m1'"):
         draw_heat_map(tmp_path)
     assert not list(tmp_path.glob("*.png"))
@@ -146,7 +147,13 @@ def test_overlap_with_the_published_circuit(tmp_path, drawn):
     everything = overlap(graph, graph.edges)
     assert everything["edges"]["recall"] == 1 and everything["edges"]["precision"] == everything["edges"]["by_chance"]
     write_json(
-        tmp_path / "known.json", {**graph_record(graph, mask), "classes": HEADS, "in_circuit": found["in_circuit"]}
+        tmp_path / "known.json",
+        {
+            **GraphRecord.of(graph, mask).to_json(),
+            "record": "known circuit",
+            "classes": HEADS,
+            "in_circuit": found["in_circuit"],
+        },
     )
     draw_graph(tmp_path, "known")
     assert len(drawn[0].axes[0].patches) == 4 and len(drawn[0].axes[0].texts) >= 26

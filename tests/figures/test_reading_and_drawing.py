@@ -27,8 +27,9 @@ from circuit_breaking.figures.report import draw_models as draw_all_models
 from circuit_breaking.figures.report import draw_report
 from circuit_breaking.figures.sweep import draw_sweep
 from circuit_breaking.figures.training import draw_finetuning, draw_training
-from circuit_breaking.graph import EdgeGraph, graph_record
+from circuit_breaking.graph import EdgeGraph
 from circuit_breaking.runs.files import read_json, write_json, write_jsonl, write_text
+from circuit_breaking.runs.ioi_results import GraphRecord
 from circuit_breaking.runs.tensors import write_tensors
 
 
@@ -41,7 +42,8 @@ def write_indirect_objects(folder):
     tokens = {"original": [{"token": " Mary", "probability": 0.7}]}
     write_json(folder / "next_tokens.json", {"prompt": "Then", "IO": " Mary", "S": " John", "models": tokens})
     circuit = {"classes": {"mover": ["a1.0"]}, "in_circuit": ["a0.1->m1"]}
-    write_json(folder / "graph.json", {**graph_record(EdgeGraph(2, 2), {"a0.1->m1": 0.5, "embed->m0": 1.0}), **circuit})
+    graph = GraphRecord.of(EdgeGraph(2, 2), {"a0.1->m1": 0.5, "embed->m0": 1.0}).to_json()
+    write_json(folder / "graph.json", {**graph, "record": "known circuit", **circuit})
 
 
 def write_others(folder):
@@ -208,13 +210,14 @@ def test_fields_of_the_previous_release_are_read(tmp_path, capsys):
     report, evidence = read_report(tmp_path), read_evidence(tmp_path)
     assert "release" not in capsys.readouterr().err
     for file in ("report.json", "evidence.json"):
-        text = (tmp_path / file).read_text()
+        value = read_json(tmp_path / file)
+        text = json.dumps({name: value[name] for name in value if name not in ("record", "version")})
         for old, new in OLD_NAMES.items():
             text = text.replace(f'"{new}":', f'"{old}":')
         (tmp_path / file).write_text(text)
     assert '"touched":' in (tmp_path / "report.json").read_text() and '"within":' in text
     assert read_report(tmp_path) == report and read_evidence(tmp_path) == evidence
-    assert capsys.readouterr().err.count("field names of the previous release") == 2
+    assert capsys.readouterr().err.count("has the format of an older release") == 2
     assert draw_pareto(tmp_path).is_file() and draw_evidence(tmp_path).is_file()
 
 

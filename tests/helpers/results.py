@@ -78,11 +78,12 @@ def write_comparison(run: Path) -> None:
     report = {
         "models": models(), "scorer": {"name": "x", "version": "1", "threshold": 0.5}, "reference": "original",
         "num_texts": {"toxic": 9, "ordinary": 9}, "num_prompts": {"toxic": 4, "ordinary": 4},
-        "settings": {"model": "tiny", "samples": 1, "seeds": 2},
+        "model": "tiny", "samples": 1, "seeds": 2,
     }  # fmt: skip
-    write_json(run / "report.json", report)
-    write_json(run / "evidence.json", evidence())
-    write_json(run / "relearning.json", relearning())
+    for name, kind, value in (
+        ("report", "report", report), ("evidence", "evidence", evidence()), ("relearning", "relearning", relearning()),
+    ):  # fmt: skip
+        write_json(run / f"{name}.json", {"record": kind, "version": 1, **value})
     names = ["original", "zero_12", "joint", "ascent"]
     rows = [
         {"toxicity": t, **{name: None if name == "ascent" else 1 + t * k for k, name in enumerate(names)}}

@@ -11,6 +11,7 @@ from nbclient import NotebookClient
 from circuit_breaking.errors import UserError
 from circuit_breaking.models.load import TINY
 from circuit_breaking.runs.files import ROOT, read_json, read_jsonl, write_json, write_jsonl
+from circuit_breaking.runs.mask_record import CutEdges, KeptEdges
 from circuit_breaking.runs.tensors import read_tensors
 
 pytestmark = pytest.mark.skipif(not (TINY / "config.json").is_file(), reason="the shipped model is not in tiny_gpt2")
@@ -48,7 +49,7 @@ def test_breaking_with_few_edges_spares_ordinary_text(runs):
     """What the project promises of the shipped model."""
     about = read_tensors(runs / "run" / "mask.safetensors")[1]
     before, after = about["results"]["before"], about["results"]["after"]
-    assert before["accuracy"] >= 0.95 and len(read_json(runs / "run" / "edges.json")) <= 10
+    assert before["accuracy"] >= 0.95 and len(CutEdges.read(runs / "run" / "edges.json").edges) <= 10
     assert after["logit_difference"] < 0 and after["ordinary_loss"] - before["ordinary_loss"] <= 0.1
     left = {path.name for path in (runs / "run").iterdir() if "checkpoint" not in path.name and path.name != ".lock"}
     assert left == {
@@ -56,7 +57,7 @@ def test_breaking_with_few_edges_spares_ordinary_text(runs):
         "training.png", *PICTURES,
     }  # fmt: skip
     graph = read_json(runs / "run" / "graph.json")
-    assert list(graph["edges"]) == read_json(runs / "run" / "edges.json")
+    assert list(graph["edges"]) == CutEdges.read(runs / "run" / "edges.json").edges
     # the edges' shares add up to what cutting them changes, here on training prompts
     assert sum(graph["edges"].values()) == pytest.approx(
         before["logit_difference"] - after["logit_difference"], rel=0.3
@@ -80,6 +81,8 @@ def test_half_of_the_edges_are_sufficient(data, tmp_path, means):
     about = read_tensors(tmp_path / "sufficient" / "mask.safetensors")[1]
     before, after = about["results"]["before"], about["results"]["after"]
     kept = read_json(tmp_path / "sufficient" / "graph.json")
+    assert KeptEdges.read(tmp_path / "sufficient" / "kept_edges.json").edges == list(kept["edges"])
+    assert not (tmp_path / "sufficient" / "edges.json").exists()
     assert kept["what"] == "kept" and 0 < len(kept["edges"]) <= 207 // 2
     assert after["logit_difference"] >= 0.9 * before["logit_difference"]
     stages = read_json(tmp_path / "sufficient" / "stages.json")["stages"]
@@ -94,9 +97,9 @@ def test_necessary_and_outside(data, runs, tmp_path):
     start("alternative_masks", data, tmp_path, kind="necessary", relax_steps=25, anneal_steps=15)
     results = read_tensors(tmp_path / "necessary" / "mask.safetensors")[1]["results"]
     assert results["after"]["logit_difference"] < 0 < results["before"]["logit_difference"]
-    frozen = read_json(runs / "run" / "edges.json")
+    frozen = CutEdges.read(runs / "run" / "edges.json").edges
     start("alternative_masks", data, tmp_path, kind="outside", frozen=str(runs / "run" / "edges.json"))
-    assert not set(read_json(tmp_path / "outside" / "edges.json")) & set(frozen)
+    assert not set(CutEdges.read(tmp_path / "outside" / "edges.json").edges) & set(frozen)
     assert read_tensors(tmp_path / "outside" / "mask.safetensors")[1]["results"]["frozen"] == frozen
 
 
@@ -105,18 +108,18 @@ def test_a_cover_is_made_of_masks_without_an_edge_in_common(data, tmp_path):
     about = read_json(tmp_path / "covering" / "covering.json")
     seen: list[str] = []
     for number, one in enumerate(about["masks"], 1):
-        assert one["edges"] == read_json(tmp_path / "covering" / f"mask{number}" / "edges.json")
+        assert one["edges"] == CutEdges.read(tmp_path / "covering" / f"mask{number}" / "edges.json").edges
         assert not set(one["edges"]) & set(seen)
         assert one["breaks"] == (one["logit_difference"] <= 0.5 * about["before"]["logit_difference"])
         seen += one["edges"] if one["breaks"] else []
     assert about["masks"][0]["breaks"] and sorted(seen) == sorted(about["union"]["edges"])
-    assert sorted(read_json(tmp_path / "covering" / "edges.json")) == sorted(seen)
+    assert sorted(CutEdges.read(tmp_path / "covering" / "edges.json").edges) == sorted(seen)
 
 
 def test_methods_are_compared(data, runs, tmp_path):
     options = {"num_attribution": 40, "ig_steps": 2, "random_seeds": 2}
     start("compare", data, tmp_path, budgets=(1, 4), **options)
-    about = read_json(tmp_path / "comparison" / "comparison.json")
+    about = read_json(tmp_path / "comparison" / "ioi_comparison.json")
     methods = about["methods"]
     assert list(methods) == ["EAP", "EAP-IG", "learned", "random"] and len(methods["random"]) == 4
     for name in ("EAP", "EAP-IG"):
@@ -127,12 +130,12 @@ def test_methods_are_compared(data, runs, tmp_path):
     assert (tmp_path / "comparison" / "comparison.png").is_file()
     # the same numbers of edges of one learned mask, those worth most first
     start("compare", data, runs, budgets=(1, 4), learned="run", **options)
-    again = read_json(runs / "comparison" / "comparison.json")["methods"]
+    again = read_json(runs / "comparison" / "ioi_comparison.json")["methods"]
     assert again["random"] == methods["random"] and again["EAP"] == methods["EAP"]
     assert (
         set(again["learned"][0]["edges"])
         <= set(again["learned"][1]["edges"])
-        <= set(read_json(runs / "run" / "edges.json"))
+        <= set(CutEdges.read(runs / "run" / "edges.json").edges)
     )
     assert again["learned"][0]["logit_difference"] < 1  # one edge carries most of it here
 
@@ -141,7 +144,7 @@ def test_original_masks_and_fine_tuned_are_measured_alike(data, runs, capsys):
     start("finetune_gpt2", data, runs, steps=40, lr=3e-4)
     script = load_script("ioi/evaluation.py")
     script.main(script.Settings(runs=("run",), out=runs, num_test=60, device="cpu"))
-    report = read_json(runs / "report" / "report.json")
+    report = read_json(runs / "report" / "ioi_report.json")
     assert list(report["models"]) == ["original", "run", "fine-tuned"]
     original, masked, tuned = report["models"].values()
     assert (original["edges_cut"], tuned["edges_cut"]) == (0, 0) and 1 <= masked["edges_cut"] <= 10
@@ -153,7 +156,7 @@ def test_original_masks_and_fine_tuned_are_measured_alike(data, runs, capsys):
         assert entry["change"]["value"] == pytest.approx(change) and change < -2
     assert (runs / "report" / "report.png").is_file() and "indirect objects" in capsys.readouterr().out
     script.main(script.Settings(runs=("run",), finetuned="none", out=runs, num_test=20, device="cpu"))
-    assert list(read_json(runs / "report" / "report.json")["models"]) == ["original", "run"]
+    assert list(read_json(runs / "report" / "ioi_report.json")["models"]) == ["original", "run"]
 
 
 def test_means_of_prompts_by_template_position(data, tmp_path):

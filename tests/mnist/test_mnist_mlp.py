@@ -11,6 +11,7 @@ from circuit_breaking.mnist import greedy
 from circuit_breaking.mnist.breaking import capped_loss, round_mask, sparsity_penalty
 from circuit_breaking.mnist.greedy import make_objective, score_cuts
 from circuit_breaking.runs.files import ROOT
+from circuit_breaking.runs.mnist_results import NetworkRecord
 from circuit_breaking.runs.tensors import write_tensors
 
 sys.path.insert(0, str(ROOT / "mnist"))
@@ -107,12 +108,12 @@ def test_a_pixel_that_never_changes_has_its_mean_exactly():
 def test_save_and_load(tmp_path):
     model = MaskedMLP(12, 4, 3)
     model.set_means(torch.randn(5, 12))
-    save_network(tmp_path / "network.safetensors", model, {"seed": 3})
+    save_network(tmp_path / "network.safetensors", model, NetworkRecord(seed=3))
     loaded, about = load_network(tmp_path / "network.safetensors")
     x = torch.randn(2, 12)
     mask = torch.rand(model.n_edges)
     assert torch.equal(loaded(x, mask), model(x, mask))
-    assert about == {"seed": 3}
+    assert about == NetworkRecord(seed=3)
     write_tensors(tmp_path / "other.safetensors", {"a": torch.zeros(2)})
     with pytest.raises(UserError, match="does not hold a network"):
         load_network(tmp_path / "other.safetensors")

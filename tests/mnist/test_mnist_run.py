@@ -45,9 +45,9 @@ def digits_run(tmp_path_factory):
 def test_small_digits_run_in_under_a_minute(digits_run):
     folder, seconds = digits_run
     assert seconds < 60
-    report = read_json(folder / "report.json")
+    report = read_json(folder / "mnist_report.json")
     assert "not MNIST" in report["source"]
-    assert report["test accuracy"] > 0.95
+    assert report["test_accuracy"] > 0.95
     mask = report["results"]["mask"]
     assert 0 < mask["edges cut"] <= 1000
     assert mask["test target"] <= 0.2
@@ -57,10 +57,11 @@ def test_small_digits_run_in_under_a_minute(digits_run):
 
 def test_result_files_agree(digits_run):
     folder, _ = digits_run
-    report, edges = read_json(folder / "report.json"), read_json(folder / "edges.json")
-    tensors, about = read_tensors(folder / "mask.safetensors")
+    report, edges = read_json(folder / "mnist_report.json"), read_json(folder / "edges_by_mask.json")["masks"]
+    tensors, about = read_tensors(folder / "masks.safetensors")
     rows = read_jsonl(folder / "metrics.jsonl")
-    assert read_json(folder / "settings.json") == report["settings"] == about["settings"]
+    assert read_json(folder / "settings.json")["provenance"] == report["provenance"] == about["provenance"]
+    assert report["provenance"]["settings"]["n_bad"] == 30
     for name in ("mask", "mask, 3s kept"):
         mask = tensors[name]
         assert set(mask.unique().tolist()) == {0.0, 1.0}
@@ -79,9 +80,9 @@ def test_saved_network_and_mask_give_the_reported_accuracy(digits_run):
     from circuit_breaking.mnist.digits import load_images, split_images
 
     folder, _ = digits_run
-    report = read_json(folder / "report.json")
+    report = read_json(folder / "mnist_report.json")
     network, _ = load_network(folder / "network.safetensors")
-    mask = read_tensors(folder / "mask.safetensors")[0]["mask"]
+    mask = read_tensors(folder / "masks.safetensors")[0]["mask"]
     split = split_images(load_images(folder, "digits", torch.device("cpu")), 3, 30, 0)
     for name in ("test target", "test other", "bad examples", "test mates"):
         x, y = split.pick(name)
@@ -104,14 +105,18 @@ def test_old_on_the_network_of_main(digits_run, tmp_path):
     folder, _ = digits_run
     settings = old.Settings(out=tmp_path, network=folder / "network.safetensors", steps=12, **SMALL)
     old.main(settings)
-    report, edges = read_json(tmp_path / "old/report.json"), read_json(tmp_path / "old/edges.json")
+    report = read_json(tmp_path / "old/mnist_report.json")
+    edges = read_json(tmp_path / "old/edges_by_mask.json")["masks"]
     rows = read_jsonl(tmp_path / "old/metrics.jsonl")
     for name in ("naive", "less naive"):
         assert 0 < len(edges[name]) == len(set(edges[name])) == report["results"][name]["edges cut"] <= 12
         values = [row["objective"] for row in rows if row["variant"] == name and "objective" in row]
         assert values == sorted(values, reverse=True)  # every cut helps
     assert report["results"]["original"] == pytest.approx(
-        {key: read_json(folder / "report.json")["results"]["original"][key] for key in report["results"]["original"]}
+        {
+            key: read_json(folder / "mnist_report.json")["results"]["original"][key]
+            for key in report["results"]["original"]
+        }
     )
     with pytest.raises(UserError, match="was made with seed 0, not 1"):
         old.main(old.Settings(out=tmp_path, network=folder / "network.safetensors", seed=1, **SMALL))
@@ -130,7 +135,7 @@ def test_same_seed_same_mask(tmp_path):
     few = {"steps": 20, "ramp_steps": 5, "round_every": 5, "train_steps": 60, "target_class": 8, "max_edges": 7}
     for run in ("a", "b"):
         main.main(main.Settings(out=tmp_path, run=run, **few, **SMALL))
-    a, b = (read_tensors(tmp_path / run / "mask.safetensors")[0] for run in ("a", "b"))
+    a, b = (read_tensors(tmp_path / run / "masks.safetensors")[0] for run in ("a", "b"))
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert "mask, 8s kept" in a
     assert all((a[name] == 0).sum() <= 7 for name in a if name.startswith("mask"))
@@ -177,9 +182,9 @@ def test_command_line_ends_a_wrong_setting_in_one_sentence(tmp_path):
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_promises_on_mnist(tmp_path, seed):
     main.main(main.Settings(data=MNIST, out=tmp_path, seed=seed))
-    report = json.loads((tmp_path / "main" / "report.json").read_text())
+    report = json.loads((tmp_path / "main" / "mnist_report.json").read_text())
     assert report["edges"] == {"first layer": 39_200, "last layer": 250}
-    assert report["test accuracy"] >= 0.97
+    assert report["test_accuracy"] >= 0.97
     mask = report["results"]["mask"]
     assert mask["first-layer edges cut"] <= mask["edges cut"] <= 1000
     assert mask["test target"] <= 0.10
@@ -191,5 +196,5 @@ def test_promises_on_mnist(tmp_path, seed):
 @needs_mnist
 def test_greedy_promises_on_mnist(tmp_path):
     old.main(old.Settings(data=MNIST, out=tmp_path))
-    report = json.loads((tmp_path / "old" / "report.json").read_text())
+    report = json.loads((tmp_path / "old" / "mnist_report.json").read_text())
     assert report["seconds"]["less naive"] < 120

@@ -34,13 +34,12 @@ def start(script, out, **changes):
 def made(script, out):
     """What a run left, but for what is not the same twice."""
     folder = out / NAMES[script]
-    report = read_json(folder / "report.json")
-    for name in ("seconds", "settings"):
-        del report[name]
-    tensors = [read_tensors(folder / f"{name}.safetensors")[0] for name in ("network", "mask")]
+    report = read_json(folder / "mnist_report.json")
+    del report["seconds"], report["provenance"]["settings"]
+    tensors = [read_tensors(folder / f"{name}.safetensors")[0] for name in ("network", "masks")]
     values = [{name: tensor.tolist() for name, tensor in one.items()} for one in tensors]
     files = sorted(path.name for path in folder.iterdir())
-    return files, report, values, read_jsonl(folder / "metrics.jsonl"), read_json(folder / "edges.json")
+    return files, report, values, read_jsonl(folder / "metrics.jsonl"), read_json(folder / "edges_by_mask.json")
 
 
 def at_step(monkeypatch, step, how):

@@ -24,6 +24,7 @@ from circuit_breaking.mnist import idx
 from circuit_breaking.runs import files
 from circuit_breaking.runs.checkpoints import NEWEST, Checkpoints
 from circuit_breaking.runs.files import is_text, parse_json, read_csv, read_json, read_jsonl, read_lines, write_json
+from circuit_breaking.runs.mnist_results import NetworkRecord
 from circuit_breaking.runs.tensors import read_tensors, write_tensors
 from circuit_breaking.tasks.ioi import read_prompts
 from circuit_breaking.tasks.owt import load_texts
@@ -246,9 +247,10 @@ def test_a_checkpoint_that_says_something_else(tmp_path, capsys):
     ],
 )
 def test_networks_whose_layers_do_not_fit(tmp_path, change):
-    mlp.save_network(tmp_path / "file", mlp.MaskedMLP(4, 3, 2), {})
+    mlp.save_network(tmp_path / "file", mlp.MaskedMLP(4, 3, 2), NetworkRecord())
     mlp.load_network(tmp_path / "file")
-    write_tensors(tmp_path / "file", read_tensors(tmp_path / "file")[0] | change)
+    tensors, header = read_tensors(tmp_path / "file")
+    write_tensors(tmp_path / "file", tensors | change, header)
     refused(mlp.load_network, tmp_path / "file", "does not hold a network")
 
 

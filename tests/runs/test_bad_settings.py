@@ -18,10 +18,10 @@ from circuit_breaking.figures.pareto import draw_pareto
 from circuit_breaking.figures.relearning import draw_relearning
 from circuit_breaking.figures.report import draw_models, draw_report
 from circuit_breaking.figures.training import draw_finetuning, draw_training
-from circuit_breaking.graph import graph_record
 from circuit_breaking.runs.config import resolve_defaults
 from circuit_breaking.runs.files import write_json
 from circuit_breaking.runs.grid import combinations, parse_grid
+from circuit_breaking.runs.ioi_results import GraphRecord
 from circuit_breaking.runs.sweep import results_of, run_job
 
 
@@ -66,14 +66,14 @@ def test_records_with_values_of_another_type():
     [{"n_layers": 10**9}, {"n_heads": 10**9}, {"n_layers": 2.5}, {"n_layers": "2"}, {"n_heads": True}, {"x": 1}],
 )
 def test_graphs_that_no_model_has(tmp_path, changes):
-    record = graph_record(MODEL.graph, {MODEL.graph.edges[0]: 0.5})
+    record = GraphRecord.of(MODEL.graph, {MODEL.graph.edges[0]: 0.5}).to_json()
     write_json(tmp_path / "graph.json", {**record, "graph": {**record["graph"], **changes}})
     refused(read_graph, tmp_path / "graph.json", "does not describe a graph")
 
 
 def test_graphs_of_edges_that_are_none(tmp_path):
     for edges in ({"a0.9->m0": 0.5}, {"": 1}, {"embed->m0": "x"}, ["embed->m0"], {"embed->m0": None}):
-        write_json(tmp_path / "graph.json", {**graph_record(MODEL.graph, {}), "edges": edges})
+        write_json(tmp_path / "graph.json", {**GraphRecord.of(MODEL.graph, {}).to_json(), "edges": edges})
         refused(read_graph, tmp_path / "graph.json")
 
 

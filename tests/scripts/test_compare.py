@@ -18,7 +18,8 @@ from circuit_breaking.errors import UserError
 from circuit_breaking.evaluation.report_markdown import COSTS_HEADING
 from circuit_breaking.models.load import TINY, load_tokenizer
 from circuit_breaking.models.tokens import encode
-from circuit_breaking.runs.files import read_csv, read_json, read_jsonl, write_jsonl
+from circuit_breaking.runs.files import read_csv, read_jsonl, write_jsonl
+from circuit_breaking.runs.mask_record import CutEdges
 from circuit_breaking.runs.run_folder import locked
 from circuit_breaking.runs.signals import Stopped
 from circuit_breaking.tasks.base import TextTask
@@ -108,7 +109,7 @@ def test_every_promised_file_is_there(finished):
             assert one["edges_cut"] <= one["budget"]
         if name in learned:
             assert one["kind"] == "random" and one["edges_cut"] <= report["models"]["optimal_2"]["edges_cut"]
-            drawn = read_json(run / "masks" / name / "edges.json")
+            drawn = CutEdges.read(run / "masks" / name / "edges.json").edges
             assert drawn and len(drawn) == one["edges_cut"]
         if name in chance:
             assert (

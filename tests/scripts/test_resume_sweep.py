@@ -14,7 +14,8 @@ from circuit_breaking.engine.ablation_values import compute_means
 from circuit_breaking.engine.load import load_model
 from circuit_breaking.errors import UserError
 from circuit_breaking.models.load import load_tokenizer
-from circuit_breaking.runs.files import read_json, read_jsonl
+from circuit_breaking.runs.files import read_jsonl
+from circuit_breaking.runs.mask_record import CutEdges
 from circuit_breaking.runs.run_folder import locked
 from circuit_breaking.runs.signals import Stopped
 from circuit_breaking.runs.tensors import read_tensors
@@ -56,7 +57,7 @@ def made(out):
         tensors = [read_tensors(path)[0] for path in sorted(place.glob("*.safetensors"))]
         values = [{key: tensor.tolist() for key, tensor in one.items()} for one in tensors]
         rows = [{**row, "seconds": 0} for row in rows]
-        found[place.name] = (files, rows, values, read_json(place / "edges.json"))
+        found[place.name] = (files, rows, values, CutEdges.read(place / "edges.json").edges)
     return found
 
 
@@ -168,7 +169,7 @@ def test_only_what_makes_a_difference_makes_a_mask_anew(data, tmp_path, monkeypa
     (tmp_path / "sweep" / "masks" / "zero_2" / "mask.safetensors").write_bytes(b"no")
     counted.clear()
     start(data, tmp_path, **few, seed=1)
-    assert len(counted) == STEPS and "made anew" in capsys.readouterr().err
+    assert len(counted) == STEPS and "made again" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("name", "free"), [("zero_2", False), ("mean_2", True)])

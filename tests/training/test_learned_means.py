@@ -104,9 +104,14 @@ def test_the_script_saves_what_it_learned(tmp_path):
     )  # fmt: skip
     script.main(settings)
     model = load_model(str(tmp_path / "model"), device="cpu")
-    about = load_mask(tmp_path / "run" / "mask.safetensors", model)
-    assert about["settings"]["means"] == str(tmp_path / "run" / "means.safetensors")
-    load_means(about["settings"]["means"], model)
+    record = load_mask(tmp_path / "run" / "mask.safetensors", model)
+    assert (
+        record.ablation_value.kind == "optimal"
+        and record.budget == 6
+        and record.provenance["settings"]["means"] is None
+    )
+    assert record.ablation_value.path == str(tmp_path / "run" / "means.safetensors")
+    load_means(record.ablation_value.path, model)
     edges = model.mask.cut_edges()
     assert edges and model.means.abs().sum() > 0
     hf = load_hf_model(tmp_path / "model", "cpu")
