@@ -52,7 +52,6 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from circuit_breaking.models.load import files_of, load_hf_model, load_tokenizer
 from circuit_breaking.models.save import save_hf_folder
@@ -68,10 +67,10 @@ from circuit_breaking.runs.files import read_jsonl
 from circuit_breaking.runs.provenance import provenance
 from circuit_breaking.runs.records import RunSettings
 from circuit_breaking.runs.run_folder import recorded
-from circuit_breaking.runs.signals import stop_signals
 from circuit_breaking.tasks import IOITask, OWTTask
 from circuit_breaking.tasks.losses import trainable_prediction_losses
 from circuit_breaking.tasks.stock_model import StockModel
+from circuit_breaking.training.loop import Row, run_steps
 
 
 def main(settings: Settings) -> None:
@@ -112,30 +111,30 @@ def finetune(
         done = resume_from.step
         restore_training(optimizer, parameters, resume_from.tensors)
         restore_parts(resume_from.tensors, tasks)
-    steps = range(done, settings.steps)
-    with (
-        stop_signals() as signals,
-        tqdm(steps, initial=done, total=settings.steps, desc="fine-tuning", unit="step", disable=None) as bar,
-    ):
-        for step in bar:
-            keep = trainable_prediction_losses(hf, ordinary.draw(settings.batch_size))[0].mean()
-            broken = ioi.loss(stock, ioi.draw(settings.batch_size), cap=settings.break_cap)
-            loss = keep - settings.alpha * broken
-            if not math.isfinite(float(loss.detach())):
-                raise UserError(f"the loss is not finite any more at step {step}. Lower the learning rate or alpha.")
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            row = {"step": step, "keep_loss": float(keep.detach()), "break_loss": float(broken.detach())}
-            on_step(row)
-            bar.set_postfix_str(f"keep {row['keep_loss']:.3f}, break {row['break_loss']:.3f}")
-            checkpoints.after(
-                step + 1,
-                lambda: training_state(optimizer, parameters) | state_of(**tasks),
-                {},
-                signals,
-                step + 1 == settings.steps,
-            )
+    losses = {}
+
+    def step(number: int) -> Row:
+        keep = trainable_prediction_losses(hf, ordinary.draw(settings.batch_size))[0].mean()
+        broken = ioi.loss(stock, ioi.draw(settings.batch_size), cap=settings.break_cap)
+        loss = keep - settings.alpha * broken
+        if not math.isfinite(float(loss.detach())):
+            raise UserError(f"the loss is not finite any more at step {number}. Lower the learning rate or alpha.")
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.update(keep_loss=float(keep.detach()), break_loss=float(broken.detach()))
+        return dict(losses)
+
+    run_steps(
+        step,
+        settings.steps,
+        label="fine-tuning",
+        done=done,
+        describe=lambda: f"keep {losses['keep_loss']:.3f}, break {losses['break_loss']:.3f}",
+        on_step=on_step,
+        checkpoints=checkpoints,
+        state=lambda: training_state(optimizer, parameters) | state_of(**tasks),
+    )
     hf.requires_grad_(False)
 
 

@@ -54,7 +54,7 @@ from torch import Tensor
 
 from circuit_breaking.errors import UserError
 from circuit_breaking.figures.mnist import draw_run
-from circuit_breaking.mnist.breaking import steps_left, train_network
+from circuit_breaking.mnist.breaking import train_network
 from circuit_breaking.mnist.digits import Images, Split, load_images, split_images
 from circuit_breaking.mnist.greedy import Objective, make_objective, score_cuts
 from circuit_breaking.mnist.report import describe, print_table
@@ -62,6 +62,7 @@ from circuit_breaking.runs.checkpoints import Checkpoints, Saved
 from circuit_breaking.runs.devices import cpu_threads, pick_device
 from circuit_breaking.runs.run_folder import CheckpointedParts, locked
 from circuit_breaking.runs.signals import stop_signals
+from circuit_breaking.training.loop import run_steps
 
 TOLERANCE = 1e-6  # relative; an objective is a float32 sum
 
@@ -177,25 +178,38 @@ def cut_greedily(
         done, values = resume_from.step, resume_from.values
         order, rows, helps = values["order"], values["rows"], values["helps"]
         mask[order] = 0
-    with steps_left(done, steps, label, checkpoints, "cut") as (bar, signals):
-        for step in bar if helps else ():
-            now, scores = score_cuts(network, mask, objective)
-            best = int(scores.argmin())
-            # by more than rounding: once every bad example is at its cap, all candidates are equal but for that
-            helps = bool(scores[best] < now - TOLERANCE * now.abs().clamp(min=1))
-            if helps:
-                mask[best] = 0
-                order.append(best)
-            if step % evaluate_every == 0 or step == steps or not helps:
-                row = {"objective": float(min(now, scores[best])), "edges cut": len(order)}
-                rows.append({"step": len(order), **row, **split.accuracies(lambda x: network(x, mask).argmax(1))})
-                bar.set_postfix(loss=f"{row['objective']:.3f}", cut=len(order))
-            if checkpoints is not None:
-                values = {"order": order, "rows": rows, "helps": helps}
-                checkpoints.after(step, lambda: {"mask": mask}, values, signals, step == steps or not helps)
-            if not helps:
-                print(f"{label}: no further cut helps after {len(order)}")
-                break
+
+    def step(number: int) -> None:
+        nonlocal helps
+        now, scores = score_cuts(network, mask, objective)
+        best = int(scores.argmin())
+        # by more than rounding: once every bad example is at its cap, all candidates are equal but for that
+        helps = bool(scores[best] < now - TOLERANCE * now.abs().clamp(min=1))
+        if helps:
+            mask[best] = 0
+            order.append(best)
+        if (number + 1) % evaluate_every == 0 or number + 1 == steps or not helps:
+            row = {"objective": float(min(now, scores[best])), "edges cut": len(order)}
+            rows.append({"step": len(order), **row, **split.accuracies(lambda x: network(x, mask).argmax(1))})
+
+    def describe() -> str | None:
+        return f"loss={rows[-1]['objective']:.3f}, cut={len(order)}" if "objective" in rows[-1] else None
+
+    if helps:
+        run_steps(
+            step,
+            steps,
+            label=label,
+            unit="cut",
+            done=done,
+            describe=describe,
+            checkpoints=checkpoints,
+            state=lambda: {"mask": mask},
+            values=lambda: {"order": order, "rows": rows, "helps": helps},
+            is_over=lambda: not helps,
+        )
+        if not helps:
+            print(f"{label}: no further cut helps after {len(order)}")
     return mask, order, rows
 
 

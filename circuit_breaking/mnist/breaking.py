@@ -11,20 +11,19 @@ there: it pulls back to 1 every edge that matters little, and costs little more 
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
+from circuit_breaking.engine.mask import lowest_cut
 from circuit_breaking.mnist.digits import Split
 from circuit_breaking.mnist.network import MaskableNetwork
 from circuit_breaking.runs.checkpoints import Checkpoints, Saved, part_of, restore_training, state_of, training_state
-from circuit_breaking.runs.signals import stop_signals
+from circuit_breaking.training.loop import run_steps
 
 EDGE_OFFSET = 1.01  # of the sparsity term; over 1, so that its slope at M = 1 is finite
 Row = dict[str, Any]
@@ -82,31 +81,21 @@ def train_network(
     def state() -> dict[str, Tensor]:
         return training_state(optimizer, parameters) | state_of(epochs=epochs)
 
-    with steps_left(done, steps, label, checkpoints) as (bar, signals):
-        for step in bar:
-            rows = epochs.draw().to(x.device)
-            loss = F.cross_entropy(model(x[rows]), y[rows])
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            if step % 100 == 0:
-                bar.set_postfix(loss=f"{loss.item():.3f}")
-            if checkpoints is not None:
-                checkpoints.after(step, state, {}, signals, step == steps)
+    shown = ""  # the loss of the last step that was a multiple of 100
+
+    def step(number: int) -> None:
+        nonlocal shown
+        rows = epochs.draw().to(x.device)
+        loss = F.cross_entropy(model(x[rows]), y[rows])
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if (number + 1) % 100 == 0:
+            shown = f"loss={loss.item():.3f}"
+
+    run_steps(step, steps, label=label, done=done, describe=lambda: shown or None, checkpoints=checkpoints, state=state)
     return model.requires_grad_(False)
-
-
-@contextmanager
-def steps_left(
-    done: int, steps: int, label: str, checkpoints: Checkpoints | None, unit: str = "step"
-) -> Iterator[tuple[tqdm, Sequence[int]]]:
-    """A bar over the steps `done` + 1 to `steps`, and the signals that arrive if there are checkpoints."""
-    with (
-        stop_signals() if checkpoints is not None else nullcontext(()) as signals,
-        tqdm(range(done + 1, steps + 1), label, steps, initial=done, unit=unit, disable=None) as bar,
-    ):
-        yield bar, signals
 
 
 class Epochs:
@@ -144,10 +133,7 @@ def sparsity_penalty(mask: Tensor) -> Tensor:
 
 def round_mask(mask: Tensor, max_edges: int) -> Tensor:
     """Binary mask that cuts the weights under 0.5, and of those the `max_edges` lowest where there are more."""
-    lowest = mask.argsort(stable=True)[:max_edges]
-    rounded = torch.ones_like(mask)
-    rounded[lowest] = (mask[lowest] >= 0.5).to(mask.dtype)
-    return rounded
+    return lowest_cut(mask, max_edges, threshold=0.5)
 
 
 def shifted(x: Tensor, side: int, most: int, generator: torch.Generator) -> Tensor:
@@ -205,7 +191,7 @@ def _minimise(
     checkpoints: Checkpoints | None,
     resume_from: Saved | None,
 ) -> list[Row]:
-    """The one loop of masks and of fine-tuning; returns a row of metrics for every evaluation."""
+    """Minimise the objective, for masks and for fine-tuning. Returns a row of metrics for every evaluation."""
     optimizer = torch.optim.Adam(parameters.values(), lr=settings.lr, betas=(0.9, 0.99))
     batches = Batches(split, with_target, settings.batch_size, seed)
     bad, bad_y = split.pick("bad examples")
@@ -219,24 +205,35 @@ def _minimise(
     def state() -> dict[str, Tensor]:
         return training_state(optimizer, parameters) | state_of(batches=batches)
 
-    with steps_left(done, settings.steps, label, checkpoints) as (bar, signals):
-        for step in bar:
-            x, y = batches.draw()
-            bad_x = batches.shift(bad, settings.shift)
-            keep_loss = F.cross_entropy(predict(x), y)
-            break_loss = capped_loss(predict(bad_x), bad_y, settings.cap).mean()
-            ramp = min(1.0, step / max(1, settings.ramp_steps))
-            loss = keep_loss - settings.ratio * break_loss + settings.sparsity * ramp * penalty()
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            after_step(step)
-            if step % settings.evaluate_every == 0 or step == settings.steps:
-                losses = {"keep loss": keep_loss.item(), "break loss": break_loss.item(), "loss": loss.item()}
-                rows.append({"step": step, **losses, **evaluate()})
-                bar.set_postfix(loss=f"{loss.item():.2f}", cut=rows[-1]["edges cut"])
-            if checkpoints is not None:
-                checkpoints.after(step, state, {"rows": rows}, signals, step == settings.steps)
+    def step(number: int) -> None:
+        step = number + 1
+        x, y = batches.draw()
+        bad_x = batches.shift(bad, settings.shift)
+        keep_loss = F.cross_entropy(predict(x), y)
+        break_loss = capped_loss(predict(bad_x), bad_y, settings.cap).mean()
+        ramp = min(1.0, step / max(1, settings.ramp_steps))
+        loss = keep_loss - settings.ratio * break_loss + settings.sparsity * ramp * penalty()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        after_step(step)
+        if step % settings.evaluate_every == 0 or step == settings.steps:
+            losses = {"keep loss": keep_loss.item(), "break loss": break_loss.item(), "loss": loss.item()}
+            rows.append({"step": step, **losses, **evaluate()})
+
+    def describe() -> str | None:
+        return f"loss={rows[-1]['loss']:.2f}, cut={rows[-1]['edges cut']}" if "loss" in rows[-1] else None
+
+    run_steps(
+        step,
+        settings.steps,
+        label=label,
+        done=done,
+        describe=describe,
+        checkpoints=checkpoints,
+        state=state,
+        values=lambda: {"rows": rows},
+    )
     return rows
 
 

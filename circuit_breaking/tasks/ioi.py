@@ -1,4 +1,4 @@
-"""Indirect-object identification (Wang et al. 2022): which of two names comes last (layer 2).
+"""Indirect-object identification (Wang et al. 2022): which of two names comes next.
 
 Shapes: n prompts, B batch, T position, V vocabulary.
 """
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from circuit_breaking.errors import UserError
+from circuit_breaking.models.causal_model import CausalModel
 from circuit_breaking.models.shipped import TEXT
 from circuit_breaking.models.tokens import TokenBatch, pad_right, prefix_token
 from circuit_breaking.runs.files import is_text, read_jsonl
@@ -25,7 +26,7 @@ Objective = Literal["cross_entropy", "logit_difference"]
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt, its indirect object (the right answer) and its subject (the wrong one)."""
+    """A prompt, its indirect object (the right answer) and its subject (the wrong answer)."""
 
     text: str
     io: str
@@ -34,14 +35,17 @@ class Prompt:
 
 @dataclass(frozen=True)
 class PromptBatch(TokenBatch):
-    """Prompts as tokens, padded on the right: `lengths` [n] say where each ends, `io` and `subject` int64 [n] are the
-    tokens of the two names that may follow."""
+    """Tokens of prompts, padded on the right.
+
+    Attributes:
+        io, subject: tokens of the two names that may follow, int64 [n].
+    """
 
     io: Tensor | None = None
     subject: Tensor | None = None
 
     def __getitem__(self, rows: Tensor | slice) -> "PromptBatch":
-        """The prompts of some rows, cut to the longest of them."""
+        """The prompts of some rows, with padding to the longest of them."""
         lengths = self.lengths[rows]
         return PromptBatch(
             self.tokens[rows][:, : int(lengths.max())], lengths, io=self.io[rows], subject=self.subject[rows]
@@ -49,8 +53,8 @@ class PromptBatch(TokenBatch):
 
     def to(self, device: torch.device | str) -> "PromptBatch":
         """The same prompts on another device."""
-        parts = (self.tokens, self.lengths, self.io, self.subject)
-        tokens, lengths, io, subject = (part.to(device) for part in parts)
+        tensors = (self.tokens, self.lengths, self.io, self.subject)
+        tokens, lengths, io, subject = (tensor.to(device) for tensor in tensors)
         return PromptBatch(tokens, lengths, io=io, subject=subject)
 
 
@@ -72,10 +76,10 @@ def read_prompts(path: Path | str) -> list[Prompt]:
 
 
 def encode_prompts(tokenizer: Any, prompts: Sequence[Prompt], prefix: int) -> PromptBatch:
-    """Tokenise prompts, each behind the prefix token, and the names that may follow.
+    """Tokenise prompts, each after the prefix token, and the names that may follow.
 
     Raises:
-        UserError: a name is not one token behind its prompt.
+        UserError: a name is not a single token after its prompt.
     """
 
     def encoded(texts: list[str]) -> list[list[int]]:
@@ -98,15 +102,15 @@ def encode_prompts(tokenizer: Any, prompts: Sequence[Prompt], prefix: int) -> Pr
 
 
 class IOITask(TextTask):
-    """Naming the indirect object: predictions of what follows the last token of each prompt, and of nothing else.
+    """Naming the indirect object: the prediction after the last token of each prompt.
 
     Args:
         tokenizer: the model's tokenizer.
         train, test: JSON Lines of prompts (see `read_prompts`), or prompts; the shipped ones by default.
-        examples: training prompts to use, from the beginning of the file; all when None.
+        examples: number of training prompts to use, from the beginning of the file; None: all.
         seed: of the order of training prompts.
-        objective: what `loss` is: "cross_entropy" of the indirect object, or minus the "logit_difference" between it
-            and the subject.
+        objective: the definition of `loss`: "cross_entropy" of the indirect object, or minus the "logit_difference"
+            between it and the subject.
 
     Raises:
         UserError: a file is missing or empty, a name is not one token, or a prompt is in both files.
@@ -131,8 +135,10 @@ class IOITask(TextTask):
         super().__init__("IOI", *(encode_prompts(tokenizer, prompts, prefix) for prompts in found), seed)
         self.objective = objective
 
-    def loss(self, model: Any, batch: PromptBatch, mask: Tensor | None = None, cap: float | None = None) -> Tensor:
-        """Mean loss over the ends of the prompts of a batch; see `Task`."""
+    def loss(
+        self, model: CausalModel, batch: PromptBatch, mask: Tensor | None = None, cap: float | None = None
+    ) -> Tensor:
+        """Mean loss after the last tokens of the prompts of a batch; see `Task`."""
         logits, batch = end_logits(model, batch, mask)
         if self.objective == "cross_entropy":
             losses = F.cross_entropy(logits.float(), batch.io, reduction="none")
@@ -141,21 +147,21 @@ class IOITask(TextTask):
         return (losses if cap is None else losses.clamp(max=cap)).mean()
 
     def predictions(self, batch: PromptBatch) -> int:
-        """One a prompt."""
+        """One per prompt."""
         return len(batch)
 
     @torch.no_grad()
-    def measure(self, model: Any, num_data: int | None = None) -> dict[str, Tensor]:
-        """What the model says at the end of each held-out prompt, float64 [n] each.
+    def measure(self, model: CausalModel, num_data: int | None = None) -> dict[str, Tensor]:
+        """Measure the prediction after each held-out prompt, float64 [n] each.
 
         Returns:
             `loss` (cross entropy of the indirect object, nats), `logit_difference` (to the subject), `accuracy`
-            (1 where the indirect object is the first choice), `above_subject` (1 where it is above the subject) and
-            `probability` (of the indirect object).
+            (1 where the indirect object is the most probable token), `above_subject` (1 where it is more probable than
+            the subject) and `probability` (of the indirect object).
         """
         found: dict[str, list[Tensor]] = {}
-        for part in self._test_batches(num_data):
-            logits, batch = end_logits(model, part)
+        for test_batch in self._test_batches(num_data):
+            logits, batch = end_logits(model, test_batch)
             logits = logits.double()
             loss = F.cross_entropy(logits, batch.io, reduction="none")
             difference = logit_difference(logits, batch.io, batch.subject)
@@ -170,26 +176,26 @@ class IOITask(TextTask):
                 found.setdefault(key, []).append(values.double().cpu())
         return {key: torch.cat(values) for key, values in found.items()}
 
-    def get_test_loss(self, model: Any, num_data: int | None = None) -> float:
+    def get_test_loss(self, model: CausalModel, num_data: int | None = None) -> float:
         """Mean cross entropy of the indirect object, or minus the mean logit difference, over held-out prompts."""
         measured = self.measure(model, num_data)
         mean = (measured["loss"] if self.objective == "cross_entropy" else -measured["logit_difference"]).mean()
         return float(mean)
 
-    def get_test_accuracy(self, model: Any, num_data: int | None = None) -> float:
-        """Share of held-out prompts after which the indirect object is the model's first choice."""
+    def get_test_accuracy(self, model: CausalModel, num_data: int | None = None) -> float:
+        """Share of held-out prompts after which the indirect object is the most probable token."""
         return float(self.measure(model, num_data)["accuracy"].mean())
 
-    def get_test_logit_difference(self, model: Any, num_data: int | None = None) -> float:
+    def get_test_logit_difference(self, model: CausalModel, num_data: int | None = None) -> float:
         """Mean logit of the indirect object minus that of the subject, over held-out prompts."""
         return float(self.measure(model, num_data)["logit_difference"].mean())
 
-    def get_test_probability(self, model: Any, num_data: int | None = None) -> float:
+    def get_test_probability(self, model: CausalModel, num_data: int | None = None) -> float:
         """Mean probability of the indirect object, over held-out prompts."""
         return float(self.measure(model, num_data)["probability"].mean())
 
 
-def end_logits(model: Any, batch: PromptBatch, mask: Tensor | None = None) -> tuple[Tensor, PromptBatch]:
+def end_logits(model: CausalModel, batch: PromptBatch, mask: Tensor | None = None) -> tuple[Tensor, PromptBatch]:
     """Logits [B, V] after the last token of each prompt, and the batch on the model's device."""
     batch = batch.to(model.device)
     return model(batch.tokens, at=batch.lengths - 1, mask=mask), batch

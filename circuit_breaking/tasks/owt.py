@@ -1,4 +1,4 @@
-"""Ordinary text, which the model is to keep predicting (layer 2)."""
+"""Ordinary text: the behaviour to keep."""
 
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,9 @@ def load_texts(source: str | Path, limit: int) -> tuple[list[str], list[str]]:
     """Training and held-out texts of a source.
 
     Args:
-        source: a text file with one text a line (every fifth is held out), `"tiny"` for the shipped sentences, or
+        source: a text file with one text per line (every fifth is held out), `"tiny"` for the shipped sentences, or
             the name of a Hugging Face data set with a `text` column, such as `NeelNanda/pile-10k`.
-        limit: most training texts to take; a quarter as many are held out.
+        limit: largest number of training texts; a quarter as many are held out.
     """
     if str(source) == SHIPPED:
         return read_lines(TEXT / "plain_train.txt")[:limit], read_lines(TEXT / "plain_test.txt")[: limit // 4 + 1]
@@ -33,7 +33,7 @@ def load_texts(source: str | Path, limit: int) -> tuple[list[str], list[str]]:
         texts = _from_hub(str(source), limit + limit // 4 + 1)
     held_out = texts[::5][: limit // 4 + 1]
     train = [text for number, text in enumerate(texts) if number % 5][:limit]
-    # a line that stands twice must not be on both sides
+    # a line that occurs twice must not be in both
     seen = set(held_out)
     train = [text for text in train if text not in seen]
     if not train:
@@ -63,8 +63,8 @@ class OWTTask(TextTask):
     Args:
         tokenizer: the model's tokenizer.
         source: see `load_texts`.
-        length: tokens a text is cut to, prefix included.
-        limit: most training texts to take.
+        length: largest number of tokens of a text, prefix included; longer texts are truncated.
+        limit: largest number of training texts.
         seed: of the order of training texts.
     """
 

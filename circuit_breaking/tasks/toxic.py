@@ -1,4 +1,4 @@
-"""Toxic text, the behaviour that the paper's main experiment removes (layer 2)."""
+"""Toxic text, the behaviour that the paper's main experiment removes."""
 
 import random
 from collections.abc import Sequence
@@ -29,16 +29,17 @@ def read_examples(path: Path | str) -> list[Example]:
 
 
 class ToxicTask(TextTask):
-    """Next-token loss on toxic text. The training file is shuffled before examples are taken from it, for the
-    published split is sorted by score.
+    """Next-token loss on toxic text.
+
+    The training file is shuffled before examples are taken from it, because the published split is sorted by score.
 
     Args:
         tokenizer: the model's tokenizer.
-        train, test: JSON Lines with a `text` in each row, or the texts themselves; the shipped ones by default. Where a
-            row has a `prompt`, the beginning of its text, the loss is that of what follows: the behaviour is to answer
-            in kind, not to be addressed so.
-        length: tokens a text is cut to, prefix included.
-        examples: training texts to use (100 in the paper); all when None.
+        train, test: JSON Lines with a `text` in each row, or the texts themselves; the shipped ones by default. If a
+            row has a `prompt`, the beginning of its text, the loss covers only the rest of the text: the behaviour is
+            to answer an insult with an insult, not to receive one.
+        length: largest number of tokens of a text, prefix included; longer texts are truncated.
+        examples: number of training texts to use (100 in the paper); None: all.
         seed: of the choice and the order of training texts.
 
     Raises:

@@ -1,6 +1,7 @@
 """Everything with an optimizer: masks over edges and weights, ablation constants, baselines.
 
-First file to read: `mask_trainer`."""
+First file to read: `mask_trainer`.
+"""
 
 from circuit_breaking import lazy_names
 

@@ -7,16 +7,18 @@ from typing import Any
 
 from torch import Tensor
 
+from circuit_breaking.engine.transformer import EdgeMaskedTransformer
 from circuit_breaking.runs.run_folder import recorded
+from circuit_breaking.tasks.base import Task
 from circuit_breaking.training.config import MaskConfig
 from circuit_breaking.training.mask_trainer import MaskResult, train_mask
 
 
 def train_into(
     folder: Path,
-    model: Any,
-    break_task: Any,
-    keep_task: Any,
+    model: EdgeMaskedTransformer,
+    break_task: Task,
+    keep_task: Task,
     settings: MaskConfig,
     allowed: Tensor | None = None,
     run: Mapping[str, Any] | None = None,
@@ -24,9 +26,9 @@ def train_into(
     every: int = 50,
     lock: bool = True,
 ) -> MaskResult:
-    """`train_mask`, each step's row written to `metrics.jsonl` of a run folder as it comes.
+    """Call `train_mask` and write the row of every step to `metrics.jsonl` of a run folder.
 
-    Of several processes that train together the main one writes; all go on from the same checkpoint.
+    If several processes train together, the main one writes; all continue from the same checkpoint.
 
     Args:
         folder, run, resume, every, lock: as for `recorded`.

@@ -1,13 +1,13 @@
-"""Baselines that change weights to remove a behaviour: what each of them minimises (layer 3).
+"""Baselines that change weights to remove a behaviour: the loss of each method.
 
     joint             ordinary loss - ratio · toxic loss, the paper's fine-tuning (Li, Davies, Nadeau 2023, eq. 4)
     ascent            gradient ascent on toxic text alone
     task_arithmetic   fine-tune towards toxicity, then subtract the change times a scale (Ilharco et al. 2023)
     npo               negative preference optimisation with a term that retains (Zhang, Lin, Bai, Mei 2024)
-    rmu               representation misdirection (Li et al. 2024, WMDP), its steering in units of the activations'
-                      norm (adaptive RMU; Dang et al. 2024)
+    rmu               representation misdirection (Li et al. 2024, WMDP), with the steering target in units of the
+                      norm of the activations (adaptive RMU; Dang et al. 2024)
 
-Each is an entry of `METHODS`; `finetuning.finetune` is the one loop for all.
+Each is an entry of `METHODS`; `finetune.finetune` trains by any of them.
 
 Shapes: n texts, M predictions, D width, V vocabulary.
 """
@@ -33,7 +33,15 @@ Weights = dict[str, Tensor]
 
 @dataclass
 class State:
-    """What a method has at hand while it trains: the model, the original where it compares with it, and settings."""
+    """What a method needs while it trains.
+
+    Attributes:
+        model: the model that is trained.
+        settings: settings of the losses.
+        seed: of random directions.
+        original: the original model, for methods that compare with it.
+        more: tensors that a method keeps between steps, by name.
+    """
 
     model: nn.Module
     settings: LossSettings
@@ -43,25 +51,30 @@ class State:
 
     @property
     def cap(self) -> float:
+        """Highest loss of a single toxic prediction, nats."""
         return self.settings.cap or math.log(self.model.config.vocab_size)
 
     def toxic_loss(self, batch: TokenBatch) -> Tensor:
-        """Mean loss, each prediction counting with at most the cap: what is unlikely already is not pushed on."""
+        """Mean loss, clamped per prediction, so that predictions that are already unlikely have no gradient."""
         return trainable_prediction_losses(self.model, batch)[0].clamp(max=self.cap).mean()
 
     def ordinary_loss(self, batch: TokenBatch) -> Tensor:
+        """Mean loss."""
         return trainable_prediction_losses(self.model, batch)[0].mean()
 
 
 def joint(state: State, toxic: TokenBatch, ordinary: TokenBatch) -> Tensor:
+    """Ordinary loss - ratio · toxic loss (the paper's eq. 4)."""
     return state.ordinary_loss(ordinary) - state.settings.ratio * state.toxic_loss(toxic)
 
 
 def ascent(state: State, toxic: TokenBatch, ordinary: TokenBatch) -> Tensor:
+    """- toxic loss."""
     return -state.toxic_loss(toxic)
 
 
 def towards_toxicity(state: State, toxic: TokenBatch, ordinary: TokenBatch) -> Tensor:
+    """Toxic loss, whose change of weights is subtracted in the end."""
     return trainable_prediction_losses(state.model, toxic)[0].mean()
 
 
@@ -76,7 +89,7 @@ def npo(state: State, toxic: TokenBatch, ordinary: TokenBatch) -> Tensor:
 
 
 def rmu(state: State, toxic: TokenBatch, ordinary: TokenBatch) -> Tensor:
-    """|h(toxic) - c·u|² + retain · |h(ordinary) - h_original(ordinary)|², means over positions and width."""
+    """|h(toxic) - c·u|² + retain · |h(ordinary) - h_original(ordinary)|², averaged over positions and width."""
     layer = rmu_layer(state.model, state.settings)
     with torch.no_grad():
         before = activations(state.original, ordinary, layer)
@@ -91,22 +104,24 @@ def rmu(state: State, toxic: TokenBatch, ordinary: TokenBatch) -> Tensor:
 
 
 def activations(model: nn.Module, batch: TokenBatch, layer: int) -> Tensor:
-    """The residual stream behind a layer, where predictions are made: [M, D]."""
+    """The residual stream after a layer, at the positions of predictions: [M, D]."""
     batch = batch.to(model.device)
     states = model.base_model(input_ids=batch.tokens, use_cache=False, output_hidden_states=True).hidden_states
     return states[layer + 1][batch.predicted]
 
 
 def rmu_layer(model: nn.Module, settings: LossSettings) -> int:
+    """The layer whose output is steered. Raises a `UserError` if the model has no such layer."""
     layers = model.config.num_hidden_layers
     layer = settings.rmu_layer if settings.rmu_layer >= 0 else min(layers // 2, layers - 2)
-    # the last entry of Hugging Face's hidden states is behind the final norm
+    # the last of Hugging Face's hidden states comes after the final norm, so the last layer is excluded
     if not 0 <= layer < layers - 1:
         raise UserError(f"rmu_layer is {layer}; give one between 0 and {layers - 2}, or -1.")
     return layer
 
 
 def every_parameter(model: nn.Module, settings: LossSettings) -> Callable[[str], bool]:
+    """Train every parameter."""
     return lambda name: True
 
 
@@ -120,13 +135,13 @@ def mlp_outputs(model: nn.Module, settings: LossSettings) -> Callable[[str], boo
 
 @dataclass(frozen=True)
 class Method:
-    """A way to change weights: its loss, what it trains, and whether it is subtracted in the end."""
+    """A way to change weights: its loss, the parameters it trains, and whether the change is subtracted in the end."""
 
     about: str
     loss: Callable[[State, TokenBatch, TokenBatch], Tensor]
     trains: Callable[[nn.Module, LossSettings], Callable[[str], bool]] = every_parameter
-    compares: bool = False  # needs the original beside the model
-    subtracts: bool = False  # the result is the original minus a scale times the change
+    compares: bool = False  # needs the original model too
+    subtracts: bool = False  # the result is the original minus a multiple of the change
 
 
 METHODS = {
@@ -139,7 +154,7 @@ METHODS = {
 
 
 def start(method: Method, model: nn.Module, settings: LossSettings, seed: int = 0) -> State:
-    """Make `model` ready for training by a method: what it trains requires gradients, nothing else does."""
+    """Prepare `model` for training by a method: the parameters that it trains require gradients, no others do."""
     chosen = method.trains(model, settings)
     original = copy.deepcopy(model).requires_grad_(False) if method.compares else None
     for name, parameter in model.named_parameters():
@@ -148,7 +163,7 @@ def start(method: Method, model: nn.Module, settings: LossSettings, seed: int = 
 
 
 def candidates(method: Method, before: Weights, now: Weights, scales: tuple[float, ...]) -> Iterator[tuple]:
-    """(scale, weights) of the models that a checkpoint offers: itself, or the original minus its change, scaled."""
+    """(scale, weights) of the models to validate: the trained one, or the original minus multiples of the change."""
     if not method.subtracts:
         yield None, now
         return

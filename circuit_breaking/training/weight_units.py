@@ -1,8 +1,9 @@
-"""The units of weight matrices that a mask is learned over: which, and how they are scaled in place (layer 2).
+"""The units of weight matrices that a mask is learned over: how candidates are chosen and scaled in place.
 
-What is small: weights are changed in place and only those of candidates are remembered, and each matrix's gradient is
-reduced to its candidates as soon as autograd has it, so that no second copy of the model and no gradient of its size
-exists. (While candidates are chosen, autograd holds the gradients of a part of the matrices, one in `PARTS`.)
+This takes little memory. Weights are changed in place, and only the original weights of candidates are stored. The
+gradient of each matrix is reduced to its candidates as soon as autograd has computed it. So there is no second copy of
+the model and no gradient of its size. (While candidates are chosen, autograd holds the gradients of one group of
+matrices at a time, of `GROUPS`.)
 
 Shapes: C candidates, U units of a matrix, c candidates of a matrix.
 """
@@ -16,14 +17,14 @@ from torch import Tensor, nn
 
 from circuit_breaking.ablation.weight_mask import Matrix, find_matrices
 
-PARTS = 6  # of the matrices, for which candidates are chosen one after the other
+GROUPS = 6  # of matrices; candidates are chosen in one after the other
 
 
 class Candidates:
-    """The units that are learned about, whose weights are scaled in place.
+    """The units that have a mask weight. Their weights are scaled in place.
 
     Args:
-        chosen: matrices, and in each the numbers of the units that were chosen.
+        chosen: matrices, and in each the numbers of the chosen units.
     """
 
     def __init__(self, chosen: list[tuple[Matrix, Tensor]]) -> None:
@@ -35,11 +36,11 @@ class Candidates:
     @torch.no_grad()
     def write(self, values: Tensor) -> None:
         """Scale the weights of each candidate by its value [C]."""
-        for (matrix, units), kept, part in zip(self.chosen, self.kept, values.split(self.sizes), strict=True):
-            matrix.by_unit(matrix.parameter)[units] = kept * part.to(kept.dtype).view(-1, *[1] * (kept.dim() - 1))
+        for (matrix, units), kept, scale in zip(self.chosen, self.kept, values.split(self.sizes), strict=True):
+            matrix.by_unit(matrix.parameter)[units] = kept * scale.to(kept.dtype).view(-1, *[1] * (kept.dim() - 1))
 
     def take(self, number: int, parameter: nn.Parameter) -> None:
-        """Add what the gradient of a matrix means for the values of its candidates to `gradient` [C]."""
+        """Add the gradient of a matrix, as a gradient in the values of its candidates, to `gradient` [C]."""
         matrix, units = self.chosen[number]
         effect = _sum_by_unit(matrix.by_unit(parameter.grad)[units] * self.kept[number])
         self.gradient.split(self.sizes)[number].add_(effect)
@@ -52,10 +53,10 @@ def _sum_by_unit(products: Tensor) -> Tensor:
 
 @contextmanager
 def gradients_taken(hf: nn.Module, matrices: list[Matrix], take: Callable[[int, nn.Parameter], None]) -> Iterator[None]:
-    """While the block lasts, only these matrices have gradients, each of which `take` gets and which is then dropped.
+    """Inside the block, only these matrices have gradients; each is passed to `take` and then freed.
 
-    A matrix's gradient is complete when `take` gets it, and, if the backward is one through a single forward pass, gone
-    before the next one's is made.
+    A gradient is complete when `take` gets it. In the backward pass of a single forward pass, it is freed before the
+    gradient of the next matrix is computed.
     """
     required = [(parameter, parameter.requires_grad) for parameter in hf.parameters()]
     training, handles = hf.training, []
@@ -83,14 +84,14 @@ def gradients_taken(hf: nn.Module, matrices: list[Matrix], take: Callable[[int, 
 
 
 def choose(hf: nn.Module, granularity: str, count: int, backward: Callable[[], None]) -> list[tuple[Matrix, Tensor]]:
-    """The `count` units whose masking should lower an objective most, to first order; fewer if not so many should.
+    """The `count` units whose masking should lower an objective most, to first order; fewer if fewer lower it.
 
     Args:
-        backward: makes the gradient of the objective in one backward; called for every part of the matrices, each time
-            on the same texts.
+        backward: runs the backward pass of the objective; called for every group of matrices, each time on the same
+            texts.
 
     Returns:
-        matrices, and the numbers of their chosen units in rising order.
+        matrices, and the numbers of their chosen units in ascending order.
     """
     matrices = find_matrices(hf, granularity)
     firsts = torch.tensor([0, *(matrix.count for matrix in matrices)]).cumsum(0).tolist()
@@ -108,7 +109,7 @@ def choose(hf: nn.Module, granularity: str, count: int, backward: Callable[[], N
         gains, best = gains.topk(min(count, len(gains)))
         numbers = numbers[best]
 
-    size = -(-len(matrices) // PARTS)
+    size = -(-len(matrices) // GROUPS)
     for start in range(0, len(matrices), size):
         with gradients_taken(hf, matrices[start : start + size], partial(take, start)):
             backward()
