@@ -2,9 +2,9 @@
 
 from contextlib import chdir
 
-import pytest
 import torch
-from helpers.markdown import blocks
+from helpers.markdown import PAGES, blocks, name_of
+from helpers.scripts import called, load_script
 
 from circuit_breaking.ablation.weight_mask import WeightMask, save_weight_mask
 from circuit_breaking.models import load_hf_model
@@ -47,6 +47,27 @@ def test_weight_mask_in_experiments(tmp_path):
     run("docs/experiments.md", 0, tmp_path, tokens=torch.zeros(1, 3, dtype=torch.int64))
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/getting-started.md"])
-def test_blocks_that_run_are_counted(page):
-    assert len(blocks(ROOT / page, "python")) == {"README.md": 1, "docs/getting-started.md": 2}[page]
+def test_masks_in_file_formats(tmp_path, capsys):
+    names = run("docs/file-formats.md", 0, tmp_path)
+    assert names["model"].mask.cut_edges() == ["m1->m2"]
+    assert capsys.readouterr().out.split()[:2] == ["tiny", "207"]
+
+
+def test_the_picture_of_the_readme_is_drawn_as_the_page_says(tmp_path):
+    out = f"--out={tmp_path}"
+    steps = [f"--{name}=2" for name in ("max-edges", "relax-steps", "anneal-steps", "refine-rounds", "test-texts")]
+    assert called("toxicity/train_mask.py", out, "--run=demo", *steps).returncode == 0
+    evidence = called("toxicity/edge_evidence.py", f"--masks={tmp_path / 'demo'}", out, "--num-texts=4")
+    assert evidence.returncode == 0
+    script = load_script("docs/images/draw.py")
+    script.main(script.Settings(tmp_path / "evidence", tmp_path / "edges.png"))
+    assert (tmp_path / "edges.png").read_bytes().startswith(b"\x89PNG")
+
+
+BLOCKS = {"README.md": 1, "docs/getting-started.md": 2, "docs/experiments.md": 1, "docs/file-formats.md": 1}
+
+
+def test_every_block_is_run():
+    """Those of `docs/extending.md` are run by `test_extending.py`."""
+    counts = {name_of(page): len(blocks(page, "python")) for page in PAGES if page.name != "extending.md"}
+    assert {name: count for name, count in counts.items() if count} == BLOCKS
