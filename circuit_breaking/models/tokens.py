@@ -76,11 +76,12 @@ def encode(
         prefix: token that starts every text (see `prefix_token`).
         length: maximum number of tokens of a text, prefix included; at least 2.
         end: append the prefix token to a text that is not truncated, so that its end is predicted too.
-        prompts: the beginning of each text, whose tokens do not count as predictions. A text that is truncated within
-            its prompt is left out.
+        prompts: the beginning of each text. The first token that counts as a prediction is the first one that holds a
+            character after the prompt: of "You are " and "stupid." it is " stupid". A text that is truncated before
+            that token is left out.
 
     Raises:
-        UserError: no text has a token, or `length` leaves nothing to predict.
+        UserError: no text has a token, `length` leaves nothing to predict, or it cannot be found where a prompt ends.
     """
     if length < 2:
         raise UserError(f"a context of {length} tokens leaves nothing to predict. Set it to at least 2.")
@@ -89,13 +90,34 @@ def encode(
     rows = [[prefix, *row, *([prefix] if end and row else [])][:length] for row in rows]
     starts = [1] * len(rows)
     if prompts is not None and texts:
-        starts = [1 + len(row) for row in tokenizer(list(prompts), add_special_tokens=False)["input_ids"]]
+        starts = [1 + start for start in _tokens_before_reply(tokenizer, texts, list(prompts))]
     kept = [(row, start) for row, start in zip(rows, starts, strict=True) if len(row) > start]
     if not kept:
         where = "" if prompts is None else f" behind its prompt within {length} tokens"
         raise UserError(f"{len(texts)} texts were given and none has a token{where}. Check the data set.")
     batch = pad_right([row for row, _ in kept], prefix)
     return batch if prompts is None else replace(batch, starts=torch.tensor([start for _, start in kept]))
+
+
+def _tokens_before_reply(tokenizer: PreTrainedTokenizerBase, texts: list[str], prompts: list[str]) -> list[int]:
+    """How many tokens of each text end within its prompt."""
+    if getattr(tokenizer, "is_fast", False):
+        offsets = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        return [
+            next((at for at, (_, end) in enumerate(spans) if end > len(prompt)), len(spans)) if prompt else 0
+            for spans, prompt in zip(offsets, prompts, strict=True)
+        ]
+    counts = []  # no offsets: exact only where the prompt's tokens begin the text's
+    for text, prompt in zip(texts, prompts, strict=True):
+        row, start = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in (text, prompt))
+        if row[: len(start)] != start:
+            raise UserError(
+                f"the prompt {prompt[-60:]!r} ends inside a token of its text, and the tokenizer "
+                f"{type(tokenizer).__name__} does not say which characters a token holds. Let prompts end at the end "
+                "of a word, or use a model with a fast tokenizer (tokenizer.json)."
+            )
+        counts.append(len(start))
+    return counts
 
 
 def pad_right(rows: Sequence[Sequence[int]], fill: int) -> TokenBatch:

@@ -13,6 +13,7 @@ from helpers.scripts import PLAIN, RUDE, small_tokenizer
 from circuit_breaking.engine.load import load_model
 from circuit_breaking.errors import UserError
 from circuit_breaking.evaluation.measure import text_losses
+from circuit_breaking.models.load import load_tokenizer
 from circuit_breaking.models.tokens import TokenBatch, encode, pad_right, prefix_token
 from circuit_breaking.runs.files import write_jsonl, write_text
 from circuit_breaking.tasks import OWTTask, TextTask, ToxicTask
@@ -236,3 +237,39 @@ def test_only_what_follows_a_prompt_counts(tmp_path, tokenizer, hf):
     write_jsonl(tmp_path / "test.jsonl", [{"text": rows[2]["text"], "prompt": "something else"}])
     with pytest.raises(UserError, match="not the beginning"):
         ToxicTask(tokenizer, tmp_path / "train.jsonl", tmp_path / "test.jsonl")
+
+
+class SlowTokenizer:
+    """A tokenizer without character offsets."""
+
+    is_fast = False
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+
+    def __call__(self, *args, **kwargs):
+        return self.tokenizer(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    "prompt, text, counted",
+    [
+        ("You are ", "You are stupid.", [" stupid", "."]),  # the join falls inside a token
+        ("You are", "You are stupid.", [" stupid", "."]),
+        ("You are st", "You are stupid.", [" stupid", "."]),
+        ("You are \u20ac", "You are \u20ac stupid.", [" stupid", "."]),  # a character of three tokens
+        ("", "You are", ["You", " are"]),
+    ],
+)
+def test_the_first_token_that_counts_holds_the_first_character_after_the_prompt(prompt, text, counted):
+    tokenizer = load_tokenizer("tiny")
+    batch = encode(tokenizer, [text], prefix_token(tokenizer), 50, prompts=[prompt])
+    row = batch.tokens[0, int(batch.starts) :]
+    assert [tokenizer.decode([token]) for token in row] == counted
+    slow = SlowTokenizer(tokenizer)
+    if prompt in ("", "You are", "You are \u20ac"):
+        assert torch.equal(encode(slow, [text], prefix_token(tokenizer), 50, prompts=[prompt]).starts, batch.starts)
+    else:
+        with pytest.raises(UserError, match="ends inside a token of its text") as error:
+            encode(slow, [text], prefix_token(tokenizer), 50, prompts=[prompt])
+        assert "\n" not in str(error.value)
