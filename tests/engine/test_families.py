@@ -168,6 +168,37 @@ def test_texts_longer_than_a_sliding_window_are_refused():
     load_model(small_qwen2(sliding_window=8), device="cpu")(TOKENS)
 
 
+@pytest.mark.parametrize(
+    ("make", "changes", "most"),  # most: tokens up to which no layer's window matters, None if none does at any length
+    [
+        (small_llama, {"sliding_window": 4}, None),
+        (small_llama, {"sliding_window": 4, "layer_types": ["sliding_attention"] * 3}, None),
+        (small_mistral, {"sliding_window": 4, "layer_types": ["full_attention"] * 3}, 4),
+        (small_mistral, {"sliding_window": None, "layer_types": ["sliding_attention"] * 3}, None),
+        (small_qwen2, {"sliding_window": 4, "use_sliding_window": False, "max_window_layers": 0}, None),
+        (small_qwen2, {"sliding_window": 4, "use_sliding_window": True, "max_window_layers": 3}, None),
+        (small_qwen2, {"sliding_window": 4, "use_sliding_window": True, "max_window_layers": 2}, 4),
+        (small_qwen3, {"sliding_window": 4, "use_sliding_window": True, "layer_types": ["full_attention"] * 3}, None),
+        (small_qwen3, {"sliding_window": 4, "use_sliding_window": True, "layer_types":
+                       ["full_attention", "sliding_attention", "full_attention"]}, 4),
+    ],
+)  # fmt: skip
+def test_a_window_counts_where_hugging_face_applies_it(make, changes, most):
+    def logits(stock, tokens):
+        return stock(tokens, use_cache=False).logits  # its cache is sized by the configuration alone
+
+    hf = make(**changes)
+    model, plain = load_model(hf, device="cpu"), make()  # the same weights without a window
+    fits = TOKENS if most is None else TOKENS[:, :most]
+    torch.testing.assert_close(model(fits), logits(hf, fits), atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(logits(hf, fits), logits(plain, fits), atol=2e-5, rtol=1e-5)
+    if most is not None:  # for a longer text the window matters, and the engine computes attention without one
+        longer = TOKENS[:, : most + 1]
+        assert (logits(hf, longer) - logits(plain, longer)).abs().max() > 1e-2
+        with pytest.raises(UserError, match=f"{most + 1} tokens are more than the model's {most} positions"):
+            model(longer)
+
+
 def test_a_family_that_is_not_known_is_refused():
     from transformers import BertConfig, BertForMaskedLM
 

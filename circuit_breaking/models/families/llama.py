@@ -53,10 +53,16 @@ def norm(module: nn.Module) -> NormSpec:
 
 
 def window(config: PreTrainedConfig, index: int) -> int | None:
-    """The sliding window of a layer: Mistral has one for all layers, Qwen names the layers that have it."""
-    kinds = getattr(config, "layer_types", None)
-    slides = kinds is None or kinds[index] == "sliding_attention"
-    return getattr(config, "sliding_window", None) if slides else None
+    """The sliding window of a layer, as Hugging Face's code applies it, which is not always as its configuration says.
+
+    Mistral has one window for all layers and ignores `layer_types`. Qwen2 and Qwen3 apply the window in the layers that
+    `layer_types` names. Llama has none, even if its configuration has a `sliding_window`.
+    """
+    if config.model_type == "llama":
+        return None
+    if config.model_type != "mistral" and config.layer_types[index] != "sliding_attention":
+        return None
+    return config.sliding_window
 
 
 FAMILIES = [
