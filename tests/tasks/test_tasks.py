@@ -258,7 +258,7 @@ class SlowTokenizer:
         ("You are", "You are stupid.", [" stupid", "."]),
         ("You are st", "You are stupid.", [" stupid", "."]),
         ("You are \u20ac", "You are \u20ac stupid.", [" stupid", "."]),  # a character of three tokens
-        ("", "You are", ["You", " are"]),
+        ("", " stupid.", [" stupid", "."]),
     ],
 )
 def test_the_first_token_that_counts_holds_the_first_character_after_the_prompt(prompt, text, counted):
