@@ -38,6 +38,7 @@ if __name__ == "__main__":
     settings = read_settings(Settings)
 
 from tqdm import tqdm
+from utils import held_out_texts
 
 from circuit_breaking.errors import UserError
 from circuit_breaking.evaluation.compared_models import find_folders, read_compared_models
@@ -47,19 +48,14 @@ from circuit_breaking.figures.edge_effects import draw_evidence
 from circuit_breaking.models.load import files_of, load_hf_model, load_tokenizer
 from circuit_breaking.runs.provenance import provenance
 from circuit_breaking.runs.results import Evidence
-from circuit_breaking.tasks import OWTTask, ToxicTask
-from circuit_breaking.toxicity.splits import check_apart
 
 
 def main(settings: Settings) -> None:
     settings.check()
     settings = resolve_defaults(settings, default_data(settings.model))
     folder = settings.out / settings.run
-    check_apart(settings.toxic_train, settings.toxic_test)
     tokenizer = load_tokenizer(settings.model)
-    ordinary = OWTTask(tokenizer, settings.ordinary, settings.length)
-    toxic = ToxicTask(tokenizer, settings.toxic_train, settings.toxic_test, settings.length, examples=None)
-    texts = {"toxic": toxic.test[: settings.num_texts], "ordinary": ordinary.test[: settings.num_texts]}
+    texts = held_out_texts(settings, tokenizer)
     hf = load_hf_model(settings.model, settings.device, settings.dtype)
     masks = read_compared_models(find_folders(settings.masks), hf)
     if other := [one.name for one in masks if one.kind == "finetuned"]:

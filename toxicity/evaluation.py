@@ -61,9 +61,8 @@ if __name__ == "__main__":
 from collections.abc import Mapping
 from functools import partial
 
-import numpy as np
 from rich.console import Console
-from tqdm import tqdm
+from utils import held_out_texts, measure_uniform, uniform_texts
 
 from circuit_breaking.engine.mask import read_mask_record
 from circuit_breaking.evaluation.compared_models import (
@@ -75,26 +74,22 @@ from circuit_breaking.evaluation.compared_models import (
     read_mask,
 )
 from circuit_breaking.evaluation.generate import Sampling
-from circuit_breaking.evaluation.measure import evaluate, text_losses
+from circuit_breaking.evaluation.measure import evaluate
 from circuit_breaking.evaluation.measurements import TOXIC
 from circuit_breaking.evaluation.result_files import UNIFORM
-from circuit_breaking.evaluation.scorers import Scorer, load_scorer
+from circuit_breaking.evaluation.scorers import load_scorer
 from circuit_breaking.evaluation.tables import overview, table
 from circuit_breaking.figures.loss_by_toxicity import draw_loss_by_toxicity
 from circuit_breaking.figures.report import draw_models, draw_report
 from circuit_breaking.figures.training import draw_training
-from circuit_breaking.models.load import SHIPPED, files_of, load_hf_model, load_tokenizer
-from circuit_breaking.models.tokens import TokenBatch, encode, prefix_token
+from circuit_breaking.models.load import files_of, load_hf_model, load_tokenizer
+from circuit_breaking.models.tokens import prefix_token
 from circuit_breaking.runs.files import write_csv, write_jsonl
 from circuit_breaking.runs.mask_record import MASK, MaskRecord
 from circuit_breaking.runs.provenance import provenance
 from circuit_breaking.runs.results import REPORT, Report
-from circuit_breaking.tasks import OWTTask, ToxicTask
 from circuit_breaking.tasks.owt import load_texts
-from circuit_breaking.tasks.toxic import read_examples
 from circuit_breaking.toxicity.inputs import load_prompts
-from circuit_breaking.toxicity.splits import check_apart
-from circuit_breaking.toxicity.uniform import read_uniform, spread
 
 MOST_COLOURS = 8  # models beyond which a colour each does not tell them apart
 MOST_COLUMNS = 4  # models beyond which a terminal has no room for a column each
@@ -124,50 +119,13 @@ def read_models(settings: Settings, folders: Mapping[str, Path], hf: Any) -> lis
     return variants + read_compared_models(folders, hf)
 
 
-def uniform_texts(settings: Settings, tokenizer: Any, scorer: Scorer) -> tuple[TokenBatch, np.ndarray] | None:
-    """Texts uniform over toxicity and the toxicity of each: of the file, else, for the shipped model, held-out texts by
-    their scores; None where there are neither."""
-    path = settings.uniform
-    if path is None and (beside := settings.toxic_test.parent / "uniform.jsonl").is_file():
-        path = beside
-    if settings.num_uniform == 0 or (path is None and settings.model != SHIPPED):
-        return None
-    if path is not None:
-        check_apart(settings.toxic_train, path)
-        texts, toxicity = read_uniform(path)
-    else:
-        toxic = read_examples(settings.toxic_test)
-        # what is said before an insult fills the middle of the scale
-        texts = [*load_texts(settings.ordinary, 10_000)[1], *(part for both in toxic for part in both if part)]
-        toxicity = scorer(texts)
-    some = [at for at in spread(toxicity, settings.num_uniform).tolist() if tokenizer(texts[at])["input_ids"]]
-    batch = encode(tokenizer, [texts[at] for at in some], prefix_token(tokenizer), settings.length)
-    return batch, toxicity[some]
-
-
-def measure_uniform(
-    models: Mapping[str, ComparedModel], hf: Any, uniform: tuple[TokenBatch, np.ndarray], size: int
-) -> Any:
-    """Rows of loss by toxicity: a row a text, its toxicity and each model's loss per token, None where not finite."""
-    batch, toxicity = uniform
-    columns: dict[str, list[float | None]] = {"toxicity": toxicity.tolist()}
-    for name, one in tqdm(models.items(), desc="loss by toxicity", unit="model", disable=None):
-        with one.load(hf) as model:
-            sums, counts = text_losses(model, batch, size)
-        columns[name] = [value if np.isfinite(value) else None for value in (sums / counts).tolist()]
-    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-
-
 def main(settings: Settings) -> None:
     settings.check()
     settings, folders = as_trained(settings)
     folder = settings.out / settings.run
     scorer = load_scorer(settings.scorer, settings.device)
     tokenizer = load_tokenizer(settings.model)
-    ordinary = OWTTask(tokenizer, settings.ordinary, settings.length)
-    check_apart(settings.toxic_train, settings.toxic_test)
-    toxic = ToxicTask(tokenizer, settings.toxic_train, settings.toxic_test, settings.length, examples=None)
-    texts = {"toxic": toxic.test[: settings.num_texts], "ordinary": ordinary.test[: settings.num_texts]}
+    texts = held_out_texts(settings, tokenizer)
     sources = {
         "toxic": settings.toxic_prompts or settings.toxic_test,
         "ordinary": settings.ordinary_prompts or load_texts(settings.ordinary, 4 * settings.num_prompts)[1],
