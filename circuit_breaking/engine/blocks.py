@@ -92,19 +92,23 @@ class Block(nn.Module):
 
 
 def project_qkv(layer: LayerSpec, split_qkv: bool) -> NormedProjection:
-    """The norm before attention and the projections to queries, keys and values, with the norm's weights folded in."""
-    norm = layer.attention_norm
-    gain = norm.weight.detach()
+    """The norm before attention and the projections to queries, keys and values, with the norm's weights folded in.
+
+    They are folded in float32 or better, and rounded to the type of the model once.
+    """
+    norm, kind = layer.attention_norm, layer.query.weight.dtype
+    precise = torch.promote_types(kind, torch.float32)
+    gain = norm.weight.detach().to(precise)
     weights, biases = [], []
     for one in (layer.query, layer.key, layer.value):
-        weight, bias = per_query_head(one, layer.n_heads)
+        weight, bias = (tensor.to(precise) for tensor in per_query_head(one, layer.n_heads))
         bias = bias[:, None]
         if norm.bias is not None:  # contiguous, so that the rounding does not depend on the family's layout
-            bias = bias + norm.bias.detach()[None] @ weight.contiguous()
+            bias = bias + norm.bias.detach()[None].to(precise) @ weight.contiguous()
         weights.append(gain[:, None] * weight)
         biases.append(bias)
     weight, bias = (by_reader(parts, split_qkv) for parts in (weights, biases))
-    return NormedProjection(weight, bias, norm.eps, centred=norm.kind == "layer")
+    return NormedProjection(weight, bias, norm.eps, centred=norm.kind == "layer").to(kind)
 
 
 def per_query_head(one: ProjectionSpec, heads: int) -> tuple[Tensor, Tensor]:

@@ -32,6 +32,7 @@ from circuit_breaking.engine.network import Network, PassBuffers, PassInputs, Wo
 from circuit_breaking.engine.prefix_cache import PrefixCache
 from circuit_breaking.engine.reads import DenseReads, MaskedReads, RunningSumReads, SparseMask, product_is_small
 from circuit_breaking.graph import LayerSlice
+from circuit_breaking.runs.devices import without_autocast
 
 
 class MaskedForward(torch.autograd.Function):
@@ -52,7 +53,8 @@ class MaskedForward(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: Tensor):
-        return *ctx.run.backward(gradient, constants=ctx.needs_input_grad[1]), None
+        with without_autocast(gradient.device):
+            return *ctx.run.backward(gradient, constants=ctx.needs_input_grad[1]), None
 
 
 class MaskedPass:

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from circuit_breaking.engine.ablation_values import AblationValues, check_means
 from circuit_breaking.engine.blocks import make_blocks
@@ -25,6 +26,7 @@ from circuit_breaking.engine.norms import Norm
 from circuit_breaking.engine.prefix_cache import PrefixCache
 from circuit_breaking.errors import UserError
 from circuit_breaking.models.families import describe
+from circuit_breaking.runs.devices import without_autocast
 
 
 def select_positions(hidden: Tensor, at: Tensor) -> Tensor:
@@ -33,11 +35,30 @@ def select_positions(hidden: Tensor, at: Tensor) -> Tensor:
     return hidden[batch.view(-1, *[1] * (at.dim() - 1)), at]
 
 
+class _Unembed(torch.autograd.Function):
+    """Logits of hidden states with a frozen unembedding, whose backward does not depend on `torch.autocast` either."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, unembedding: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(unembedding)
+        return F.linear(hidden, unembedding, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor):
+        (unembedding,) = ctx.saved_tensors
+        with without_autocast(gradient.device):
+            return gradient @ unembedding, None, None
+
+
 class EdgeMaskedTransformer(nn.Module):
     """A Hugging Face causal language model with a weight on every causal edge.
 
     With all weights 1 it computes the original model's logits. Batches are padded on the right, if at all: causal
     attention keeps earlier tokens from seeing the padding, so no attention mask is needed.
+
+    It computes in its own `dtype`, inside `torch.autocast` too, which is switched off within a pass. For bfloat16, load
+    it with `dtype="bfloat16"`.
 
     Attributes:
         graph: the `EdgeGraph`, whose edge order is used everywhere.
@@ -182,8 +203,9 @@ class EdgeMaskedTransformer(nn.Module):
             constants = None
         if not torch.is_grad_enabled():
             weights, constants = weights.detach(), None
-        read = self._output_read(weights, constants, tokens).view(*tokens.shape, -1)
-        return self.norm(read if at is None else select_positions(read, at))
+        with without_autocast(self.device):
+            read = self._output_read(weights, constants, tokens).view(*tokens.shape, -1)
+            return self.norm(read if at is None else select_positions(read, at))
 
     @torch.compiler.disable  # it would be split into dozens of graphs, none of them faster, and take more memory
     def _output_read(self, weights: Tensor, constants: Tensor | None, tokens: Tensor) -> Tensor:
@@ -220,14 +242,16 @@ class EdgeMaskedTransformer(nn.Module):
         Returns:
             [B, T, V], or [B, V] / [B, k, V] with `at`.
         """
-        return F.linear(self.hidden(tokens, at, mask), self.unembedding, self.unembedding_bias)
+        with without_autocast(self.device):
+            return _Unembed.apply(self.hidden(tokens, at, mask), self.unembedding, self.unembedding_bias)
 
     @torch.no_grad()
     def node_outputs(self, tokens: Tensor) -> Tensor:
         """Output of every node under the mask in force: [P, B, T, D], in the order of `graph.sources`."""
         self._check(tokens)
         run = MaskedPass(self._network(), self._inputs(self.mask.weights.detach(), tokens), self.workspace, False)
-        run.forward()
+        with without_autocast(self.device):
+            run.forward()
         outputs = run.buffers.node_outputs_3d.view(len(self.graph.sources), *tokens.shape, -1)
         if self._means is not None:
             means = self._means if self._means.dim() == 2 else self._means[: tokens.shape[1]].transpose(0, 1)

@@ -116,7 +116,7 @@ def _is_model(path: Path) -> bool:
 def engines_of(hf: nn.Module) -> Engines:
     """Edge-masked transformers of a model, with and without separate readers for queries, keys and values, each made
     once."""
-    return cache(lambda split_qkv: load_model(hf, split_qkv, str(hf.device), hf.dtype))
+    return cache(lambda split_qkv: load_model(hf, split_qkv, str(hf.device), hf.dtype, share_weights=True))
 
 
 def read_compared_models(folders: Mapping[str, Path], hf: nn.Module) -> list[ComparedModel]:

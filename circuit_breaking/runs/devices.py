@@ -42,6 +42,11 @@ def pick_dtype(dtype: str | torch.dtype) -> torch.dtype:
     return DTYPES[dtype]
 
 
+def without_autocast(device: torch.device) -> torch.autocast:
+    """Within the block, `torch.autocast` is off for a device: products are computed in the type of their tensors."""
+    return torch.autocast("cpu" if device.type == "meta" else device.type, enabled=False)
+
+
 @contextmanager
 def cpu_threads(n: int) -> Iterator[None]:
     """Compute with `n` CPU threads while the block lasts; 0 leaves the choice to torch.

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from circuit_breaking.models.causal_model import CausalModel
 from circuit_breaking.models.tokens import TokenBatch
+from circuit_breaking.runs.devices import without_autocast
 
 # Logits in memory at a time: at most 64 MB in float32. Multiples of a cache line keep matrix products at full speed.
 WORDS_AT_ONCE = PREDICTIONS_AT_ONCE = 1 << 12
@@ -31,7 +32,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for start in range(0, len(hidden), PREDICTIONS_AT_ONCE):
             part = slice(start, start + PREDICTIONS_AT_ONCE)
             at = None if gradient is None else gradient[part]
-            losses[part] = losses_of_part(hidden[part], unembedding, bias, targets[part], losses.dtype, at)
+            with without_autocast(hidden.device):  # each logit in the model's own type
+                losses[part] = losses_of_part(hidden[part], unembedding, bias, targets[part], losses.dtype, at)
         ctx.save_for_backward(gradient)
         return losses
 
