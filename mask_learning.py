@@ -114,7 +114,7 @@ def main(settings: Settings) -> None:
         if settings.num_prompts
     }
     scorer = load_scorer(settings.scorer, settings.device)
-    hf = load_hf_model(settings.model, settings.device, settings.dtype)
+    hf = load_hf_model(settings.model, settings.device, settings.dtype, only_supported=True)
     inputs = [settings.toxic_train, settings.toxic_test, Path(settings.ordinary), *files_of(settings.model)]
     record = provenance(settings, [path for path in inputs if path.is_file()])
     with recorded(folder, record, settings.resume, settings.checkpoint_every) as how:

@@ -56,7 +56,7 @@ def main(settings: Settings) -> None:
     folder = settings.out / settings.run
     tokenizer = load_tokenizer(settings.model)
     texts = held_out_texts(settings, tokenizer)
-    hf = load_hf_model(settings.model, settings.device, settings.dtype)
+    hf = load_hf_model(settings.model, settings.device, settings.dtype, only_supported=True)
     masks = read_compared_models(find_folders(settings.masks), hf)
     if other := [one.name for one in masks if one.kind == "finetuned"]:
         raise UserError(f"{other[0]} is a fine-tuned model and has no cut edges. Give masks only.")

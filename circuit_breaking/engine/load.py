@@ -36,7 +36,8 @@ def load_model(
             long as the edge-masked transformer is used.
 
     Raises:
-        UserError: the model cannot be found or read, or its family is not supported (see `models.families`).
+        UserError: the model cannot be found or read, or its family is not supported (see `models.families`). The
+            family is checked from the configuration, before weights are downloaded or read.
     """
     place, kind = pick_device(device), pick_dtype(dtype)
     if isinstance(model, nn.Module):
@@ -45,7 +46,7 @@ def load_model(
         if not share_weights or any(parameter.dtype != kind for parameter in model.parameters()):
             hf = copy_of(model, kind)
     else:
-        hf, name = load_hf_model(model, device, dtype), str(model)
+        hf, name = load_hf_model(model, device, dtype, only_supported=True), str(model)
     engine = EdgeMaskedTransformer(hf, split_qkv, gradient_checkpointing).to(place)  # the graph's tensors too
     engine.to_dtype_(kind)
     engine.name = name

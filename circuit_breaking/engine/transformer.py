@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from circuit_breaking.engine.ablation_values import AblationValues, check_means
+from circuit_breaking.engine.arguments import check_positions, check_right_padding
 from circuit_breaking.engine.blocks import make_blocks
 from circuit_breaking.engine.cuda_graphs import CudaGraphCache
 from circuit_breaking.engine.mask import EdgeMask
@@ -55,7 +56,9 @@ class EdgeMaskedTransformer(nn.Module):
     """A Hugging Face causal language model with a weight on every causal edge.
 
     With all weights 1 it computes the original model's logits. Batches are padded on the right, if at all: causal
-    attention keeps earlier tokens from seeing the padding, so no attention mask is needed.
+    attention keeps earlier tokens from seeing the padding, so no attention mask is needed. Tokens alone do not show
+    whether they are padded on the left, where they would be at wrong positions: pass `attention_mask` to have this
+    checked.
 
     It computes in its own `dtype`, inside `torch.autocast` too, which is switched off within a pass. For bfloat16, load
     it with `dtype="bfloat16"`.
@@ -178,7 +181,9 @@ class EdgeMaskedTransformer(nn.Module):
         cos, sin = self.rotary(self.embedding, torch.arange(length, device=device)[None])
         return cos[0], sin[0]
 
-    def _check(self, tokens: Tensor) -> None:
+    def _check(
+        self, tokens: Tensor, at: Tensor | None = None, mask: Tensor | None = None, attention_mask: Tensor | None = None
+    ) -> None:
         if tokens.dim() != 2 or tokens.is_floating_point() or not tokens.numel():
             raise UserError(f"tokens are a batch of at least one text, int64 [B, T], not {list(tokens.shape)}.")
         if tokens.shape[1] > self.max_positions:
@@ -189,12 +194,22 @@ class EdgeMaskedTransformer(nn.Module):
                 "Compute them for longer texts or use plain means."
             )
 
-    def hidden(self, tokens: Tensor, at: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        if at is not None:
+            check_positions(at, tokens)
+        if mask is not None and mask.shape != self.mask.weights.shape:
+            raise UserError(f"a mask has one weight for each of the {len(self.graph):,} edges, not {list(mask.shape)}.")
+        if attention_mask is not None:
+            check_right_padding(attention_mask, tokens)
+
+    def hidden(
+        self, tokens: Tensor, at: Tensor | None = None, mask: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """Final hidden state after the last norm; `logits` is its product with `unembedding`.
 
         Args as in `forward`. Returns [B, T, D], or [B, k, D] / [B, D] at the positions asked for.
         """
-        self._check(tokens)
+        self._check(tokens, at, mask, attention_mask)
         weights = self.mask.weights if mask is None else mask
         constants, version = self._learned or (None, 0)
         if constants is not None and constants._version != version:
@@ -231,19 +246,29 @@ class EdgeMaskedTransformer(nn.Module):
         values = AblationValues(self.bias_minus_mean, self.mean_prefix_sums)
         return PassInputs(tokens, weights, values, self.rotary_tables(tokens.shape[1], tokens.device))
 
-    def forward(self, tokens: Tensor, at: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self, tokens: Tensor, at: Tensor | None = None, mask: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """Next-token logits.
 
         Args:
             tokens: int64 [B, T], padded on the right if at all.
             at: positions whose logits are wanted, int64 [B] or [B, k]; all by default.
             mask: weights [E] to use instead of `self.mask.weights`; gradients flow to it.
+            attention_mask: as a Hugging Face tokenizer returns it, [B, T], 1 for tokens and 0 for padding. It changes
+                nothing: padding on the right is never attended to, and any other padding is refused.
 
         Returns:
             [B, T, V], or [B, V] / [B, k, V] with `at`.
+
+        Raises:
+            UserError: the arguments do not fit the model or each other, or texts are padded on the left.
         """
         with without_autocast(self.device):
-            return _Unembed.apply(self.hidden(tokens, at, mask), self.unembedding, self.unembedding_bias)
+            return _Unembed.apply(
+                self.hidden(tokens, at, mask, attention_mask), self.unembedding, self.unembedding_bias
+            )
 
     @torch.no_grad()
     def node_outputs(self, tokens: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from circuit_breaking.errors import UserError, one_line
 from circuit_breaking.models.checks import check_files, check_sizes
-from circuit_breaking.models.families import FAMILIES
+from circuit_breaking.models.families import FAMILIES, family_of
 from circuit_breaking.models.shipped import SHIPPED, TINY
 from circuit_breaking.runs.devices import pick_device, pick_dtype
 
@@ -72,18 +72,24 @@ def _from_pretrained(loader: Any, name: str | Path, what: str, look: bool = True
         ) from error
 
 
-def load_hf_model(name: str | Path, device: str = "auto", dtype: str | torch.dtype = "float32") -> PreTrainedModel:
+def load_hf_model(
+    name: str | Path, device: str = "auto", dtype: str | torch.dtype = "float32", only_supported: bool = False
+) -> PreTrainedModel:
     """The stock Hugging Face causal language model of a name, folder, `.gguf` file or `"tiny"`, in eval mode.
 
-    Weights are read from safetensors or GGUF, never from pickle.
+    Weights are read from safetensors or GGUF, never from pickle. With `only_supported`, a model of a family without a
+    description in `models.families` is refused from its configuration, before its weights are downloaded or read.
 
     Raises:
-        UserError: the model cannot be found or read, weights are missing, or their shapes differ from the
-            configuration.
+        UserError: the model cannot be found or read, weights are missing, their shapes differ from the configuration,
+            or the model is not supported.
     """
     device, dtype = pick_device(device), pick_dtype(dtype)
     location, extra = _locate(name)
-    check_sizes(load_config(name), Path(location), extra.get("gguf_file"))
+    config = load_config(name)
+    if only_supported:
+        family_of(config, f"the model {name}, of type {config.model_type!r},")
+    check_sizes(config, Path(location), extra.get("gguf_file"))
     keywords = {} if extra else {"use_safetensors": True}
     before = logging.get_verbosity()
     logging.set_verbosity_error()  # its warnings become errors in `check_weights`

@@ -120,6 +120,39 @@ def test_right_padding_changes_nothing_before_it(family):
     torch.testing.assert_close(model(padded)[:, :9], model(TOKENS))
 
 
+def test_an_attention_mask_of_right_padding_is_accepted_and_any_other_refused(family):
+    hf = family()
+    model, ones = load_model(hf, device="cpu"), torch.ones_like(TOKENS)
+    lengths = torch.tensor([9, 4, 6])
+    padded = (torch.arange(9) < lengths[:, None]).long()
+    expected = hf(TOKENS, attention_mask=padded).logits
+    for mask in (ones, padded, padded.bool(), padded.float()):
+        logits = model(TOKENS, attention_mask=mask)
+        torch.testing.assert_close(logits[padded == 1], expected[padded == 1], atol=2e-5, rtol=1e-5)
+        assert torch.equal(model.hidden(TOKENS, attention_mask=mask), model.hidden(TOKENS))
+    inside = ones.clone()
+    inside[1, 3] = 0
+    for mask in (padded.flip(1), inside, torch.zeros_like(ones)):
+        with pytest.raises(UserError, match=r"hides tokens before others\. Pad texts on the right"):
+            model(TOKENS, attention_mask=mask)
+    with pytest.raises(UserError, match=r"has the shape of the tokens, \[3, 9\]"):
+        model(TOKENS, attention_mask=ones[:, :8])
+
+
+def test_an_attention_mask_is_not_taken_for_positions(family):
+    model, ones = load_model(family(), device="cpu"), torch.ones_like(TOKENS)
+    for wrong in (ones, ones.tril(), torch.zeros_like(ones)):
+        with pytest.raises(UserError, match=r"looks like an attention mask\. Pass it as `attention_mask=`"):
+            model(TOKENS, wrong)
+    for wrong in (ones.bool(), ones.float(), ones[:2], torch.tensor(3)):
+        with pytest.raises(UserError, match=r"`at` holds positions, int64 \[B\] or \[B, k\]"):
+            model(TOKENS, wrong)
+    everywhere = torch.arange(9).expand(3, 9)
+    assert torch.equal(model(TOKENS, everywhere), model(TOKENS))
+    with pytest.raises(UserError, match=f"one weight for each of the {len(model.graph)} edges"):
+        model(TOKENS, None, ones)
+
+
 def test_no_gradient_kept_when_none_is_wanted(family):
     model = load_model(family(), device="cpu")
     with torch.no_grad():

@@ -12,6 +12,7 @@ import torch
 from helpers.gguf_files import write_gguf
 from helpers.scripts import save_small_model
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, OPTConfig
 
 from circuit_breaking.engine.load import load_model
 from circuit_breaking.errors import UserError
@@ -139,6 +140,30 @@ def test_a_folder_without_a_whole_model(folder, capfd, change, message):
     assert peak < 50e6
     told = capfd.readouterr()
     assert "[y/N]" not in told.out + told.err
+
+
+@pytest.mark.parametrize("weights", [None, 2**40])
+def test_an_unsupported_family_is_refused_before_its_weights_are_read(tmp_path, monkeypatch, weights):
+    OPTConfig().save_pretrained(tmp_path)
+    if weights is not None:  # a file without blocks on the disk
+        (tmp_path / WEIGHTS).touch()
+        os.truncate(tmp_path / WEIGHTS, weights)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
+    with pytest.raises(
+        UserError, match=r"of type 'opt', is not supported\. Supported models: GPT2LMHeadModel"
+    ) as error:
+        load_model(tmp_path, device="cpu")
+    assert str(tmp_path) in str(error.value)
+    GPT2Config(add_cross_attention=True).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="cross-attention, which the graph does not describe"):
+        load_model(tmp_path, device="cpu")
+
+
+def test_an_unsupported_family_on_the_hub_is_refused_before_its_weights_are_downloaded(monkeypatch):
+    monkeypatch.setattr(AutoConfig, "from_pretrained", lambda *args, **kwargs: OPTConfig())
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
+    with pytest.raises(UserError, match=r"the model some/name, of type 'opt', is not supported"):
+        load_model("some/name", device="cpu")
 
 
 def tokens(change):

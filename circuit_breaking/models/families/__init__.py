@@ -18,8 +18,12 @@ from circuit_breaking.models.families.spec import Family, ModelSpec
 FAMILIES: dict[str, Family] = {family.model_type: family for family in (GPT2, NEOX, *LLAMA)}
 
 
-def _family(config: PreTrainedConfig | None, what: str) -> Family:
-    """The family of a configuration. `what` names the model or configuration in the error."""
+def family_of(config: PreTrainedConfig | None, what: str) -> Family:
+    """The family of a configuration. `what` names the model or configuration in the error.
+
+    Raises:
+        UserError: the family is unknown, or the configuration has an option that cannot be described.
+    """
     family = FAMILIES.get(getattr(config, "model_type", None))
     if family is None:
         known = ", ".join(sorted(family.model_class for family in FAMILIES.values()))
@@ -37,7 +41,7 @@ def graph_of(config: PreTrainedConfig, split_qkv: bool = False) -> EdgeGraph:
     Raises:
         UserError: the model is of an unknown family, or has an option that the graph cannot describe.
     """
-    family = _family(config, f"a model of type {getattr(config, 'model_type', None)!r}")
+    family = family_of(config, f"a model of type {getattr(config, 'model_type', None)!r}")
     return EdgeGraph(config.num_hidden_layers, config.num_attention_heads, split_qkv, family.parallel(config))
 
 
@@ -48,7 +52,7 @@ def describe(hf: nn.Module) -> ModelSpec:
         UserError: the model is of an unknown family, has an option that cannot be described, or is quantised.
     """
     what = type(hf).__name__
-    family = _family(getattr(hf, "config", None), what)
+    family = family_of(getattr(hf, "config", None), what)
     if not isinstance(hf, getattr(transformers, family.model_class)):
         raise UserError(f"{what} is not supported. Give the {family.model_class} itself.")
     for name, parameter in hf.named_parameters():
