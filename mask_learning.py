@@ -86,7 +86,9 @@ def load_tasks(settings: Settings, tokenizer) -> dict[str, ToxicTask | OWTTask]:
             tokenizer, settings.toxic_train, settings.toxic_test, settings.length, settings.examples or None,
             settings.seed,
         ),
-        "ordinary": OWTTask(tokenizer, settings.ordinary, settings.length, seed=settings.seed),
+        "ordinary": OWTTask(
+            tokenizer, settings.ordinary, settings.length, seed=settings.seed, text_column=settings.text_column
+        ),
     }  # fmt: skip
 
 
@@ -106,7 +108,8 @@ def main(settings: Settings) -> None:
     tasks = load_tasks(settings, tokenizer)
     sources = {
         "toxic": settings.toxic_test,
-        "ordinary": settings.ordinary_prompts or load_texts(settings.ordinary, 4 * settings.num_prompts or 1)[1],
+        "ordinary": settings.ordinary_prompts
+        or load_texts(settings.ordinary, 4 * settings.num_prompts or 1, settings.text_column)[1],
     }
     prompts = {
         name: load_prompts(tokenizer, source, settings.num_prompts, settings.prompt_tokens)

@@ -15,18 +15,17 @@ from typing import ClassVar, Literal
 from circuit_breaking.ioi.settings import FOLDER, default_data, prompts_of
 from circuit_breaking.runs.cli import read_settings, run_script
 from circuit_breaking.runs.config import check_counts, resolve_defaults
-from circuit_breaking.runs.settings import ModelSettings
+from circuit_breaking.runs.settings import ModelSettings, OrdinaryTextSettings
 
 
 @dataclass
-class Settings(ModelSettings):
+class Settings(OrdinaryTextSettings, ModelSettings):
     MOST_USED: ClassVar = ("model", "kind", "texts", "prompts", "num_texts", "length", "out", "device")
 
     kind: Literal["zero", "mean", "position"] = "mean"  # zeros, one mean per node, or one per node and position
     texts: Literal["abc", "ordinary"] = "abc"  # what the mean is over: prompts with three names, or ordinary text
     prompts: Literal["one", "two", "all"] = "all"  # set of ABC prompts
     abc: Path | None = None  # ABC prompts; None: those of the set that make_ioi_datasets.py wrote for this model
-    ordinary: str | None = None  # tiny, a text file or a data set of the hub; None: tiny or NeelNanda/pile-10k
     num_texts: int = 1000  # most texts that the mean is over
     length: int = 50  # tokens of an ordinary text that are used; for kind position also the longest text to serve
     batch_size: int = 8  # texts per forward pass
@@ -79,7 +78,7 @@ def read_texts(settings: Settings, tokenizer: object) -> TokenBatch:
     """The texts to average over, padded to `length` where means are per position."""
     prefix = prefix_token(tokenizer)
     if settings.texts == "ordinary":
-        found = load_texts(settings.ordinary, settings.num_texts)[0]
+        found = load_texts(settings.ordinary, settings.num_texts, settings.text_column)[0]
         batch = encode(tokenizer, found[: settings.num_texts], prefix, settings.length)
     else:
         batch = encode_prompts(tokenizer, read_prompts(settings.abc)[: settings.num_texts], prefix)

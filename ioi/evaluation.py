@@ -32,6 +32,7 @@ class Settings(PromptSettings, ModelSettings, SeedSettings):
     train: Path | None = None  # training prompts, to make sure that none is held out too; None: as in training
     test: Path | None = None  # held-out prompts; None: as in training
     ordinary: str | None = None  # tiny, a text file or a data set of the hub; None: as in training
+    text_column: str | None = None  # column of a table or data set that holds the ordinary text; None: as in training
     length: int | None = None  # tokens of an ordinary text that are used; None: as in training
     num_test: int = 400  # held-out prompts and texts
     seed: int = 0  # seed of the bootstrap intervals
@@ -82,7 +83,7 @@ def main(settings: Settings) -> None:
     masks = {run: settings.out / run / MASK for run in settings.runs}
     records = {run: read_mask_record(path, HINT) for run, path in masks.items()}
     first = next(iter(records.values()))
-    defaults = {"model": "tiny", "prompts": "all", "length": 50}
+    defaults = {"model": "tiny", "prompts": "all", "length": 50, "text_column": "text"}
     settings = resolve_defaults(settings, {**first.data, "model": first.model or None}, defaults)
     settings = resolve_defaults(settings, default_data(settings.model, settings.prompts))
     tuned = settings.out / settings.finetuned / "model" if settings.finetuned else None
@@ -90,7 +91,7 @@ def main(settings: Settings) -> None:
         settings, tuned = replace(settings, finetuned=None), None
     tokenizer = load_tokenizer(settings.model)
     ioi = IOITask(tokenizer, settings.train, settings.test)
-    ordinary = OWTTask(tokenizer, settings.ordinary, settings.length)
+    ordinary = OWTTask(tokenizer, settings.ordinary, settings.length, text_column=settings.text_column)
 
     engine = cache(lambda split_qkv: load_model(settings.model, split_qkv, settings.device, settings.dtype))
 

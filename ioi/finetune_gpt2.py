@@ -80,7 +80,9 @@ def main(settings: Settings) -> None:
     folder = settings.out / settings.run
     tokenizer = load_tokenizer(settings.model)
     ioi = IOITask(tokenizer, settings.train, settings.test, seed=settings.seed, objective=settings.objective)
-    ordinary = OWTTask(tokenizer, settings.ordinary, settings.length, seed=settings.seed)
+    ordinary = OWTTask(
+        tokenizer, settings.ordinary, settings.length, seed=settings.seed, text_column=settings.text_column
+    )
     inputs = [settings.train, settings.test, Path(settings.ordinary), *files_of(settings.model)]
     record = provenance(settings, [path for path in inputs if path.is_file()])
     hf = load_hf_model(settings.model, settings.device, settings.dtype)

@@ -82,7 +82,7 @@ def stages(settings: Settings) -> list[list[Part]]:
     folder = settings.out / settings.run
     data = [
         f"--{name.replace('_', '-')}={value}"
-        for name in ("toxic_train", "toxic_test", "ordinary")
+        for name in ("toxic_train", "toxic_test", "ordinary", "text_column")
         if (value := getattr(settings, name)) is not None
     ]
     common = [f"--run={settings.run}", f"--out={settings.out}", f"--device={settings.device}"]

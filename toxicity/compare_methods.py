@@ -87,7 +87,8 @@ from circuit_breaking.training.mask_trainer import train_mask
 RANDOM = "random"
 # settings that a mask depends on, besides its own budget, seed and training; others may differ in a run that is resumed
 MADE_BY = (
-    "model", "means", "toxic_train", "toxic_test", "ordinary", "length", "examples", "split_qkv", "device", "dtype",
+    "model", "means", "toxic_train", "toxic_test", "ordinary", "text_column", "length", "examples", "split_qkv",
+    "device", "dtype",
 )  # fmt: skip
 
 
@@ -128,7 +129,7 @@ def main(settings: Settings) -> None:
     def texts(seed: int) -> Splits:
         return load_splits(
             tokenizer, settings.toxic_train, settings.toxic_test, settings.ordinary, settings.length,
-            settings.examples or None, seed=seed,
+            settings.examples or None, seed=seed, text_column=settings.text_column,
         )  # fmt: skip
 
     model = load_model(settings.model, settings.split_qkv, settings.device, settings.dtype)

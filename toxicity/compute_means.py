@@ -59,7 +59,7 @@ def main(settings: Settings) -> None:
     else:
         source = settings.ordinary if settings.texts == "ordinary" else settings.toxic_train
         texts = (
-            load_texts(source, settings.num_texts)[0]
+            load_texts(source, settings.num_texts, settings.text_column)[0]
             if settings.texts == "ordinary"
             else [text for text, _ in read_examples(source)]
         )

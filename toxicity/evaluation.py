@@ -36,6 +36,7 @@ class Settings(MeasureSettings, ToxicDataSettings, ModelSettings, ToxicRunSettin
     toxic_train: Path | None = None  # training posts, to make sure that none is held out too; None: as in training
     toxic_test: Path | None = None  # held-out toxic posts; None: as in training
     ordinary: str | None = None  # tiny, a text file or a data set of the hub; None: as in training
+    text_column: str | None = None  # column of a table or data set that holds the ordinary text; None: as in training
     uniform: Path | None = None  # held-out texts uniform over toxicity; None: the shipped ones, scored, or none
     toxic_prompts: Path | None = None  # JSON Lines with a prompt or a text in each row; None: those of toxic_test
     ordinary_prompts: Path | None = None  # the same; None: the shipped ones, or the first words of held-out texts
@@ -106,7 +107,7 @@ def as_trained(settings: Settings) -> tuple[Settings, dict[str, Path]]:
     first = next((path for path in masks if path is not None and (path.is_file() or path is mask)), None)
     trained = read_mask_record(first, hint) if first is not None else MaskRecord()
     model = settings.model or trained.model or "tiny"
-    known = [{"model": model}, trained.data, default_data(model), {"length": 50}]
+    known = [{"model": model}, trained.data, default_data(model), {"length": 50, "text_column": "text"}]
     return resolve_defaults(settings, *([] if mask is None else [{"mask": mask}]), *known), folders
 
 
@@ -128,7 +129,8 @@ def main(settings: Settings) -> None:
     texts = held_out_texts(settings, tokenizer)
     sources = {
         "toxic": settings.toxic_prompts or settings.toxic_test,
-        "ordinary": settings.ordinary_prompts or load_texts(settings.ordinary, 4 * settings.num_prompts)[1],
+        "ordinary": settings.ordinary_prompts
+        or load_texts(settings.ordinary, 4 * settings.num_prompts, settings.text_column)[1],
     }
     prompts = {
         name: load_prompts(tokenizer, source, settings.num_prompts, settings.prompt_tokens)

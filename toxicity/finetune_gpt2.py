@@ -130,7 +130,7 @@ def main(settings: Settings) -> None:
     tokenizer = load_tokenizer(settings.model)
     splits = load_splits(
         tokenizer, settings.toxic_train, settings.toxic_test, settings.ordinary, settings.length,
-        settings.examples or None, settings.validation, settings.seed,
+        settings.examples or None, settings.validation, settings.seed, settings.text_column,
     )  # fmt: skip
     record = provenance(settings, [*splits.files, *files_of(settings.model)], texts=splits.about)
     with stop_signals():

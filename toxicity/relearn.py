@@ -74,7 +74,7 @@ def main(settings: Settings) -> None:
     scorer, tokenizer = load_scorer(settings.scorer, settings.device), load_tokenizer(settings.model)
     splits = load_splits(
         tokenizer, settings.toxic_train, settings.toxic_test, settings.ordinary, settings.length, seed=settings.seed,
-        examples=max(settings.counts, default=None),
+        examples=max(settings.counts, default=None), text_column=settings.text_column,
     )  # fmt: skip
     examples, held_out = splits.toxic["train"], splits.toxic["test"][: settings.num_texts]
     prompts = load_prompts(

@@ -107,7 +107,7 @@ def plan(settings: Settings, n_edges: int) -> Iterator[tuple[str, str, int, int]
 def read_texts(settings: Settings, tokenizer: Any, seed: int) -> Splits:
     return load_splits(
         tokenizer, settings.toxic_train, settings.toxic_test, settings.ordinary, settings.length,
-        settings.examples or None, settings.validation, seed,
+        settings.examples or None, settings.validation, seed, settings.text_column,
     )  # fmt: skip
 
 

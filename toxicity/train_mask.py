@@ -66,7 +66,9 @@ def main(settings: Settings) -> None:
     torch.backends.cuda.matmul.allow_tf32 = settings.tf32
     folder = settings.out / settings.run
     tokenizer = load_tokenizer(settings.model)
-    ordinary = OWTTask(tokenizer, settings.ordinary, settings.length, seed=settings.seed)
+    ordinary = OWTTask(
+        tokenizer, settings.ordinary, settings.length, seed=settings.seed, text_column=settings.text_column
+    )
     toxic = ToxicTask(
         tokenizer, settings.toxic_train, settings.toxic_test, settings.length, settings.examples or None, settings.seed
     )

@@ -25,7 +25,7 @@ def held_out_texts(settings: Any, tokenizer: Any) -> dict[str, TokenBatch]:
         UserError: a file is missing or damaged, or a toxic text is in both the training and the held-out file.
     """
     check_apart(settings.toxic_train, settings.toxic_test)
-    ordinary = OWTTask(tokenizer, settings.ordinary, settings.length)
+    ordinary = OWTTask(tokenizer, settings.ordinary, settings.length, text_column=settings.text_column)
     toxic = ToxicTask(tokenizer, settings.toxic_train, settings.toxic_test, settings.length, examples=None)
     return {"toxic": toxic.test[: settings.num_texts], "ordinary": ordinary.test[: settings.num_texts]}
 
@@ -46,7 +46,10 @@ def uniform_texts(settings: Any, tokenizer: Any, scorer: Scorer) -> tuple[TokenB
     else:
         toxic = read_examples(settings.toxic_test)
         # what is said before an insult fills the middle of the scale
-        texts = [*load_texts(settings.ordinary, 10_000)[1], *(part for both in toxic for part in both if part)]
+        texts = [
+            *load_texts(settings.ordinary, 10_000, settings.text_column)[1],
+            *(part for both in toxic for part in both if part),
+        ]
         toxicity = scorer(texts)
     some = [at for at in spread(toxicity, settings.num_uniform).tolist() if tokenizer(texts[at])["input_ids"]]
     batch = encode(tokenizer, [texts[at] for at in some], prefix_token(tokenizer), settings.length)

@@ -79,7 +79,9 @@ def open_setting(settings: Any) -> Setting:
     torch.manual_seed(settings.seed)
     tokenizer = load_tokenizer(settings.model)
     ioi = IOITask(tokenizer, settings.train, settings.test, seed=settings.seed, objective=settings.objective)
-    ordinary = OWTTask(tokenizer, settings.ordinary, settings.length, seed=settings.seed)
+    ordinary = OWTTask(
+        tokenizer, settings.ordinary, settings.length, seed=settings.seed, text_column=settings.text_column
+    )
     for task in (ioi, ordinary):
         task.evaluation_batch = settings.micro_batch or task.evaluation_batch
     model = load_model(

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 
 from circuit_breaking.runs.config import check_counts, resolve_defaults
 from circuit_breaking.runs.files import DATA, require_file
-from circuit_breaking.runs.settings import ModelSettings, OutSettings
+from circuit_breaking.runs.settings import ModelSettings, OrdinaryTextSettings, OutSettings
 from circuit_breaking.tasks.data import PROMPTS_HINT, ordinary_text
 from circuit_breaking.training.config import MaskConfig, check_mask
 
@@ -29,7 +29,7 @@ def default_data(model: str, prompts: str) -> dict[str, Any]:
 
 
 @dataclass
-class PromptSettings:
+class PromptSettings(OrdinaryTextSettings):
     """The prompts and texts of an experiment."""
 
     TITLE: ClassVar[str] = "data"
@@ -37,7 +37,6 @@ class PromptSettings:
     prompts: Literal["one", "two", "all"] = "all"  # set of prompts of make_ioi_datasets.py, by its number of templates
     train: Path | None = None  # training prompts, JSON Lines; None: those of the set
     test: Path | None = None  # held-out prompts, JSON Lines; None: those of the set
-    ordinary: str | None = None  # tiny, a text file or a data set of the hub; None: tiny or NeelNanda/pile-10k
     length: int = 50  # tokens of an ordinary text that are used; the rest is cut off
 
 

@@ -4,10 +4,13 @@ Files are validated before use: first that it is a regular file of a possible si
 `tensors.py`. No pickle is read or written anywhere.
 """
 
+import codecs
 import csv
 import dataclasses
+import io
 import json
 import os
+import re
 import stat
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -116,17 +119,15 @@ def write_csv(path: Path | str, rows: Sequence[Mapping[str, Any]]) -> None:
         writer.writerows(rows)
 
 
-def read_csv(path: Path | str, hint: str = CHECK) -> list[dict[str, str]]:
+def read_csv(path: Path | str, hint: str = CHECK, delimiter: str = ",") -> list[dict[str, str]]:
     """Read a CSV file with a header. A missing or damaged file is a `UserError`."""
     path = require_file(path, hint, MAX_JSON)
+    csv.field_size_limit(MAX_LINE)  # a cell may hold a long text
     try:
-        with path.open(encoding="utf-8", newline="") as file:
-            reader = csv.DictReader(file)
-            rows, names = list(reader), reader.fieldnames or []
-    except (csv.Error, UnicodeDecodeError) as error:
+        reader = csv.DictReader(io.StringIO(read_text(path, hint), newline=""), delimiter=delimiter)
+        rows, names = list(reader), reader.fieldnames or []
+    except csv.Error as error:
         raise UserError(f"{path} is not CSV ({error}). {hint}") from error
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}. {hint}") from error
     if len(set(names)) < len(names):
         raise UserError(f"{path} has two columns of one name. {hint}")
     for number, row in enumerate(rows, 2):
@@ -209,7 +210,7 @@ def read_json(
     """Read a JSON file of at most `at_most` bytes with `parse`. A missing or damaged file is a `UserError`."""
     path = require_file(path, hint, at_most)
     try:
-        return parse(path.read_bytes().decode())
+        return parse(path.read_bytes().decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON ({error}). {hint}") from error
     except OSError as error:
@@ -229,6 +230,8 @@ def read_jsonl(path: Path | str, hint: str = CHECK) -> list[Any]:
                 number += 1
                 if len(line) > MAX_LINE:
                     raise ValueError(f"more than {MAX_LINE:,} bytes in one line")
+                if number == 1:
+                    line = line.removeprefix(codecs.BOM_UTF8)
                 if line.strip():
                     rows.append(parse_json(line.decode(), nan=True))
     except UnicodeDecodeError as error:
@@ -245,15 +248,43 @@ def is_text(value: Any) -> bool:
     return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
 
 
-def read_lines(path: Path | str, hint: str = CHECK) -> list[str]:
-    """The lines of a UTF-8 text file that are not blank. A missing or empty file is a `UserError`."""
+def read_text(path: Path | str, hint: str = CHECK) -> str:
+    """A UTF-8 text file without its byte order mark. Line endings stay as they are.
+
+    Raises:
+        UserError: the file is missing, too large, no UTF-8 text, or holds NUL characters as binary files do.
+    """
     path = require_file(path, hint, MAX_LINES)
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8", errors="strict").splitlines()]
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}). {hint}") from error
+        data = path.read_bytes()
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}. {hint}") from error
+    # in UTF-16, every second byte of a line feed and of most letters is zero
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in data:
+        kind = "UTF-16 text" if len(data) % 2 == 0 and _is_utf16(data) else "a binary file"
+        raise UserError(f"{path} is not UTF-8 text but {kind}. Save it as UTF-8, or set the path of another file.")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}). {hint}") from error
+
+
+def _is_utf16(data: bytes) -> bool:
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return True
+    return any(half.count(0) > len(half) // 4 for half in (data[:1000:2], data[1:1000:2]))
+
+
+def read_lines(path: Path | str, hint: str = CHECK) -> list[str]:
+    """The lines of a UTF-8 text file that are not blank, without white space at their ends.
+
+    A line ends in `\\n`, `\\r\\n` or `\\r` and nowhere else: U+2028, U+0085 and form feeds are part of a text.
+
+    Raises:
+        UserError: the file is missing, empty or no UTF-8 text.
+    """
+    # files that were joined may have a byte order mark at the start of any line
+    lines = [line.lstrip("\ufeff").strip() for line in re.split(r"\r\n|\r|\n", read_text(path, hint))]
     lines = [line for line in lines if line]
     if not lines:
         raise UserError(f"{path} holds no text. {hint}")

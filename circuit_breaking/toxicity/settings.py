@@ -8,7 +8,7 @@ from circuit_breaking.errors import UserError
 from circuit_breaking.models.shipped import SHIPPED, TEXT
 from circuit_breaking.runs.config import resolve_defaults
 from circuit_breaking.runs.files import DATA, require_file
-from circuit_breaking.runs.settings import OutSettings, SeedSettings
+from circuit_breaking.runs.settings import OrdinaryTextSettings, OutSettings, SeedSettings
 from circuit_breaking.tasks.data import TOXIC_HINT, ordinary_text
 
 FOLDER = DATA / "toxicity"  # run folders, posts and means
@@ -29,13 +29,12 @@ def default_data(model: str) -> dict[str, Any]:
 
 
 @dataclass
-class TrainingTextSettings:
+class TrainingTextSettings(OrdinaryTextSettings):
     """The texts to learn from."""
 
     TITLE: ClassVar[str] = "data"
 
     toxic_train: Path | None = None  # toxic training texts, JSON Lines; None: shipped (tiny) or posts/train.jsonl
-    ordinary: str | None = None  # tiny, a text file or a data set of the hub; None: tiny or NeelNanda/pile-10k
 
 
 @dataclass

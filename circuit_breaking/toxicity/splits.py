@@ -52,6 +52,7 @@ def load_splits(
     examples: int | None = 100,
     validation: int = 50,
     seed: int = 0,
+    text_column: str = "text",
 ) -> Splits:
     """Read and split the texts of an experiment.
 
@@ -62,13 +63,14 @@ def load_splits(
         validation: texts of each kind for choosing checkpoints, the last of those that are not held out; at most a
             fifth of them.
         seed: of the order of texts.
+        text_column: the column of the ordinary text that holds the texts, if it has columns.
 
     Raises:
         UserError: a file is missing, empty or damaged; a toxic text or id is in both files; there are too few texts.
     """
     check_apart(toxic_train, toxic_test)
     toxic = ToxicTask(tokenizer, toxic_train, toxic_test, length, examples=None, seed=seed)
-    plain = OWTTask(tokenizer, ordinary, length, LIMIT, seed)
+    plain = OWTTask(tokenizer, ordinary, length, LIMIT, seed, text_column)
     parts = []
     for task, count in ((toxic, examples), (plain, None)):
         train = without(task.train, task.test)

@@ -26,6 +26,7 @@ from circuit_breaking.runs.checkpoints import NEWEST, Checkpoints
 from circuit_breaking.runs.files import is_text, parse_json, read_csv, read_json, read_jsonl, read_lines, write_json
 from circuit_breaking.runs.mnist_results import NetworkRecord
 from circuit_breaking.runs.tensors import read_tensors, write_tensors
+from circuit_breaking.runs.texts import read_texts
 from circuit_breaking.tasks.ioi import read_prompts
 from circuit_breaking.tasks.owt import load_texts
 from circuit_breaking.tasks.toxic import read_examples
@@ -39,6 +40,7 @@ LOADERS = {
     "dump": lambda path: dump.main(dump.Settings(dump=path)),
     "text": read_lines,
     "texts": lambda path: load_texts(path, 10),
+    "column": lambda path: read_texts(path, "content"),
     "examples": read_examples,
     "uniform": read_uniform,
     "prompts": read_prompts,
