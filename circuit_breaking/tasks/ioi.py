@@ -3,8 +3,9 @@
 Shapes: n prompts, B batch, T position, V vocabulary.
 """
 
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -59,20 +60,46 @@ class PromptBatch(TokenBatch):
 
 
 def read_prompts(path: Path | str) -> list[Prompt]:
-    """Prompts of a JSON Lines file: in each row `IO`, `S` and the `prompt`, or a `text` that is the prompt.
+    """Prompts of a JSON Lines file: in each row `IO`, `S` and the `prompt`, or a `text`.
+
+    A `text` is the prompt, or the prompt followed by a space and the indirect object, as in the data of Wang et al.
+    (2022).
 
     Raises:
-        UserError: the file is missing, empty or damaged, or a row lacks one of these.
+        UserError: the file is missing, empty or damaged, a row lacks one of these, or its prompt already holds the
+            answer, ends in white space or has one name for both.
     """
     prompts = []
     for number, row in enumerate(read_jsonl(path, PROMPTS_HINT), 1):
         found = [row.get("prompt", row.get("text")), row.get("IO"), row.get("S")] if isinstance(row, dict) else [None]
         if not all(is_text(value) and value for value in found):
             raise UserError(f"{path}, row {number}: there is no 'text', 'IO' and 'S' with text in each. {PROMPTS_HINT}")
-        prompts.append(Prompt(*found))
+        prompt = Prompt(*found)
+        if "prompt" not in row:
+            prompt = replace(prompt, text=prompt.text.removesuffix(f" {prompt.io}"))
+        if problem := _problem(prompt):
+            raise UserError(f"{path}, row {number}: {problem}. {PROMPTS_HINT}")
+        prompts.append(prompt)
     if not prompts:
         raise UserError(f"{path} holds no rows. {PROMPTS_HINT}")
     return prompts
+
+
+def _problem(prompt: Prompt) -> str | None:
+    """What makes a prompt useless for this task: the name that is to be predicted does not follow its last word."""
+    names = (prompt.io, prompt.subject)
+    if any(name != name.strip() for name in names):
+        return f"the names {prompt.io!r} and {prompt.subject!r} must not begin or end with white space"
+    if prompt.io == prompt.subject:
+        return f"IO and S are the same name, {prompt.io!r}"
+    if prompt.text != prompt.text.rstrip():
+        return "the prompt ends in white space, but the name after it begins with a space"
+    if not prompt.text:
+        return "the prompt is empty"
+    for name in names:
+        if re.search(rf"(?<!\w){re.escape(name)}\W*\Z", prompt.text):
+            return f"the prompt already ends with {name!r}, but a name is to follow it"
+    return None
 
 
 def encode_prompts(tokenizer: Any, prompts: Sequence[Prompt], prefix: int) -> PromptBatch:

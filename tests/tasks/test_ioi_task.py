@@ -139,3 +139,36 @@ def without_prefix():
     from transformers import PreTrainedTokenizerFast
 
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a")))
+
+
+WANG = {"text": "Then, Jane and Lisa were working at the garden. Lisa decided to give a ring to Jane", "IO": "Jane"}
+WANG |= {"S": "Lisa", "[PLACE]": "garden", "[OBJECT]": "ring", "TEMPLATE_IDX": 3}
+
+
+def test_rows_of_wang_et_al_end_with_the_answer(tmp_path):
+    prompt = Prompt(WANG["text"].removesuffix(" Jane"), "Jane", "Lisa")
+    path = tmp_path / "rows.jsonl"
+    write_jsonl(path, [WANG, {**WANG, "text": prompt.text}, {**WANG, "prompt": prompt.text, "text": "anything"}])
+    assert read_prompts(path) == [prompt] * 3
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"text": WANG["text"] + "."}, "the prompt already ends with 'Jane'"),
+        ({"text": WANG["text"] + " Jane"}, "the prompt already ends with 'Jane'"),
+        ({"prompt": WANG["text"]}, "the prompt already ends with 'Jane'"),
+        ({"text": "Jane and Lisa were here. Someone gave a ring to Lisa"}, "the prompt already ends with 'Lisa'"),
+        ({"S": "Jane"}, "IO and S are the same name, 'Jane'"),
+        ({"prompt": "Jane and Lisa were here. Lisa gave a ring to "}, "the prompt ends in white space"),
+        ({"text": "Jane and Lisa were here. Lisa gave a ring to  Jane"}, "the prompt ends in white space"),
+        ({"text": "Lisa gave a ring to\n"}, "the prompt ends in white space"),
+        ({"text": " Jane"}, "the prompt is empty"),
+        ({"IO": " Jane"}, "must not begin or end with white space"),
+    ],
+)
+def test_rows_whose_name_cannot_follow_are_refused(tmp_path, change, message):
+    write_jsonl(tmp_path / "rows.jsonl", [WANG, {**WANG, **change}])
+    with pytest.raises(UserError, match=rf"rows.jsonl, row 2: .*{message}") as error:
+        read_prompts(tmp_path / "rows.jsonl")
+    assert "\n" not in str(error.value)
