@@ -55,10 +55,10 @@ if __name__ == "__main__":
 import torch
 from torch import Tensor
 
-from circuit_breaking.figures.indirect_objects import draw_stages
+from circuit_breaking.figures.indirect_objects import draw_run, draw_stages
 from circuit_breaking.graph import EdgeGraph
+from circuit_breaking.ioi.experiment import Experiment, open_experiment, write_run
 from circuit_breaking.ioi.known_circuits import circuit_edges
-from circuit_breaking.ioi.setting import Setting, draw_run, open_setting, write_run
 from circuit_breaking.runs.ioi_results import Covering, Stages
 from circuit_breaking.runs.mask_record import KEPT_EDGES, CutEdges, KeptEdges, read_edges_of_interest
 from circuit_breaking.runs.signals import stop_signals
@@ -67,30 +67,30 @@ from circuit_breaking.training.config import PruneSettings
 from circuit_breaking.training.prune import prune, smallest
 from circuit_breaking.training.run import train_into
 
-PUBLISHED = "published"  # value of `frozen`: the circuit of GPT-2 small in circuit_breaking/known_circuits.py
+PUBLISHED = "published"  # value of `frozen`: the circuit of GPT-2 small in circuit_breaking/ioi/known_circuits.py
 
 
 def main(settings: Settings) -> None:
     settings.check()
-    setting = open_setting(settings)
+    experiment = open_experiment(settings)
     folder = settings.out / (settings.run or settings.kind)
-    before = setting.summary()
-    KINDS[settings.kind](folder, setting, before)
+    before = experiment.summary()
+    KINDS[settings.kind](folder, experiment, before)
     print(f"written to {folder}")
 
 
-def necessary(folder: Path, setting: Setting, before: dict[str, float]) -> None:
+def necessary(folder: Path, experiment: Experiment, before: dict[str, float]) -> None:
     """Break without a keep term."""
-    alone = replace(setting.settings, keep_weight=0.0, alpha=1.0)
-    train(folder, replace(setting, settings=alone))
-    finish(folder, setting, before)
+    alone = replace(experiment.settings, keep_weight=0.0, alpha=1.0)
+    train(folder, replace(experiment, settings=alone))
+    finish(folder, experiment, before)
 
 
-def sufficient(folder: Path, setting: Setting, before: dict[str, float]) -> None:
+def sufficient(folder: Path, experiment: Experiment, before: dict[str, float]) -> None:
     """Prune as long as the rest keeps its share of the logit difference on training prompts."""
-    given, model = setting.settings, setting.model
-    task = IOITask(setting.tokenizer, given.train, given.test, seed=given.seed)  # by cross entropy
-    metrics = setting.metrics(given.num_measured, 20)
+    given, model = experiment.settings, experiment.model
+    task = IOITask(experiment.tokenizer, given.train, given.test, seed=given.seed)  # by cross entropy
+    metrics = experiment.metrics(given.num_measured, 20)
 
     def share(mask: Tensor) -> float:
         with torch.no_grad():
@@ -108,29 +108,29 @@ def sufficient(folder: Path, setting: Setting, before: dict[str, float]) -> None
         model.mask.weights.copy_(found.mask)
     Stages(faithful=given.faithful, n_edges=len(model.graph), stages=stages).write(folder / "stages.json")
     draw_stages(folder)
-    after = finish(folder, setting, before, kept=True)
+    after = finish(folder, experiment, before, kept=True)
     part = after["logit_difference"] / before["logit_difference"]
     print(f"{found.kept:,} edges, {found.kept / len(model.graph):.0%} of all, keep {part:.0%} of the logit difference")
 
 
-def outside(folder: Path, setting: Setting, before: dict[str, float]) -> None:
+def outside(folder: Path, experiment: Experiment, before: dict[str, float]) -> None:
     """Break by edges that are not frozen."""
-    frozen = read_frozen(setting.settings, setting.model.graph)
-    train(folder, setting, without(setting, frozen))
-    finish(folder, setting, before, more={"frozen": frozen})
+    frozen = read_frozen(experiment.settings, experiment.model.graph)
+    train(folder, experiment, without(experiment, frozen))
+    finish(folder, experiment, before, more={"frozen": frozen})
 
 
-def covering(folder: Path, setting: Setting, before: dict[str, float]) -> None:
+def covering(folder: Path, experiment: Experiment, before: dict[str, float]) -> None:
     """Masks one after another, each without the edges of those before."""
-    model, union, found = setting.model, [], []
-    enough = setting.settings.broken * before["logit_difference"]
+    model, union, found = experiment.model, [], []
+    enough = experiment.settings.broken * before["logit_difference"]
     with stop_signals():
-        for number in range(1, setting.settings.masks + 1):
-            if not bool((allowed := without(setting, union)).any()):
+        for number in range(1, experiment.settings.masks + 1):
+            if not bool((allowed := without(experiment, union)).any()):
                 break
             one = folder / f"mask{number}"
-            train(one, setting, allowed)
-            after = finish(one, setting, before)
+            train(one, experiment, allowed)
+            after = finish(one, experiment, before)
             breaks = after["logit_difference"] <= enough
             found.append({"edges": model.mask.cut_edges(), "breaks": breaks, **after})
             if not breaks:
@@ -139,29 +139,29 @@ def covering(folder: Path, setting: Setting, before: dict[str, float]) -> None:
             union += model.mask.cut_edges()
     model.mask.reset_()
     model.mask.cut_(union)
-    after = finish(folder, setting, before)
-    covered = Covering(before=before, masks=found, union={"edges": union, **after}, provenance=setting.provenance)
+    after = finish(folder, experiment, before)
+    covered = Covering(before=before, masks=found, union={"edges": union, **after}, provenance=experiment.provenance)
     covered.write(folder / "covering.json")
     print(f"the union of {sum(one['breaks'] for one in found)} masks that break: {len(union)} edges")
 
 
-def train(folder: Path, setting: Setting, allowed: Tensor | None = None) -> None:
-    """Train a mask, or go on where that was interrupted; it is left in the model."""
-    given = setting.settings
+def train(folder: Path, experiment: Experiment, allowed: Tensor | None = None) -> None:
+    """Train a mask, or continue an interrupted training. The mask is left in the model."""
+    given = experiment.settings
     train_into(
-        folder, setting.model, setting.ioi, setting.ordinary, given, allowed, setting.provenance, given.resume,
-        given.checkpoint_every,
+        folder, experiment.model, experiment.ioi, experiment.ordinary, given, allowed, experiment.provenance,
+        given.resume, given.checkpoint_every,
     )  # fmt: skip
 
 
 KINDS = {"necessary": necessary, "sufficient": sufficient, "outside": outside, "covering": covering}
 
 
-def without(setting: Setting, edges: list[str]) -> Tensor:
+def without(experiment: Experiment, edges: list[str]) -> Tensor:
     """The edges that may be cut, bool [E]: all but those named."""
-    allowed = torch.ones(len(setting.model.graph), dtype=torch.bool)
-    allowed[[setting.model.graph.index(edge) for edge in edges]] = False
-    return allowed.to(setting.model.device)
+    allowed = torch.ones(len(experiment.model.graph), dtype=torch.bool)
+    allowed[[experiment.model.graph.index(edge) for edge in edges]] = False
+    return allowed.to(experiment.model.device)
 
 
 def read_frozen(settings: Settings, graph: EdgeGraph) -> list[str]:
@@ -177,18 +177,18 @@ def read_frozen(settings: Settings, graph: EdgeGraph) -> list[str]:
 
 def finish(
     folder: Path,
-    setting: Setting,
+    experiment: Experiment,
     before: dict[str, float],
     kept: bool = False,
     more: dict[str, Any] | None = None,
 ) -> dict[str, float]:
-    """Write and draw the mask in force, say what it does, and return that."""
-    after = setting.summary()
-    results = {"kind": setting.settings.kind, "before": before, "after": after, **(more or {})}
-    write_run(folder, "ioi/alternative_masks.py", setting, results, kept)
+    """Write and draw the model's mask, print what it does, and return its measures."""
+    after = experiment.summary()
+    results = {"kind": experiment.settings.kind, "before": before, "after": after, **(more or {})}
+    write_run(folder, "ioi/alternative_masks.py", experiment, results, kept)
     draw_run(folder)
-    cut = setting.model.mask.n_cut()
-    print(f"{setting.settings.kind}: {cut:,} of {len(setting.model.graph):,} edges cut")
+    cut = experiment.model.mask.n_cut()
+    print(f"{experiment.settings.kind}: {cut:,} of {len(experiment.model.graph):,} edges cut")
     for name in ("logit_difference", "accuracy", "ordinary_loss"):
         print(f"  {name.replace('_', ' ')}: {before[name]:.3f} -> {after[name]:.3f}")
     return after

@@ -55,7 +55,7 @@ from tqdm import tqdm
 from circuit_breaking.engine.mask import load_mask, lowest_cut
 from circuit_breaking.evaluation.controls import random_edges
 from circuit_breaking.figures.indirect_objects import draw_comparison
-from circuit_breaking.ioi.setting import Setting, open_setting
+from circuit_breaking.ioi.experiment import Experiment, open_experiment
 from circuit_breaking.runs.ioi_results import IOIComparison
 from circuit_breaking.runs.mask_record import MASK
 from circuit_breaking.training.attribution import eap, eap_ig
@@ -64,13 +64,13 @@ from circuit_breaking.training.mask_trainer import train_mask
 
 def main(settings: Settings) -> None:
     settings.check()
-    setting = open_setting(settings)
-    model, n_edges = setting.model, len(setting.model.graph)
+    experiment = open_experiment(settings)
+    model, n_edges = experiment.model, len(experiment.model.graph)
     if wrong := [budget for budget in settings.budgets if not 1 <= budget <= n_edges]:
         raise UserError(f"a budget of {wrong[0]} is not between 1 and the model's {n_edges:,} edges.")
-    original = setting.summary()  # with all edges, before a mask is loaded
-    learned = None if settings.learned == "each" else ranked(setting)
-    metrics = setting.metrics(settings.num_attribution, 20)
+    original = experiment.summary()  # with all edges, before a mask is loaded
+    learned = None if settings.learned == "each" else ranked(experiment)
+    metrics = experiment.metrics(settings.num_attribution, 20)
     seconds, scores = {}, {}
     for name, attribute in (("EAP", eap), ("EAP-IG", partial(eap_ig, steps=settings.ig_steps))):
         start = time.perf_counter()
@@ -79,20 +79,22 @@ def main(settings: Settings) -> None:
     rows: dict[str, list[dict]] = {name: [] for name in (*scores, "learned", "random")}
     for budget in settings.budgets:
         for name, each in scores.items():
-            rows[name].append(measured(setting, lowest_cut(-each, budget)))
+            rows[name].append(measured(experiment, lowest_cut(-each, budget)))
         if learned is None:
-            result = train_mask(model, setting.ioi, setting.ordinary, replace(setting.settings, max_edges=budget))
-            rows["learned"].append({**measured(setting, result.weights), "seconds": result.seconds})
+            result = train_mask(
+                model, experiment.ioi, experiment.ordinary, replace(experiment.settings, max_edges=budget)
+            )
+            rows["learned"].append({**measured(experiment, result.weights), "seconds": result.seconds})
         else:
-            rows["learned"].append(measured(setting, lowest_cut(-learned, budget, threshold=0.0)))
+            rows["learned"].append(measured(experiment, lowest_cut(-learned, budget, threshold=0.0)))
         for seed in range(settings.random_seeds):
             mask = torch.ones_like(model.mask.weights)
             drawn = random_edges(model.graph, budget, settings.seed + seed)
             mask[[model.graph.index(edge) for edge in drawn]] = 0.0
-            rows["random"].append({"seed": settings.seed + seed, **measured(setting, mask)})
+            rows["random"].append({"seed": settings.seed + seed, **measured(experiment, mask)})
     folder = settings.out / settings.run
     compared = IOIComparison(
-        original=original, methods=rows, n_edges=n_edges, seconds=seconds, provenance=setting.provenance
+        original=original, methods=rows, n_edges=n_edges, seconds=seconds, provenance=experiment.provenance
     )
     compared.write(folder / "ioi_comparison.json")
     draw_comparison(folder)
@@ -107,19 +109,19 @@ def main(settings: Settings) -> None:
     print(f"written to {folder}")
 
 
-def ranked(setting: Setting) -> Tensor:
+def ranked(experiment: Experiment) -> Tensor:
     """What each edge that a run's mask cuts is worth: its share of how much better the objective gets when they are all
     cut (integrated gradients between the whole model and the mask); -inf for the others: [E]."""
-    settings, model = setting.settings, setting.model
+    settings, model = experiment.settings, experiment.model
     load_mask(settings.out / settings.learned / MASK, model)
     model.mask.round_()
     mask = model.mask.weights.detach().clone()
     starts = range(0, settings.num_attribution, 20)
-    texts, prompts = (task.train[: settings.num_attribution] for task in (setting.ordinary, setting.ioi))
+    texts, prompts = (task.train[: settings.num_attribution] for task in (experiment.ordinary, experiment.ioi))
 
     def objective(weights: Tensor, rows: slice) -> Tensor:
-        keep = setting.ordinary.loss(model, texts[rows], weights)
-        broken = setting.ioi.loss(model, prompts[rows], weights, settings.break_cap or None)
+        keep = experiment.ordinary.loss(model, texts[rows], weights)
+        broken = experiment.ioi.loss(model, prompts[rows], weights, settings.break_cap or None)
         return settings.keep_weight * keep - settings.alpha * broken
 
     metrics = [
@@ -129,12 +131,12 @@ def ranked(setting: Setting) -> Tensor:
     return scores.masked_fill(mask == 1, float("-inf"))
 
 
-def measured(setting: Setting, mask: Tensor) -> dict:
+def measured(experiment: Experiment, mask: Tensor) -> dict:
     """What the model does with a mask."""
     with torch.no_grad():
-        setting.model.mask.weights.copy_(mask)
-    edges = setting.model.mask.cut_edges()
-    return {"n_cut": len(edges), **setting.summary(), "edges": edges}
+        experiment.model.mask.weights.copy_(mask)
+    edges = experiment.model.mask.cut_edges()
+    return {"n_cut": len(edges), **experiment.summary(), "edges": edges}
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ import torch.nn.functional as F
 
 from circuit_breaking.engine.ablation_values import compute_means, save_means
 from circuit_breaking.engine.load import load_model
-from circuit_breaking.ioi.setting import check_layout
+from circuit_breaking.ioi.prompts import check_layout
 from circuit_breaking.models.load import files_of, load_tokenizer
 from circuit_breaking.models.tokens import TokenBatch, encode, prefix_token
 from circuit_breaking.runs.files import read_jsonl

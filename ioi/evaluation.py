@@ -58,7 +58,7 @@ from circuit_breaking.engine.mask import read_mask_record
 from circuit_breaking.evaluation.bootstrap import estimate
 from circuit_breaking.evaluation.compared_models import Engines, load_masked
 from circuit_breaking.figures.indirect_objects import draw_models
-from circuit_breaking.ioi.setting import MEASURES, prompt_measures, text_measures
+from circuit_breaking.ioi.measures import MEASURES, prompt_measures, text_measures
 from circuit_breaking.models.load import files_of, load_tokenizer
 from circuit_breaking.runs.ioi_results import IOIReport
 from circuit_breaking.runs.mask_record import MASK

@@ -30,7 +30,8 @@ class Settings(IOIMaskSettings, ResumeSettings):
 if __name__ == "__main__":
     settings = read_settings(Settings, parallel=True)
 
-from circuit_breaking.ioi.setting import Setting, draw_run, open_setting, write_run
+from circuit_breaking.figures.indirect_objects import draw_run
+from circuit_breaking.ioi.experiment import open_experiment, write_run
 from circuit_breaking.runs.distributed import is_main
 from circuit_breaking.runs.run_folder import hold
 from circuit_breaking.training.run import train_into
@@ -38,24 +39,24 @@ from circuit_breaking.training.run import train_into
 
 def main(settings: Settings) -> None:
     settings.check()
-    setting: Setting = open_setting(settings)
-    check_mask(settings, len(setting.model.graph))  # before anything is written
+    experiment = open_experiment(settings)
+    check_mask(settings, len(experiment.model.graph))  # before anything is written
     folder = settings.out / settings.run
     with hold(folder):
-        before = setting.summary()
+        before = experiment.summary()
         result = train_into(
-            folder, setting.model, setting.ioi, setting.ordinary, settings, None, setting.provenance, settings.resume,
-            settings.checkpoint_every, lock=False,
+            folder, experiment.model, experiment.ioi, experiment.ordinary, settings, None, experiment.provenance,
+            settings.resume, settings.checkpoint_every, lock=False,
         )  # fmt: skip
         if not is_main():
             return
-        after = setting.summary()
-        write_run(folder, "ioi/train_mask.py", setting, {"before": before, "after": after})
+        after = experiment.summary()
+        write_run(folder, "ioi/train_mask.py", experiment, {"before": before, "after": after})
     draw_run(folder)
     for name, value in before.items():
         print(f"{name.replace('_', ' ')}: {value:.3f} -> {after[name]:.3f}")
     edges = ", ".join(result.edges)
-    print(f"{len(result.edges)} of {len(setting.model.graph):,} edges cut in {result.seconds:.0f} s: {edges}")
+    print(f"{len(result.edges)} of {len(experiment.model.graph):,} edges cut in {result.seconds:.0f} s: {edges}")
     print(f"written to {folder}")
 
 

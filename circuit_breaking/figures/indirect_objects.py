@@ -9,6 +9,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from circuit_breaking.errors import UserError
+from circuit_breaking.figures.edge_graph import draw_graph
+from circuit_breaking.figures.heat_map import draw_heat_map
 from circuit_breaking.figures.style import (
     BLUE,
     COLOURS,
@@ -22,6 +24,7 @@ from circuit_breaking.figures.style import (
     legend_below,
     log_counts,
 )
+from circuit_breaking.figures.training import draw_training
 from circuit_breaking.runs.checked_json import CheckedJson
 from circuit_breaking.runs.ioi_results import IOI_COMPARISON, IOI_REPORT, IOIComparison, IOIReport, NextTokens, Stages
 from circuit_breaking.runs.records import Record, read_value
@@ -216,3 +219,12 @@ def _token_bars(axes: Axes, bars: list[tuple[str, float]], colours: dict[str, st
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
     axes.tick_params(axis="y", length=0)
+
+
+def draw_run(folder: Path) -> None:
+    """Draw all pictures of a run folder of ioi/train_mask.py or ioi/alternative_masks.py, from its files."""
+    if (folder / "metrics.jsonl").is_file():
+        draw_training(folder, broken="indirect object (to rise)")
+    draw_graph(folder)
+    draw_heat_map(folder)
+    draw_next_tokens(folder)

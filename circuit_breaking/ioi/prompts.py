@@ -226,3 +226,20 @@ def with_positions(rows: list[dict[str, Any]], tokenizer: "PreTrainedTokenizerBa
                     raise UserError(f"{word or 'the last word'!r} is not one token in {row['text']!r}. Choose others.")
                 positions[key] = number
             yield {**row, "positions": positions}
+
+
+def check_layout(rows: list[dict[str, Any]], path: Path) -> None:
+    """Raise a `UserError` unless the names and the end of all prompts of a file are at the same positions."""
+    layouts: dict[tuple[int, ...], Any] = {}
+    for number, row in enumerate(rows, 1):
+        positions = row.get("positions")
+        if not isinstance(positions, dict) or set(positions) != {"IO", "S1", "S2", "end"}:
+            raise UserError(f"{path}, row {number}: there are no 'positions'. Make it with ioi/make_ioi_datasets.py.")
+        pair = sorted((positions["IO"], positions["S1"]))  # which of the two comes first is the order's to say
+        layouts.setdefault((*pair, positions["S2"], positions["end"]), row.get("template"))
+    if len(layouts) > 1:
+        (one, first), (two, second) = list(layouts.items())[:2]
+        raise UserError(
+            f"{path} has names at other positions in template {first} ({list(one)}) than in template {second} "
+            f"({list(two)}), so that a mean per position would mix them. Use the set one or two, or the kind mean."
+        )
