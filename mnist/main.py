@@ -12,7 +12,6 @@ Time    about a minute on two CPU cores with MNIST, seconds with the small digit
 """
 
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import ClassVar
 
 from circuit_breaking.mnist.settings import ExperimentSettings
@@ -46,44 +45,23 @@ class Settings(ExperimentSettings):
 if __name__ == "__main__":
     settings = read_settings(Settings)
 
-import time
-
 import torch
 from mlp_model import MaskedMLP
-from results import record_of, write_run
 
 from circuit_breaking.figures.mnist import draw_run
 from circuit_breaking.mnist.breaking import BreakingSettings, finetune, learn_mask, train_network
-from circuit_breaking.mnist.digits import Images, Split, load_images, split_images
-from circuit_breaking.mnist.report import describe, print_table
-from circuit_breaking.runs.devices import cpu_threads, pick_device
-from circuit_breaking.runs.run_folder import CheckpointedParts, locked
-from circuit_breaking.runs.signals import stop_signals
+from circuit_breaking.mnist.experiment import Experiment, open_experiment, write_run
+from circuit_breaking.mnist.report import print_table
 
 
 def main(settings: Settings) -> None:
-    settings.check()
-    with cpu_threads(settings.threads):
-        run(settings)
+    with open_experiment(settings) as experiment:
+        learn(settings, experiment)
 
 
-def run(settings: Settings) -> None:
-    started = time.perf_counter()
-    device = pick_device(settings.device)
-    folder = settings.out / settings.run
-    images = load_images(settings.data, settings.source, device)
-    split = split_images(images, settings.target_class, settings.n_bad, settings.seed)
-    print(describe(images, split))
-    record = record_of(settings, images)
-    parts = CheckpointedParts(folder / "checkpoints", record, settings.resume, settings.checkpoint_every)
-    with locked(folder), stop_signals():
-        learn(settings, images, split, parts, folder, started)
-
-
-def learn(
-    settings: Settings, images: Images, split: Split, parts: CheckpointedParts, folder: Path, started: float
-) -> None:
+def learn(settings: Settings, experiment: Experiment) -> None:
     """Train the networks, learn the masks, fine-tune, and write the results."""
+    split, parts = experiment.split, experiment.parts
 
     def train(rows: slice | torch.Tensor, label: str) -> MaskedMLP:
         x, y = split.x["train"][rows], split.y["train"][rows]
@@ -121,16 +99,12 @@ def learn(
     for name, mask in masks.items():
         results[name]["first-layer edges cut"] = int((mask[: network.n_first] == 0).sum())
 
-    edges = {name: list(network.cut_edges(mask, images.side)) for name, mask in masks.items()}
-    seconds["all"] = time.perf_counter() - started
-    report = write_run(
-        folder, "mnist/main.py", settings, images, split, network, results, rows, masks, edges, seconds,
-        split.train_is_target.device,
-    )  # fmt: skip
+    edges = {name: list(network.cut_edges(mask, experiment.images.side)) for name, mask in masks.items()}
+    report = write_run(experiment, "mnist/main.py", settings, network, results, rows, masks, edges, seconds)
     parts.remove()
-    pictures = draw_run(folder)
+    pictures = draw_run(experiment.folder)
     print_table(report)
-    print(f"{time.perf_counter() - started:.0f} s; {folder} holds the results and {len(pictures)} pictures")
+    print(f"{experiment.seconds():.0f} s; {experiment.folder} holds the results and {len(pictures)} pictures")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from circuit_breaking.errors import UserError
 from circuit_breaking.runs.mnist_results import NetworkRecord
-from circuit_breaking.runs.tensors import is_real, read_tensors, write_tensors
+from circuit_breaking.runs.tensors import is_real, read_tensors
 
 
 def masked_linear(x: Tensor, layer: nn.Linear, mask: Tensor, mean: Tensor) -> Tensor:
@@ -96,11 +96,6 @@ class MaskedMLP(nn.Module):
     def cut_edges(self, mask: Tensor, side: int) -> Iterator[str]:
         """Names of the edges that a binary mask cuts, in the mask's order."""
         return (self.edge_name(index, side) for index in (mask < 0.5).nonzero().flatten().tolist())
-
-
-def save_network(path: Path, model: MaskedMLP, record: NetworkRecord) -> None:
-    """Write weights and means to a safetensors file."""
-    write_tensors(path, model.state_dict(), record.to_json())
 
 
 def load_network(path: Path) -> tuple[MaskedMLP, NetworkRecord]:

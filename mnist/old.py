@@ -45,58 +45,32 @@ class Settings(ExperimentSettings):
 if __name__ == "__main__":
     settings = read_settings(Settings)
 
-import time
-
 import torch
 from mlp_model import MaskedMLP, load_network
-from results import record_of, write_run
 from torch import Tensor
 
 from circuit_breaking.errors import UserError
 from circuit_breaking.figures.mnist import draw_run
 from circuit_breaking.mnist.breaking import train_network
-from circuit_breaking.mnist.digits import Images, Split, load_images, split_images
+from circuit_breaking.mnist.digits import Split
+from circuit_breaking.mnist.experiment import Experiment, open_experiment, write_run
 from circuit_breaking.mnist.greedy import Objective, make_objective, score_cuts
-from circuit_breaking.mnist.report import describe, print_table
+from circuit_breaking.mnist.report import print_table
 from circuit_breaking.runs.checkpoints import Checkpoints, Saved
-from circuit_breaking.runs.devices import cpu_threads, pick_device
-from circuit_breaking.runs.run_folder import CheckpointedParts, locked
-from circuit_breaking.runs.signals import stop_signals
+from circuit_breaking.runs.run_folder import CheckpointedParts
 from circuit_breaking.training.loop import run_steps
 
 TOLERANCE = 1e-6  # relative; an objective is a float32 sum
 
 
 def main(settings: Settings) -> None:
-    settings.check()
-    with cpu_threads(settings.threads):
-        run(settings)
+    with open_experiment(settings, [settings.network] if settings.network else []) as experiment:
+        cut(settings, experiment)
 
 
-def run(settings: Settings) -> None:
-    started = time.perf_counter()
-    device = pick_device(settings.device)
-    folder = settings.out / settings.run
-    images = load_images(settings.data, settings.source, device)
-    split = split_images(images, settings.target_class, settings.n_bad, settings.seed)
-    print(describe(images, split))
-    inputs = [settings.network] if settings.network else []
-    record = record_of(settings, images, inputs)
-    parts = CheckpointedParts(folder / "checkpoints", record, settings.resume, settings.checkpoint_every)
-    with locked(folder), stop_signals():
-        cut(settings, images, split, parts, folder, started, inputs)
-
-
-def cut(
-    settings: Settings,
-    images: Images,
-    split: Split,
-    parts: CheckpointedParts,
-    folder: Path,
-    started: float,
-    inputs: list[Path],
-) -> None:
-    """Cut edges in both ways, and write what came of it."""
+def cut(settings: Settings, experiment: Experiment) -> None:
+    """Cut edges in both ways, and write the results."""
+    images, split, parts = experiment.images, experiment.split, experiment.parts
     network, device = get_network(settings, split, images.source, parts), split.train_is_target.device
     bad = split.pick("bad examples")
     kept = torch.ones_like(split.train_is_target) if settings.keep_target else ~split.train_is_target
@@ -121,15 +95,12 @@ def cut(
         results[name] = {key: metrics[-1][key] for key in results["original"]}
         results[name]["first-layer edges cut"] = int((masks[name][: network.n_first] == 0).sum())
 
-    timed = seconds | {"all": time.perf_counter() - started}
-    report = write_run(
-        folder, "mnist/old.py", settings, images, split, network, results, rows, masks, edges, timed, device, inputs
-    )
+    report = write_run(experiment, "mnist/old.py", settings, network, results, rows, masks, edges, seconds)
     parts.remove()
-    pictures = draw_run(folder)
+    pictures = draw_run(experiment.folder)
     print_table(report)
     times = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
-    print(f"greedy steps: {times}; {folder} holds the results and {len(pictures)} pictures")
+    print(f"greedy steps: {times}; {experiment.folder} holds the results and {len(pictures)} pictures")
 
 
 def get_network(settings: Settings, split: Split, source: str, parts: CheckpointedParts) -> MaskedMLP:

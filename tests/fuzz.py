@@ -41,6 +41,7 @@ from circuit_breaking.figures.edge_graph import read_graph
 from circuit_breaking.graph import describe
 from circuit_breaking.ioi import prompts as words
 from circuit_breaking.mnist import idx
+from circuit_breaking.mnist.network import save_network
 from circuit_breaking.models.checks import check_sizes
 from circuit_breaking.models.gguf import check_gguf
 from circuit_breaking.models.load import load_config, load_tokenizer
@@ -109,7 +110,7 @@ def make_loaders(folder: Path) -> dict[str, Loader]:
             return Checkpoints(run, {"seed": 0}).load()
 
     mlp = load_script("mnist/mlp_model.py")
-    mlp.save_network(folder / "network", mlp.MaskedMLP(4, 3, 2), NetworkRecord())
+    save_network(folder / "network", mlp.MaskedMLP(4, 3, 2), NetworkRecord())
     network_bytes = (folder / "network").read_bytes()
     sampler = load_script("toxicity/toxic_data_for_eval.py")
 

@@ -1,8 +1,12 @@
-"""What this room asks of a network whose edges can be cut; mnist/mlp_model.py has the one that the scripts use."""
+"""The interface of a network whose edges can be cut, and its file. The network itself is in mnist/mlp_model.py."""
 
+from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor, nn
+
+from circuit_breaking.runs.mnist_results import NetworkRecord
+from circuit_breaking.runs.tensors import write_tensors
 
 
 class MaskableNetwork(Protocol):
@@ -35,3 +39,8 @@ class MaskableNetwork(Protocol):
 
     def __call__(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Logits [B, C] under a mask, or of the uncut network."""
+
+
+def save_network(path: Path, network: nn.Module, record: NetworkRecord) -> None:
+    """Write the weights of a network and the means of its inputs to a safetensors file."""
+    write_tensors(path, network.state_dict(), record.to_json())

@@ -1,4 +1,4 @@
-"""What the scripts of the MNIST setting print: the data in words, and the table of results."""
+"""What the MNIST scripts print: a description of the data, and the table of results."""
 
 from rich.console import Console
 from rich.table import Table

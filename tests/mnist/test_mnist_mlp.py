@@ -10,13 +10,14 @@ from circuit_breaking.errors import UserError
 from circuit_breaking.mnist import greedy
 from circuit_breaking.mnist.breaking import capped_loss, round_mask, sparsity_penalty
 from circuit_breaking.mnist.greedy import make_objective, score_cuts
+from circuit_breaking.mnist.network import save_network
 from circuit_breaking.runs.files import ROOT
 from circuit_breaking.runs.mnist_results import NetworkRecord
 from circuit_breaking.runs.tensors import write_tensors
 
 sys.path.insert(0, str(ROOT / "mnist"))
 
-from mlp_model import MaskedMLP, load_network, save_network
+from mlp_model import MaskedMLP, load_network
 
 DOUBLE = torch.float64
 

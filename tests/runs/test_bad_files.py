@@ -21,6 +21,7 @@ from circuit_breaking.figures.edge_graph import read_graph
 from circuit_breaking.figures.sweep import draw_sweep
 from circuit_breaking.ioi import prompts as words
 from circuit_breaking.mnist import idx
+from circuit_breaking.mnist.network import save_network
 from circuit_breaking.runs import files
 from circuit_breaking.runs.checkpoints import NEWEST, Checkpoints
 from circuit_breaking.runs.files import is_text, parse_json, read_csv, read_json, read_jsonl, read_lines, write_json
@@ -249,7 +250,7 @@ def test_a_checkpoint_that_says_something_else(tmp_path, capsys):
     ],
 )
 def test_networks_whose_layers_do_not_fit(tmp_path, change):
-    mlp.save_network(tmp_path / "file", mlp.MaskedMLP(4, 3, 2), NetworkRecord())
+    save_network(tmp_path / "file", mlp.MaskedMLP(4, 3, 2), NetworkRecord())
     mlp.load_network(tmp_path / "file")
     tensors, header = read_tensors(tmp_path / "file")
     write_tensors(tmp_path / "file", tensors | change, header)
