@@ -5,33 +5,22 @@ The edges are cut whose cut is predicted to lower the objective most. `training.
 Shapes: E edges, K points of integrated gradients.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from circuit_breaking.engine.mask import lowest_cut
-from circuit_breaking.engine.transformer import EdgeMaskedTransformer
 from circuit_breaking.training.attribution import line_points
-from circuit_breaking.training.config import MaskConfig
-from circuit_breaking.training.mask_gradient import MaskFunction, value_and_gradient
+from circuit_breaking.training.mask_gradient import value_and_gradient
 from circuit_breaking.training.methods.base import MaskMethod, StepResult
 
 
 class Attribution(MaskMethod):
     """After every step, the mask cuts the edges with the highest scores so far."""
 
-    def __init__(
-        self,
-        model: EdgeMaskedTransformer,
-        config: MaskConfig,
-        allowed: Tensor | None,
-        next_objective: Callable[[int], MaskFunction],
-        backward: Callable[[Tensor], None],
-    ) -> None:
-        super().__init__(model, config, allowed, next_objective, backward)
+    def setup(self) -> None:
+        """Choose the points of the line, and start with no gradients."""
         # (position, weight) on the line from all edges cut to all kept; a step takes the gradient at one of them
-        self.points = line_points(config.ig_steps) if config.ig_steps else [(1.0, 1.0)]
+        self.points = line_points(self.config.ig_steps) if self.config.ig_steps else [(1.0, 1.0)]
         self.gradient_sums = torch.zeros(len(self.points), len(self.weights), device=self.weights.device)  # [K, E]
         self.n_gradients = torch.zeros(len(self.points), dtype=torch.int64)  # [K]
 

@@ -31,7 +31,7 @@ class StepResult(NamedTuple):
 
 
 class MaskMethod(ABC):
-    """A way to find edges.
+    """A way to find edges: a subclass has `step`, `state` and `restore`, and `setup` if it has a state.
 
     Args:
         model: the model whose mask is learned; all its weights are 1 at first.
@@ -53,6 +53,10 @@ class MaskMethod(ABC):
         self.model, self.config, self.allowed = model, config, allowed
         self.next_objective, self.backward = next_objective, backward
         self.weights = model.mask.weights
+        self.setup()
+
+    def setup(self) -> None:  # noqa: B027
+        """Create the state of the method. The constructor calls it at its end; a method without state leaves it out."""
 
     @abstractmethod
     def step(self, number: int) -> StepResult:
@@ -70,20 +74,13 @@ class MaskMethod(ABC):
 class RelaxAndAnneal(MaskMethod):
     """Gradient descent in two phases: relax, with a penalty for each cut edge, then anneal, down to the budget.
 
-    A subclass sets `parameter`, what is learned, before it calls this constructor.
+    A subclass sets `parameter`, the tensor that is learned, in its `setup`, and then calls this `setup`.
     """
 
     parameter: Tensor
 
-    def __init__(
-        self,
-        model: EdgeMaskedTransformer,
-        config: MaskConfig,
-        allowed: Tensor | None,
-        next_objective: Callable[[int], MaskFunction],
-        backward: Callable[[Tensor], None],
-    ) -> None:
-        super().__init__(model, config, allowed, next_objective, backward)
+    def setup(self) -> None:
+        """Make the optimizer."""
         self.first_count = 0  # target number of cut edges when annealing starts
         self.optimizer = self.make_optimizer()
 

@@ -8,14 +8,10 @@ anneal  The forward pass sees a binary mask that cuts at most the k lowest weigh
 Shapes: E edges.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from circuit_breaking.engine.mask import lowest_cut
-from circuit_breaking.engine.transformer import EdgeMaskedTransformer
-from circuit_breaking.training.config import MaskConfig
 from circuit_breaking.training.gates import next_penalty
 from circuit_breaking.training.mask_gradient import MaskFunction
 from circuit_breaking.training.methods.base import RelaxAndAnneal
@@ -24,17 +20,11 @@ from circuit_breaking.training.methods.base import RelaxAndAnneal
 class ClampedWeights(RelaxAndAnneal):
     """The mask's own weights, clamped to [0, 1] after every step."""
 
-    def __init__(
-        self,
-        model: EdgeMaskedTransformer,
-        config: MaskConfig,
-        allowed: Tensor | None,
-        next_objective: Callable[[int], MaskFunction],
-        backward: Callable[[Tensor], None],
-    ) -> None:
-        self.parameter = model.mask.weights
-        super().__init__(model, config, allowed, next_objective, backward)
-        self.penalty = config.edge_penalty  # in the anneal phase
+    def setup(self) -> None:
+        """Learn the weights of the mask themselves."""
+        self.parameter = self.weights
+        super().setup()
+        self.penalty = self.config.edge_penalty  # in the anneal phase
         self.measured_mask: Tensor | None = None  # [E], of the last step of annealing with `measure_new_cuts`
 
     def make_optimizer(self) -> torch.optim.Optimizer:

@@ -10,35 +10,24 @@ odds had not been lowered.
 Shapes: E edges.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from circuit_breaking.engine.transformer import EdgeMaskedTransformer
-from circuit_breaking.training.config import MaskConfig
 from circuit_breaking.training.gates import HardConcrete
-from circuit_breaking.training.mask_gradient import MaskFunction
 from circuit_breaking.training.methods.base import RelaxAndAnneal
 
 
 class HardConcreteGates(RelaxAndAnneal):
     """A gate for each edge that may be cut. The mask holds each edge's probability to be kept, before lowering."""
 
-    def __init__(
-        self,
-        model: EdgeMaskedTransformer,
-        config: MaskConfig,
-        allowed: Tensor | None,
-        next_objective: Callable[[int], MaskFunction],
-        backward: Callable[[Tensor], None],
-    ) -> None:
-        every = torch.ones_like(model.mask.weights, dtype=torch.bool)
-        self.gated_edges = (every if allowed is None else allowed).nonzero()[:, 0]
-        self.gates = HardConcrete(len(self.gated_edges), model.mask.weights.device, config.init_cut_prob)
+    def setup(self) -> None:
+        """Make a gate for each edge that may be cut."""
+        every = torch.ones_like(self.weights, dtype=torch.bool)
+        self.gated_edges = (every if self.allowed is None else self.allowed).nonzero()[:, 0]
+        self.gates = HardConcrete(len(self.gated_edges), self.weights.device, self.config.init_cut_prob)
         self.parameter = self.gates.parameter
         self.lowered = 0.0  # by how much all log odds were lowered in the anneal phase
-        super().__init__(model, config, allowed, next_objective, backward)
+        super().setup()
 
     def make_optimizer(self) -> torch.optim.Optimizer:
         """Adam."""
