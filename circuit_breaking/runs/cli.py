@@ -20,6 +20,7 @@ first, then its other settings, then each block under the block's `TITLE`. The c
 """
 
 import inspect
+import os
 import re
 import shutil
 import sys
@@ -96,12 +97,28 @@ def _parse(settings_class: type[T], args: Sequence[str] | None) -> T:
         block = make_dataclass(f"Block{number}", leaves, kw_only=True)
         block.__doc__ = " "  # else tyro would show the one that a dataclass makes itself
         nested.append((f"block{number}", Annotated[block, tyro.conf.arg(name=title)]))
+    options = make_dataclass("Options", nested)
     if {"-h", "--help"} & set(sys.argv[1:] if args is None else args):
         about = sys.modules[settings_class.__module__].__doc__ or ""
-        print(wrapped(about.strip(), shutil.get_terminal_size().columns) + "\n")
-    found = tyro.cli(make_dataclass("Options", nested), args=args)
+        with _reader_may_leave():
+            print(wrapped(about.strip(), shutil.get_terminal_size().columns) + "\n")
+            tyro.cli(options, args=args)
+    found = tyro.cli(options, args=args)
     blocks = [getattr(found, one.name) for one in fields(found)]
     return settings_class(**{one.name: getattr(block, one.name) for block in blocks for one in fields(block)})
+
+
+@contextmanager
+def _reader_may_leave() -> Iterator[None]:
+    """End the process without a message if the reader of its output stops early, as `head` does."""
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python writes a message when it exits
+        sys.exit(0)
 
 
 def wrapped(text: str, width: int) -> str:
