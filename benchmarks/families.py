@@ -46,7 +46,7 @@ COLUMNS = {  # of the table: field of a row, and how it is shown
     "shape": ("shape", "{}"),
     "parameters": ("parameters", "{:,}"),
     "edges": ("edges", "{:,}"),
-    "q, k, v apart": ("edges_split", "{:,}"),
+    "separate q, k, v": ("edges_split", "{:,}"),
     "difference": ("difference", "{:.1e}"),
     "edges cut": ("difference_cut", "{:.1e}"),
     "tokens": ("tokens", "{}"),

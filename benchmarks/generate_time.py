@@ -2,7 +2,7 @@
 
 The same prompts are continued greedily with each number of random cut edges in turn, for several rounds, so that other
 work on the machine slows all of them alike: a ratio is the median over rounds of the time of a round to the plain time
-of that round. Edges are cut before the clock starts; the time that this takes is a column of its own.
+of that round. Edges are cut before the clock starts; the time that this takes has its own column.
 
 Reads   nothing: the model has random weights of the named shape.
 Writes  data/benchmarks/generate_time_<shape>.png and .json.

@@ -114,7 +114,7 @@ def computed(
 
 
 def measured(settings: SimpleNamespace) -> float:
-    """GB that a step adds to the loaded model; run in a process of its own."""
+    """GB that a step adds to the loaded model; run in a separate process."""
     torch.set_num_threads(settings.threads)
     engine = make_engine(settings)
     mask = torch.full((len(engine.graph),), 0.9)

@@ -56,14 +56,14 @@ from steps import (
 )
 
 from circuit_breaking.engine.load import load_model
-from circuit_breaking.engine.reference import NaiveEdgeMasked
+from circuit_breaking.engine.reference import ReferenceModel
 from circuit_breaking.errors import UserError
 from circuit_breaking.runs.devices import pick_device
 
 
 def naive_step(settings: Settings) -> Callable[[torch.Tensor], None]:
     hf = make_hf(settings)
-    model = NaiveEdgeMasked(hf, settings.split_qkv)
+    model = ReferenceModel(hf, settings.split_qkv)
     n_edges = len(load_model(hf, settings.split_qkv, settings.device).mask.weights)
     mask = torch.ones(n_edges, device=hf.device, dtype=hf.dtype, requires_grad=True)
 
@@ -93,7 +93,7 @@ STEPS = {
 
 
 def peak_memory(settings: Settings, name: str) -> float:
-    """What one step adds to the loaded model at its peak, GB; on a CPU to be called in a process of its own."""
+    """Peak memory that one step adds to the loaded model, GB. On a CPU, call it in a separate process."""
     torch.set_num_threads(settings.threads)
     step, tokens = STEPS[name](settings), make_tokens(settings)
     return added_at_peak(step, tokens)
@@ -101,7 +101,7 @@ def peak_memory(settings: Settings, name: str) -> float:
 
 def peak_memories(settings: Settings, names: list[str]) -> dict[str, float]:
     """`peak_memory` of every variant."""
-    if pick_device(settings.device).type == "cuda":  # whose memory torch counts apart from all else
+    if pick_device(settings.device).type == "cuda":  # torch counts the memory of a GPU exactly
         return {name: peak_memory(settings, name) for name in names}
     memories = {}
     for name in names:

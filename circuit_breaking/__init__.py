@@ -3,7 +3,7 @@
 Li, Davies, Nadeau 2023, "Circuit Breaking: Removing Model Behaviors with Targeted Ablation" (arXiv:2309.05973).
 
 The public names below are imported when they are first used, so that `import circuit_breaking` takes no time.
-Each sub-package is a room of its own; imports run downwards only: `toxicity`, `ioi`, `mnist`, then `figures`,
+Each sub-package has one subject; imports run downwards only: `toxicity`, `ioi`, `mnist`, then `figures`,
 `evaluation`, `training`, `tasks`, `ablation`, `engine`, `models`, `runs`, and at the bottom `graph` and `errors`.
 """
 

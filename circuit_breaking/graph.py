@@ -1,8 +1,9 @@
-"""The causal graph of a transformer: nodes, edges, their names, order and counts (layer 0).
+"""The causal graph of a transformer: nodes, edges, their names, order and counts.
 
-Nodes in order: `embed`; for each layer its heads `a{layer}.{head}` and its MLP `m{layer}`; `output`. An edge
-`source->target` runs from every node to every later reader. With `split_qkv` a head reads three times, as
-`a{layer}.{head}.q`, `.k` and `.v`, so that the same source can be cut from its keys alone.
+The nodes are, in order: the embedding `embed`; for each layer its heads `a{layer}.{head}` and its MLP `m{layer}`; and
+`output`, which computes the logits. An edge `source->target` leads from each node to each later reader of the residual
+stream. With `split_qkv`, the query, key and value of a head are three readers, `a{layer}.{head}.q`, `.k` and `.v`, so
+that a source can be cut from a head's keys and still reach its queries and values.
 """
 
 from collections.abc import Mapping
@@ -19,7 +20,7 @@ QKV = ("q", "k", "v")
 
 
 class Edge(str):
-    """The name of an edge, `"a0.3->m5"`, which is a plain string that also knows its two ends."""
+    """The name of an edge, such as `"a0.3->m5"`: a string with the names of its two ends as properties."""
 
     __slots__ = ()
 
@@ -35,27 +36,33 @@ class Edge(str):
 
 
 def node_of(reader: str) -> str:
-    """The node that a reader belongs to: `"a3.7"` for `"a3.7.q"`, all others are nodes themselves."""
+    """The node that a reader belongs to: `"a3.7"` for `"a3.7.q"`. Other readers are nodes themselves."""
     node, _, part = reader.rpartition(".")
     return node if part in QKV else reader
 
 
 class LayerSlice(NamedTuple):
-    """Where the edges of one layer lie in the flat order: a block [n_readers, n_earlier_nodes], then the edges from the
-    layer's own heads into its MLP."""
+    """Where the edges into one layer are in the order of `EdgeGraph.edges`.
 
-    n_readers: int  # rows of the block: the readers of the heads, then the MLP
-    n_earlier_nodes: int  # columns of the block: nodes of earlier layers, which every reader of this layer reads
-    n_same_layer_edges: int  # edges from the layer's own heads into its MLP; 0 where both run in parallel
-    first_reader: int  # index of the first row among all readers
+    First comes a matrix [n_readers, n_earlier_nodes], row by row, then the edges from the layer's heads to its MLP.
+    """
+
+    n_readers: int  # rows of the matrix: the readers of the heads, then the MLP
+    n_earlier_nodes: int  # columns of the matrix: nodes of earlier layers, which every reader of this layer reads
+    n_same_layer_edges: int  # edges from the layer's heads to its MLP; 0 if attention and MLP run in parallel
+    first_reader: int  # index of the layer's first reader in `EdgeGraph.readers`
 
 
 @dataclass(frozen=True)
 class EdgeGraph:
-    """Nodes and edges of a transformer with `n_layers` layers of `n_heads` heads.
+    """Nodes and edges of a transformer. `len(graph)` is the number of edges.
 
-    `parallel=True` is the GPT-NeoX layer, whose attention and MLP read the same residual stream, so that an MLP
-    does not read its own layer's heads. `len(graph)` is the number of edges.
+    Args:
+        n_layers: number of layers.
+        n_heads: number of heads in each layer.
+        split_qkv: whether the query, key and value of a head are separate readers.
+        parallel: whether attention and MLP of a layer run in parallel, as in GPT-NeoX. An MLP then does not read the
+            heads of its layer.
     """
 
     n_layers: int = 12
@@ -69,12 +76,12 @@ class EdgeGraph:
 
     @property
     def head_readers(self) -> int:
-        """Readers that the heads of one layer have between them."""
+        """Number of readers in the heads of one layer."""
         return self.n_heads * (3 if self.split_qkv else 1)
 
     @cached_property
     def sources(self) -> list[str]:
-        """Names of the nodes that write, in order: everything but `output`."""
+        """Names of the nodes that write to the residual stream, in order: all but `output`."""
         names = ["embed"]
         for layer in range(self.n_layers):
             names += [f"a{layer}.{head}" for head in range(self.n_heads)] + [f"m{layer}"]
@@ -82,7 +89,7 @@ class EdgeGraph:
 
     @cached_property
     def readers(self) -> list[str]:
-        """Names of the nodes that read, in order."""
+        """Names of the readers, in order."""
         names = []
         for layer in range(self.n_layers):
             for head in range(self.n_heads):
@@ -92,7 +99,7 @@ class EdgeGraph:
 
     @cached_property
     def layers(self) -> list[LayerSlice]:
-        """Where each layer's edges lie; the edges into `output` are the last `len(sources)`."""
+        """Where the edges into each layer are; the last `len(sources)` edges are those into `output`."""
         slices = []
         rows, own = self.head_readers + 1, 0 if self.parallel else self.n_heads
         for layer in range(self.n_layers):
@@ -128,7 +135,7 @@ class EdgeGraph:
 
     @cached_property
     def edges(self) -> list[Edge]:
-        """All edges, reader by reader in forward order, each reader's sources in order."""
+        """All edges, in the order of `readers`; the edges of one reader are in the order of `sources`."""
         readers, sources = self._ends
         return [
             Edge(f"{self.sources[source]}->{self.readers[reader]}")
@@ -140,7 +147,7 @@ class EdgeGraph:
         return {edge: number for number, edge in enumerate(self.edges)}
 
     def index(self, edge: str) -> int:
-        """Position of an edge in the flat order. Raises `UserError` for an edge that this graph lacks."""
+        """Index of an edge in `edges`. Raises `UserError` if the graph has no such edge."""
         try:
             return self._index[edge]
         except KeyError:
@@ -164,12 +171,12 @@ class EdgeGraph:
         return len(self._ends[0])
 
     def __str__(self) -> str:
-        kind = ", query, key and value apart" if self.split_qkv else ""
+        kind = ", separate query, key and value readers" if self.split_qkv else ""
         return f"a graph of {self.n_layers} layers x {self.n_heads} heads{kind} ({len(self):,} edges)"
 
 
 def describe(graph: EdgeGraph) -> dict[str, Any]:
-    """What a mask's file says of the graph it belongs to."""
+    """A graph as a JSON object, for the record of a mask."""
     return {
         "n_layers": graph.n_layers,
         "n_heads": graph.n_heads,
@@ -180,10 +187,10 @@ def describe(graph: EdgeGraph) -> dict[str, Any]:
 
 
 def from_description(described: Mapping[str, Any]) -> EdgeGraph:
-    """The graph that `describe` described. It is small until its edges are asked for.
+    """The graph that `describe` described. Its edges are made when they are first used.
 
     Raises:
-        ValueError: this describes no graph, or one whose shape and number of edges do not agree.
+        ValueError: the description is incomplete, or its shape and number of edges do not agree.
     """
     shape = {key: value for key, value in described.items() if key != "n_edges"}
     types = {"n_layers": int, "n_heads": int, "split_qkv": bool, "parallel": bool}
@@ -192,7 +199,7 @@ def from_description(described: Mapping[str, Any]) -> EdgeGraph:
     graph = EdgeGraph(**shape)
     layers, nodes = graph.n_layers, graph.n_heads + 1
     own = 0 if graph.parallel else layers * graph.n_heads
-    # without the edges themselves: a damaged file may name sizes that no memory holds
+    # computed without making the edges, because a damaged file may name sizes that do not fit into memory
     count = (graph.head_readers + 1) * (layers + nodes * layers * (layers - 1) // 2) + own + 1 + layers * nodes
     if described.get("n_edges") != count:
         raise ValueError(f"a graph of {layers} layers x {graph.n_heads} heads has {count:,} edges")

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from itertools import combinations
 from random import Random
 
-TEST_SHARE = 5  # one sentence in so many is held out
+TEST_SHARE = 5  # one of this many sentences is held out
 
 MEN = ["John", "Tom", "Paul", "Mark", "James", "Peter", "David", "Simon", "Jack", "Adam", "Luke", "Henry"]
 WOMEN = ["Mary", "Anna", "Sarah", "Emma", "Lucy", "Kate", "Alice", "Jane", "Laura", "Rose", "Helen", "Clara"]

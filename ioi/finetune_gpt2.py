@@ -104,7 +104,7 @@ def finetune(
     checkpoints: Checkpoints,
     resume_from: Saved | None = None,
 ) -> None:
-    """Train all weights in place; dropout stays off. `on_step` gets a row a step; the rest is as for `train_mask`."""
+    """Train all weights in place, without dropout. `on_step` receives a row of metrics after each step."""
     hf.requires_grad_(True)
     stock, parameters = StockModel(hf), dict(hf.named_parameters())
     optimizer = torch.optim.AdamW(parameters.values(), lr=settings.lr, weight_decay=0.0)

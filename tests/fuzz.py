@@ -1,7 +1,7 @@
 """Feed every loader damaged files: each must be read or refused with a `UserError`, never end otherwise.
 
 `make fuzz` runs 10,000 inputs a loader and prints the count; nothing is kept but an input that failed, in /tmp. Inputs
-are valid files with bytes flipped, cut, repeated or exchanged, or with what they hold changed and encoded anew
+are valid files with bytes flipped, cut, repeated or exchanged, or with what they hold changed and encoded again
 (`damage`): headers, lengths, shapes, records, settings; or bombs.
 """
 

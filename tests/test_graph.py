@@ -43,7 +43,7 @@ def test_edges_by_hand():
     assert str(graph.edges[3]) == "a0.0->m0" and graph.edges[3].source == "a0.0" and graph.edges[3].target == "m0"
 
 
-def test_split_reads_query_key_and_value_apart():
+def test_split_reads_query_key_and_value_separately():
     graph = EdgeGraph(1, 2, split_qkv=True)
     heads = [f"embed->a0.{head}.{part}" for head in range(2) for part in "qkv"]
     outs = ["embed->m0", "a0.0->m0", "a0.1->m0", "embed->output", "a0.0->output", "a0.1->output", "m0->output"]

@@ -24,12 +24,22 @@ from circuit_breaking.toxicity.settings import ToxicRunSettings, ToxicTextSettin
 
 @dataclass
 class Settings(ToxicTextSettings, Float32ModelSettings, ScorerSettings, ToxicRunSettings, SeedSettings):
-    MOST_USED: ClassVar = ("model", "budgets", "judged", "methods", "seeds", "run", "seed", "device", "workers")
+    MOST_USED: ClassVar = (
+        "model",
+        "budgets",
+        "examined_budget",
+        "methods",
+        "seeds",
+        "run",
+        "seed",
+        "device",
+        "workers",
+    )
 
     run: str = "compare"
     budgets: tuple[int, ...] = (1, 2, 5, 12, 25, 50, 100, 200)  # most edges to cut: one mask for each budget
-    learned_budgets: tuple[int, ...] = ()  # budgets of masks with learned ablation constants, besides judged
-    judged: int = 12  # budget of the masks that are examined: edges one by one, several seeds, relearning
+    learned_budgets: tuple[int, ...] = ()  # budgets of masks with learned ablation constants, besides examined_budget
+    examined_budget: int = 12  # budget of the masks that are examined closely: each edge, several seeds, relearning
     seeds: int = 3  # masks at that budget, and number of times that continuations are sampled
     random_seeds: int = 5  # random masks for each budget
     large_refine_rounds: int = 20  # rounds of refinement for masks above that budget, whose rounds take longer
@@ -47,8 +57,10 @@ class Settings(ToxicTextSettings, Float32ModelSettings, ScorerSettings, ToxicRun
 
     def check(self) -> None:
         check_counts(self, "seeds", "workers", "threads", "num_texts", "num_prompts", "num_control", "steps")
-        if self.judged not in self.budgets:
-            raise UserError(f"judged is {self.judged}, which is none of the budgets. Set it to one of them.")
+        if self.examined_budget not in self.budgets:
+            raise UserError(
+                f"examined_budget is {self.examined_budget}, which is none of the budgets. Set it to one of them."
+            )
         require_data(self)
 
 
@@ -88,12 +100,12 @@ def stages(settings: Settings) -> list[list[Part]]:
     common = [f"--run={settings.run}", f"--out={settings.out}", f"--device={settings.device}"]
     model = [*common, f"--model={settings.model}", f"--seed={settings.seed}", *data]
     masks = [
-        f"--stable-budget={settings.judged}", f"--seeds={settings.seeds}", f"--random-seeds={settings.random_seeds}",
-        f"--large-refine-rounds={settings.large_refine_rounds}",
+        f"--stable-budget={settings.examined_budget}", f"--seeds={settings.seeds}",
+        f"--random-seeds={settings.random_seeds}", f"--large-refine-rounds={settings.large_refine_rounds}",
     ]  # fmt: skip
-    learned = sorted({*settings.learned_budgets, settings.judged})
+    learned = sorted({*settings.learned_budgets, settings.examined_budget})
     budgets = {ablation: learned if ablation == "optimal" else settings.budgets for ablation in ABLATIONS}
-    judged = [folder / "masks" / f"{ablation}_{settings.judged}" for ablation in ABLATIONS]
+    examined = [folder / "masks" / f"{ablation}_{settings.examined_budget}" for ablation in ABLATIONS]
     keep = ["--save-generations"] if settings.save_generations else []
     scorer = f"--scorer={settings.scorer}"
     tuned = [folder / "finetuned"] if settings.methods else []
@@ -118,11 +130,11 @@ def stages(settings: Settings) -> list[list[Part]]:
         making,
         [
             ("evaluation", "evaluation.py", [*model, *measured]),
-            ("relearning", "relearn.py", [*model, "--models", *judged, *tuned, scorer, *fewer(settings, 5, 2)]),
+            ("relearning", "relearn.py", [*model, "--models", *examined, *tuned, scorer, *fewer(settings, 5, 2)]),
             (
                 "evidence",
                 "edge_evidence.py",
-                [*model, "--masks", *judged, "--similar", folder / "masks", *fewer(settings, 2)],
+                [*model, "--masks", *examined, "--similar", folder / "masks", *fewer(settings, 2)],
             ),
         ],
         [("report", "report.py", [*common[:2], *(["--examples"] if settings.save_generations else [])])],
@@ -137,9 +149,9 @@ def fewer(settings: Settings, texts: int, prompts: int = 0) -> list[str]:
 
 
 def run_part(part: Part, settings: Settings, signals: Sequence[int] = ()) -> float:
-    """Run a script as a process of its own, its words into a log; the seconds it took.
+    """Run a script in a separate process that prints into a log, and return its seconds.
 
-    A signal that arrives in `signals` is passed on, and is what ends this then.
+    The first signal that arrives in `signals` is passed on to the process, and ends the run.
     """
     name, script, options = part
     stopped = Stopped(f"told to stop in or before {name}; run it again to go on.")

@@ -7,8 +7,8 @@ Writes  data/toxicity/<run>/: methods.json and methods.csv, one row per mask (bu
 Time    17 seconds per mask for the shipped model on one core, half an hour for the defaults.
 
 A method finds edges, and refinement changes them one by one by their measured effects. `alone` is the method without
-refinement; it trains for so many more steps that it sees equally many texts. The same command continues an interrupted
-run with the masks that are missing.
+refinement; it trains for more steps in exchange, so that it sees the same number of texts. The same command continues
+an interrupted run with the masks that are missing.
 """
 
 from dataclasses import asdict, dataclass, field, replace
@@ -54,7 +54,7 @@ class Settings(ToxicDataSettings, ModelSettings, ToxicRunSettings, SeedSettings)
             raise UserError(f"method {wrong[0]!r} is not one of {', '.join(METHODS)}.")
         if self.training.constants_lr:
             raise UserError(
-                "constants_lr is not compared here: it would tell methods apart by more than their edges. Set it to 0."
+                "constants_lr is not compared here: methods would then differ by more than their edges. Set it to 0."
             )
         require_data(self)
 

@@ -62,18 +62,18 @@ def main(settings: Settings) -> None:
         raise UserError(f"{other[0]} is a fine-tuned model and has no cut edges. Give masks only.")
     similar = [one for one in read_compared_models(find_folders(settings.similar), hf) if one.kind == "mask"]
 
-    judged = {}
+    examined = {}
     with tqdm(total=sum(2 + 2 * len(one.edges) for one in masks), desc="edges", unit="pass", disable=None) as bar:
         for one in masks:
             bar.set_postfix_str(one.name)
-            judged[one.name] = {
+            examined[one.name] = {
                 "ablation": one.about["ablation"],
                 **leave_one_out(hf, one.edges, one.means, texts, settings.batch_size, settings.seed, bar.update),
             }
     inputs = {path for one in (*masks, *similar) for path in (one.file, one.means_file)}
     inputs |= {settings.toxic_test, *files_of(settings.model)}
     report = Evidence(
-        masks=judged,
+        masks=examined,
         stability=stability(similar),
         num_texts={name: len(batch) for name, batch in texts.items()},
         provenance=provenance(settings, sorted(path for path in inputs if path is not None)),

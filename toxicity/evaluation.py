@@ -92,7 +92,7 @@ from circuit_breaking.runs.results import REPORT, Report
 from circuit_breaking.tasks.owt import load_texts
 from circuit_breaking.toxicity.inputs import load_prompts
 
-MOST_COLOURS = 8  # models beyond which a colour each does not tell them apart
+MOST_COLOURS = 8  # most models that can be told from each other by colour
 MOST_COLUMNS = 4  # models beyond which a terminal has no room for a column each
 
 
@@ -197,7 +197,7 @@ def main(settings: Settings) -> None:
             (folder / name).unlink(missing_ok=True)
     if len(measured) <= MOST_COLOURS:
         draw_report(folder)
-    else:  # more than one can tell apart by colour: a row each, and without random masks
+    else:  # too many for colours: one row for each model, without random masks
         (folder / "report.png").unlink(missing_ok=True)
         draw_models(folder)
     if rows:

@@ -141,7 +141,7 @@ def main(settings: Settings) -> None:
                 made_from = fingerprint(resume_key(run, *APART))
                 made = bool(files_of(str(place))) and is_up_to_date(place / FINETUNING, made_from, FineTuning.read)
                 if settings.resume and made:
-                    print(f"{method}: is there, of the same settings, data and code; --no-resume makes it anew")
+                    print(f"{method}: is there, of the same settings, data and code; --no-resume makes it again")
                 else:
                     make(place, settings, method, splits, tokenizer, run)
     draw_finetuning(folder)

@@ -124,7 +124,7 @@ def load_pair(settings: Settings) -> tuple[Any, dict[str, nn.Module]]:
 
 
 def twin(hf: nn.Module) -> nn.Module:
-    """A copy of a model that shares its weights and has hooks of its own."""
+    """A copy of a model with the same weight tensors and separate hooks."""
     shared = {id(tensor): tensor for tensor in (*hf.parameters(), *hf.buffers())}
     return copy.deepcopy(hf, shared)
 

@@ -174,7 +174,7 @@ class Sweep:
         place, key = self.folder / "masks" / name, self.key(role, ablation, budget, seed)
         if self.settings.resume and is_up_to_date(place / MASK, fingerprint(key), read_mask_record):
             load_mask(place / MASK, self.model)
-            print(f"{name}: is there, of the same settings, data and code; --no-resume makes it anew", flush=True)
+            print(f"{name}: is there, of the same settings, data and code; --no-resume makes it again", flush=True)
             return self.model.mask.n_cut()
         how = training_of(self.settings, ablation, budget)
         how = how if edges is None else given(how)

@@ -14,7 +14,7 @@ from circuit_breaking.models.tokens import TokenBatch, encode, prefix_token
 from circuit_breaking.tasks import OWTTask, ToxicTask
 from circuit_breaking.tasks.owt import load_texts
 from circuit_breaking.tasks.toxic import read_examples
-from circuit_breaking.toxicity.splits import check_apart
+from circuit_breaking.toxicity.splits import check_disjoint
 from circuit_breaking.toxicity.uniform import read_uniform, spread
 
 
@@ -24,7 +24,7 @@ def held_out_texts(settings: Any, tokenizer: Any) -> dict[str, TokenBatch]:
     Raises:
         UserError: a file is missing or damaged, or a toxic text is in both the training and the held-out file.
     """
-    check_apart(settings.toxic_train, settings.toxic_test)
+    check_disjoint(settings.toxic_train, settings.toxic_test)
     ordinary = OWTTask(tokenizer, settings.ordinary, settings.length, text_column=settings.text_column)
     toxic = ToxicTask(tokenizer, settings.toxic_train, settings.toxic_test, settings.length, examples=None)
     return {"toxic": toxic.test[: settings.num_texts], "ordinary": ordinary.test[: settings.num_texts]}
@@ -41,7 +41,7 @@ def uniform_texts(settings: Any, tokenizer: Any, scorer: Scorer) -> tuple[TokenB
     if settings.num_uniform == 0 or (path is None and settings.model != SHIPPED):
         return None
     if path is not None:
-        check_apart(settings.toxic_train, path)
+        check_disjoint(settings.toxic_train, path)
         texts, toxicity = read_uniform(path)
     else:
         toxic = read_examples(settings.toxic_test)

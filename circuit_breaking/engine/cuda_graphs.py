@@ -173,7 +173,7 @@ class CudaGraphCache:
             network, inputs, workspace: as for `MaskedPass`.
             backward: whether a backward will follow; constants: whether that gives ablation constants a gradient.
             max_positions: positions of the model, beyond which nothing is padded.
-            rotary_tables: makes cos and sin for so many positions.
+            rotary_tables: makes the tables of cos and sin for a given number of positions.
         """
         tokens, values = inputs.tokens, inputs.values
         padded = min(-(-tokens.shape[1] // PAD) * PAD, max_positions)

@@ -1,4 +1,4 @@
-"""The mask over a model's edges: one flat parameter, its budget, and its files (layer 1)."""
+"""The mask over a model's edges: one flat parameter, its budget, and its files."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +16,7 @@ HINT = "Make one with toxicity/train_mask.py, or set the path of one."
 
 
 class EdgeMask(nn.Module):
-    """One weight for every edge of a graph, 1 to keep it and 0 to cut it: `weights` [E], all ones at first."""
+    """One weight for each edge of a graph, `weights` [E]: 1 keeps the edge, 0 cuts it. All weights are 1 at first."""
 
     def __init__(self, graph: EdgeGraph, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
@@ -25,22 +25,22 @@ class EdgeMask(nn.Module):
 
     @torch.no_grad()
     def clamp_(self) -> None:
-        """Bring every weight back into [0, 1]."""
+        """Clamp all weights to [0, 1]."""
         self.weights.clamp_(0, 1)
 
     @torch.no_grad()
     def round_(self, threshold: float = 0.5) -> None:
-        """Set every weight to 0 or 1; one at `threshold` counts as kept."""
+        """Set each weight to 1 if it is at least `threshold`, else to 0."""
         self.weights.copy_(self.weights >= threshold)
 
     @torch.no_grad()
     def keep_budget_(self, max_edges: int) -> None:
-        """Make the mask binary with at most `max_edges` cut: those below 0.5, the lowest first."""
+        """Make the mask binary: cut the `max_edges` lowest of the weights below 0.5, and keep all other edges."""
         self.weights.copy_(lowest_cut(self.weights, max_edges, threshold=0.5))
 
     @torch.no_grad()
     def cut_(self, edges: list[str] | list[Edge]) -> None:
-        """Cut the named edges, whatever the others are. Raises `UserError` for one that does not exist."""
+        """Cut the named edges and leave all others unchanged. Raises `UserError` if an edge does not exist."""
         self.weights[[self.graph.index(edge) for edge in edges]] = 0.0
 
     @torch.no_grad()
@@ -49,16 +49,19 @@ class EdgeMask(nn.Module):
         self.weights.fill_(1.0)
 
     def n_cut(self) -> int:
-        """How many edges rounding would cut."""
+        """Number of edges that `round_` would cut."""
         return int((self.weights < 0.5).sum())
 
     def cut_edges(self) -> list[Edge]:
-        """Names of the edges that rounding would cut, in the graph's order."""
+        """Names of the edges that `round_` would cut, in the order of the graph."""
         return [self.graph.edges[index] for index in (self.weights < 0.5).nonzero()[:, 0].tolist()]
 
 
 def lowest_cut(scores: Tensor, count: int, threshold: float = float("inf")) -> Tensor:
-    """A binary mask [E] that cuts the `count` lowest scores, of those below `threshold`; ties by edge order."""
+    """A binary mask [E] that cuts the `count` edges with the lowest scores [E], of those below `threshold`.
+
+    Among equal scores, the edge that comes first in the graph is cut first.
+    """
     mask = torch.ones_like(scores)
     order = lowest(scores, count)
     mask[order[scores[order] < threshold]] = 0.0
@@ -66,8 +69,8 @@ def lowest_cut(scores: Tensor, count: int, threshold: float = float("inf")) -> T
 
 
 def lowest(scores: Tensor, count: int) -> Tensor:
-    """Indices of the `count` lowest scores [E], the lowest first; ties by edge order."""
-    # a stable sort and not topk, whose choice among equal scores differs between devices
+    """Indices [count] of the lowest scores [E], in rising order; equal scores stay in the order of the edges."""
+    # a stable sort, because the choice of topk among equal scores differs between devices
     return scores.sort(stable=True).indices[: max(count, 0)]
 
 
@@ -75,13 +78,13 @@ def save_mask(path: Path | str, model: Any, record: MaskRecord | None = None) ->
     """Write the model's mask weights to a safetensors file.
 
     Args:
-        path: the file, `mask.safetensors` by custom.
+        path: the file, usually `mask.safetensors`.
         model: an `EdgeMaskedTransformer`.
-        record: how the mask was made; the model's name and graph are filled in. Without it the file says no more than
+        record: how the mask was made. The model's name and graph are filled in; without `record` the file has only
             those.
 
     Raises:
-        UserError: the model's cut edges carry means and the record says zero, or the other way round.
+        UserError: the model has ablation values and the record says that they are zero, or the other way round.
     """
     record = replace(record or MaskRecord(), model=model.name or "", graph=describe(model.graph))
     if (model.means is None) != (record.ablation_value.kind == "zero"):
@@ -93,12 +96,12 @@ def save_mask(path: Path | str, model: Any, record: MaskRecord | None = None) ->
 
 
 def read_mask_record(path: Path | str, hint: str = HINT) -> MaskRecord:
-    """How the mask in a file was made. A file that is missing, damaged or holds no mask is a `UserError`."""
+    """How the mask in a file was made. Raises `UserError` if the file is missing, damaged, or holds no mask."""
     return MaskRecord.from_json(read_tensors(path, hint)[1], path, hint)
 
 
 def read_cut_edges(path: Path | str, hint: str = HINT) -> tuple[list[Edge], MaskRecord]:
-    """Names of the edges that the mask in a file cuts, in the graph's order, and the file's record; no model is needed.
+    """Names of the edges that the mask in a file cuts, in the graph's order, and the file's record. Needs no model.
 
     Raises:
         UserError: the file is missing or damaged, or holds no mask.
@@ -117,7 +120,7 @@ def read_cut_edges(path: Path | str, hint: str = HINT) -> tuple[list[Edge], Mask
 
 
 def load_mask(path: Path | str, model: Any) -> MaskRecord:
-    """Read a mask into the model and return the file's record. What cut edges carry stays as it is in the model.
+    """Read a mask into the model and return the file's record. The model's ablation values stay unchanged.
 
     Raises:
         UserError: the file is missing or damaged, or was made for a model of another shape.

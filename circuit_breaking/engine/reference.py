@@ -36,7 +36,7 @@ OPTIONS = {  # of a description, those that are computed here
 Rotary = tuple[Tensor, Tensor] | None  # cos and sin [1, T, r]
 
 
-class NaiveEdgeMasked(nn.Module):
+class ReferenceModel(nn.Module):
     """A Hugging Face model with a weight on every edge; `forward(tokens, mask, means)` returns its logits."""
 
     def __init__(self, hf: nn.Module, split_qkv: bool = False) -> None:

@@ -50,6 +50,6 @@ def print_table(report: MnistReport) -> None:
         cells = [f"{row[name]:,}" if name == "edges cut" else f"{100 * row[name]:.1f}" for name in columns]
         table.add_row(variant, *cells)
     console = Console()
-    # a pipe or a log file has no width of its own: never wrap there
+    # a pipe or a log file has no width: lines are not wrapped there
     (console if console.is_terminal else Console(width=140)).print(table)
     print(f"test accuracy of the network before anything is cut: {100 * report.test_accuracy:.2f} %")

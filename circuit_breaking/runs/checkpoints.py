@@ -114,7 +114,7 @@ class Checkpoints:
                 print(f"passed over a checkpoint: {error}", file=sys.stderr)
                 continue
             if about.get("run") != json.loads(json.dumps(self.run, default=plain)):
-                print(f"{path} is of a run with other settings or data: starting anew.", file=sys.stderr)
+                print(f"{path} is of a run with other settings or data: starting from the beginning.", file=sys.stderr)
                 return None
             set_random_states(states)
             tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("random.")}

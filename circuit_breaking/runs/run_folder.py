@@ -77,7 +77,7 @@ def _begin(path: Path, checkpoints: Checkpoints | None) -> Saved | None:
     saved = None if checkpoints is None else checkpoints.load()
     rows = read_jsonl(path)[: saved.step] if saved is not None and path.is_file() else []
     if saved is not None and [row.get("step") for row in rows] != list(range(saved.step)):
-        print(f"{path} lacks steps before the checkpoint: starting anew.", file=sys.stderr)
+        print(f"{path} lacks steps before the checkpoint: starting from the beginning.", file=sys.stderr)
         saved, rows = None, []
     if saved is not None:
         print(f"going on from step {saved.step}", file=sys.stderr)

@@ -68,7 +68,7 @@ def load_splits(
     Raises:
         UserError: a file is missing, empty or damaged; a toxic text or id is in both files; there are too few texts.
     """
-    check_apart(toxic_train, toxic_test)
+    check_disjoint(toxic_train, toxic_test)
     toxic = ToxicTask(tokenizer, toxic_train, toxic_test, length, examples=None, seed=seed)
     plain = OWTTask(tokenizer, ordinary, length, LIMIT, seed, text_column)
     parts = []
@@ -85,7 +85,7 @@ def load_splits(
     return Splits(*parts, files=files)
 
 
-def check_apart(train: Path, test: Path) -> None:
+def check_disjoint(train: Path, test: Path) -> None:
     """Raise a `UserError` if a row of one file is also in the other, by its id or by its text.
 
     Texts that differ only in case, compatibility forms or white space count as the same.

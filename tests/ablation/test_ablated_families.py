@@ -53,7 +53,7 @@ def test_query_heads_that_share_normalised_keys(share):
 
 
 def test_a_sliding_window_is_the_models_own_affair():
-    """Texts within the window are judged by the engine; on longer ones the hooks must not change what is not cut."""
+    """Texts within the window are compared with the engine; on longer ones hooks change only the cut edges."""
     hf = small_mistral(sliding_window=9)
     edges = some_edges(hf, 30)
     tokens = torch.randint(1, 50, (2, 9), generator=torch.manual_seed(3))

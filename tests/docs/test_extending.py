@@ -8,7 +8,7 @@ from helpers.markdown import blocks
 from helpers.models import spread
 
 from circuit_breaking.engine.load import load_model
-from circuit_breaking.engine.reference import NaiveEdgeMasked
+from circuit_breaking.engine.reference import ReferenceModel
 from circuit_breaking.models.families import FAMILIES
 from circuit_breaking.runs.files import ROOT
 from circuit_breaking.training.methods import METHODS as MASK_METHODS
@@ -49,7 +49,7 @@ def test_family():
         assert (model(tokens) - hf(tokens).logits).abs().max() < 1e-4
         mask = torch.rand(len(model.graph), generator=torch.manual_seed(0))
         torch.testing.assert_close(
-            model(tokens, mask=mask), NaiveEdgeMasked(hf, split)(tokens, mask), atol=5e-5, rtol=1e-5
+            model(tokens, mask=mask), ReferenceModel(hf, split)(tokens, mask), atol=5e-5, rtol=1e-5
         )
 
 

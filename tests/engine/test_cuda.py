@@ -14,7 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from circuit_breaking.ablation.ablate import ablate
 from circuit_breaking.engine import reads
 from circuit_breaking.engine.load import load_model
-from circuit_breaking.engine.reference import NaiveEdgeMasked
+from circuit_breaking.engine.reference import ReferenceModel
 from circuit_breaking.models.load import TINY
 from circuit_breaking.training.config import MaskConfig
 from circuit_breaking.training.mask_trainer import train_mask
@@ -45,7 +45,7 @@ def test_any_mask_matches_the_oracle_there(family, split, kind, monkeypatch):
         set_way(model, way, monkeypatch)
         for mask in 2 * make_masks(len(model.graph)):
             mask = mask.to(GPU).requires_grad_()
-            expected = NaiveEdgeMasked(hf, split)(TOKENS.to(GPU), mask, model.means)
+            expected = ReferenceModel(hf, split)(TOKENS.to(GPU), mask, model.means)
             readout = torch.randn_like(expected)
             (expected_gradient,) = torch.autograd.grad((expected * readout).sum(), mask)
             logits = model(TOKENS.to(GPU), mask=mask)

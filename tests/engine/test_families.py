@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from circuit_breaking.engine.load import load_model
-from circuit_breaking.engine.reference import NaiveEdgeMasked
+from circuit_breaking.engine.reference import ReferenceModel
 from circuit_breaking.errors import UserError
 from circuit_breaking.graph import EdgeGraph
 from circuit_breaking.models.activations import fused_activations
@@ -139,7 +139,7 @@ def test_family_variants_whole_and_masked(make, changes):
         torch.testing.assert_close(model(TOKENS), hf(TOKENS).logits, atol=2e-5, rtol=1e-5)
         with torch.no_grad():
             model.mask.weights.copy_(torch.rand(len(model.graph), generator=torch.Generator().manual_seed(4)))
-        expected = NaiveEdgeMasked(hf, split)(TOKENS, model.mask.weights)
+        expected = ReferenceModel(hf, split)(TOKENS, model.mask.weights)
         torch.testing.assert_close(model(TOKENS), expected, atol=5e-5, rtol=1e-5)
 
 

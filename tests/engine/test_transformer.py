@@ -7,7 +7,7 @@ from helpers.models import small_gpt2, small_llama, small_neox, small_qwen3
 
 from circuit_breaking.engine import network, norms
 from circuit_breaking.engine.load import load_model
-from circuit_breaking.engine.reference import NaiveEdgeMasked
+from circuit_breaking.engine.reference import ReferenceModel
 from circuit_breaking.errors import UserError
 
 
@@ -40,7 +40,7 @@ def test_random_masks_match_the_oracle(family, split, kind, group_layers, monkey
     model.means = make_means(model, kind)
     for mask in make_masks(len(model.graph)):
         mask.requires_grad_()
-        expected = NaiveEdgeMasked(hf, split)(TOKENS, mask, model.means)
+        expected = ReferenceModel(hf, split)(TOKENS, mask, model.means)
         readout = torch.randn_like(expected)
         (expected_gradient,) = torch.autograd.grad((expected * readout).sum(), mask)
         with torch.no_grad():

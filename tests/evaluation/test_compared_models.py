@@ -60,7 +60,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-def test_folders_are_told_apart(folder):
+def test_kinds_of_folders(folder):
     found = find_folders([folder / "all"])
     assert list(found) == ["mean", "saved", "split", "tuned", "zero"]
     assert find_folders([folder / "all" / "zero", folder / "all"])["zero"] == folder / "all" / "zero"

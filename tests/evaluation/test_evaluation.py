@@ -80,7 +80,7 @@ def test_changes_are_paired():
     assert set(broken) == {"value", "low", "high", "change"} and broken["value"] is broken["change"]["low"] is None
 
 
-def test_what_is_written_twice_is_judged_once(monkeypatch):
+def test_what_is_written_twice_is_scored_once(monkeypatch):
     hf, prompts = small_gpt2(), pad_right([[0, 5, 7], [0, 3]], 0)
     written = [Continuations([[4, 9], [4, 9], [8], [1, 2, 3]], 2), Continuations([[8], [4, 9], [8], [8]], 2)]
     seen, plain = [], evaluation.text_losses

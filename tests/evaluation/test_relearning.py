@@ -11,7 +11,7 @@ from helpers.models import small_gpt2
 
 from circuit_breaking.ablation.ablate import ablate
 from circuit_breaking.engine.load import load_model
-from circuit_breaking.engine.reference import NaiveEdgeMasked
+from circuit_breaking.engine.reference import ReferenceModel
 from circuit_breaking.errors import UserError
 from circuit_breaking.evaluation.compared_models import ComparedModel
 from circuit_breaking.evaluation.generate import Sampling
@@ -37,7 +37,7 @@ def test_gradients_reach_every_weight_through_the_cuts(family, with_means):
         return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
     twin = copy.deepcopy(hf)
-    naive = NaiveEdgeMasked(twin)
+    naive = ReferenceModel(twin)
     twin.requires_grad_(True)
     expected = gradients(twin, naive(tokens, engine.mask.weights.detach().double(), means))
     hf.requires_grad_(True)

@@ -17,7 +17,7 @@ NUMBERS = [
 ]  # fmt: skip
 VALUES = [None, "", "x", "\x00", "\ud800", "..", "/dev/zero", "~nobody", [], {}, [[]], [1, "a"], {"a": {}}, "1" * 400]
 BOMB = 2**26  # bytes of zeros
-BOMBS = 400  # one input in so many is a bomb
+BOMBS = 400  # one of this many inputs is a bomb
 NAMES = ("F64", "F32", "F16", "BF16", "I64", "I32", "U8", "BOOL", "U64", "F8_E4M3", "F8_E8M0", "F4", "C64", "nope")
 
 
@@ -93,7 +93,7 @@ def damage_lines(data: bytes, rng: random.Random) -> bytes:
 
 
 def damage_tensors(data: bytes, rng: random.Random) -> bytes:
-    """Bytes, or the header of a safetensors file or the record in it, encoded anew with its right length."""
+    """Bytes, or the header of a safetensors file or the record in it, encoded again with the right length."""
     if rng.random() < 0.3:
         return damage(data, rng)
     length = int.from_bytes(data[:8], "little")

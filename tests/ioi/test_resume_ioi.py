@@ -97,7 +97,7 @@ def test_a_mask_goes_on(data, tmp_path, monkeypatch, capsys, name, folder, chang
     assert mask_of(tmp_path / "whole" / folder) == mask_of(tmp_path / "run" / folder)
     assert mask_of(tmp_path / "whole" / folder) == mask_of(tmp_path / "again" / folder)
     start(name, data, tmp_path / "run", **changes, alpha=0.3)
-    assert "other settings or data: starting anew" in capsys.readouterr().err
+    assert "other settings or data: starting from the beginning" in capsys.readouterr().err
     with locked(tmp_path / "run" / folder), pytest.raises(UserError, match="another run is writing"):
         start(name, data, tmp_path / "run", **changes)
 

@@ -179,7 +179,7 @@ def test_hub_copy_is_read(tmp_path, monkeypatch):
     assert arrays["test", "labels"].tolist() == table["label"]
 
 
-def test_split_keeps_parts_apart():
+def test_parts_of_a_split_are_disjoint():
     images = load_images(digits.DEFAULT_FOLDER, "digits", CPU)
     split = split_images(images, 3, 30, seed=1)
     assert sorted(label for group in split.groups for label in group) == list(range(10))

@@ -43,7 +43,7 @@ def made(script, out):
 
 
 def at_step(monkeypatch, step, how):
-    """`how` happens between so many steps of the run and their checkpoint; a list that counts them."""
+    """Call `how` between step `step` of the run and its checkpoint. Returns a list with an entry for each step."""
     plain, counted = Checkpoints.after, []
 
     def after(self, *words):
@@ -117,7 +117,10 @@ def test_damage_changed_settings_and_a_second_run(whole, tmp_path, monkeypatch, 
         start(script, tmp_path)
     counted = at_step(monkeypatch, 0, die)
     start(script, tmp_path, train_lr=1e-3)
-    assert "other settings or data: starting anew" in capsys.readouterr().err and len(counted) == STEPS[script]
+    assert (
+        "other settings or data: starting from the beginning" in capsys.readouterr().err
+        and len(counted) == STEPS[script]
+    )
     with locked(tmp_path / NAMES[script]), pytest.raises(UserError, match="another run is writing"):
         start(script, tmp_path)
     assert signals._received is None  # signals are given back

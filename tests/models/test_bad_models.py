@@ -113,7 +113,7 @@ BAD = {
     "NaN for a number": (settings(layer_norm_epsilon=float("nan")), "NaN, which is no number"),
     "unknown family": (settings(model_type="nope"), "model type"),
     "unknown function": (settings(activation_function="nope"), "makes no model"),
-    "code of its own": (
+    "custom code": (
         settings(model_type="own", auto_map={"AutoConfig": "x.A", "AutoModelForCausalLM": "x.B"}),
         "contains custom code",
     ),

@@ -13,7 +13,7 @@ from circuit_breaking.ablation.hooks import check_hooks
 from circuit_breaking.ablation.weight_mask import find_matrices
 from circuit_breaking.engine.blocks import make_blocks
 from circuit_breaking.engine.load import load_model
-from circuit_breaking.engine.reference import NaiveEdgeMasked
+from circuit_breaking.engine.reference import ReferenceModel
 from circuit_breaking.errors import UserError
 from circuit_breaking.models import families
 from circuit_breaking.models.families import FAMILIES, describe, graph_of
@@ -66,7 +66,7 @@ def test_unknown_families_are_refused_in_one_sentence_that_names_the_known_ones(
     for use in (
         load_model,
         describe,
-        NaiveEdgeMasked(bert),
+        ReferenceModel(bert),
         lambda hf: ablate(hf, []),
         lambda hf: find_matrices(hf, "head"),
     ):
@@ -137,7 +137,7 @@ CONSUMERS = {
     "the edge-masked transformer": load_model,
     "cutting edges": lambda hf: ablate(hf, ["m0->m1"]),
     "a weight mask": lambda hf: find_matrices(hf, "neuron"),
-    "the reference": lambda hf: NaiveEdgeMasked(hf)(TOKENS, MASK),
+    "the reference": lambda hf: ReferenceModel(hf)(TOKENS, MASK),
 }
 
 

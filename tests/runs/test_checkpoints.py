@@ -26,7 +26,7 @@ SETTINGS = MaskConfig(max_edges=6, **QUICK)  # 18 steps in three phases
 
 
 def run(checkpoints=None, die_at=None, how=None, **changes):
-    """Train anew or from the folder's checkpoint; at step `die_at`, call `how`. Returns the mask and the rows."""
+    """Train from the beginning or from the folder's checkpoint; call `how` at step `die_at`. The mask and the rows."""
     rows = []
 
     def on_step(row):
@@ -109,7 +109,7 @@ def test_a_damaged_newest_falls_back_to_the_one_before(tmp_path, damage, capsys)
     (tmp_path / NEWEST).write_bytes(data[: {"flip": None, "cut short": 500, "empty": 0}[damage]])
     assert torch.equal(run(checkpoints)[0], expected)
     assert "passed over" in capsys.readouterr().err
-    assert checkpoints.load() is not None  # the run that went on has saved anew
+    assert checkpoints.load() is not None  # the resumed run has saved again
 
 
 def test_nothing_whole_is_a_new_start(tmp_path):

@@ -218,7 +218,7 @@ def test_the_kernel_refuses_to_write(inputs, tmp_path, name, most):
 
 
 def test_a_small_disk_that_is_really_full(tmp_path):
-    """On a file system of 64 KB, in a mount namespace of its own; where none can be made, the tests above stand in."""
+    """On a file system of 64 KB, in a separate mount namespace; where none can be made, the tests above stand in."""
     code = (
         "import sys; from pathlib import Path; from circuit_breaking.runs.tensors import *; import torch\n"
         "from circuit_breaking.errors import UserError\n"

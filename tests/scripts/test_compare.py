@@ -45,8 +45,8 @@ def data(tmp_path_factory):
 
 def settings(data, out, **changes):
     small = {
-        "budgets": (1, 2), "judged": 2, "seeds": 2, "random_seeds": 2, "lrs": (1e-3,), "steps": 4, "num_texts": 10,
-        "num_prompts": 4, "model": str(data / "model"), "toxic_train": data / "train.jsonl",
+        "budgets": (1, 2), "examined_budget": 2, "seeds": 2, "random_seeds": 2, "lrs": (1e-3,), "steps": 4,
+        "num_texts": 10, "num_prompts": 4, "model": str(data / "model"), "toxic_train": data / "train.jsonl",
         "toxic_test": data / "test.jsonl", "ordinary": str(data / "plain.txt"), "out": out,
     }  # fmt: skip
     return compare.Settings(**{**small, **changes})
@@ -101,7 +101,7 @@ def test_every_promised_file_is_there(finished):
     masks = {f"{ablation}_{b}" for ablation in ("zero", "mean", "optimal") for b in ("1", "2", "2_seed1")} - {
         "optimal_1"
     }
-    learned = {f"random_optimal_2_seed{s}" for s in (0, 1)}  # trained, among so many random edges
+    learned = {f"random_optimal_2_seed{s}" for s in (0, 1)}  # trained, among random edges of the same number
     chance = {f"random_{ablation}_{b}_seed{s}" for ablation in ("zero", "mean") for b in (1, 2) for s in (0, 1)}
     assert names == {"original", "joint", "ascent", "task_arithmetic", "npo", "rmu"} | masks | chance | learned
     for name, one in report["models"].items():
@@ -229,8 +229,8 @@ def test_a_part_that_fails_ends_the_comparison(data, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"ended with exit code 1 \(error: device 'gpu'.*logs.*tells the rest"):
         compare.main(chosen)
     assert not (tmp_path / "compare" / "report.json").exists()
-    with pytest.raises(UserError, match="judged is 3"):
-        compare.main(settings(data, tmp_path, judged=3))
+    with pytest.raises(UserError, match="examined_budget is 3"):
+        compare.main(settings(data, tmp_path, examined_budget=3))
 
 
 def test_an_interrupted_comparison_goes_on(data, tmp_path, monkeypatch):
@@ -238,7 +238,7 @@ def test_an_interrupted_comparison_goes_on(data, tmp_path, monkeypatch):
         name, script, options = plain(settings)[0][0]
         return [[(name, script, [*options, *SHORT])]]
 
-    chosen = settings(data, tmp_path, judged=1, budgets=(1, 2, 3), random_seeds=0, workers=1)
+    chosen = settings(data, tmp_path, examined_budget=1, budgets=(1, 2, 3), random_seeds=0, workers=1)
     monkeypatch.setattr(compare, "stages", making)
     for name in ("read_models", "statement"):
         monkeypatch.setattr(compare, name, lambda of: None)
@@ -258,7 +258,7 @@ def test_an_interrupted_comparison_goes_on(data, tmp_path, monkeypatch):
     compare.main(dataclasses.replace(chosen, workers=2))
     assert len(list(masks.glob("*/mask.safetensors"))) == 4
     assert first.stat().st_mtime_ns == made and not begun.exists()
-    compare.main(chosen)  # a finished one is made anew
+    compare.main(chosen)  # a finished one is computed again
     assert first.stat().st_mtime_ns > made
     with locked(tmp_path / "compare"), pytest.raises(UserError, match="another run is writing"):
         compare.main(chosen)

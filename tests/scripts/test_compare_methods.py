@@ -93,7 +93,7 @@ def test_every_method_sees_as_many_texts(finished):
         assert 0 <= script.texts_seen(training) - script.texts_seen(alone) < training.batch_size
 
 
-def test_masks_that_are_there_are_kept_and_others_made_anew(data, finished, monkeypatch, capsys):
+def test_masks_that_are_there_are_kept_and_others_made_again(data, finished, monkeypatch, capsys):
     folder, _ = finished
     first = (folder / "methods.json").read_bytes(), (folder / "methods.png").read_bytes()
     made, train = [], script.train_mask

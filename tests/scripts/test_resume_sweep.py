@@ -1,4 +1,4 @@
-"""A sweep of masks that is interrupted: finished masks stay, the one in progress goes on."""
+"""A sweep of masks that is interrupted: finished masks stay, the one in progress is resumed."""
 
 import os
 import signal
@@ -62,7 +62,7 @@ def made(out):
 
 
 def at_step(monkeypatch, step, how):
-    """`how` happens behind so many steps of the sweep, over all masks; a list that counts them."""
+    """Call `how` after a number of steps, counted over all masks. Returns a list with an entry for each step."""
     plain, counted = training._Trainer.step, []
 
     def stepped(self):
@@ -123,7 +123,7 @@ def test_random_edges_are_all_cut_and_only_what_they_carry_is_learned(data, whol
 
 
 def kept_of(steps):
-    """How many steps of a sweep that is killed behind so many are not done again: each third of a training is saved."""
+    """How many steps of a killed sweep are not repeated: each third of a training is saved."""
     done = 0
     for training_steps in TRAININGS:
         if steps - done < len(training_steps):
@@ -149,7 +149,7 @@ def test_an_interrupted_sweep_leaves_what_a_whole_one_does(data, whole, tmp_path
     assert counted == [] and made(tmp_path) == whole and not (tmp_path / "sweep" / "relaxed").exists()
 
 
-def test_only_what_makes_a_difference_makes_a_mask_anew(data, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_only_what_makes_a_difference_makes_a_mask_again(data, tmp_path, monkeypatch, capsys):  # noqa: F811
     counted = at_step(monkeypatch, 0, die)
     few = {"ablations": ("zero",), "budgets": (2,), "seeds": 1}
     for changes, masks in (

@@ -66,7 +66,7 @@ def test_help_fits_a_narrow_terminal(monkeypatch):
             "there is no file /nowhere.jsonl.",
         ),
         ("toxicity/evaluation.py", ["--samples", 0], "samples is 0; give 1 or more."),
-        ("toxicity/compare.py", ["--judged", 3], "judged is 3, which is none of the budgets."),
+        ("toxicity/compare.py", ["--examined-budget", 3], "examined_budget is 3, which is none of the budgets."),
         ("toxicity/finetune_gpt2.py", ["--methods", "x"], "there is no method 'x'; choose from joint, ascent"),
         ("toxicity/sweep_masks.py", ["--budgets", 0], "budgets are [0]; give one or more, each 1 or more."),
         ("ioi/train_mask.py", ["--train", "/nowhere.jsonl"], "there is no file /nowhere.jsonl. Make prompts with"),

@@ -6,7 +6,7 @@ from helpers.scripts import PLAIN, RUDE, small_tokenizer
 from circuit_breaking.errors import UserError
 from circuit_breaking.models.tokens import pad_right
 from circuit_breaking.runs.files import write_jsonl, write_text
-from circuit_breaking.toxicity.splits import check_apart, load_splits, without
+from circuit_breaking.toxicity.splits import check_disjoint, load_splits, without
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def test_tasks_train_on_one_part_and_test_on_another(data, tokenizer):
 
 
 def test_a_row_in_both_files_is_an_error(data):
-    check_apart(data / "train.jsonl", data / "test.jsonl")
+    check_disjoint(data / "train.jsonl", data / "test.jsonl")
     for row, what in (
         ({"id": 3, "text": "never seen"}, "id"),
         ({"id": "3", "text": "never seen"}, "id"),
@@ -66,9 +66,9 @@ def test_a_row_in_both_files_is_an_error(data):
     ):
         write_jsonl(data / "other.jsonl", [{"id": 7000, "text": "fine"}, row])
         with pytest.raises(UserError, match=f"1 rows of .*other.jsonl are both in the training.* by their {what}"):
-            check_apart(data / "train.jsonl", data / "other.jsonl")
+            check_disjoint(data / "train.jsonl", data / "other.jsonl")
     write_jsonl(data / "other.jsonl", [{"text": "no id"}])
-    check_apart(data / "train.jsonl", data / "other.jsonl")
+    check_disjoint(data / "train.jsonl", data / "other.jsonl")
 
 
 def test_too_few_texts(data, tokenizer):

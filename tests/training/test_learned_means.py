@@ -11,7 +11,7 @@ from circuit_breaking.ablation.ablate import ablate
 from circuit_breaking.engine.ablation_values import load_means
 from circuit_breaking.engine.load import load_model
 from circuit_breaking.engine.mask import load_mask
-from circuit_breaking.engine.reference import NaiveEdgeMasked
+from circuit_breaking.engine.reference import ReferenceModel
 from circuit_breaking.errors import UserError
 from circuit_breaking.models.load import load_hf_model
 from circuit_breaking.runs.checkpoints import Checkpoints
@@ -28,7 +28,7 @@ def test_gradients_of_learned_means_match_the_oracle(family, split):
     model.means = means
     for mask in make_masks(len(model.graph)):
         mask.requires_grad_()
-        expected = NaiveEdgeMasked(hf, split)(TOKENS, mask, means)
+        expected = ReferenceModel(hf, split)(TOKENS, mask, means)
         readout = torch.randn_like(expected)
         at_mask, at_means = torch.autograd.grad((expected * readout).sum(), (mask, means))
         logits = model(TOKENS, mask=mask)

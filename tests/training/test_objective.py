@@ -11,7 +11,7 @@ from helpers.tasks import FEW, make_prompts, make_task, run
 
 from circuit_breaking.engine.load import load_model
 from circuit_breaking.engine.masked_pass import MaskedPass
-from circuit_breaking.engine.reference import NaiveEdgeMasked
+from circuit_breaking.engine.reference import ReferenceModel
 from circuit_breaking.errors import UserError
 from circuit_breaking.tasks import Task, TextTask
 from circuit_breaking.training.config import MaskConfig
@@ -72,7 +72,7 @@ def test_gradients_by_what_means_are_learned_for(goal, micro_batch):
     generator = torch.Generator().manual_seed(2)
     means = torch.randn(len(model.graph.sources), 16, dtype=torch.float64, generator=generator).requires_grad_()
     mask = torch.rand(len(model.graph), dtype=torch.float64, generator=generator).requires_grad_()
-    oracle, sums = NaiveEdgeMasked(hf), []
+    oracle, sums = ReferenceModel(hf), []
     for task, carried in ((make_task("keep", 5), means), (make_task("break", 1), means.detach())):
         batch = task.draw(5)
         logits = oracle(batch.tokens, mask, means if goal == "objective" else carried)[:, :-1]

@@ -27,7 +27,7 @@ toxicity = load_script("toxicity/finetune_gpt2.py")
 
 
 def run(monkeypatch, method, checkpoints=None, die_at=None, how=None, **changes):
-    """Fine-tune anew or from the folder's checkpoint; behind step `die_at`, call `how`. The weights and the result."""
+    """Fine-tune from the beginning or a checkpoint; call `how` after step `die_at`. The weights and the result."""
     plain = finetuning._Run.advance
 
     def advance(self):
@@ -144,7 +144,7 @@ def test_the_same_seed_gives_the_same_files_twice(data, whole, tmp_path):
 
 
 def kill_at(monkeypatch, step, how, counted=None):
-    """`how` happens behind so many steps of the script, over all methods and rates; `counted` gets their number."""
+    """Call `how` after a number of steps over all methods and rates. `counted` gets an entry for each step."""
     plain, counted = finetuning._Run.advance, [] if counted is None else counted
 
     def advance(self):
@@ -170,14 +170,14 @@ def test_a_killed_script_leaves_what_a_whole_one_does(data, whole, tmp_path, mon
     assert ("is there, of the same settings" in capsys.readouterr().out) == (step > 24)
 
 
-def test_a_signal_stops_the_script_and_a_changed_setting_starts_anew(data, tmp_path, monkeypatch, capsys):
+def test_a_signal_stops_the_script_and_a_changed_setting_starts_from_the_beginning(data, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch, pytest.raises(Stopped):
         kill_at(patch, 17, lambda: os.kill(os.getpid(), signal.SIGUSR1))
         start(data, tmp_path, "run")
     counted = []
     kill_at(monkeypatch, 0, die, counted)
     start(data, tmp_path, "run", batch_size=5)
-    assert len(counted) == 48 and "other settings or data: starting anew" in capsys.readouterr().err
+    assert len(counted) == 48 and "other settings or data: starting from the beginning" in capsys.readouterr().err
     start(data, tmp_path, "run", batch_size=5, methods=("joint",))
     assert len(counted) == 48
     start(data, tmp_path, "run", batch_size=5, methods=("joint",), resume=False)
@@ -186,7 +186,7 @@ def test_a_signal_stops_the_script_and_a_changed_setting_starts_anew(data, tmp_p
     assert len(counted) == 84
     (tmp_path / "run" / "finetuned" / "joint" / "finetuning.json").write_text("{")
     start(data, tmp_path, "run", batch_size=5, methods=("joint",), lrs=(1e-3,))
-    assert len(counted) == 96 and "made anew" in capsys.readouterr().err
+    assert len(counted) == 96 and "made again" in capsys.readouterr().err
 
 
 def test_a_method_is_made_by_one_run_at_a_time(data, tmp_path):

@@ -24,7 +24,7 @@ from circuit_breaking.training.weight_trainer import train_weight_mask
 
 
 def run(checkpoints=None, die_at=None, how=None, **changes):
-    """Train anew or from the folder's checkpoint; at step `die_at`, call `how`. The mask and the rows."""
+    """Train from the beginning or from the folder's checkpoint; at step `die_at`, call `how`. The mask and the rows."""
     rows = []
 
     def on_step(row):
@@ -81,7 +81,7 @@ def test_a_damaged_newest_falls_back_to_the_one_before(tmp_path, capsys):
 # The script
 
 
-def test_the_script_goes_on_and_starts_anew(folder, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_the_script_resumes_and_starts_from_the_beginning(folder, tmp_path, monkeypatch, capsys):  # noqa: F811
     def start(name, **changes):
         script.main(replace(settings(folder, out=tmp_path, max_masked=20, checkpoint_every=2), run=name, **changes))
         mask = read_tensors(tmp_path / name / "weight_mask.safetensors")[0]
@@ -105,6 +105,9 @@ def test_the_script_goes_on_and_starts_anew(folder, tmp_path, monkeypatch, capsy
         start("run")
     assert len(read_jsonl(tmp_path / "run" / "metrics.jsonl")) == 7
     assert start("run") == expected and "going on from step 7" in capsys.readouterr().err
-    assert start("run", alpha=3.0) != expected and "other settings or data: starting anew" in capsys.readouterr().err
+    assert (
+        start("run", alpha=3.0) != expected
+        and "other settings or data: starting from the beginning" in capsys.readouterr().err
+    )
     with locked(tmp_path / "run"), pytest.raises(UserError, match="another run is writing"):
         start("run")
