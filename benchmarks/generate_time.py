@@ -29,7 +29,7 @@ class Settings(ComputeSettings, SeedSettings):
     new_tokens: int = 64  # tokens of the continuation
     batch: int = 1  # prompts that are continued together
     rounds: int = 7  # rounds over all numbers of cut edges; the median counts
-    split_qkv: bool = False  # cut edges into a head's query, key and value one by one
+    split_qkv: bool = False  # give the query, key and value of a head separate edges
     threads: int = 1  # CPU threads
     seed: int = 0  # seed of weights, prompt and edges
     out: Path = DATA / "benchmarks"  # folder of the plot and its numbers

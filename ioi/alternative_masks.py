@@ -42,7 +42,7 @@ class Settings(IOIMaskSettings, ResumeSettings):
     prune_rounds: int = 20  # sufficient: rounds of a stage, each with one gradient
     prune_batch_size: int = 20  # sufficient: prompts of a round
     num_measured: int = 100  # sufficient: training prompts on which the share that stays is measured
-    max_edges: int = 10  # most edges that a mask may cut: a promise; not used for sufficient
+    max_edges: int = 10  # most edges that a mask cuts; not used for sufficient
 
     def check(self) -> None:
         super().check()

@@ -29,9 +29,9 @@ class Settings(PromptSettings, ModelSettings, SeedSettings):
     out: Path = FOLDER  # folder that holds the run folders
     model: str | None = None  # tiny, a name on the Hugging Face hub, a folder or a .gguf file; None: as in training
     prompts: Literal["one", "two", "all"] | None = None  # set of prompts; None: as in training
-    train: Path | None = None  # training prompts, to make sure that none is held out too; None: as in training
+    train: Path | None = None  # training prompts, none of which may be held out; None: as in training
     test: Path | None = None  # held-out prompts; None: as in training
-    ordinary: str | None = None  # tiny, a text file or a data set of the hub; None: as in training
+    ordinary: str | None = None  # ordinary text: tiny, a file or a hub data set; None: as in training
     text_column: str | None = None  # column of a table or data set that holds the ordinary text; None: as in training
     length: int | None = None  # tokens of an ordinary text that are used; None: as in training
     num_test: int = 400  # held-out prompts and texts

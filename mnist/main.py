@@ -30,11 +30,11 @@ class Settings(ExperimentSettings):
     batch_size: int = 512  # ordinary images per step
     lr: float = 0.05  # learning rate of the mask's weights, which start at 1
     ratio: float = 1.0  # weight of the bad examples' loss relative to that of the ordinary images
-    ratio_kept: float = 3.0  # the same when the ordinary images include the target class and pull the other way
-    cap: float = 2.0  # most that the loss of a bad example counts, nats; breaking it further gains nothing
-    cap_kept: float = 5.0  # the same when the ordinary images include the target class
+    ratio_kept: float = 3.0  # ratio of the mask whose ordinary images include the target class, which opposes it
+    cap: float = 2.0  # cap on the loss of one bad example, nats
+    cap_kept: float = 5.0  # cap of the mask whose ordinary images include the target class
     shift: int = 1  # most pixels by which the bad examples are moved at random in each step; 0: they are not moved
-    sparsity: float = 3e-4  # penalty for each cut edge, roughly
+    sparsity: float = 3e-4  # approximate penalty for each cut edge, nats
     ramp_steps: int = 200  # steps over which the penalty grows to its full weight
     round_every: int = 100  # steps between roundings of the mask to 0 and 1 after the ramp; 0: only at the end
     max_edges: int = 1000  # most edges that the saved mask cuts

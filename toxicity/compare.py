@@ -40,11 +40,11 @@ class Settings(ToxicTextSettings, Float32ModelSettings, ScorerSettings, ToxicRun
     budgets: tuple[int, ...] = (1, 2, 5, 12, 25, 50, 100, 200)  # most edges to cut: one mask for each budget
     learned_budgets: tuple[int, ...] = ()  # budgets of masks with learned ablation constants, besides examined_budget
     examined_budget: int = 12  # budget of the masks that are examined closely: each edge, several seeds, relearning
-    seeds: int = 3  # masks at that budget, and number of times that continuations are sampled
+    seeds: int = 3  # masks with examined_budget, and number of times that continuations are sampled
     random_seeds: int = 5  # random masks for each budget
-    large_refine_rounds: int = 20  # rounds of refinement for masks above that budget, whose rounds take longer
+    large_refine_rounds: int = 20  # rounds of refinement for masks above examined_budget; each takes longer
     methods: tuple[str, ...] = ("joint", "ascent", "task_arithmetic", "npo", "rmu")  # ways to fine-tune
-    lrs: tuple[float, ...] = ()  # learning rates of each way, the best is kept; none: two, see finetune_gpt2.py
+    lrs: tuple[float, ...] = ()  # learning rates to try for each of methods; none: those of finetune_gpt2.py
     steps: int = 200  # most steps of fine-tuning
     num_texts: int = 300  # most held-out texts of each kind
     num_prompts: int = 100  # most prompts of each kind

@@ -36,12 +36,12 @@ class Settings(ToxicDataSettings, ModelSettings, ToxicRunSettings, SeedSettings)
     seeds: int = 3  # masks of each method and budget
     random_seeds: int = 5  # masks of each budget whose edges are drawn at random
     training: MaskConfig = field(default_factory=MaskConfig)  # of every mask; max_edges and method are not used
-    means: Path | None = None  # file of ablation values from compute_means.py; None: cut edges carry zero
+    means: Path | None = None  # file of ablation values from compute_means.py; None: zero
     run: str = "methods"
     resume: bool = True  # keep masks of a run with the same settings and data; the code is not compared
     examples: int = 100  # toxic texts to learn from; 0: all of the file
     num_texts: int = 500  # most held-out texts of each kind
-    split_qkv: bool = False  # cut edges into a head's query, key and value one by one
+    split_qkv: bool = False  # give the query, key and value of a head separate edges
     seed: int = 0  # the first seed; another one gives another choice and order of texts
 
     def check(self) -> None:

@@ -1,10 +1,11 @@
-"""Measure models in the same way: losses, toxicity and incoherence of their texts, and the share that was changed.
+"""Measure models: losses, toxicity and incoherence of their texts, and the share of the model that was changed.
 
 Reads   data/toxicity/<run>/mask.safetensors and, for each setting below that is None, the settings of its training; any
         number of other models (--models: masks, saved ablated models, fine-tuned models); the original model; held-out
-        toxic and ordinary texts, texts uniform over toxicity; prompts; the ablation values of masks that use any.
+        toxic and ordinary texts, texts spread evenly over toxicity; prompts; the ablation values of masks that use any.
 Writes  data/toxicity/<run>/: report.json; report.png; training.png, if there is a metrics.jsonl; uniform.csv and
-        loss_by_toxicity.png, if there are texts uniform over toxicity; generations.jsonl, with --save-generations.
+        loss_by_toxicity.png, if there are texts spread evenly over toxicity;
+        generations.jsonl, with --save-generations.
 Time    a minute for the shipped model and one mask on two cores; 80 s of one core for 64 texts and 32 continuations of
         each kind with a model of 135M parameters.
 
@@ -33,20 +34,20 @@ class Settings(MeasureSettings, ToxicDataSettings, ModelSettings, ToxicRunSettin
     models: tuple[Path, ...] = ()  # more models: folders of masks, ablated or fine-tuned models, or folders of these
     model: str | None = None  # tiny, a name on the Hugging Face hub, a folder or a .gguf file; None: as in training
     means: Path | None = None  # file of the mask's ablation values, from compute_means.py; None: as in training
-    toxic_train: Path | None = None  # training posts, to make sure that none is held out too; None: as in training
+    toxic_train: Path | None = None  # training posts, none of which may be held out; None: as in training
     toxic_test: Path | None = None  # held-out toxic posts; None: as in training
-    ordinary: str | None = None  # tiny, a text file or a data set of the hub; None: as in training
+    ordinary: str | None = None  # ordinary text: tiny, a file or a hub data set; None: as in training
     text_column: str | None = None  # column of a table or data set that holds the ordinary text; None: as in training
-    uniform: Path | None = None  # held-out texts uniform over toxicity; None: the shipped ones, scored, or none
+    uniform: Path | None = None  # held-out texts spread evenly over toxicity; None: shipped ones, if any
     toxic_prompts: Path | None = None  # JSON Lines with a prompt or a text in each row; None: those of toxic_test
     ordinary_prompts: Path | None = None  # the same; None: the shipped ones, or the first words of held-out texts
     length: int | None = None  # tokens of a text that are used; None: as in training
-    num_uniform: int = 500  # most texts uniform over toxicity; 0: none
+    num_uniform: int = 500  # most texts of uniform; 0: none
     num_control: int = 50  # most texts and prompts of each kind for random masks, with one continuation each
     seeds: int = 1  # number of times that continuations are sampled, each time with another seed
     greedy: bool = False  # also measure the most likely continuation of each prompt
     save_generations: bool = False  # keep the texts that the models write in generations.jsonl; they may be OFFENSIVE
-    batch_size: int = 32  # texts or continuations per forward pass; another size samples other continuations
+    batch_size: int = 32  # texts or continuations per forward pass; sampled continuations depend on it
     seed: int = 0  # seed of sampling and of the bootstrap intervals
 
     def check(self) -> None:

@@ -38,14 +38,14 @@ class Settings(ToxicDataSettings, ModelSettings, ToxicRunSettings, ResumeSetting
     learned_lr: float = 0.005  # learning rate of AdamW on ablation values that are learned
     mean_texts: int = 1000  # ordinary training texts that the mean is over
     stable_budget: int = 12  # budget whose masks are trained with several seeds; 0: none
-    seeds: int = 3  # masks at that budget, the first one with the setting seed
+    seeds: int = 3  # masks with stable_budget, the first one with the setting seed
     random_seeds: int = 5  # random masks for each budget, as a control
     large_refine_rounds: int | None = None  # rounds of refinement above stable_budget, which take longer; None: as many
     training: MaskConfig = field(default_factory=MaskConfig)  # of every mask; max_edges is not used
     run: str = "sweep"
     examples: int = 100  # toxic texts to learn from; 0: all that are not used for validation
     validation: int = 50  # most texts of each kind that are left to validate fine-tuned models with
-    split_qkv: bool = False  # cut edges into a head's query, key and value one by one
+    split_qkv: bool = False  # give the query, key and value of a head separate edges
     seed: int = 0  # seed of the choice and order of texts, and of random edges
 
     def check(self) -> None:

@@ -27,9 +27,9 @@ class Settings(MaskConfig, ToxicDataSettings, ModelSettings, ToxicRunSettings, R
         "seed", "device",
     )  # fmt: skip
 
-    means: Path | None = None  # file of ablation values from compute_means.py; None: cut edges carry zero
+    means: Path | None = None  # file of ablation values from compute_means.py; None: zero
     examples: int = 100  # toxic texts to learn from; 0: all of the file
-    split_qkv: bool = False  # cut edges into a head's query, key and value one by one
+    split_qkv: bool = False  # give the query, key and value of a head separate edges
     test_texts: int = 200  # held-out texts whose losses are printed before and after training
     tf32: bool = False  # let CUDA multiply float32 matrices in TF32: faster, less precise
 

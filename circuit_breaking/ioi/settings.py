@@ -53,18 +53,18 @@ class ObjectiveSettings:
 
     TITLE: ClassVar[str] = "mask training"
 
-    objective: Literal["logit_difference", "cross_entropy"] = "logit_difference"  # loss whose rise breaks the behaviour
-    break_cap: float = 1.0  # most that one prompt counts towards the broken loss; give more for cross_entropy
-    alpha: float = 0.2  # weight of the indirect-object loss, which training raises, relative to the ordinary loss
+    objective: Literal["logit_difference", "cross_entropy"] = "logit_difference"  # loss that training worsens
+    break_cap: float = 1.0  # cap on the loss of one prompt, so that none dominates; give more for cross_entropy
+    alpha: float = 0.2  # weight of the indirect-object loss, which training raises; the ordinary loss has weight 1
 
 
 @dataclass
 class IOIMaskSettings(ObjectiveSettings, MaskConfig, PromptSettings, ModelSettings, IOIRunSettings):
     """A mask against indirect objects."""
 
-    means: Path | None = None  # file of ablation values from compute_means.py; None: cut edges carry zero
-    max_edges: int = 10  # most edges that the mask may cut: a promise
-    split_qkv: bool = False  # cut edges into a head's query, key and value one by one
+    means: Path | None = None  # file of ablation values from compute_means.py; None: zero
+    max_edges: int = 10  # most edges that the mask cuts
+    split_qkv: bool = False  # give the query, key and value of a head separate edges
     num_test: int = 400  # held-out prompts and texts that are measured
 
     def check(self) -> None:

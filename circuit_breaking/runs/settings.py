@@ -41,11 +41,11 @@ class ModelSettings(Float32ModelSettings, ComputeSettings):
 
 @dataclass
 class OrdinaryTextSettings:
-    """The ordinary text, which the model is to keep predicting."""
+    """The ordinary text, which the model should still predict."""
 
     TITLE: ClassVar[str] = "data"
 
-    ordinary: str | None = None  # tiny, a text file, JSON Lines, CSV or a data set of the hub; None: tiny or pile-10k
+    ordinary: str | None = None  # ordinary text: tiny, a text, JSON Lines or CSV file, or a hub data set; None: tiny or pile-10k
     text_column: str = "text"  # column that holds the ordinary text, where a file or data set has columns
 
 

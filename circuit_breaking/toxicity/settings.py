@@ -75,7 +75,7 @@ class PostSettings(SeedSettings):
     n_train: int = 400  # posts to train on (the paper takes 100)
     n_test: int = 200  # held-out posts of the same toxicity
     band: tuple[float, float] = (0.9, 1.0)  # range of their toxicity, with the first number and without the second
-    n_uniform: int = 1000  # posts uniform over toxicity, rounded down to a multiple of n_bins
+    n_uniform: int = 1000  # posts spread evenly over toxicity, rounded down to a multiple of n_bins
     n_bins: int = 10  # bins of [0, 1] that get equally many of them
     min_characters: int = 10  # shortest text that is used
     max_posts: int = 0  # stop after the thread in which this many posts have been read; 0: read all

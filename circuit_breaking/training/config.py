@@ -21,31 +21,31 @@ class MaskConfig:
 
     TITLE: ClassVar[str] = "mask training"
 
-    method: Literal[tuple(METHODS)] = "clamped"  # how edges are first found
-    max_edges: int = 12  # most edges that the mask may cut: a promise
-    alpha: float = 0.2  # weight of the loss to raise (paper: 0.2); negative to lower it too
-    keep_weight: float = 1.0  # weight of the loss to keep low; 0 finds edges that the behaviour needs
-    break_cap: float = 0.0  # most that one prediction counts towards the broken loss; 0: log of the vocabulary size
-    relax_steps: int = 100  # steps with weights in [0, 1], as in the paper
-    anneal_steps: int = 100  # steps while the number of cut edges falls to the budget; attribution adds both counts
-    refine_rounds: int = 60  # rounds of single-edge changes, each accepted by its measured effect
+    method: Literal[tuple(METHODS)] = "clamped"  # how the edges to cut are found, before refinement
+    max_edges: int = 12  # most edges that the mask cuts
+    alpha: float = 0.2  # weight of the loss that training raises (paper: 0.2); negative: it is lowered instead
+    keep_weight: float = 1.0  # weight of the loss that training keeps low; 0: ordinary text does not count
+    break_cap: float = 0.0  # cap on the raised loss of one prediction, nats; 0: log of the vocabulary size
+    relax_steps: int = 100  # steps with continuous mask weights in [0, 1], as in the paper
+    anneal_steps: int = 100  # steps in which the number of cut edges falls to max_edges; added for attribution
+    refine_rounds: int = 60  # rounds of refinement, which cut or restore single edges if that measurably helps
     batch_size: int = 5  # texts of each task in a step
     refine_batch_size: int = 20  # texts of each task in a round of refinement
-    micro_batch: int = 0  # texts computed at a time, with gradients added up: same result, less memory; 0: all
+    micro_batch: int = 0  # texts in a forward pass, if fewer than batch_size: same result, less memory; 0: all
     gradient_checkpointing: bool = False  # recompute parts of each layer in the backward pass: less memory, more time
-    moves_per_round: int = 8  # most changes that are measured in a round of refinement
-    lr: float = 0.05  # learning rate of AdamW (no weight decay) on weights in [0, 1]
-    edge_penalty: float = 0.0005  # penalty for each cut edge in the relax phase, after its ramp, nats
-    min_gain: float = 0.0  # least gain that refinement and attribution ask of each cut edge, nats
-    ramp: float = 0.1  # share of the relax phase in which the penalty rises from 0
-    round_every: int = 50  # steps between roundings in the relax phase; 0: never
-    anneal_start: float = 3.0  # edges cut when annealing starts, in budgets, or more if the relax phase found more
+    moves_per_round: int = 8  # most changes that a round of refinement measures
+    lr: float = 0.05  # learning rate of mask weights (AdamW, no weight decay) or of log odds (hard-concrete)
+    edge_penalty: float = 0.0005  # penalty for each cut edge in the relax phase, nats
+    min_gain: float = 0.0  # refinement, attribution: least gain in the objective for which an edge is cut, nats
+    ramp: float = 0.1  # share of the relax phase during which the penalty rises from 0
+    round_every: int = 50  # steps after which the relax phase rounds mask weights to 0 or 1; 0: never
+    anneal_start: float = 3.0  # edges cut when annealing starts, as a multiple of max_edges (or more, if found)
     measure_new_cuts: bool = False  # clamped: while annealing, cut another edge only if a batch measures a gain
     init_cut_prob: float = 0.5  # hard-concrete: initial probability that a gate is below 1
-    ig_steps: int = 0  # attribution: points of EAP-IG between all edges cut and all kept; 0: EAP, at all kept
+    ig_steps: int = 0  # attribution: points of integrated gradients (EAP-IG); 0: gradient at the whole model (EAP)
     constants_lr: float = 0.0  # learning rate of ablation constants (optimal ablation); 0: they are not learned
-    constants_steps: int = 100  # last steps, in which only the constants are learned
-    constants_loss: Literal["keep", "objective"] = "keep"  # what they minimise: the loss to keep, or the objective
+    constants_steps: int = 100  # steps at the end in which only the constants are learned
+    constants_loss: Literal["keep", "objective"] = "keep"  # loss that ablation constants minimise
 
 
 OLD_NAMES = {
@@ -80,11 +80,11 @@ class WeightMaskSettings:
     TITLE: ClassVar[str] = "mask training"
 
     granularity: str = "weight"  # unit that is masked as a whole: weight, neuron or head
-    max_masked: int | None = None  # most units to mask, a promise; None: 0.05% of weights, 4% of neurons, 25% of heads
+    max_masked: int | None = None  # most units to mask; None: 0.05% of weights, 4% of neurons, 25% of heads
     method: str = "clamped"  # weights in [0, 1]: clamped as in the paper, or hard-concrete (Louizos et al. 2018)
-    alpha: float = 0.2  # weight of the loss to raise; negative to lower it too
-    keep_weight: float = 1.0  # weight of the loss to keep low
-    break_cap: float = 0.0  # most that one prediction counts towards the broken loss; 0: log of the vocabulary size
+    alpha: float = 0.2  # weight of the loss that training raises; negative: it is lowered instead
+    keep_weight: float = 1.0  # weight of the loss that training keeps low
+    break_cap: float = 0.0  # cap on the raised loss of one prediction, nats; 0: log of the vocabulary size
     candidates: int = 10  # units that have a mask weight, as a multiple of max_masked
     choose_size: int = 50  # texts of each task by which candidates are chosen
     relax_steps: int = 100  # steps with weights in [0, 1]
@@ -101,7 +101,7 @@ class LossSettings:
     TITLE: ClassVar[str] = "fine-tuning"
 
     ratio: float = 0.2  # joint: weight of the toxic loss (paper: eq. 4), as alpha is for masks
-    cap: float = 0.0  # joint and ascent: most that one toxic prediction counts, nats; 0: log of the vocabulary size
+    cap: float = 0.0  # joint and ascent: cap on the loss of one toxic prediction, nats; 0: log of the vocabulary size
     npo_beta: float = 0.1  # npo: inverse temperature (Zhang et al.: 0.1)
     npo_retain: float = 1.0  # npo: weight of the ordinary loss
     rmu_layer: int = -1  # rmu: layer whose output is steered, from 0; -1: the one at half the depth
