@@ -57,6 +57,16 @@ def test_help_fits_a_narrow_terminal(monkeypatch):
     assert max(map(len, done.stdout.splitlines())) <= 80
 
 
+def test_help_ends_quietly_if_its_reader_leaves():
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, ROOT / "toxicity/train_mask.py", "--help"], stdout=writer, stderr=subprocess.PIPE, check=False
+    )
+    os.close(writer)
+    assert done.stderr == b""
+
+
 @pytest.mark.parametrize(
     ("script", "words", "sentence"),
     [
