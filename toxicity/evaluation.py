@@ -3,9 +3,9 @@
 Reads   data/toxicity/<run>/mask.safetensors and, for each setting below that is None, the settings of its training; any
         number of other models (--models: masks, saved ablated models, fine-tuned models); the original model; held-out
         toxic and ordinary texts, texts spread evenly over toxicity; prompts; the ablation values of masks that use any.
-Writes  data/toxicity/<run>/: report.json; report.png; training.png, if there is a metrics.jsonl; uniform.csv and
-        loss_by_toxicity.png, if there are texts spread evenly over toxicity;
-        generations.jsonl, with --save-generations.
+Writes  data/toxicity/<run>/: report.json; report.png; training.png, if there is a metrics.jsonl; with
+        texts spread evenly over toxicity, uniform.csv and loss_by_toxicity.png; with --save-generations,
+        generations.jsonl.
 Time    a minute for the shipped model and one mask on two cores; 80 s of one core for 64 texts and 32 continuations of
         each kind with a model of 135M parameters.
 

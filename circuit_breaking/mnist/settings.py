@@ -41,7 +41,7 @@ class NetworkSettings:
     width: int = 50  # hidden units
     train_steps: int = 1800  # steps of the network's training
     train_batch_size: int = 512  # images per step
-    train_lr: float = 8e-3  # highest learning rate of the one cycle
+    train_lr: float = 8e-3  # highest learning rate of the one-cycle schedule
 
 
 @dataclass
@@ -50,7 +50,7 @@ class ExperimentSettings(ImageSettings, NetworkSettings, DeviceSettings, OutSett
 
     out: Path = DEFAULT_FOLDER
     seed: int = 0  # seed of the pairs of classes, the initial weights, the batches and the choice of examples
-    threads: int = 1  # CPU threads; more gain little and lose much where cores are shared; 0: torch's choice
+    threads: int = 1  # CPU threads; more are hardly faster, and much slower on shared cores; 0: torch's choice
     checkpoint_every: int = 200
 
     def check(self) -> None:

@@ -27,10 +27,10 @@ QUICK = MaskConfig(
     relax_steps=4, anneal_steps=4, refine_rounds=3, constants_steps=2,
     moves_per_round=2, batch_size=3, refine_batch_size=3,
 )  # fmt: skip
-RELAX, STEPS, SETTLE = 4, 11, 2  # of the phase that budgets share, of a mask, and more where it learns what it carries
+RELAX, STEPS, CONSTANTS = 4, 11, 2  # steps: of the relax phase that budgets share, of a mask, of ablation constants
 # steps of the trainings of the sweep below, first to last: what is shared, and what masks do behind it; random edges
-SHARED, LEARNED, FIXED = range(RELAX), range(RELAX, STEPS + SETTLE), range(RELAX, STEPS)
-TRAININGS = [SHARED, LEARNED, LEARNED, SHARED, LEARNED, SHARED, FIXED, FIXED, SHARED, FIXED, range(STEPS + SETTLE)]
+SHARED, LEARNED, FIXED = range(RELAX), range(RELAX, STEPS + CONSTANTS), range(RELAX, STEPS)
+TRAININGS = [SHARED, LEARNED, LEARNED, SHARED, LEARNED, SHARED, FIXED, FIXED, SHARED, FIXED, range(STEPS + CONSTANTS)]
 TOTAL = sum(map(len, TRAININGS))
 
 
@@ -90,7 +90,7 @@ def test_the_same_seed_gives_the_same_masks_twice(data, whole, tmp_path):  # noq
     chance = {"random_optimal_2_seed0", "random_mean_2_seed0", "random_mean_4_seed0"}
     assert set(whole) == trained | chance
     for name, (files, rows, _, _) in whole.items():
-        steps = STEPS + SETTLE if "optimal" in name else 0 if name in chance else STEPS
+        steps = STEPS + CONSTANTS if "optimal" in name else 0 if name in chance else STEPS
         assert [row["step"] for row in rows] == list(range(steps))
         assert not any("checkpoint" in file for file in files)
 
@@ -118,7 +118,7 @@ def test_sharing_a_phase_changes_nothing(data, whole):  # noqa: F811
 def test_random_edges_are_all_cut_and_only_what_they_carry_is_learned(data, whole):  # noqa: F811
     _, rows, tensors, edges = whole["random_optimal_2_seed0"]
     assert len(edges) == 2 == len(whole["optimal_2"][3]) and {row["n_cut"] for row in rows} == {2}
-    assert [row["phase"] for row in rows] == ["given"] * STEPS + ["constants"] * SETTLE
+    assert [row["phase"] for row in rows] == ["given"] * STEPS + ["constants"] * CONSTANTS
     assert tensors[1]["means"] != whole["optimal_2"][2][1]["means"]
 
 
