@@ -45,9 +45,7 @@ class OrdinaryTextSettings:
 
     TITLE: ClassVar[str] = "data"
 
-    ordinary: str | None = (
-        None  # ordinary text: tiny, a text, JSON Lines or CSV file, or a hub data set; None: tiny or pile-10k
-    )
+    ordinary: str | None = None  # ordinary text: tiny, a text, JSONL or CSV file, or a hub name; None: tiny or pile-10k
     text_column: str = "text"  # column that holds the ordinary text, where a file or data set has columns
 
 
