@@ -29,7 +29,7 @@ class Settings(IOIMaskSettings, SeedSettings):
     budgets: tuple[int, ...] = (5, 10, 20, 50, 100)  # numbers of edges to cut; max_edges is not used
     learned: str = "each"  # each: train a mask for every budget; or a run, of whose edges the most important are cut
     num_attribution: int = 100  # training prompts that attribution averages over
-    ig_steps: int = 10  # points on the line of integrated gradients
+    ig_steps: int = 20  # points on the line of integrated gradients
     random_seeds: int = 5  # random masks for each budget
     run: str = "comparison"
 

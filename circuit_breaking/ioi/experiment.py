@@ -117,7 +117,7 @@ def write_run(folder: Path, script: str, experiment: Experiment, results: dict[s
     mask, ones = model.mask.weights.detach().clone(), torch.ones_like(model.mask.weights)
     metrics = experiment.metrics(40, 20)
     line = {"start": torch.zeros_like(mask), "end": mask} if kept else {"start": mask, "end": ones}
-    scores = eap_ig(metrics, model, steps=5, **line).tolist()
+    scores = eap_ig(metrics, model, steps=20 if kept else 5, **line).tolist()
     chosen = (mask >= 0.5) == kept
     edges = {model.graph.edges[index]: scores[index] for index in chosen.nonzero()[:, 0].tolist()}
     settings, run = experiment.settings, experiment.provenance

@@ -1,13 +1,23 @@
 """Edge attribution against finite differences and against what integrated gradients must add up to."""
 
+import warnings
+
 import pytest
 import torch
 from helpers.models import small_gpt2, small_llama
 
 from circuit_breaking.engine.load import load_model
 from circuit_breaking.errors import UserError
+from circuit_breaking.models.load import load_tokenizer
 from circuit_breaking.tasks.losses import logit_difference
-from circuit_breaking.training.attribution import eap, eap_ig
+from circuit_breaking.training.attribution import (
+    completeness_error,
+    eap,
+    eap_ig,
+    geometric_points,
+    line_points,
+    points_between,
+)
 from circuit_breaking.training.mask_gradient import value_and_gradient
 
 
@@ -49,6 +59,7 @@ def test_eap_is_the_finite_difference_of_every_edge(make, split, kind):
             assert float(scores[edge]) == pytest.approx(float(slope), rel=1e-5, abs=1e-8)
 
 
+@pytest.mark.filterwarnings("ignore:the scores of integrated gradients over 4 points")
 @pytest.mark.parametrize("kind", ["mean", "position"])
 def test_integrated_gradients_add_up_to_the_change_of_the_metric(family, kind):
     model = load_model(family(), False, "cpu", "float64")
@@ -57,6 +68,53 @@ def test_integrated_gradients_add_up_to_the_change_of_the_metric(family, kind):
     change = float(metric(ones) - metric(torch.zeros_like(ones)))
     errors = [abs(float(eap_ig([metric], model, steps).sum()) - change) for steps in (4, 80)]
     assert abs(change) > 0.05 and errors[1] < 1e-3 * abs(change) and errors[1] < errors[0]
+
+
+@pytest.mark.parametrize(("steps", "most"), [(20, 0.01), (30, 0.005)])
+def test_integrated_gradients_add_up_where_norms_divide_by_almost_nothing(steps, most):
+    """The shipped model under zero ablation, for prompts like those of its indirect-object task."""
+    model, tokenizer = load_model("tiny", device="cpu"), load_tokenizer("tiny")
+    pairs = [("Tom", "Mary"), ("Mary", "John"), ("Anna", "Tom"), ("John", "Lucy"), ("James", "Mary"), ("Lucy", "Jack")]
+    prompts = [f"<|endoftext|>Then {a} and {b} went to the shop. {b} gave a book to" for a, b in pairs]
+    tokens = tokenizer(prompts, return_tensors="pt")["input_ids"]
+    last = torch.full((len(pairs),), tokens.shape[1] - 1)
+    right, wrong = (torch.tensor([tokenizer(" " + one[n])["input_ids"][0] for one in pairs]) for n in (0, 1))
+
+    def metric(mask):
+        return logit_difference(model(tokens, at=last, mask=mask), right, wrong).mean()
+
+    ones = torch.ones(len(model.graph))
+    change = metric(ones).detach() - metric(torch.zeros_like(ones)).detach()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        scores = eap_ig([metric], model, steps)
+    assert abs(float(change)) > 5 and completeness_error(scores, change) < most
+    back = eap_ig([metric], model, steps, start=ones, end=torch.zeros_like(ones))
+    torch.testing.assert_close(back, -scores, atol=1e-3, rtol=1e-3)
+
+
+def test_points_are_dense_where_all_that_a_reader_gets_is_cut():
+    model = load_model(small_gpt2(), device="cpu")
+    ones = torch.ones(len(model.graph))
+    one_reader = (model.edge_readers != 3).float()
+    assert points_between(model, ones * 0.5, ones, 7) == line_points(7)
+    for mask in (0 * ones, one_reader):
+        assert points_between(model, mask, ones, 7) == geometric_points(7)
+        assert points_between(model, ones, mask, 7) == geometric_points(7, at_end=True)
+    model.means = means_of(model, "mean").float()
+    assert points_between(model, 0 * ones, ones, 7) == line_points(7)
+    for points in (geometric_points(200), geometric_points(200, at_end=True), line_points(5)):
+        assert sum(weight for _, weight in points) == pytest.approx(1, abs=1e-3)
+        assert sum(weight * t for t, weight in points) == pytest.approx(0.5, abs=1e-3)
+        assert all(0 < t < 1 for t, _ in points) and points == sorted(points)
+
+
+def test_scores_that_do_not_add_up_are_warned_of():
+    model = load_model(small_gpt2(), device="cpu")
+    with pytest.warns(UserWarning, match=r"over 1 points add up to .* off the change of the metric\. Use more points"):
+        eap_ig([difference(model)], model, 1)
+    assert completeness_error(torch.tensor([1.0, 2.0]), torch.tensor(4.0)) == 0.25
+    assert completeness_error(torch.zeros(2), torch.tensor(0.0)) == 0
 
 
 def test_integrated_gradients_between_two_masks(family):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from circuit_breaking.engine.mask import lowest_cut
-from circuit_breaking.training.attribution import line_points
+from circuit_breaking.training.attribution import points_between
 from circuit_breaking.training.mask_gradient import value_and_gradient
 from circuit_breaking.training.methods.base import MaskMethod, StepResult
 
@@ -20,7 +20,8 @@ class Attribution(MaskMethod):
     def setup(self) -> None:
         """Choose the points of the line, and start with no gradients."""
         # (position, weight) on the line from all edges cut to all kept; a step takes the gradient at one of them
-        self.points = line_points(self.config.ig_steps) if self.config.ig_steps else [(1.0, 1.0)]
+        steps, ones = self.config.ig_steps, torch.ones_like(self.weights)
+        self.points = points_between(self.model, torch.zeros_like(ones), ones, steps) if steps else [(1.0, 1.0)]
         self.gradient_sums = torch.zeros(len(self.points), len(self.weights), device=self.weights.device)  # [K, E]
         self.n_gradients = torch.zeros(len(self.points), dtype=torch.int64)  # [K]
 
