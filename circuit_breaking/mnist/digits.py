@@ -40,8 +40,9 @@ class Images:
     files: list[Path]
 
     @property
-    def n_classes(self) -> int:
-        return int(self.train_y.max()) + 1
+    def classes(self) -> list[int]:
+        """The labels that training images have, in rising order. They may have gaps, or start at 1."""
+        return self.train_y.unique().tolist()
 
 
 @dataclass
@@ -81,18 +82,37 @@ class Split:
         return {name: share.float().mean().item() for name, share in shares.items()}
 
 
-def load_images(folder: Path, source: Source, device: torch.device) -> Images:
-    """Load the images on `device`; the module's docstring explains `source`. What is wrong is a `UserError`."""
+def load_images(folder: Path, source: Source, device: torch.device, transpose: bool = False) -> Images:
+    """Load the images on `device`.
+
+    Args:
+        folder: folder of IDX files.
+        source: see the module's docstring.
+        device: where the tensors are put.
+        transpose: swap rows and columns of each image; EMNIST's files hold images that lie on their side.
+
+    Raises:
+        UserError: the images are missing or damaged, or images and labels do not belong together.
+    """
+    arrays, files, name = _read(folder, source)
+    if transpose:
+        arrays = {key: array.swapaxes(1, 2).copy() if key[1] == "images" else array for key, array in arrays.items()}
+        name += ", rows and columns swapped"
+    return _images(arrays, files, name, device)
+
+
+def _read(folder: Path, source: Source) -> tuple[dict[tuple[str, str], np.ndarray], list[Path], str]:
+    """The arrays, the files they come from, and one line that says so."""
     if source == "idx" or (source == "auto" and (folder != DEFAULT_FOLDER or _find_any(folder))):
-        return _images(*_read_folder(folder), f"IDX files of {folder.name}/", device)
+        return *_read_folder(folder), f"IDX files of {folder.name}/"
     if source != "digits":
         try:
-            return _images(_read_hub(), [], f"{HUB_NAME} on the Hugging Face hub", device)
+            return _read_hub(), [], f"{HUB_NAME} on the Hugging Face hub"
         except UserError as error:
             if source == "hub":
                 raise
             print(f"note: no IDX files in {folder}, and {error} Going on with scikit-learn's small digits instead.")
-    return _images(_read_digits(), [], "scikit-learn's bundled 8 x 8 digits (not MNIST)", device)
+    return _read_digits(), [], "scikit-learn's bundled 8 x 8 digits (not MNIST)"
 
 
 def _images(arrays: dict[tuple[str, str], np.ndarray], files: list[Path], source: str, device: torch.device) -> Images:
@@ -105,8 +125,9 @@ def _images(arrays: dict[tuple[str, str], np.ndarray], files: list[Path], source
     if sizes[0] != sizes[1]:
         raise UserError(f"{source}: training images are {sizes[0]} pixels but test images {sizes[1]}; they must agree.")
     labels = {part: torch.from_numpy(arrays[part, "labels"].astype(np.int64)).to(device) for part in ("train", "test")}
-    if (extra := set(labels["test"].tolist()) - set(labels["train"].tolist())) or labels["train"].max() < 1:
-        what = f"test labels {sorted(extra)} that no training image has" if extra else "a single class"
+    present = {part: set(found.tolist()) for part, found in labels.items()}
+    if (extra := present["test"] - present["train"]) or len(present["train"]) < 3:
+        what = f"test labels {sorted(extra)} that no training image has" if extra else "fewer than three classes"
         raise UserError(f"{source}: the labels hold {what}. Are the label files those of the image files?")
     pixels = {part: torch.from_numpy(arrays[part, "images"]).to(device).flatten(1) for part in ("train", "test")}
     train = pixels["train"].float()
@@ -189,16 +210,21 @@ def split_images(images: Images, target_class: int, n_bad: int, seed: int) -> Sp
     sets are named after their part: "target" is the target class, "other" every other class, "mates" the other
     members of the target's group. "test target" leaves out the `n_bad` examples.
     """
-    n_classes = images.n_classes
-    if not 0 <= target_class < n_classes:
-        raise UserError(f"--target_class {target_class} is not one of the {n_classes} classes 0 to {n_classes - 1}.")
+    classes = images.classes
+    if target_class not in classes:
+        names = f"{classes[0]} to {classes[-1]}"
+        if len(classes) <= classes[-1] - classes[0]:
+            names = ", ".join(map(str, classes))
+        raise UserError(f"--target_class {target_class} is not one of the {len(classes)} classes {names}.")
     generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(n_classes, generator=generator).tolist()
-    groups = [sorted(order[start : start + 2]) for start in range(0, n_classes, 2)]
-    group_of = torch.zeros(n_classes, dtype=torch.long)
-    for number, members in enumerate(groups):
-        group_of[members] = number
-    target_group = int(group_of[target_class])
+    # pairs of places among the classes that there are, not of labels, which may have gaps
+    order = torch.randperm(len(classes), generator=generator).tolist()
+    pairs = [sorted(order[start : start + 2]) for start in range(0, len(classes), 2)]
+    groups = [[classes[at] for at in pair] for pair in pairs]
+    group_at = torch.zeros(len(classes), dtype=torch.long)
+    for number, pair in enumerate(pairs):
+        group_at[pair] = number
+    target_group = int(group_at[classes.index(target_class)])
     mates = [label for label in groups[target_group] if label != target_class]
 
     is_target = images.test_y == target_class
@@ -208,10 +234,16 @@ def split_images(images: Images, target_class: int, n_bad: int, seed: int) -> Sp
             f"--n_bad {n_bad} does not fit: the test set has {len(targets)} images of class {target_class}, and"
             f" at least one must be taken and one held out."
         )
+    if untested := [mate for mate in mates if not (images.test_y == mate).any()]:
+        raise UserError(
+            f"{images.source}: no test image has the label {untested[0]}, which shares the group of {target_class} with"
+            f" --seed {seed}. Give another seed, or test images of every class."
+        )
     targets = targets[torch.randperm(len(targets), generator=generator).to(targets.device)]
     bad, held_out = targets[:n_bad], targets[n_bad:]
 
-    group_of = group_of.to(images.train_y.device)
+    device = images.train_y.device
+    labels, group_at = torch.tensor(classes, device=device), group_at.to(device)
     train_is_target = images.train_y == target_class
     sets = {
         "bad examples": ("test", bad),
@@ -221,7 +253,7 @@ def split_images(images: Images, target_class: int, n_bad: int, seed: int) -> Sp
         "train other": ("train", (~train_is_target).nonzero().flatten()),
     }
     if mates:
-        wanted = torch.tensor(mates, device=group_of.device)
+        wanted = torch.tensor(mates, device=device)
         sets["test mates"] = ("test", torch.isin(images.test_y, wanted).nonzero().flatten())
         sets["train mates"] = ("train", torch.isin(images.train_y, wanted).nonzero().flatten())
     return Split(
@@ -231,7 +263,10 @@ def split_images(images: Images, target_class: int, n_bad: int, seed: int) -> Sp
         mates=mates,
         side=images.side,
         x={"train": images.train_x, "test": images.test_x},
-        y={"train": group_of[images.train_y], "test": group_of[images.test_y]},
+        y={
+            "train": group_at[torch.searchsorted(labels, images.train_y)],
+            "test": group_at[torch.searchsorted(labels, images.test_y)],
+        },
         train_is_target=train_is_target,
         sets=sets,
     )

@@ -68,7 +68,7 @@ def open_experiment(settings: ExperimentSettings, inputs: Sequence[Path] = ()) -
     settings.check()
     with cpu_threads(settings.threads):
         folder = settings.out / settings.run
-        images = load_images(settings.data, settings.source, pick_device(settings.device))
+        images = load_images(settings.data, settings.source, pick_device(settings.device), settings.transpose)
         split = split_images(images, settings.target_class, settings.n_bad, settings.seed)
         print(describe(images, split))
         run = provenance(settings, [*images.files, *inputs])

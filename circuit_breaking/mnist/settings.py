@@ -28,6 +28,7 @@ class ImageSettings:
 
     data: Path = DEFAULT_FOLDER  # folder of the four IDX files, compressed (.gz) or not
     source: Source = "auto"  # auto: IDX files if there are any, else the hub, else scikit-learn's small digits
+    transpose: bool = False  # swap the rows and columns of each image; needed for EMNIST's files
     target_class: int = 3  # class that the network should no longer put into its group
     n_bad: int = 30  # examples of target_class to learn from, taken from the test images
 

@@ -196,3 +196,58 @@ def test_parts_of_a_split_are_disjoint():
         split_images(images, 10, 30, seed=0)
     with pytest.raises(UserError, match="--n_bad 66 does not fit"):
         split_images(images, 3, sizes["bad examples"] + sizes["test target"], seed=0)
+
+
+def labels_as(mapping, n=(60, 40)):
+    """Label files whose classes are those of `mapping`, in turn."""
+    return {
+        f"{part}-labels-idx1-ubyte": idx_bytes(np.array([mapping[i % len(mapping)] for i in range(count)], np.uint8))
+        for part, count in zip(("train", "t10k"), n, strict=True)
+    }
+
+
+@pytest.mark.parametrize("classes", [[1, 2, 3, 4, 5, 6], [0, 3, 4, 7, 200], [3, 9, 11]])
+def test_labels_with_gaps_make_pairs_of_the_classes_that_there_are(tmp_path, classes):
+    images = load_images(write_set(tmp_path, change=labels_as(classes)), "auto", CPU)
+    assert images.classes == classes
+    for seed in range(6):
+        split = split_images(images, 3, 2, seed)
+        assert sorted(label for group in split.groups for label in group) == classes
+        assert len(split.groups) == (len(classes) + 1) // 2 and 3 in split.groups[split.target_group]
+        for part, labels in (("train", images.train_y), ("test", images.test_y)):
+            expected = [next(g for g, group in enumerate(split.groups) if label in group) for label in labels.tolist()]
+            assert split.y[part].tolist() == expected
+        accuracies = split.accuracies(lambda x: torch.zeros(len(x), dtype=torch.long))
+        assert all(0 <= share <= 1 for share in accuracies.values())  # no set is empty
+    for absent in (-1, 8, 201):
+        with pytest.raises(UserError, match=rf"--target_class {absent} is not one of the {len(classes)} classes"):
+            split_images(images, absent, 2, 0)
+
+
+def test_pairs_of_ten_classes_are_those_of_before():
+    images = load_images(digits.DEFAULT_FOLDER, "digits", CPU)
+    order = torch.randperm(10, generator=torch.Generator().manual_seed(0)).tolist()
+    assert split_images(images, 3, 30, 0).groups == [sorted(order[i : i + 2]) for i in range(0, 10, 2)]
+
+
+def test_classes_too_few_or_without_test_images_are_refused_before_training(tmp_path):
+    with pytest.raises(UserError, match="fewer than three classes"):
+        load_images(write_set(tmp_path, change=labels_as([5, 9])), "auto", CPU)
+    change = labels_as([1, 2, 3, 4])
+    change["t10k-labels-idx1-ubyte"] = labels_as([2, 3, 3, 4])["t10k-labels-idx1-ubyte"]
+    images = load_images(write_set(tmp_path, change=change), "auto", CPU)
+    refusals = []
+    for seed in range(20):
+        try:
+            split_images(images, 3, 2, seed)
+        except UserError as error:
+            refusals.append(str(error))
+    assert 0 < len(refusals) < 20 and all("no test image has the label 1" in text for text in refusals)
+
+
+def test_transposed_images_are_turned(tmp_path):
+    folder = write_set(tmp_path)
+    plain, turned = (load_images(folder, "auto", CPU, transpose) for transpose in (False, True))
+    for before, after in ((plain.train_x, turned.train_x), (plain.test_x, turned.test_x)):
+        assert torch.equal(before.reshape(-1, 6, 6).transpose(1, 2), after.reshape(-1, 6, 6))
+    assert plain.source != turned.source  # so that a network of one is not used on the other
