@@ -74,6 +74,8 @@ class EdgeMaskedTransformer(nn.Module):
         cuda_graphs: captured passes for small batches on a GPU; `cuda_graphs.enabled = False` turns them off.
     """
 
+    plain_head = True  # see `models.causal_model`
+
     def __init__(self, hf: nn.Module, split_qkv: bool = False, gradient_checkpointing: bool = False) -> None:
         super().__init__()
         self.gradient_checkpointing = gradient_checkpointing

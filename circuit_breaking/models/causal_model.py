@@ -14,6 +14,7 @@ class CausalModel(Protocol):
 
     unembedding: Tensor  # [V, D]
     unembedding_bias: Tensor | None  # [V]
+    plain_head: bool  # logits are the product of hidden state and unembedding: neither scaled nor capped afterwards
 
     @property
     def device(self) -> torch.device:

@@ -149,9 +149,11 @@ class TextTask(Task):
         for batch in self._test_batches(num_data):
             batch = batch.to(model.device)
             where = batch.predicted
-            logits = torch.nn.functional.linear(
-                model.hidden(batch.tokens)[where], model.unembedding, model.unembedding_bias
-            )
+            if model.plain_head:
+                hidden = model.hidden(batch.tokens)[where]
+                logits = torch.nn.functional.linear(hidden, model.unembedding, model.unembedding_bias)
+            else:
+                logits = model(batch.tokens)[where]
             hits += int((logits.argmax(-1) == batch.tokens.roll(-1, 1)[where]).sum())
             total += len(logits)
         return hits / total

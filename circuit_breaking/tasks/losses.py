@@ -3,11 +3,14 @@
 Shapes: M predictions, D width, V vocabulary, E edges.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from circuit_breaking.models.causal_model import CausalModel
+from circuit_breaking.models.families import has_plain_head
 from circuit_breaking.models.tokens import TokenBatch
 from circuit_breaking.runs.devices import without_autocast
 
@@ -111,20 +114,44 @@ def prediction_losses(model: CausalModel, batch: TokenBatch, mask: Tensor | None
     """
     batch = batch.to(model.device)
     where = batch.predicted
+    if not model.plain_head:
+        return losses_of_logits(lambda tokens: model(tokens, mask=mask), batch, len(model.unembedding))
     hidden = model.hidden(batch.tokens, mask=mask)[where]
     return cross_entropy_of_hidden(hidden, model.unembedding, model.unembedding_bias, batch.tokens.roll(-1, 1)[where])
+
+
+def losses_of_logits(logits_of: Callable[[Tensor], Tensor], batch: TokenBatch, vocabulary: int) -> Tensor:
+    """Losses [M] from the logits [B, T, V] of a model's own forward pass, for a few texts at a time.
+
+    Args:
+        logits_of: tokens [B, T] -> logits [B, T, V].
+        batch: the texts, on the model's device.
+        vocabulary: V, which decides how many texts are computed together.
+    """
+    texts = max(1, WORDS_AT_ONCE * PREDICTIONS_AT_ONCE // (batch.tokens.shape[1] * vocabulary))
+    losses = []
+    for rows in (slice(first, first + texts) for first in range(0, len(batch), texts)):
+        tokens, where = batch.tokens[rows], batch.predicted[rows]
+        logits = logits_of(tokens)[where]
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        losses.append(F.cross_entropy(logits, tokens.roll(-1, 1)[where], reduction="none"))
+    return torch.cat(losses)
 
 
 def trainable_prediction_losses(hf: nn.Module, batch: TokenBatch) -> tuple[Tensor, Tensor]:
     """The same losses of a stock Hugging Face model, differentiable in all its weights, the output embedding included.
 
-    All logits [M, V] are in memory at once.
+    All logits [M, V] are in memory at once. The model may be of any family.
 
     Returns:
         losses [M] in nats, and the number of the text that each belongs to, int64 [M].
     """
     batch = batch.to(hf.device)
     where = batch.predicted
+    if not has_plain_head(hf):
+        vocabulary = len(hf.get_output_embeddings().weight)
+        losses = losses_of_logits(lambda tokens: hf(input_ids=tokens, use_cache=False).logits, batch, vocabulary)
+        return losses, where.nonzero()[:, 0]
     hidden = hf.base_model(input_ids=batch.tokens, use_cache=False).last_hidden_state[where]
     logits = hf.get_output_embeddings()(hidden)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))

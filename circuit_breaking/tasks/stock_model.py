@@ -5,10 +5,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from circuit_breaking.engine.transformer import select_positions
+from circuit_breaking.models.families import has_plain_head
 
 
 class StockModel:
     """A stock Hugging Face model as a `CausalModel`.
+
+    The model may be of any family. Its logits are always those of its own forward pass, which scales or caps them in
+    some families.
 
     Differentiable in the weights that require a gradient, except for those of the output embedding in losses that use
     `unembedding` as a constant (`tasks.losses.prediction_losses`).
@@ -16,6 +20,7 @@ class StockModel:
 
     def __init__(self, hf: nn.Module) -> None:
         self.hf = hf
+        self.plain_head = has_plain_head(hf)
         self.unembedding = hf.get_output_embeddings().weight
         self.unembedding_bias = getattr(hf.get_output_embeddings(), "bias", None)
 
@@ -31,4 +36,7 @@ class StockModel:
 
     def __call__(self, tokens: Tensor, at: Tensor | None = None, mask: None = None) -> Tensor:
         """Next-token logits, as `EdgeMaskedTransformer.forward`."""
+        if not self.plain_head:
+            logits = self.hf(input_ids=tokens, use_cache=False).logits
+            return logits if at is None else select_positions(logits, at)
         return F.linear(self.hidden(tokens, at), self.unembedding, self.unembedding_bias)

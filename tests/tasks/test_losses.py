@@ -3,8 +3,19 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.models import spread
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+)
 
+from circuit_breaking.models.tokens import TokenBatch
 from circuit_breaking.tasks import losses
+from circuit_breaking.tasks.stock_model import StockModel
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -37,6 +48,45 @@ def test_cross_entropy_of_far_logits(monkeypatch):
     torch.testing.assert_close(result, torch.tensor([1300.0, 601.0, 0.0]))
     result.sum().backward()
     torch.testing.assert_close(hidden.grad[:, 0], torch.tensor([1300.0, 601.0, 0.0]))
+
+
+SMALL = {
+    "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "hidden_size": 16, "vocab_size": 50,
+    "intermediate_size": 24, "max_position_embeddings": 32, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0,
+}  # fmt: skip
+OTHERS = {  # families without a description here, whose logits are more than a product with the output embedding
+    "granite": lambda: GraniteForCausalLM(GraniteConfig(**SMALL, logits_scaling=0.1)),
+    "gemma2": lambda: Gemma2ForCausalLM(
+        Gemma2Config(**SMALL, head_dim=8, final_logit_softcapping=1.0, attn_implementation="eager")
+    ),
+    "cohere": lambda: CohereForCausalLM(CohereConfig(**SMALL, logit_scale=8.0)),
+}
+
+
+@pytest.mark.parametrize("chunk", [1, 1 << 12])
+@pytest.mark.parametrize("name", OTHERS)
+def test_losses_of_other_families_are_hugging_faces(monkeypatch, name, chunk):
+    monkeypatch.setattr(losses, "WORDS_AT_ONCE", chunk)
+    torch.manual_seed(0)
+    hf = spread(OTHERS[name]())
+    tokens, lengths = torch.randint(1, 50, (5, 9)), torch.tensor([9, 4, 6, 9, 2])
+    batch, stock = TokenBatch(tokens, lengths), StockModel(hf)
+    labels = tokens.masked_fill(torch.arange(9) >= lengths[:, None], -100)
+    expected = hf(tokens, labels=labels).loss
+    logits = torch.nn.functional.linear(stock.hidden(tokens), stock.unembedding)
+    assert (logits - hf(tokens).logits).abs().max() > 0.1  # a plain product would be wrong
+    torch.testing.assert_close(losses.prediction_losses(stock, batch).mean(), expected)
+    torch.testing.assert_close(stock(tokens, at=lengths - 1), hf(tokens).logits[torch.arange(5), lengths - 1])
+    found, owner = losses.trainable_prediction_losses(hf.requires_grad_(True), batch)
+    torch.testing.assert_close(found.mean(), expected)
+    assert owner.tolist() == [0] * 8 + [1] * 3 + [2] * 5 + [3] * 8 + [4]
+    weight = hf.get_output_embeddings().weight
+    for one, other in zip(
+        torch.autograd.grad(found.mean(), [weight, hf.model.layers[0].mlp.up_proj.weight]),
+        torch.autograd.grad(hf(tokens, labels=labels).loss, [weight, hf.model.layers[0].mlp.up_proj.weight]),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other)
 
 
 def test_logit_difference():

@@ -45,6 +45,14 @@ def graph_of(config: PreTrainedConfig, split_qkv: bool = False) -> EdgeGraph:
     return EdgeGraph(config.num_hidden_layers, config.num_attention_heads, split_qkv, family.parallel(config))
 
 
+def has_plain_head(hf: nn.Module) -> bool:
+    """Whether a model's logits are known to be the product of its last hidden state and its output embedding.
+
+    All families described here compute them so. Others may scale or cap them (Granite, Cohere, Gemma 2).
+    """
+    return getattr(getattr(hf, "config", None), "model_type", None) in FAMILIES
+
+
 def describe(hf: nn.Module) -> ModelSpec:
     """Describe a Hugging Face causal language model; its weights are shared, not copied.
 
