@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 from circuit_breaking.errors import UserError
 from circuit_breaking.runs.cli import read_settings, run_script
-from circuit_breaking.runs.files import read_lines, require_file
+from circuit_breaking.runs.files import is_text, read_lines, read_text, require_file
 from circuit_breaking.runs.settings import ComputeSettings, SeedSettings
 from circuit_breaking.toxicity.settings import FOLDER
 
@@ -70,6 +70,7 @@ from circuit_breaking.models.load import load_hf_model, load_tokenizer
 from circuit_breaking.models.tokens import prefix_token
 from circuit_breaking.runs.mask_record import MASK
 from circuit_breaking.runs.results import Report
+from circuit_breaking.runs.texts import read_rows
 from circuit_breaking.toxicity.inputs import read_prompt_rows
 
 HINT = "Make one with toxicity/train_mask.py, or set the path of one."
@@ -149,6 +150,8 @@ class Watcher:
 
 def encode(tokenizer: Any, text: str) -> list[int]:
     """A text as tokens behind the prefix token, however long."""
+    if not is_text(text):
+        raise UserError(f"the prompt {text[:80]!r} holds bytes or characters that are not UTF-8 text. Type it again.")
     # quietly: the tokenizer would warn of long texts, for which there are windows, or an error of ours
     return [prefix_token(tokenizer), *tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
 
@@ -201,23 +204,26 @@ def read_prompts(settings: Settings) -> Iterator[str]:
     """The prompts of the settings, or of standard input as they come."""
     if settings.prompt:
         yield settings.prompt
-    elif settings.prompts is not None and settings.prompts.suffix == ".jsonl":
+    elif settings.prompts is not None and read_rows(settings.prompts) is not None:
+        if settings.prompts.suffix.lower() != ".jsonl":
+            raise UserError(f"{settings.prompts} is a table. Give JSON Lines (.jsonl) or a text file with one a line.")
         yield from (prompt for prompt, _whole in read_prompt_rows(settings.prompts))
     elif settings.prompts is not None:
         yield from read_lines(settings.prompts)
     else:
         if sys.stdin.isatty():
-            print("A prompt a line; Ctrl-D ends.")
+            print("Type one prompt per line; Ctrl-D ends.")
+        if hasattr(sys.stdin, "reconfigure"):
+            sys.stdin.reconfigure(errors="surrogateescape")  # bytes that are not UTF-8 must not end the session
         for line in sys.stdin:
             if line.strip():
                 yield line.strip()
 
 
 def show_perplexity(models: dict[str, nn.Module], tokenizer: Any, settings: Settings, console: Console) -> None:
-    try:
-        text = require_file(settings.perplexity).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{settings.perplexity} is not UTF-8 text ({error.reason} at byte {error.start}).") from error
+    if read_rows(settings.perplexity) is not None:
+        raise UserError(f"{settings.perplexity} is a table. Give a text file, of which all is read.")
+    text = read_text(settings.perplexity)
     tokens = torch.tensor(encode(tokenizer, text))
     table = Table("", "loss, nats a token", "perplexity", "tokens", title=str(settings.perplexity))
     for name, hf in models.items():

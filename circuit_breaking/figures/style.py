@@ -45,6 +45,7 @@ RC_PARAMS = {
     "ytick.major.width": 0.7,
     "legend.frameon": False,
     "lines.linewidth": 1.4,
+    "text.parse_math": False,  # a prompt or a name with "$" in it is shown as it is
     "savefig.dpi": 200,
 }
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import sys
 
 import pytest
@@ -150,3 +151,24 @@ def test_generate_time_writes_its_plot_and_numbers(tmp_path, capsys):
     settings.shape, settings.cut = "tiny", (10**6,)
     with pytest.raises(UserError, match="cannot be cut"):
         benchmark.main(settings)
+
+
+def test_bytes_that_are_not_utf8_do_not_end_the_session(run, capsys, monkeypatch):
+    typed = io.TextIOWrapper(io.BytesIO(b"a b\ncaf\xe9 c\nd e\n"), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdin", typed)
+    generate.main(settings(run))
+    shown = capsys.readouterr()
+    assert "a b" in shown.out and "d e" in shown.out and "\nd e" in shown.out
+    assert shown.err.count("error: ") == 1 and r"'caf\udce9 c' holds bytes" in shown.err
+    with pytest.raises(UserError, match="not UTF-8 text") as error:
+        generate.main(settings(run, prompt=os.fsdecode(b"caf\xe9")))
+    assert "\n" not in str(error.value)
+
+
+def test_tables_are_not_read_as_prose(run, tmp_path):
+    (tmp_path / "x.txt").write_text('{"text": "a b c"}\n')
+    (tmp_path / "x.csv").write_text("text\na b c\n")
+    for name in ("x.txt", "x.csv"):
+        for setting in ("prompts", "perplexity"):
+            with pytest.raises(UserError, match="is a table"):
+                generate.main(settings(run, **{setting: tmp_path / name}))

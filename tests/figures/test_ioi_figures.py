@@ -160,3 +160,15 @@ def test_overlap_with_the_published_circuit(tmp_path, drawn):
     with pytest.raises(UserError, match="GPT-2 small's, and this is a graph of 4 layers"):
         overlap(EdgeGraph(4, 4), [])
     assert read_json(tmp_path / "known.json")["what"] == "cut"
+
+
+def test_dollar_signs_are_drawn_as_they_are(tmp_path, drawn):
+    prompt = r"It costs $\frac for Mary, so John gave $x$ to"  # as a formula this would not even parse
+    rows = [{"token": " $a$", "probability": 0.7}, {"token": " $", "probability": 0.1}]
+    about = {"prompt": prompt, "IO": " $a$", "S": " $", "models": {"original $m_1$": rows}}
+    write_json(tmp_path / "next_tokens.json", about)
+    draw_next_tokens(tmp_path)
+    (axes,) = drawn[0].axes
+    texts = [drawn[0]._suptitle, axes.title, *axes.get_yticklabels()]
+    assert [text.get_text() for text in texts] == [f"{prompt} …", "original $m_1$", "$a$", "$"]
+    assert not any(text.get_parse_math() for text in texts)
