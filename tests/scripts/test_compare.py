@@ -194,7 +194,8 @@ def test_fine_tuned_models_are_ordinary_folders(finished):
         assert model.generate(torch.tensor([[0, 5]]), max_new_tokens=2).shape[1] > 2
         assert load_tokenizer(run / "finetuned" / method)
         record = json.loads((run / "finetuned" / method / "finetuning.json").read_text())
-        assert record["chosen"]["lr"] == 1e-3 and record["inputs"] and record["texts"]["toxic"]["train"] == 84
+        assert record["chosen"]["lr"] == 1e-3
+        assert record["provenance"]["inputs"] and record["provenance"]["texts"]["toxic"]["train"] == 84
 
 
 def test_a_method_that_explodes_is_noted_in_the_report(data, tmp_path):
