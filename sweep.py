@@ -144,7 +144,7 @@ def outcome(job: "submitit.Job") -> dict:
     """What a job returned, or that it was lost (killed, out of time or of memory)."""
     try:
         return job.result()
-    except Exception as error:  # whatever befell the job, the others go on
+    except Exception as error:  # an error in one job does not stop the others
         return {"exit_code": -1, "error": str(error).strip().splitlines()[-1] if str(error).strip() else repr(error)}
 
 

@@ -48,6 +48,7 @@ def test_split_reads_query_key_and_value_separately():
     heads = [f"embed->a0.{head}.{part}" for head in range(2) for part in "qkv"]
     outs = ["embed->m0", "a0.0->m0", "a0.1->m0", "embed->output", "a0.0->output", "a0.1->output", "m0->output"]
     assert graph.edges == heads + outs
+    assert str(graph) == "a graph of 1 layers x 2 heads, separate query, key and value readers (13 edges)"
 
 
 def test_parallel_layers_do_not_read_their_own_heads():

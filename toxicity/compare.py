@@ -154,7 +154,7 @@ def run_part(part: Part, settings: Settings, signals: Sequence[int] = ()) -> flo
     The first signal that arrives in `signals` is passed on to the process, and ends the run.
     """
     name, script, options = part
-    stopped = Stopped(f"told to stop in or before {name}; run it again to go on.")
+    stopped = Stopped(f"stopped by a signal in or before {name}; run the same command again to continue.")
     if signals:
         raise stopped
     log = settings.out / settings.run / "logs" / f"{name}.txt"

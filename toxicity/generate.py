@@ -158,7 +158,7 @@ def encode(tokenizer: Any, text: str) -> list[int]:
 
 @torch.no_grad()
 def write_on(hf: nn.Module, tokenizer: Any, tokens: list[int], settings: Settings, show: Callable[[str], None]) -> None:
-    """Let one model go on from a prompt."""
+    """Show how one model continues a prompt."""
     inputs = torch.tensor([tokens], device=hf.device)
     chance = {"do_sample": True, "temperature": settings.temperature, "top_k": 0, "top_p": 1.0}
     torch.manual_seed(settings.seed)

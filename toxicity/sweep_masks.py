@@ -192,11 +192,11 @@ class Sweep:
         return count
 
     def shared_place(self, ablation: str, seed: int) -> Path:
-        """Where the phase is trained that masks of all budgets share."""
+        """Folder of the relax phase, which the masks of all budgets share."""
         return self.folder / "relaxed" / f"{ablation}_seed{seed}"
 
     def relax(self, ablation: str, seed: int, how: MaskConfig, own: Checkpoints) -> dict[str, Any]:
-        """Let a mask go on from the end of the phase that all budgets share, trained if need be; what that cost."""
+        """Start a mask from the end of the shared relax phase, which is trained first if needed. Returns its cost."""
         place = self.shared_place(ablation, seed)
         key = self.key("relaxed", ablation, 0, seed)
         with hold(place):

@@ -82,7 +82,7 @@ class Checkpoints:
             self.save(step, state(), values)
         if received:
             largest(0)  # the first process that ends may end the others too, so all wait until the state is saved
-            raise Stopped(f"told to stop by signal {received} after step {step}; run it again to go on.")
+            raise Stopped(f"stopped by signal {received} after step {step}; run the same command again to continue.")
 
     def save(self, step: int, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
         """Write the state after `step` steps and torch's random states. The previous checkpoint stays."""

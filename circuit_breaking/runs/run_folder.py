@@ -80,7 +80,7 @@ def _begin(path: Path, checkpoints: Checkpoints | None) -> Saved | None:
         print(f"{path} lacks steps before the checkpoint: starting from the beginning.", file=sys.stderr)
         saved, rows = None, []
     if saved is not None:
-        print(f"going on from step {saved.step}", file=sys.stderr)
+        print(f"resuming from step {saved.step}", file=sys.stderr)
     write_jsonl(path, rows)  # without the rows after the checkpoint
     return saved
 
@@ -114,7 +114,7 @@ class CheckpointedParts:
         checkpoints = Checkpoints(self.folder / re.sub(r"[^\w.+-]+", "_", name), about, self.every)
         saved = checkpoints.load() if self.resume else None
         if saved is not None:
-            print(f"{name}: going on from step {saved.step}", file=sys.stderr)
+            print(f"{name}: resuming from step {saved.step}", file=sys.stderr)
         return {"checkpoints": checkpoints, "resume_from": saved}
 
     def remove(self) -> None:

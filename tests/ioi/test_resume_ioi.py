@@ -93,7 +93,7 @@ def test_a_mask_goes_on(data, tmp_path, monkeypatch, capsys, name, folder, chang
         at(patch, training._Trainer, "step", 6, die)
         start(name, data, tmp_path / "run", **changes)
     start(name, data, tmp_path / "run", **changes)
-    assert "going on from step 4" in capsys.readouterr().err
+    assert "resuming from step 4" in capsys.readouterr().err
     assert mask_of(tmp_path / "whole" / folder) == mask_of(tmp_path / "run" / folder)
     assert mask_of(tmp_path / "whole" / folder) == mask_of(tmp_path / "again" / folder)
     start(name, data, tmp_path / "run", **changes, alpha=0.3)

@@ -109,7 +109,7 @@ def test_damage_changed_settings_and_a_second_run(whole, tmp_path, monkeypatch, 
     (part / NEWEST).write_bytes(b"damaged")
     start(script, tmp_path)
     said = capsys.readouterr().err
-    assert "passed over a checkpoint" in said and "network: going on from step 10" in said
+    assert "passed over a checkpoint" in said and "network: resuming from step 10" in said
     assert made(script, tmp_path) == whole[script]
 
     with monkeypatch.context() as patch, pytest.raises(Killed):

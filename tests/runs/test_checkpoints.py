@@ -83,7 +83,7 @@ def test_a_killed_run_comes_out_the_same(tmp_path, die_at, changes):
 def test_a_signal_saves_and_stops(tmp_path, die_at, number):
     expected, expected_rows = run()
     checkpoints = Checkpoints(tmp_path, {"seed": 0}, every=0)
-    with pytest.raises(Stopped, match=f"step {die_at + 1}; run it again"):
+    with pytest.raises(Stopped, match=f"step {die_at + 1}; run the same command again to continue"):
         run(checkpoints, die_at, lambda: os.kill(os.getpid(), number))
     mask, rows = run(checkpoints)
     assert torch.equal(mask, expected) and rows == expected_rows[die_at + 1 :]

@@ -83,12 +83,12 @@ def test_a_signal_to_one_stops_all_and_the_next_launch_goes_on(tmp_path, rank):
         if process.environ().get("RANK") == rank:
             process.send_signal(signal.SIGUSR1)
     _, errors = job.communicate(timeout=100)
-    assert job.returncode != 0 and f"told to stop by signal {signal.SIGUSR1.value} after step" in errors, errors
+    assert job.returncode != 0 and f"stopped by signal {signal.SIGUSR1.value} after step" in errors, errors
     done = len(path.read_text().splitlines())
     assert 20 < done < 140 and read_tensors(tmp_path / "both" / "checkpoint.safetensors")[1]["step"] == done
     job = launch(*script_words(tmp_path, "both"), cwd=ROOT)
     output, errors = job.communicate(timeout=100)
-    assert job.returncode == 0 and errors.count(f"going on from step {done}") == 1, errors
+    assert job.returncode == 0 and errors.count(f"resuming from step {done}") == 1, errors
     assert output.count("written to") == 1 and output.count("held-out loss on toxic text") == 1
     masks = [read_tensors(tmp_path / name / "mask.safetensors")[0]["weights"] for name in ("alone", "both")]
     assert torch.equal(*masks)

@@ -70,7 +70,7 @@ def test_five_kills_leave_the_same_mask(tmp_path):
         process.kill()
         process.wait()
     done = subprocess.run(command(tmp_path, "killed"), capture_output=True, text=True, check=True)
-    assert "going on from step" in done.stderr
+    assert "resuming from step" in done.stderr
 
     masks = [read_tensors(tmp_path / name / "mask.safetensors")[0]["weights"] for name in ("whole", "killed")]
     assert masks[0].equal(masks[1])

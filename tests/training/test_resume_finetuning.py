@@ -30,8 +30,8 @@ def run(monkeypatch, method, checkpoints=None, die_at=None, how=None, **changes)
     """Fine-tune from the beginning or a checkpoint; call `how` after step `die_at`. The weights and the result."""
     plain = finetuning._Run.advance
 
-    def advance(self):
-        plain(self)
+    def advance(self, number):
+        plain(self, number)
         if self.done == die_at:
             how()
 
@@ -78,7 +78,7 @@ def test_a_run_that_ended_early_has_ended(tmp_path, monkeypatch, changes):
 def test_a_signal_saves_and_stops(tmp_path, monkeypatch, number):
     expected = run(monkeypatch, "task_arithmetic")
     checkpoints = Checkpoints(tmp_path, {}, every=0)
-    with pytest.raises(Stopped, match="step 7; run it again") as stopped:
+    with pytest.raises(Stopped, match="step 7; run the same command again to continue") as stopped:
         run(monkeypatch, "task_arithmetic", checkpoints, 7, lambda: os.kill(os.getpid(), number))
     assert stopped.value.exit_code == 75
     assert checkpoints.load().step == 7
@@ -147,8 +147,8 @@ def kill_at(monkeypatch, step, how, counted=None):
     """Call `how` after a number of steps over all methods and rates. `counted` gets an entry for each step."""
     plain, counted = finetuning._Run.advance, [] if counted is None else counted
 
-    def advance(self):
-        plain(self)
+    def advance(self, number):
+        plain(self, number)
         counted.append(self.done)
         if len(counted) == step:
             how()
@@ -239,5 +239,5 @@ def test_kills_at_random_moments_leave_the_same_files(data, tmp_path):
             kills += 1
     assert kills >= 1
     done = subprocess.run(command("killed"), capture_output=True, text=True, check=True)
-    assert "going on from step" in done.stderr or "is there" in done.stdout
+    assert "resuming from step" in done.stderr or "is there" in done.stdout
     assert made(tmp_path / "whole" / "finetuned") == made(tmp_path / "killed" / "finetuned")

@@ -63,7 +63,7 @@ def test_a_killed_run_comes_out_the_same(tmp_path, die_at, method, granularity):
 def test_a_signal_saves_and_stops(tmp_path, number):
     expected, rows = run(method="hard-concrete")
     checkpoints = Checkpoints(tmp_path, {}, every=0)
-    with pytest.raises(Stopped, match="step 6; run it again") as stopped:
+    with pytest.raises(Stopped, match="step 6; run the same command again to continue") as stopped:
         run(checkpoints, 5, lambda: os.kill(os.getpid(), number), method="hard-concrete")
     assert stopped.value.exit_code == 75
     assert run(checkpoints, method="hard-concrete") == (expected, rows[6:])
@@ -104,7 +104,7 @@ def test_the_script_resumes_and_starts_from_the_beginning(folder, tmp_path, monk
         patch.setattr(script, "train_weight_mask", dying)
         start("run")
     assert len(read_jsonl(tmp_path / "run" / "metrics.jsonl")) == 7
-    assert start("run") == expected and "going on from step 7" in capsys.readouterr().err
+    assert start("run") == expected and "resuming from step 7" in capsys.readouterr().err
     assert (
         start("run", alpha=3.0) != expected
         and "other settings or data: starting from the beginning" in capsys.readouterr().err
