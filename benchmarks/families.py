@@ -2,7 +2,7 @@
 
 Models have random weights; norms and biases are moved away from ones and zeros so that all of them have an effect.
 Exactness is the largest difference between a logit of the engine and one of Hugging Face: with all edges kept, and with
-`cut` random edges cut, which hooks cut in the Hugging Face model. Times are medians of steps that take turns.
+`cut` random edges cut, which are cut in the Hugging Face model too. Times are medians of steps that take turns.
 
 Reads   the rows of other shapes from earlier results in `out`.
 Writes  data/benchmarks/families.json, one row per shape; prints it as a table.

@@ -5,7 +5,7 @@ Writes  nothing; with --save, a folder with the ablated model, which needs no ot
 Time    about a second per prompt for GPT-2 small on two cores.
 
 Prompts come from --prompt, from a file (--prompts), or line by line from the terminal or a pipe. --perplexity FILE
-measures both models on a text instead. Both are the same Hugging Face model, with and without hooks.
+measures both models on a text instead. Both are the same Hugging Face model, with and without cut edges.
 """
 
 from dataclasses import dataclass
@@ -125,7 +125,7 @@ def load_pair(settings: Settings) -> tuple[Any, dict[str, nn.Module]]:
 
 
 def twin(hf: nn.Module) -> nn.Module:
-    """A copy of a model with the same weight tensors and separate hooks."""
+    """A copy of a model that shares its weights; edges can be cut in one and not in the other."""
     shared = {id(tensor): tensor for tensor in (*hf.parameters(), *hf.buffers())}
     return copy.deepcopy(hf, shared)
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from circuit_breaking.engine.transformer import EdgeMaskedTransformer
-from circuit_breaking.models.families import describe
+from circuit_breaking.models.families import describe, require_plain
 from circuit_breaking.models.load import load_hf_model
 from circuit_breaking.runs.devices import pick_device, pick_dtype
 
@@ -41,6 +41,7 @@ def load_model(
     """
     place, kind = pick_device(device), pick_dtype(dtype)
     if isinstance(model, nn.Module):
+        require_plain(model)
         describe(model)  # refuses what is not supported before it is copied
         hf, name = model, getattr(model.config, "name_or_path", "") or type(model).__name__
         if not share_weights or any(parameter.dtype != kind for parameter in model.parameters()):

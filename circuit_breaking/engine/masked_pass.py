@@ -85,9 +85,15 @@ class MaskedPass:
         self.mask, self.sparse = self.network.mask_matrix(weights), None
         if not product_is_small(self.network, self.inputs.tokens):
             differing = (weights != 1).nonzero()[:, 0]
-            if len(differing) <= len(self.mask):
+            if len(differing) <= len(self.mask) and self._leaves_most(differing):
                 ends = self.network.edge_readers, self.network.edge_sources
                 self.sparse = SparseMask(self.network.graph, *ends, weights, differing)
+
+    def _leaves_most(self, differing: Tensor) -> bool:
+        """Whether every reader keeps at least half of its edges. Of a running sum less most of its terms, little but
+        its rounding errors would be left."""
+        readers = self.network.edge_readers[differing].bincount(minlength=len(self.network.n_read))
+        return bool((2 * readers <= self.network.n_read).all())
 
     def _allocate(self) -> None:
         """Take the memory of the pass, and make the masked reads over it."""

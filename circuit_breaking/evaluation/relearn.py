@@ -65,8 +65,7 @@ def relearn(
             if step == max(settings.checks):
                 break
             batch = task.draw(min(settings.batch_size, len(examples)))
-            # ablate again at each step: the hooks hold copies of the weights
-            with ablate(model, compared.edges, compared.means, trainable=True):
+            with ablate(model, compared.edges, compared.means):
                 loss = trainable_prediction_losses(model, batch)[0].mean()
                 optimizer.zero_grad()
                 loss.backward()

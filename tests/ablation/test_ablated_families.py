@@ -14,8 +14,9 @@ def test_gpt2_variants():
     for changes in ({"scale_attn_by_inverse_layer_idx": True}, {"scale_attn_weights": False}, {"n_inner": 40}):
         hf = small_gpt2(**changes).double()
         edges = some_edges(hf, 30)
+        expected = engine_logits(hf, edges, None, tokens, True)
         with ablate(hf, edges), torch.no_grad():
-            assert torch.allclose(hf(tokens).logits, engine_logits(hf, edges, None, tokens, True), atol=1e-10)
+            assert torch.allclose(hf(tokens).logits, expected, atol=1e-10)
 
 
 NEOX_VARIANTS = (
@@ -31,8 +32,9 @@ def test_neox_variants(changes):
     tokens = torch.randint(1, 50, (2, 9), generator=torch.manual_seed(3))
     hf = small_neox(**changes).double()
     edges = some_edges(hf, 40)
+    expected = engine_logits(hf, edges, None, tokens, True)
     with ablate(hf, edges), torch.no_grad():
-        assert torch.allclose(hf(tokens).logits, engine_logits(hf, edges, None, tokens, True), atol=1e-10)
+        assert torch.allclose(hf(tokens).logits, expected, atol=1e-10)
 
 
 def test_the_graph_of_parallel_layers():
@@ -48,8 +50,9 @@ def test_query_heads_that_share_normalised_keys(share):
     hf = small_qwen3(num_key_value_heads=4 // share)
     tokens = torch.randint(1, 50, (2, 9), generator=torch.manual_seed(3))
     edges = ["m0->a1.1.k", "embed->a2.3.v", "m0->a2.1.q"]
+    expected = engine_logits(hf, edges, None, tokens, True)
     with ablate(hf, edges), torch.no_grad():
-        assert torch.allclose(hf(tokens).logits, engine_logits(hf, edges, None, tokens, True), atol=1e-4)
+        assert torch.allclose(hf(tokens).logits, expected, atol=1e-4)
 
 
 def test_a_sliding_window_is_the_models_own_affair():
@@ -57,8 +60,9 @@ def test_a_sliding_window_is_the_models_own_affair():
     hf = small_mistral(sliding_window=9)
     edges = some_edges(hf, 30)
     tokens = torch.randint(1, 50, (2, 9), generator=torch.manual_seed(3))
+    expected = engine_logits(hf, edges, None, tokens, True)
     with ablate(hf, edges), torch.no_grad():
-        assert torch.allclose(hf(tokens).logits, engine_logits(hf, edges, None, tokens, True), atol=1e-4)
+        assert torch.allclose(hf(tokens).logits, expected, atol=1e-4)
     long = torch.randint(1, 50, (2, 20), generator=torch.manual_seed(3))
     with torch.no_grad():
         before = hf(long).logits

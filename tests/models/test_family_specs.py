@@ -9,8 +9,8 @@ from torch import nn
 from transformers import BertConfig, BertForMaskedLM, OPTConfig
 
 from circuit_breaking.ablation.ablate import ablate
-from circuit_breaking.ablation.hooks import check_hooks
 from circuit_breaking.ablation.weight_mask import find_matrices
+from circuit_breaking.ablation.wiring import check_cuttable
 from circuit_breaking.engine.blocks import make_blocks
 from circuit_breaking.engine.load import load_model
 from circuit_breaking.engine.reference import ReferenceModel
@@ -156,7 +156,7 @@ def test_what_a_consumer_does_not_support_is_refused(change, consumer, monkeypat
     # a default value is no option
     neutral = with_field(describe(small_gpt2()), ScaledModel, embedding_scale=float("1"))
     make_blocks(neutral, False)
-    check_hooks(neutral)
+    check_cuttable(neutral)
 
 
 def test_an_unknown_activation_is_refused():
@@ -169,11 +169,11 @@ def test_hooks_refuse_shared_keys_from_a_fused_projection():
     spec = describe(small_llama())
     fused = [replace(one, key=replace(one.key, module=one.query.module)) for one in spec.layers]
     with pytest.raises(UserError, match="shared by several heads"):
-        check_hooks(replace(spec, layers=fused))
+        check_cuttable(replace(spec, layers=fused))
 
 
 def test_hooks_refuse_one_norm_for_attention_and_mlp():
     spec = describe(small_gpt2())
     shared = [replace(one, mlp_norm=one.attention_norm) for one in spec.layers]
     with pytest.raises(UserError, match="one norm for attention and MLP"):
-        check_hooks(replace(spec, layers=shared))
+        check_cuttable(replace(spec, layers=shared))

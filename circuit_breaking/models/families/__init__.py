@@ -69,6 +69,28 @@ def describe(hf: nn.Module) -> ModelSpec:
     return family.describe(hf)
 
 
+def require_plain(hf: nn.Module) -> None:
+    """Raise a `UserError` if calling a model's modules does more than its weights and its family's description say."""
+    for name, module in hf.named_modules():
+        if hasattr(type(module), "stands_for"):
+            raise UserError(
+                "this Hugging Face model has cut edges, which reading its weights would pass over. Remove the cuts "
+                "first, and cut edges in the result."
+            )
+        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+        # transformers registers some that only note outputs
+        if any(not getattr(hook, "__module__", "").startswith("transformers.") for hook in hooks):
+            raise UserError(
+                f"a hook is registered on {name or 'the model'}, which reading the model's weights would pass over. "
+                "Remove it first."
+            )
+        if "forward" in module.__dict__ and "_hf_hook" not in module.__dict__:
+            raise UserError(
+                f"{name or 'the model'} has a forward of its own, which reading the model's weights would pass over. "
+                "Undo that first."
+            )
+
+
 def require_loaded(hf: nn.Module) -> None:
     """Raise a `UserError` if some weights of a model are offloaded, so that their values are not at hand."""
     for name, parameter in hf.named_parameters():

@@ -32,6 +32,7 @@ def describe_layer(layer: nn.Module, config: PreTrainedConfig, index: int) -> La
     fused = linear(attention.c_attn)
     query, key, value = (projection(fused, heads, head_width, first=part * heads) for part in range(3))
     return LayerSpec(
+        layer=layer,
         attention=attention,
         attention_norm=norm(layer.ln_1),
         query=query,

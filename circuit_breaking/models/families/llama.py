@@ -29,6 +29,7 @@ def describe_layer(layer: nn.Module, config: PreTrainedConfig, index: int) -> La
     attention, mlp, head_width = layer.self_attn, layer.mlp, layer.self_attn.head_dim
     heads, key_heads = config.num_attention_heads, config.num_key_value_heads
     return LayerSpec(
+        layer=layer,
         attention=attention,
         attention_norm=norm(layer.input_layernorm),
         query=projection(linear(attention.q_proj), heads, head_width),

@@ -28,6 +28,7 @@ def describe_layer(layer: nn.Module, config: PreTrainedConfig) -> LayerSpec:
     fused, head_width = linear(attention.query_key_value), config.hidden_size // heads
     query, key, value = (projection(fused, heads, head_width, first=part, step=3) for part in range(3))
     return LayerSpec(
+        layer=layer,
         attention=attention,
         attention_norm=norm(layer.input_layernorm),
         query=query,

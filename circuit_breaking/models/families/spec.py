@@ -76,6 +76,7 @@ class LayerSpec:
     model that sets another one.
     """
 
+    layer: nn.Module
     attention: nn.Module
     attention_norm: NormSpec
     query: ProjectionSpec
@@ -171,12 +172,13 @@ class Family:
 
 def linear(module: nn.Module) -> LinearSpec:
     """Describe a linear module. Raises `UserError` for a module that computes more, such as a LoRA adapter."""
-    if type(module) not in (nn.Linear, Conv1D):
+    kind = getattr(type(module), "stands_for", type(module))  # a module of a model with cut edges keeps its weights
+    if kind not in (nn.Linear, Conv1D):
         kind = f"{type(module).__module__}.{type(module).__name__}"
         raise UserError(
             f"the model has a {kind} where a plain linear layer is needed. Merge adapters and undo quantisation first."
         )
-    weight = module.weight.t() if type(module) is nn.Linear else module.weight  # Conv1D stores [in, out]
+    weight = module.weight.t() if kind is nn.Linear else module.weight  # Conv1D stores [in, out]
     return LinearSpec(module, weight, module.bias)
 
 

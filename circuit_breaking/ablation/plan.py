@@ -1,0 +1,146 @@
+"""Which node outputs the layers of an ablated model hand on, and what each reader makes of them.
+
+A reader with cut edges reads r_j = Σ_kept x_i + Σ_cut μ_i. The model's residual stream is Σ_i x_i, so
+
+    r_j = stream - Σ_cut x_i + Σ_cut μ_i       where fewer nodes are cut than kept
+    r_j = Σ_kept x_i + Σ_cut μ_i               otherwise: what is left of a stream after almost all of it was
+                                               subtracted would be rounding errors
+
+The outputs x_i that appear on the right are carried from the layer that writes them to the last layer that needs them.
+
+Shapes: P nodes that write, D width, C carried outputs, R reads of a layer.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from circuit_breaking.graph import QKV, EdgeGraph
+
+
+@dataclass(frozen=True)
+class Read:
+    """What readers get that are cut off from the same nodes of earlier layers.
+
+    Attributes:
+        cut, kept: nodes of earlier layers whose edges are cut, and the others, by number.
+    """
+
+    cut: frozenset[int]
+    kept: frozenset[int]
+
+    @property
+    def sums_kept(self) -> bool:
+        """Whether the read is the sum of the kept nodes, rather than the stream less the cut ones."""
+        return len(self.kept) < len(self.cut)
+
+    @property
+    def needs(self) -> frozenset[int]:
+        """The nodes whose outputs it is made of."""
+        return self.kept if self.sums_kept else self.cut
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What an ablated layer does besides its usual work.
+
+    Attributes:
+        carried_in: nodes whose outputs come with the stream, in order.
+        reads: the distinct reads of heads with cut edges.
+        units: for queries, keys and values, the read of each head: 0 the stream, i the i-th of `reads`. Three lists.
+        mlp_read: the read of the MLP, None for the stream.
+        mlp_cut_heads: heads of this layer that are cut from its own MLP.
+        exports: nodes of this layer that later readers need: heads by number, and whether its MLP is one.
+        carried_out: nodes whose outputs go on with the stream, in order.
+    """
+
+    carried_in: list[int]
+    reads: list[Read]
+    units: list[list[int]]
+    mlp_read: Read | None
+    mlp_cut_heads: list[int]
+    export_heads: list[int]
+    export_mlp: bool
+    carried_out: list[int]
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether there is nothing to do."""
+        cut = self.reads or self.mlp_read or self.mlp_cut_heads
+        return not (self.carried_in or self.carried_out or cut)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an ablated model does: for every layer, and before the final norm."""
+
+    layers: list[LayerPlan]
+    output_read: Read | None
+    output_carried: list[int]
+
+
+def plan_cuts(graph: EdgeGraph, ends: Iterable[tuple[str, str]]) -> Plan:
+    """The plan for cut edges, given by the names of their source and reader."""
+    number = {name: index for index, name in enumerate(graph.sources)}
+    cut: dict[str, set[int]] = {}
+    for source, reader in ends:
+        is_head = reader.startswith("a") and not reader.endswith(tuple(f".{part}" for part in QKV))
+        for name in [f"{reader}.{part}" for part in QKV] if is_head else [reader]:
+            cut.setdefault(name, set()).add(number[source])
+
+    def read_of(reader: str, before: int) -> Read | None:
+        nodes = frozenset(node for node in cut.get(reader, ()) if node < before)
+        return Read(nodes, frozenset(range(before)) - nodes) if nodes else None
+
+    heads, n_layers = range(graph.n_heads), graph.n_layers
+    last_need: dict[int, int] = {}  # node -> the last layer that needs it; `output` is the layer after the last
+    found: list[tuple[list[Read], list[list[int]], Read | None, list[int]]] = []
+    for layer, part in enumerate(graph.layers):
+        before, reads, units = part.n_earlier_nodes, [], []
+        for letter in QKV:
+            row = [read_of(f"a{layer}.{head}.{letter}", before) for head in heads]
+            reads += [read for read in dict.fromkeys(row) if read is not None and read not in reads]
+            units.append([0 if read is None else 1 + reads.index(read) for read in row])
+        mlp_read = read_of(f"m{layer}", before)
+        own = [node - before for node in sorted(cut.get(f"m{layer}", ())) if node >= before]
+        for read in [*reads, *filter(None, [mlp_read])]:
+            last_need |= dict.fromkeys(read.needs, layer)
+        found.append((reads, units, mlp_read, own))
+    output_read = read_of("output", len(number))
+    last_need |= dict.fromkeys(output_read.needs if output_read else (), n_layers)
+
+    def carried(layer: int) -> list[int]:
+        """Nodes of layers before this one that it or a later one needs."""
+        before = graph.layers[layer].n_earlier_nodes if layer < n_layers else len(number)
+        return sorted(node for node, last in last_need.items() if node < before and last >= layer)
+
+    layers = []
+    for layer, (reads, units, mlp_read, own) in enumerate(found):
+        first, out = graph.layers[layer].n_earlier_nodes, carried(layer + 1)
+        exports = [node - first for node in out if node >= first]
+        export_heads = [node for node in exports if node < graph.n_heads]
+        layers.append(
+            LayerPlan(
+                carried(layer), reads, units, mlp_read, own, export_heads, graph.n_heads in exports, out
+            )
+        )  # fmt: skip
+    return Plan(layers, output_read, carried(n_layers))
+
+
+def read_matrix(reads: list[Read], carried: list[int]) -> Tensor:
+    """The reads as a matrix over the stream and the carried outputs: [R, 1 + C]."""
+    matrix = torch.zeros(len(reads), 1 + len(carried))
+    at = {node: 1 + index for index, node in enumerate(carried)}
+    for row, read in zip(matrix, reads, strict=True):
+        row[0] = 0.0 if read.sums_kept else 1.0
+        row[[at[node] for node in read.needs]] = 1.0 if read.sums_kept else -1.0
+    return matrix
+
+
+def read_constants(reads: list[Read], means: Tensor | None) -> Tensor | None:
+    """The sum of the ablation values of each read's cut nodes: [R, D]; None for zero ablation."""
+    if means is None or not reads:
+        return None
+    return torch.stack([means[sorted(read.cut)].sum(0) for read in reads])

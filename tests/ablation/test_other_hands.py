@@ -1,0 +1,340 @@
+"""The ablated model in other people's hands: compiled, in threads, checkpointed, trained, adapted, mixed caches."""
+
+import copy
+import threading
+
+import pytest
+import torch
+from helpers.models import small_gpt2, small_llama
+from test_ablated import some_edges
+from transformers import DynamicCache
+
+from circuit_breaking.ablation.ablate import ablate
+from circuit_breaking.ablation.weight_mask import WeightMask, find_matrices, mask_weights
+from circuit_breaking.engine.load import load_model
+from circuit_breaking.errors import UserError
+from circuit_breaking.models.families import describe
+
+TOKENS = torch.randint(1, 50, (2, 9), generator=torch.Generator().manual_seed(3))
+KEYWORDS = {"max_new_tokens": 7, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+
+
+def logits(hf) -> torch.Tensor:
+    with torch.no_grad():
+        return hf(TOKENS).logits
+
+
+def generated(hf, tokens=TOKENS, **keywords) -> torch.Tensor:
+    return hf.generate(tokens, attention_mask=torch.ones_like(tokens), **KEYWORDS, **keywords)
+
+
+# Compiled before, after, as a whole, in place, layer by layer
+
+
+def whole_model(hf):
+    return torch.compile(hf, backend="aot_eager")
+
+
+def in_place(hf):
+    hf.compile(backend="aot_eager")
+    return hf
+
+
+def layer_by_layer(hf):
+    layers = next(module for module in hf.modules() if isinstance(module, torch.nn.ModuleList))
+    for number, layer in enumerate(layers):
+        layers[number] = torch.compile(layer, backend="aot_eager")
+    return hf
+
+
+@pytest.mark.parametrize("how", [whole_model, in_place, layer_by_layer])
+def test_what_was_compiled_before_is_cut_and_whole_at_once(family, how):
+    plain, hf = family(), family()
+    edges = some_edges(plain, 15)
+    whole = logits(plain)
+    with ablate(plain, edges):
+        cut = logits(plain)
+    torch._dynamo.reset()
+    compiled = how(hf)
+    torch.testing.assert_close(logits(compiled), whole)
+    handle = ablate(hf, edges)
+    torch.testing.assert_close(logits(compiled), cut)
+    handle.remove()
+    torch.testing.assert_close(logits(compiled), whole)
+    with handle:
+        torch.testing.assert_close(logits(compiled), cut)
+    torch._dynamo.reset()
+
+
+# Threads and replicas
+
+
+def test_threads_generate_as_one_does(family):
+    hf = family()
+    prompts = [TOKENS.roll(shift, 1) for shift in range(4)]
+    with ablate(hf, some_edges(hf, 20)):
+        expected, found = [generated(hf, tokens) for tokens in prompts], {}
+
+        def work(number: int) -> None:
+            found[number] = [generated(hf, prompts[number]) for _ in range(4)]
+
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(len(prompts))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    for number, tokens in enumerate(expected):
+        assert len(found[number]) == 4 and all(one.equal(tokens) for one in found[number])
+
+
+def test_copies_and_replicas_are_cut_too(family):
+    hf = family()
+    edges = some_edges(hf, 20)
+    with ablate(hf, edges):
+        cut, twin = logits(hf), copy.deepcopy(hf)
+        replica = hf._replicate_for_data_parallel()  # what DataParallel makes of each module
+        assert type(replica) is type(hf)
+    assert logits(twin).equal(cut) and not logits(hf).equal(cut)
+    twin.edge_cuts.remove()
+    assert logits(twin).equal(logits(hf))
+
+
+# Training
+
+
+def gradients_of(hf, edges) -> list[torch.Tensor]:
+    hf.requires_grad_(True).zero_grad()
+    with ablate(hf, edges):
+        hf(TOKENS, labels=TOKENS, use_cache=False).loss.backward()
+    return [parameter.grad.clone() for parameter in hf.parameters() if parameter.grad is not None]
+
+
+def without_dropout(hf):
+    for module in hf.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return hf.train()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_gives_the_same_gradients(family, reentrant):
+    plain, checkpointed = without_dropout(family()), without_dropout(family())
+    edges = some_edges(plain, 20)
+    checkpointed.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    checkpointed.enable_input_require_grads()
+    expected, found = gradients_of(plain, edges), gradients_of(checkpointed, edges)
+    assert len(expected) == len(found) == len(list(plain.parameters()))
+    for one, other in zip(found, expected, strict=True):
+        assert one.equal(other)
+
+
+def test_gradients_are_those_of_the_function(family):
+    hf = family().double()
+    edges = some_edges(hf, 20)
+    parameters = dict(hf.requires_grad_(True).named_parameters())
+    torch.manual_seed(0)
+    directions = {name: torch.randn_like(parameter) for name, parameter in parameters.items()}
+
+    def loss(step: float) -> torch.Tensor:
+        moved = {name: parameter + step * directions[name] for name, parameter in parameters.items()}
+        return torch.func.functional_call(hf, moved, (TOKENS,)).logits.logsumexp(-1).sum()
+
+    with ablate(hf, edges):
+        gradients = torch.autograd.grad(loss(0.0), list(parameters.values()))
+        with torch.no_grad():
+            slope = (loss(1e-4) - loss(-1e-4)) / 2e-4
+    found = sum((gradient * directions[name]).sum() for gradient, name in zip(gradients, parameters, strict=True))
+    torch.testing.assert_close(found, slope, rtol=2e-3, atol=1e-3)
+
+
+# Weights that change while edges are cut
+
+
+def changes():
+    yield "in place", lambda hf, new: [p.data.copy_(q) for p, q in zip(hf.parameters(), new.parameters(), strict=True)]
+    yield "load_state_dict", lambda hf, new: hf.load_state_dict(new.state_dict())
+    yield "assigned", lambda hf, new: hf.load_state_dict(new.state_dict(), assign=True)
+
+
+@pytest.mark.parametrize(("name", "change"), list(changes()), ids=lambda one: one if isinstance(one, str) else "")
+def test_new_weights_count(family, name, change):
+    hf, new = family(), family()
+    with torch.no_grad():
+        for parameter in new.parameters():
+            parameter.mul_(1.1).add_(0.01)
+    edges = some_edges(hf, 20)
+    with ablate(new, edges):
+        expected = logits(new)
+    with ablate(hf, edges):
+        change(hf, new)
+        torch.testing.assert_close(logits(hf), expected)
+
+
+def test_masked_weights_count():
+    hf = small_llama()
+    edges = some_edges(hf, 20)
+    units = {matrix.name: torch.arange(0, matrix.count, 3) for matrix in find_matrices(hf, "neuron")}
+    mask = WeightMask("neuron", units)
+    with mask_weights(hf, mask), ablate(hf, edges):
+        expected = logits(hf)
+    with ablate(hf, edges), mask_weights(hf, mask):
+        assert logits(hf).equal(expected)
+
+
+# Modules that compute something else
+
+
+class Doubled(torch.nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_a_module_that_computes_something_else_is_refused():
+    hf = small_llama()
+    attention = hf.model.layers[1].self_attn
+    attention.q_proj.__class__ = Doubled
+    for use in (lambda: ablate(hf, ["m0->a1.0"]), lambda: load_model(hf, device="cpu")):
+        with pytest.raises(UserError, match="Doubled where a plain linear layer is needed"):
+            use()
+
+
+def test_a_module_that_is_replaced_after_the_cut_is_refused():
+    hf = small_llama()
+    with ablate(hf, ["m0->a1.0"]):
+        attention = hf.model.layers[1].self_attn
+        plain = attention.q_proj
+        attention.q_proj = torch.nn.Sequential(plain)
+        with pytest.raises(UserError, match="q_proj was replaced by a Sequential after the edges were cut"):
+            logits(hf)
+        attention.q_proj = plain
+        logits(hf)
+
+
+def test_the_engine_refuses_what_its_weights_do_not_say():
+    hf = small_gpt2()
+    with ablate(hf, ["m0->m1"]), pytest.raises(UserError, match="has cut edges"):
+        load_model(hf, device="cpu")
+    handle = hf.transformer.h[0].mlp.register_forward_hook(lambda *args: None)
+    with pytest.raises(UserError, match=r"a hook is registered on transformer\.h\.0\.mlp"):
+        load_model(hf, device="cpu")
+    handle.remove()
+    hf.transformer.ln_f.forward = lambda x: x
+    for use in (lambda: load_model(hf, device="cpu"), lambda: ablate(hf, ["m0->output"])):
+        with pytest.raises(UserError, match="has a forward of its own"):
+            use()
+    del hf.transformer.ln_f.forward
+    assert len(load_model(hf, device="cpu").graph) == len(describe(hf).graph())
+
+
+def test_hooks_of_other_people_still_run(family):
+    """A hook that changes what attention's output projection gets changes the cut model as it does the whole one."""
+    hf = family()
+    edges = some_edges(hf, 20)
+    out = describe(hf).layers[1].out.module
+    with ablate(hf, edges):
+        before = logits(hf)
+        handle = out.register_forward_pre_hook(lambda module, args: (torch.zeros_like(args[0]),))
+        changed = logits(hf)
+        handle.remove()
+        assert not torch.allclose(changed, before) and logits(hf).equal(before)
+        with torch.no_grad():
+            weight = out.weight.clone()
+            out.weight.zero_()
+            torch.testing.assert_close(logits(hf), changed)
+            out.weight.copy_(weight)
+
+
+# What a model returns and keeps
+
+
+def test_hidden_states_are_the_streams(family):
+    hf = family()
+    with ablate(hf, some_edges(hf, 20)), torch.no_grad():
+        out = hf(TOKENS, output_hidden_states=True)
+        assert {state.shape[-1] for state in out.hidden_states} == {hf.config.hidden_size}
+        assert torch.equal(out.logits, hf(TOKENS).logits)
+    whole = hf(TOKENS, output_hidden_states=True)
+    assert len(whole.hidden_states) == len(out.hidden_states)
+    assert torch.equal(whole.hidden_states[0], out.hidden_states[0])
+
+
+def test_a_cache_that_was_filled_before_the_cut_is_refused(family):
+    hf = family()
+    cache = DynamicCache(config=hf.config)
+    with torch.no_grad():
+        hf(TOKENS[:, :4], past_key_values=cache, use_cache=True)
+        with ablate(hf, some_edges(hf, 20)), pytest.raises(UserError, match="filled before these edges were cut"):
+            hf(TOKENS[:, 4:], past_key_values=cache, use_cache=True)
+
+
+def test_the_same_handle_cuts_again(family):
+    hf = family()
+    handle = ablate(hf, some_edges(hf, 20))
+    cut = logits(hf)
+    for _ in range(2):
+        with handle:
+            assert logits(hf).equal(cut)
+        assert not logits(hf).equal(cut)
+    with ablate(hf, ["m0->output"]), pytest.raises(UserError, match="cut edges already"), handle:
+        pass
+    assert handle.edges and handle.means is None
+
+
+def test_the_handle_knows_its_ablation_values():
+    hf = small_gpt2()
+    means = torch.randn(len(describe(hf).graph().sources), 24)
+    with ablate(hf, ["m0->m1"], means) as handle:
+        cut = logits(hf)
+        means.zero_()  # a copy was taken
+        assert logits(hf).equal(cut) and not handle.means.equal(means)
+
+
+# Rounding
+
+
+def relative_errors(dtype, edges_of) -> dict[str, float]:
+    """Error of the logits of the whole model, of the ablated model and of the engine, relative to float64."""
+    torch.manual_seed(0)
+    hf = small_llama(hidden_size=64, num_hidden_layers=4).double()
+    with torch.no_grad():
+        hf.model.embed_tokens.weight.mul_(30)  # a large stream, as an attention sink's
+    edges = edges_of(describe(hf).graph())
+    low, errors = copy.deepcopy(hf).to(dtype), {}
+    for name, cut in (("whole", []), ("cut", edges)):
+        with ablate(hf, cut):
+            exact = logits(hf)
+        with ablate(low, cut):
+            errors[name] = float((logits(low).double() - exact).norm() / exact.norm())
+    if dtype != torch.float16:  # which the engine does not have
+        engine = load_model(low, device="cpu", dtype=str(dtype).removeprefix("torch."))
+        engine.mask.cut_(edges)
+        with torch.no_grad():
+            errors["engine"] = float((engine(TOKENS).double() - exact).norm() / exact.norm())
+    return errors
+
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("share", [0.001, 0.01, 0.3, 0.9, 0.99, 1.0])
+def test_rounding_stays_that_of_the_plain_model(dtype, share):
+    """Also where almost all edges are cut, and what is left of a stream would be lost in the rounding of the rest."""
+
+    def edges_of(graph):
+        inner = [edge for edge in graph.edges if edge.target != "output"]  # else all logits might be zero
+        torch.manual_seed(0)
+        return [inner[number] for number in torch.randperm(len(inner))[: max(1, round(share * len(inner)))].tolist()]
+
+    errors = relative_errors(dtype, edges_of)
+    assert max(errors.values()) < 6 * errors["whole"], errors
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kept", [0, 1])
+def test_rounding_of_a_reader_that_is_cut_off(dtype, kept):
+    def edges_of(graph):
+        return [edge for edge in graph.edges if edge.target == "m3"][kept:]
+
+    errors = relative_errors(dtype, edges_of)
+    assert max(errors.values()) < 6 * errors["whole"], errors
