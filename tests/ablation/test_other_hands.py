@@ -5,7 +5,7 @@ import threading
 
 import pytest
 import torch
-from helpers.models import small_gpt2, small_llama
+from helpers.models import small_gpt2, small_llama, small_neox
 from test_ablated import some_edges
 from transformers import DynamicCache
 
@@ -48,8 +48,9 @@ def layer_by_layer(hf):
 
 
 @pytest.mark.parametrize("how", [whole_model, in_place, layer_by_layer])
-def test_what_was_compiled_before_is_cut_and_whole_at_once(family, how):
-    plain, hf = family(), family()
+@pytest.mark.parametrize("make", [small_gpt2, small_neox, small_llama])
+def test_what_was_compiled_before_is_cut_and_whole_at_once(make, how):
+    plain, hf = make(), make()
     edges = some_edges(plain, 15)
     whole = logits(plain)
     with ablate(plain, edges):
@@ -63,6 +64,22 @@ def test_what_was_compiled_before_is_cut_and_whole_at_once(family, how):
     torch.testing.assert_close(logits(compiled), whole)
     with handle:
         torch.testing.assert_close(logits(compiled), cut)
+    torch._dynamo.reset()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [small_gpt2, small_neox, small_llama])
+def test_inductor_sees_the_cuts_too(make):
+    hf = make()
+    edges, whole = some_edges(hf, 15), logits(hf)
+    with ablate(hf, edges):
+        cut = logits(hf)
+    torch._dynamo.reset()
+    compiled = torch.compile(hf)
+    torch.testing.assert_close(logits(compiled), whole, atol=1e-4, rtol=1e-4)
+    with ablate(hf, edges):
+        torch.testing.assert_close(logits(compiled), cut, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(logits(compiled), whole, atol=1e-4, rtol=1e-4)
     torch._dynamo.reset()
 
 

@@ -106,7 +106,7 @@ def test_the_one_loader_of_models_asks_for_safetensors():
     ]
     weights = [node for node in calls if node.args[0].id.startswith("AutoModel")]
     assert len(weights) == 1 and len(calls) == 3
-    assert '{} if more else {"use_safetensors": True}' in ast.unparse(tree).replace("'", '"')
+    assert '{} if extra else {"use_safetensors": True}' in ast.unparse(tree).replace("'", '"')
     assert any(keyword.arg is None and keyword.value.id == "keywords" for keyword in weights[0].keywords)
 
 
