@@ -124,7 +124,9 @@ def made(folder):
             content = path.read_bytes()
             if path.name == "finetuning.json":
                 about = read_json(path)
-                content = {**about, **{key: {**about[key], **elsewhere} for key in ("settings", "finetuning")}}
+                made_from = about["provenance"]
+                provenance = {**made_from, "settings": {**made_from["settings"], **elsewhere}}
+                content = {**about, "provenance": provenance, "finetuning": {**about["finetuning"], **elsewhere}}
             found[path.relative_to(folder)] = content
     return found
 
