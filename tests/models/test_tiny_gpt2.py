@@ -233,7 +233,7 @@ def test_a_short_run_is_deterministic_and_loads(tmp_path):
     threads = torch.get_num_threads()
     try:
         maker.main(short(tmp_path / "a"))
-        torch.manual_seed(99)  # nothing may hang on the state left behind
+        torch.manual_seed(99)  # nothing may depend on the state left behind
         maker.main(short(tmp_path / "b"))
         maker.main(short(tmp_path / "c", seed=1))
     finally:
