@@ -1,4 +1,4 @@
-"""Checks of what a call of the edge-masked transformer is given beside its tokens.
+"""Checks of what the edge-masked transformer is given beside its tokens.
 
 Shapes: B batch, T position, k positions asked for.
 """
@@ -26,3 +26,9 @@ def check_right_padding(attention_mask: Tensor, tokens: Tensor) -> None:
         raise UserError(
             "the attention mask hides tokens before others. Pad texts on the right (tokenizer.padding_side = 'right')."
         )
+
+
+def check_ablate_from(value: int) -> None:
+    """Raise a `UserError` unless `value` is a position: an int of at least 0."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise UserError(f"ablate_from is {value!r}; give the first position at which cuts act: 0, 1, 2, ...")

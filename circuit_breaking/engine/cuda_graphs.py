@@ -180,7 +180,8 @@ class CudaGraphCache:
         if values.bias_minus_mean.shape[1] > 1:  # means by position
             padded = min(padded, values.bias_minus_mean.shape[1])
         sums = None if values.mean_prefix_sums is None else values.mean_prefix_sums.shape
-        key = (len(tokens), padded, backward, constants, inputs.mask.dtype, values.bias_minus_mean.shape, sums)
+        early = min(inputs.ablate_from, padded)
+        key = (len(tokens), padded, backward, constants, inputs.mask.dtype, values.bias_minus_mean.shape, sums, early)
         captured = self._kept.get(key)
         if captured is None:
             self._seen[key] += 1

@@ -9,7 +9,8 @@ The life of each buffer (`network.PassBuffers`, [rows, N * D]):
     buffer          rows                    forward                            backward
     node_outputs    P nodes                 x_i - μ_i, written layer by layer  read for the gradients of the edges
     reader_inputs   R readers (without a    r_j; the norm before attention     r_j of a layer is read, then replaced by
-                    backward: of a group)   centres it in place                ∂L/∂r_j, which earlier layers read
+                    backward: of a group)   centres it in place                ∂L/∂r_j, which earlier layers read;
+                                                                               zero before position ablate_from
     grad_scratch    nodes of a group        unused                             ∂L/∂x_i of the nodes of one group
     saved           one entry a layer       norm divisors and the inputs and   used once and dropped; computed again
                                             outputs of attention and MLP       with gradient checkpointing
@@ -102,7 +103,8 @@ class MaskedPass:
         self.buffers = PassBuffers.take(
             self.workspace, graph, largest, self.inputs.tokens, self.network.embedding, self.save_for_backward
         )
-        about = self.network, self.mask, self.inputs.values, self.buffers, self.batch, self.length
+        sizes = self.batch, self.length, self.inputs.ablate_from
+        about = self.network, self.mask, self.inputs.values, self.buffers, *sizes
         self.reads: MaskedReads = DenseReads(*about) if self.sparse is None else RunningSumReads(self.sparse, *about)
 
     def release(self) -> None:
@@ -197,8 +199,9 @@ class MaskedPass:
             self.forward()
         network, nodes, reader_inputs = self.network, self.buffers.node_outputs, self.buffers.reader_inputs
         grad_matrix = network.mask_matrix()
-        grad_matrix[-1] = nodes @ gradient.reshape(-1)
         reader_inputs[-1] = gradient.reshape(-1)
+        self.reads.drop_early(reader_inputs[-1:])
+        grad_matrix[-1] = nodes @ reader_inputs[-1]
         self.reads.start_backward()
         layer = network.graph.n_layers
         for group in reversed(network.groups):
@@ -237,6 +240,7 @@ class MaskedPass:
         layer_inputs = self.buffers.reader_inputs[first:end]
         block.qkv.backward_(layer_inputs[:-1].view(len(qkv), -1, self.width), inverse, qkv.detach(), grad_qkv)
         layer_inputs[-1] = grad_mlp_input.view(-1)
+        self.reads.drop_early(layer_inputs)
         if in_group.start < in_group.stop and not nodes.is_cuda:
             grad_matrix[first:end, in_group] = layer_inputs @ nodes[in_group].t()
 

@@ -85,12 +85,14 @@ class PassInputs:
         mask: edge weights [E], without gradient.
         values: what cut edges carry.
         rotary: cos and sin of rotary position embeddings, or None.
+        ablate_from: first position at which cuts act.
     """
 
     tokens: Tensor
     mask: Tensor
     values: AblationValues
     rotary: Rotary | None
+    ablate_from: int = 0
 
 
 def layer_groups(graph: EdgeGraph) -> list[list[LayerSlice]]:

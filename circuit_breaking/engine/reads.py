@@ -7,13 +7,16 @@ so that only the sum of all μ_i before the reader, which no mask changes, is le
 
     r_j = Σ_i m_ij (x_i - μ_i) + Σ_i μ_i
 
+This holds from position `ablate_from` on. At earlier positions no cut acts, and every reader gets r_j = Σ_i x_i.
+
 There are two ways to compute it, with one interface. They give the same numbers up to rounding:
 
 DenseReads       the formula as a matrix product, for all readers of a group of layers at once. For any mask.
 RunningSumReads  one running sum of all nodes for all readers, corrected at the few edges whose weight is not 1. For
                  masks that cut few edges; its cost does not grow with the number of edges.
 
-Backward, the gradient of node i is Σ_j m_ij ∂L/∂r_j, the same product with the mask transposed.
+Backward, the gradient of node i is Σ_j m_ij ∂L/∂r_j, the same product with the mask transposed. Attention is causal, so
+nothing at positions before `ablate_from` depends on the mask, and gradients there are set to zero.
 
 Shapes: B batch, T position, N = B * T tokens, P nodes that write, R readers, H heads, D width, E edges, X edges
 whose weight is not 1.
@@ -48,32 +51,53 @@ class MaskedReads(ABC):
         values: what cut edges carry.
         buffers: where node outputs are, and where reader inputs and gradients go.
         batch, length: B and T.
+        ablate_from: first position at which cuts act.
     """
 
     def __init__(
-        self, network: Network, mask: Tensor, values: AblationValues, buffers: PassBuffers, batch: int, length: int
-    ) -> None:
+        self, network: Network, mask: Tensor, values: AblationValues, buffers: PassBuffers, batch: int, length: int,
+        ablate_from: int,
+    ) -> None:  # fmt: skip
         self.graph, self.n_read = network.graph, network.n_read
         self.mask, self.mean_sums = mask, values.mean_prefix_sums
         self.nodes, self.inputs, self.scratch = buffers.node_outputs, buffers.reader_inputs, buffers.grad_scratch
         self.batch, self.length = batch, length
+        self.n_early = min(ablate_from, length)
+        self.early_sum: Tensor | None = None  # of all nodes so far at early positions, [B, early T, D]
+        self.n_early_summed = 0
 
     @abstractmethod
     def read_group(self, out: Tensor, first_reader: int, n_nodes: int) -> None:
         """Start the reads `out` [k, N * D] of a group's readers from the `n_nodes` nodes before the group."""
 
-    @abstractmethod
     def read_layer(self, out: Tensor, layer: int, part: LayerSlice, n_before_group: int) -> None:
         """Finish the reads `out` [readers of the layer, N * D]; all nodes of earlier layers are known by now."""
+        self._read_layer(out, layer, part, n_before_group)
+        self._read_early(out, part.first_reader, part.n_earlier_nodes)
 
-    @abstractmethod
     def read_output(self, out: Tensor) -> None:
         """Set `out` [1, N * D] to what `output` reads."""
+        self._read_output(out)
+        self._read_early(out, len(self.mask) - 1, len(self.nodes))
 
     def read_own_heads(self, mlp_input: Tensor, part: LayerSlice) -> None:
         """Add the heads of an MLP's own layer to its read [N * D]."""
         first, end, mlp = _own_heads(part)
         mlp_input.addmv_(self.nodes[first:end].t(), self.mask[mlp, first:end])
+        self._read_early(mlp_input[None], mlp, end)
+
+    @abstractmethod
+    def _read_layer(self, out: Tensor, layer: int, part: LayerSlice, n_before_group: int) -> None:
+        """`read_layer` at the positions where cuts act."""
+
+    @abstractmethod
+    def _read_output(self, out: Tensor) -> None:
+        """`read_output` at the positions where cuts act."""
+
+    def drop_early(self, grad_inputs: Tensor) -> None:
+        """Set the gradients of reads [k, N * D] to zero at the positions where no cut acts."""
+        if self.n_early:
+            self._early(grad_inputs).zero_()
 
     @abstractmethod
     def start_backward(self) -> None:
@@ -91,6 +115,24 @@ class MaskedReads(ABC):
         """Add to the gradients of a layer's heads [H, N * D] what their own layer's MLP passes back [N * D]."""
         first, end, mlp = _own_heads(part)
         grad_heads.addr_(self.mask[mlp, first:end], grad_mlp_input)
+
+    def _read_early(self, out: Tensor, first_reader: int, n_nodes: int) -> None:
+        """Set the reads `out` [k, N * D] to the sum of the first `n_nodes` nodes where no cut acts."""
+        if not self.n_early:
+            return
+        added = self._early(self.nodes[self.n_early_summed : n_nodes]).sum(0)
+        self.early_sum = added if self.early_sum is None else self.early_sum.add_(added)
+        self.n_early_summed = n_nodes
+        early = self._early(out)
+        if self.mean_sums is None:
+            early.copy_(self.early_sum.expand_as(early))
+        else:  # nodes are stored as x - μ
+            sums = self.mean_sums[self.n_read[first_reader : first_reader + len(out)]]
+            torch.add(sums[:, None, : self.n_early], self.early_sum, out=early)
+
+    def _early(self, rows: Tensor) -> Tensor:
+        """The part of rows [k, N * D] where no cut acts, a view [k, B, early T, D]."""
+        return rows.view(len(rows), self.batch, self.length, -1)[:, :, : self.n_early]
 
     def _set_to_means(self, out: Tensor, first_reader: int) -> None:
         """Set `out` [k, N * D] to Σ_i μ_i over the nodes that each of k readers reads."""
@@ -115,13 +157,13 @@ class DenseReads(MaskedReads):
             self._set_to_means(out, first_reader)
             out.addmm_(weights, nodes)
 
-    def read_layer(self, out: Tensor, layer: int, part: LayerSlice, n_before_group: int) -> None:
+    def _read_layer(self, out: Tensor, layer: int, part: LayerSlice, n_before_group: int) -> None:
         inside = slice(n_before_group, part.n_earlier_nodes)
         if inside.start < inside.stop:
             weights = self.mask[part.first_reader : part.first_reader + part.n_readers, inside]
             out.addmm_(weights, self.nodes[inside])
 
-    def read_output(self, out: Tensor) -> None:
+    def _read_output(self, out: Tensor) -> None:
         self.read_group(out, len(self.mask) - 1, len(self.nodes))
 
     def start_backward(self) -> None:
@@ -199,10 +241,10 @@ class RunningSumReads(MaskedReads):
     def read_group(self, out: Tensor, first_reader: int, n_nodes: int) -> None:
         pass
 
-    def read_layer(self, out: Tensor, layer: int, part: LayerSlice, n_before_group: int) -> None:
+    def _read_layer(self, out: Tensor, layer: int, part: LayerSlice, n_before_group: int) -> None:
         self._read(out, part.first_reader, part.n_earlier_nodes, layer)
 
-    def read_output(self, out: Tensor) -> None:
+    def _read_output(self, out: Tensor) -> None:
         self._read(out, len(self.mask) - 1, len(self.nodes), self.graph.n_layers)
 
     def _read(self, out: Tensor, first_reader: int, n_nodes: int, layer: int) -> None:

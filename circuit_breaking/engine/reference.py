@@ -6,7 +6,8 @@ and each later reader reads that stream. Reader j of an edge-masked model gets, 
     r_j = Σ_i [ m_ij x_i + (1 - m_ij) μ_i ]
 
 with x_i the output of node i, m_ij the weight of edge i -> j (0: cut) and μ_i the ablation value of node i: zero, or
-its mean output (Li, Davies, Nadeau 2023, section 3). The sum is over all nodes that come before j. Head j then computes
+its mean output (Li, Davies, Nadeau 2023, section 3). The sum is over all nodes that come before j. With `ablate_from`,
+this holds from that position on, and at earlier ones r_j = Σ_i x_i whatever the mask says. Head j then computes
 
     q, k, v = norm(r_j) W_Q + b_Q, norm(r_j) W_K + b_K, norm(r_j) W_V + b_V
     x_j     = softmax(scale · q kᵀ + causal mask) v W_O + b_O / H
@@ -37,19 +38,20 @@ Rotary = tuple[Tensor, Tensor] | None  # cos and sin [1, T, r]
 
 
 class ReferenceModel(nn.Module):
-    """A Hugging Face model with a weight on every edge; `forward(tokens, mask, means)` returns its logits."""
+    """A Hugging Face model with a weight on every edge; `forward(tokens, mask, means, ablate_from)` returns logits."""
 
     def __init__(self, hf: nn.Module, split_qkv: bool = False) -> None:
         super().__init__()
         self.hf, self.split = hf.requires_grad_(False), split_qkv
 
-    def forward(self, tokens: Tensor, mask: Tensor, means: Tensor | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, mask: Tensor, means: Tensor | None = None, ablate_from: int = 0) -> Tensor:
         """Logits [B, T, V].
 
         Args:
             tokens: int64 [B, T].
             mask: weight of each edge [E], in the order of `graph.edges`.
             means: ablation values [P, D], or [max T, P, D] by position; None for zero.
+            ablate_from: first position at which cuts act.
         """
         model = describe(self.hf)
         check_supported(model, "the reference", OPTIONS, {"layer", "rms"})
@@ -60,7 +62,7 @@ class ReferenceModel(nn.Module):
         if model.positions is not None:
             embedding = embedding + model.positions[positions]
         rotary = None if model.rotary is None else model.rotary(embedding, positions)
-        nodes = Nodes(embedding, mask, means)
+        nodes = Nodes(embedding, mask, means, ablate_from)
         for layer in model.layers:
             heads = self.heads(layer, nodes, rotary)
             if not model.parallel:  # else the MLP does not read the heads of its layer
@@ -83,7 +85,8 @@ class ReferenceModel(nn.Module):
 class Nodes:
     """The outputs x_i of all nodes so far, [P, B, T, D], in the graph's order, and the reads of the next readers."""
 
-    def __init__(self, embedding: Tensor, mask: Tensor, means: Tensor | None) -> None:
+    def __init__(self, embedding: Tensor, mask: Tensor, means: Tensor | None, ablate_from: int) -> None:
+        self.ablated = torch.arange(embedding.shape[1], device=embedding.device)[:, None] >= ablate_from  # [T, 1]
         self.outputs, self.mask, self.used = embedding[None], mask, 0
         self.means = means  # [all nodes, 1 or T, D]
         if means is not None:
@@ -97,7 +100,7 @@ class Nodes:
         r = torch.einsum("ji,ibtd->jbtd", m, self.outputs)
         if self.means is not None:
             r = r + torch.einsum("ji,itd->jtd", 1 - m, self.means[:count].expand(-1, r.shape[2], -1))[:, None]
-        return r
+        return torch.where(self.ablated, r, self.outputs.sum(0))
 
     def write(self, outputs: list[Tensor]) -> None:
         """Add the outputs of the next nodes."""

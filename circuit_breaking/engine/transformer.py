@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from circuit_breaking.engine.ablation_values import AblationValues, check_means
-from circuit_breaking.engine.arguments import check_positions, check_right_padding
+from circuit_breaking.engine.arguments import check_ablate_from, check_positions, check_right_padding
 from circuit_breaking.engine.blocks import make_blocks
 from circuit_breaking.engine.cuda_graphs import CudaGraphCache
 from circuit_breaking.engine.mask import EdgeMask
@@ -69,6 +69,9 @@ class EdgeMaskedTransformer(nn.Module):
         means: the ablation values, what a cut edge carries: None (zero), [P, D], or [T, P, D] by position. Settable
             and checked. Means [P, D] that require a gradient get one, so that they can be learned as ablation
             constants (optimal ablation; Li and Janson 2024).
+        ablate_from: first position at which cuts act, 0 by default. At earlier positions every reader gets the sum of
+            all nodes before it, whatever the mask says, and they pass no gradient to the mask or to the means. Give 1
+            to leave the first token alone, where many models have an attention sink. Settable and checked.
         gradient_checkpointing: recompute attention and MLPs in the backward pass, one layer at a time, instead of
             keeping their activations. Less memory, about a third more time, the same numbers.
         cuda_graphs: captured passes for small batches on a GPU; `cuda_graphs.enabled = False` turns them off.
@@ -102,6 +105,7 @@ class EdgeMaskedTransformer(nn.Module):
         # learned means, in a tuple so that they are no parameter of the model, with their version when they were set
         self._learned: tuple[Tensor, int] | None = None
         self._means_detached = False
+        self._ablate_from = 0
         self.prefix_cache: PrefixCache | None = None
         self.means = None
         self.name: str | None = None  # set by `load_model`; goes into the files that belong to this model
@@ -150,6 +154,18 @@ class EdgeMaskedTransformer(nn.Module):
         values = AblationValues.of(biases, value)
         self.bias_minus_mean, self.mean_prefix_sums = values.bias_minus_mean, values.mean_prefix_sums
 
+    @property
+    def ablate_from(self) -> int:
+        """First position at which cuts act; earlier positions are those of the whole model."""
+        return self._ablate_from
+
+    @ablate_from.setter
+    def ablate_from(self, value: int) -> None:
+        check_ablate_from(value)
+        if self.prefix_cache is not None and value != self._ablate_from:
+            self.prefix_cache = PrefixCache()
+        self._ablate_from = value
+
     def _biases(self) -> Tensor:
         """What each node writes whatever it reads: [P, 1, D]."""
         biases = [self.embedding.new_zeros(1, self.embedding.shape[1])]
@@ -168,8 +184,9 @@ class EdgeMaskedTransformer(nn.Module):
 
     @contextmanager
     def caching_prefixes(self, on: bool = True) -> Iterator[None]:
-        """Within the block, and while the means stay the same, keep the node outputs of every batch, so that a mask
-        without gradient is computed only from the first layer on in which it differs. For many masks on few batches."""
+        """Within the block, and while `means` and `ablate_from` stay the same, keep the node outputs of every batch, so
+        that a mask without gradient is computed only from the first layer on in which it differs. For many masks on few
+        batches."""
         before, self.prefix_cache = self.prefix_cache, PrefixCache() if on else None
         try:
             yield
@@ -246,7 +263,8 @@ class EdgeMaskedTransformer(nn.Module):
 
     def _inputs(self, weights: Tensor, tokens: Tensor) -> PassInputs:
         values = AblationValues(self.bias_minus_mean, self.mean_prefix_sums)
-        return PassInputs(tokens, weights, values, self.rotary_tables(tokens.shape[1], tokens.device))
+        rotary = self.rotary_tables(tokens.shape[1], tokens.device)
+        return PassInputs(tokens, weights, values, rotary, self.ablate_from)
 
     def forward(
         self, tokens: Tensor, at: Tensor | None = None, mask: Tensor | None = None,
