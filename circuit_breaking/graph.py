@@ -175,6 +175,34 @@ class EdgeGraph:
         return f"a graph of {self.n_layers} layers x {self.n_heads} heads{kind} ({len(self):,} edges)"
 
 
+def edge_nodes(graph: EdgeGraph) -> Tensor:
+    """The node that each edge leads to, int64 [n_edges]: its index in `graph.sources`; for `output`, their number."""
+    number = {name: index for index, name in enumerate([*graph.sources, "output"])}
+    return torch.tensor([number[node_of(reader)] for reader in graph.readers])[graph.edge_readers]
+
+
+def on_a_path(graph: EdgeGraph, kept: Tensor) -> Tensor:
+    """Which kept edges are on a path of kept edges from `embed` to `output`: bool [n_edges].
+
+    A head continues a path whichever of its query, key and value the path enters.
+
+    Args:
+        graph: the graph.
+        kept: the edges that may form paths, bool [n_edges].
+    """
+    kept = kept.cpu()
+    count = len(graph.sources) + 1
+    linked = torch.zeros(count, count, dtype=torch.bool)  # [node, earlier node]
+    linked[edge_nodes(graph)[kept], graph.edge_sources[kept]] = True
+    reached, reaching = torch.zeros(2, count, dtype=torch.bool)
+    reached[0] = reaching[-1] = True
+    for node in range(1, count):
+        reached[node] = (linked[node] & reached).any()
+    for node in reversed(range(count - 1)):
+        reaching[node] = (linked[:, node] & reaching).any()
+    return kept & reached[graph.edge_sources] & reaching[edge_nodes(graph)]
+
+
 def describe(graph: EdgeGraph) -> dict[str, Any]:
     """A graph as a JSON object, for the record of a mask."""
     return {

@@ -53,6 +53,12 @@ def test_masks_in_file_formats(tmp_path, capsys):
     assert capsys.readouterr().out.split()[:2] == ["tiny", "207"]
 
 
+def test_circuits_in_file_formats(tmp_path):
+    names = run("docs/file-formats.md", 1, tmp_path)
+    assert int(names["circuit"].kept.sum()) == 50 and (tmp_path / "circuit.json").is_file()
+    assert len(names["edges"]) == int((names["scores"] <= 0).sum()) > 0
+
+
 def test_the_picture_of_the_readme_is_drawn_as_the_page_says(tmp_path):
     out = f"--out={tmp_path}"
     steps = [f"--{name}=2" for name in ("max-edges", "relax-steps", "anneal-steps", "refine-rounds", "test-texts")]
@@ -64,7 +70,7 @@ def test_the_picture_of_the_readme_is_drawn_as_the_page_says(tmp_path):
     assert (tmp_path / "edges.png").read_bytes().startswith(b"\x89PNG")
 
 
-BLOCKS = {"README.md": 1, "docs/getting-started.md": 2, "docs/experiments.md": 1, "docs/file-formats.md": 1}
+BLOCKS = {"README.md": 1, "docs/getting-started.md": 2, "docs/experiments.md": 1, "docs/file-formats.md": 2}
 
 
 def test_every_block_is_run():
