@@ -14,7 +14,8 @@ object:
 | `a1.3.q`, a reader | `a1.h3<q>` |
 | `output` | `logits` |
 
-There, queries, keys and values are always separate. The edges `in_graph` are the circuit; all others are cut.
+There, queries, keys and values are always separate. The edges `in_graph` are the circuit; all others are cut. MIB also
+takes circuits without scores; `Graph.from_json` of EAP-IG needs them.
 """
 
 import json
@@ -101,13 +102,14 @@ def circuit_from(value: Any, path: Path | str) -> Circuit:
         if len(found) > len(expected):
             more = next(iter(found.keys() - set(expected)))
             raise refuse(f"has the {what} {more!r}, which {graph} has not")
-        if wrong := [name for name in expected if not _is_entry(found[name], what == "edge")]:
+        scored = what == "edge" and any("score" in entry for entry in found.values() if isinstance(entry, dict))
+        if wrong := [name for name in expected if not _is_entry(found[name], what == "edge", scored)]:
             raise refuse(f"has no true or false 'in_graph', or no number as 'score', for the {what} {wrong[0]!r}")
     if any(key.startswith("neurons") for entry in nodes.values() for key in entry):
         raise refuse("chooses single neurons, and circuits here consist of whole edges")
     flags = torch.tensor([nodes[name]["in_graph"] for name in node_names])
     kept = torch.tensor([edges[name]["in_graph"] for name in names])
-    scores = torch.tensor([edges[name]["score"] for name in names], dtype=torch.float64)
+    scores = torch.tensor([edges[name]["score"] for name in names], dtype=torch.float64) if scored else None
     node_scores = {
         node: nodes[name]["score"]
         for node, name in zip((*graph.sources, "output"), node_names, strict=True)
@@ -117,17 +119,17 @@ def circuit_from(value: Any, path: Path | str) -> Circuit:
     return Circuit(graph, kept, scores, cfg, None if follows else flags, node_scores)
 
 
-def _is_entry(entry: Any, edge: bool) -> bool:
+def _is_entry(entry: Any, edge: bool, scored: bool) -> bool:
     if not isinstance(entry, Mapping) or type(entry.get("in_graph")) is not bool:
         return False
-    score = entry.get("score", None if edge else 0.0)
+    score = entry.get("score", None if scored else 0.0)
     number = isinstance(score, int | float) and not isinstance(score, bool)
     known = entry.keys() <= ({"in_graph", "score"} if edge else {"in_graph", "score", "neurons", "neurons_scores"})
     return known and number and (math.isfinite(score) or not edge)
 
 
 def write_eap_graph(path: Path | str, circuit: Circuit, d_model: int | None = None) -> None:
-    """Write a circuit as a graph file of EAP-IG. Edges without scores get the score 0.
+    """Write a circuit as a graph file of EAP-IG. Without scores there are none in the file.
 
     An edge into a head as a whole becomes three edges with its score.
 
@@ -155,8 +157,8 @@ def write_eap_graph(path: Path | str, circuit: Circuit, d_model: int | None = No
         score = {"score": circuit.node_scores[node]} if node in circuit.node_scores else {}
         nodes[eap_name(node)] = {"in_graph": flag, **score}
     names, kept = eap_edges(graph), circuit.kept.tolist()
-    scores = [0.0] * len(names) if circuit.scores is None else circuit.scores.tolist()
-    edges = {names[at]: {"score": scores[at], "in_graph": kept[at]} for at in eap_order(graph).tolist()}
+    scores = [{}] * len(names) if circuit.scores is None else [{"score": score} for score in circuit.scores.tolist()]
+    edges = {names[at]: {**scores[at], "in_graph": kept[at]} for at in eap_order(graph).tolist()}
     write_text(path, json.dumps({"cfg": {**shape, **circuit.config}, "nodes": nodes, "edges": edges}))
 
 

@@ -96,8 +96,9 @@ def test_tables_come_back_exactly(tmp_path, graph, scores, suffix):
 
 
 @pytest.mark.parametrize("graph", SHAPES, ids=str)
-def test_graphs_of_all_shapes_come_back_exactly(tmp_path, graph):
-    circuit = a_circuit(graph)
+@pytest.mark.parametrize("scores", [True, False])
+def test_graphs_of_all_shapes_come_back_exactly(tmp_path, graph, scores):
+    circuit = a_circuit(graph, scores)
     write_circuit(tmp_path / "c.json", circuit, d_model=16)
     assert same(read_circuit(tmp_path / "c.json", graph), circuit)
 
