@@ -99,7 +99,9 @@ def read_run(folder: Path) -> Ablated:
         raise UserError(f"{path} does not name the model that the mask belongs to. {HINT}")
     report = folder / "report.json"
     results = Report.read(report).to_json() if report.is_file() else {}
-    return Ablated(record.model, edges, read_value(record.ablation_value, path), record.provenance, results)
+    return Ablated(
+        record.model, edges, read_value(record.ablation_value, path, record.ablate_from), record.provenance, results
+    )
 
 
 def load_pair(settings: Settings) -> tuple[Any, dict[str, nn.Module]]:

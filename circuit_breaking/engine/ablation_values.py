@@ -68,11 +68,15 @@ def compute_means(
 ) -> Tensor:
     """Mean output of every node over texts, streamed: sums are kept in float64, one batch of outputs at a time.
 
-    The mask in force applies, so call it with all edges whole for the means of the original model. Padding is left
-    out. In the per-position kind, a position that no text reaches takes the mean over all positions.
+    The mask in force applies, so call it with all edges whole for the means of the original model. Padding and
+    positions before `model.ablate_from` are left out. By position, these, and positions that no text reaches, take the
+    mean over all others.
 
     Returns:
         float32 [P, D], or [T, P, D] when `by_position`.
+
+    Raises:
+        UserError: no text reaches position `model.ablate_from`.
     """
     device, length = model.device, texts.tokens.shape[1]
     wide = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
@@ -81,12 +85,17 @@ def compute_means(
     for start in tqdm(rows, desc="means", unit="batch", disable=None if progress else True):
         batch = texts[start : start + batch_size].to(device)
         outputs = model.node_outputs(batch.tokens)  # [P, B, T', D]
-        real = batch.real
+        real = batch.real.clone()
+        real[:, : model.ablate_from] = False
         sums = torch.zeros(length, *outputs.shape[::3], dtype=wide, device=device) if sums is None else sums
         for position in range(outputs.shape[2]):  # T' small slices, so that float64 is never held for a whole batch
             here = outputs[:, real[:, position], position]
             sums[position] += here.to(wide).sum(1)
         counts[: outputs.shape[2]] += real.sum(0)
+    if not counts.any():
+        raise UserError(
+            f"no text has a token at position {model.ablate_from} or later. Give longer texts or a lower ablate_from."
+        )
     overall = sums.sum(0) / counts.sum()
     if not by_position:
         return overall.float()
@@ -96,8 +105,9 @@ def compute_means(
 
 
 def save_means(path: Path | str, model: Any, means: Tensor, record: MeansRecord | None = None) -> None:
-    """Write means to a safetensors file, with the name and graph of their model filled into the record."""
-    record = replace(record or MeansRecord(), model=model.name, graph=describe(model.graph))
+    """Write means to a safetensors file. The name, graph and `ablate_from` of their model go into the record."""
+    record = record or MeansRecord()
+    record = replace(record, model=model.name, graph=describe(model.graph), ablate_from=model.ablate_from)
     write_tensors(path, {"means": means}, record.to_json())
 
 
@@ -119,14 +129,25 @@ def load_means(path: Path | str, model: Any) -> MeansRecord:
     `split_qkv`.
 
     Raises:
-        UserError: the file is missing, damaged, holds no means, or means of another model's shape.
+        UserError: the file is missing, damaged, holds no means, or means of another model's shape, or they were made
+            for another `ablate_from` than the model has.
     """
     means, record = read_means(path)
+    check_made_for(record, path, model.ablate_from)
     try:
         model.means = means
     except UserError as error:
         raise UserError(f"{path} (made with {record.model}): {error}") from None
     return record
+
+
+def check_made_for(record: MeansRecord, path: Path | str, ablate_from: int) -> None:
+    """Raise a `UserError` if the means in a file were made for another first position than `ablate_from`."""
+    if record.ablate_from != ablate_from:
+        raise UserError(
+            f"the means in {path} were made with ablate_from {record.ablate_from}, and are needed for {ablate_from}. "
+            f"Compute them with ablate_from {ablate_from}, or set ablate_from to {record.ablate_from}."
+        )
 
 
 def value_in(path: Path | str | None, learned: bool = False) -> AblationValueRecord:
@@ -138,21 +159,24 @@ def value_in(path: Path | str | None, learned: bool = False) -> AblationValueRec
     return AblationValueRecord(kind, str(path), digest_of(means))
 
 
-def read_value(value: AblationValueRecord, mask: Path | str) -> Tensor | None:
+def read_value(value: AblationValueRecord, mask: Path | str, ablate_from: int) -> Tensor | None:
     """The means that a mask's record names, None for zero.
 
     Args:
         value: what the record says.
         mask: the file of the mask, for error messages.
+        ablate_from: first position at which the mask's cuts act.
 
     Raises:
-        UserError: the file of the means is missing or damaged, or holds other means than those of the training.
+        UserError: the file of the means is missing or damaged, or holds other means than those of the training, or
+            means that were made for another `ablate_from`.
     """
     if value.kind == "zero":
         return None
     if value.path is None:
         raise UserError(f"{mask} does not say which file holds the {value.kind} values of its cut edges. Give means.")
-    means = read_means(require_file(value.path, "It was used in training and is needed here."))[0]
+    means, record = read_means(require_file(value.path, "It was used in training and is needed here."))
+    check_made_for(record, value.path, ablate_from)
     if value.sha256 is not None and digest_of(means) != value.sha256:
         raise UserError(
             f"{value.path} holds other means than those that {mask} was trained with. Restore that file, train the "

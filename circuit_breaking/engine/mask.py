@@ -80,13 +80,14 @@ def save_mask(path: Path | str, model: Any, record: MaskRecord | None = None) ->
     Args:
         path: the file, usually `mask.safetensors`.
         model: an `EdgeMaskedTransformer`.
-        record: how the mask was made. The model's name and graph are filled in; without `record` the file has only
-            those.
+        record: how the mask was made. The model's name, graph and `ablate_from` are filled in; without `record` the
+            file has only those.
 
     Raises:
         UserError: the model has ablation values and the record says that they are zero, or the other way round.
     """
-    record = replace(record or MaskRecord(), model=model.name or "", graph=describe(model.graph))
+    record = record or MaskRecord()
+    record = replace(record, model=model.name or "", graph=describe(model.graph), ablate_from=model.ablate_from)
     if (model.means is None) != (record.ablation_value.kind == "zero"):
         raise UserError(
             f"the record of {path} says that cut edges carry {record.ablation_value.kind}, and model.means says "
@@ -120,10 +121,13 @@ def read_cut_edges(path: Path | str, hint: str = HINT) -> tuple[list[Edge], Mask
 
 
 def load_mask(path: Path | str, model: Any) -> MaskRecord:
-    """Read a mask into the model and return the file's record. The model's ablation values stay unchanged.
+    """Read a mask and its `ablate_from` into the model, and return the file's record.
+
+    The model's ablation values stay unchanged.
 
     Raises:
-        UserError: the file is missing or damaged, or was made for a model of another shape.
+        UserError: the file is missing or damaged, or was made for a model of another shape, or its `ablate_from`
+            differs from that of a model which has ablation values, because these were made for the model's.
     """
     tensors, header = read_tensors(path, HINT)
     weights, ours = tensors.get("weights"), describe(model.graph)
@@ -139,6 +143,15 @@ def load_mask(path: Path | str, model: Any) -> MaskRecord:
         )
     if not is_real(weights) or weights.min() < 0 or weights.max() > 1:
         raise UserError(f"{path} holds weights outside [0, 1]. {HINT}")
+    if record.ablate_from != model.ablate_from and model.means is not None:
+        raise UserError(
+            f"{path} was made with ablate_from {record.ablate_from}, and the model's means for {model.ablate_from}. "
+            "Load the mask before the means, and means that were made for it."
+        )
+    try:
+        model.ablate_from = record.ablate_from
+    except UserError as error:
+        raise UserError(f"{path} is damaged: {error}") from None
     with torch.no_grad():
         model.mask.weights.copy_(weights)
     return record

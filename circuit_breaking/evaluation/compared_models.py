@@ -45,6 +45,7 @@ class ComparedModel:
         folder: where it comes from.
         edges: names of its cut edges.
         means: their ablation values, [P, D]; None for zero.
+        ablate_from: first position at which the cuts act.
         about: JSON-able, for reports: budget, seed, kind of ablation value, method, note.
         means_file: the file that holds `means`.
     """
@@ -56,6 +57,7 @@ class ComparedModel:
     means: Tensor | None = None
     about: dict[str, Any] = field(default_factory=dict)
     means_file: Path | None = None
+    ablate_from: int = 0
 
     @property
     def file(self) -> Path | None:
@@ -143,11 +145,11 @@ def _read(name: str, folder: Path, engine: Engines) -> ComparedModel:
 
 
 def load_masked(path: Path, engine: Engines, means: Path | None = None) -> tuple[Any, MaskRecord]:
-    """An edge-masked transformer with the mask in a file and what its cut edges carry.
+    """An edge-masked transformer with the mask in a file, what its cut edges carry, and from which position on.
 
     Args:
         path: the file of the mask.
-        engine: gives the transformer for a graph (`engines_of`); its mask and means are replaced.
+        engine: gives the transformer for a graph (`engines_of`); its mask, means and `ablate_from` are replaced.
         means: file of means in place of those that the mask was trained with.
 
     Returns:
@@ -159,11 +161,11 @@ def load_masked(path: Path, engine: Engines, means: Path | None = None) -> tuple
     """
     record = read_mask_record(path, HINT)
     model = engine(record.split_qkv)
-    load_mask(path, model)
     model.means = None
+    load_mask(path, model)
     if means is not None:
         load_means(means, model)
-    elif (values := read_value(record.ablation_value, path)) is not None:
+    elif (values := read_value(record.ablation_value, path, record.ablate_from)) is not None:
         try:
             model.means = values
         except UserError as error:
@@ -184,7 +186,7 @@ def read_mask(name: str, path: Path, engine: Engines, means: Path | None = None)
     }
     file = means or (Path(ablation.path) if ablation.path else None)
     edges = list(map(str, model.mask.cut_edges()))
-    return ComparedModel(name, record.role, path.parent, edges, model.means, about, file)
+    return ComparedModel(name, record.role, path.parent, edges, model.means, about, file, model.ablate_from)
 
 
 def share_of_changed_parameters(model: nn.Module, original: nn.Module) -> float:

@@ -44,6 +44,7 @@ class MaskRecord(Record):
         budget: most edges that it was allowed to cut. None where there was no limit.
         seed: of the training, or of the draw.
         ablation_value: what cut edges carry.
+        ablate_from: first position at which the cuts act.
         losses: losses before and after.
         results: other measurements, and what a script wants to note.
         data: settings of the data that it was trained on (`DATA_SETTINGS`).
@@ -60,6 +61,7 @@ class MaskRecord(Record):
     budget: int | None = None
     seed: int | None = None
     ablation_value: AblationValueRecord = AblationValueRecord()
+    ablate_from: int = 0
     losses: dict[str, Any] = field(default_factory=dict)
     results: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
@@ -104,6 +106,7 @@ class MeansRecord(Record):
     Attributes:
         model, graph: as for `MaskRecord`. Means serve graphs with and without `split_qkv`.
         num_texts: number of texts that they are averages over. None where they were learned.
+        ablate_from: first position that they are averages over, or at which cuts acted while they were learned.
         made_from, provenance: as for `MaskRecord`.
     """
 
@@ -111,6 +114,7 @@ class MeansRecord(Record):
     model: str | None = None
     graph: dict[str, Any] = field(default_factory=dict)
     num_texts: int | None = None
+    ablate_from: int = 0
     made_from: str | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
 

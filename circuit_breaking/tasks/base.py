@@ -86,7 +86,7 @@ class Task(ABC):
 
     @abstractmethod
     def compute_means(self, model: EdgeMaskedTransformer, num_data: int | None = None) -> Tensor:
-        """Mean output of every node over the training examples: [P, D]."""
+        """Mean output of every node over the training examples, from position `model.ablate_from` on: [P, D]."""
 
 
 class TextTask(Task):
@@ -159,7 +159,7 @@ class TextTask(Task):
         return hits / total
 
     def compute_means(self, model: EdgeMaskedTransformer, num_data: int | None = None) -> Tensor:
-        """Mean output of every node over the first `num_data` training texts, without padding: [P, D]."""
+        """Mean output of every node over the first `num_data` training texts, as `compute_means` counts: [P, D]."""
         return compute_means(model, self.train[: num_data or len(self.train)])
 
     def _test_batches(self, num_data: int | None) -> Iterator[TokenBatch]:

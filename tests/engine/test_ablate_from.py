@@ -8,9 +8,11 @@ from helpers.tasks import make_task
 from test_replays import passes_of, pretend
 
 from circuit_breaking.engine import cuda_graphs, masked_pass, network
+from circuit_breaking.engine.ablation_values import compute_means
 from circuit_breaking.engine.load import load_model
 from circuit_breaking.engine.reference import ReferenceModel
 from circuit_breaking.errors import UserError
+from circuit_breaking.models.tokens import pad_right
 from circuit_breaking.training.attribution import eap_ig
 from circuit_breaking.training.config import MaskConfig
 from circuit_breaking.training.objective import StepObjective
@@ -195,3 +197,22 @@ def test_left_padding_is_refused_so_that_the_first_position_is_the_first_token()
     mask[0, :2] = 0
     with pytest.raises(UserError, match="Pad texts on the right"):
         model(TOKENS, attention_mask=mask)
+
+
+@pytest.mark.parametrize("ablate_from", [0, 1, 2])
+def test_means_leave_earlier_positions_out(family, ablate_from):
+    model, rows = load_model(family(), device="cpu"), [[0, 5, 7, 9, 11, 3], [0, 4], [0, 8, 8, 8], [0, 21, 2, 6]]
+    model.ablate_from = ablate_from
+    texts = pad_right(rows, 0)
+    texts = type(texts)(torch.nn.functional.pad(texts.tokens, (0, 2)), texts.lengths)
+    outputs = [model.node_outputs(torch.tensor([row]))[:, 0, ablate_from:] for row in rows]
+    overall = torch.cat(outputs, 1).mean(1)
+    torch.testing.assert_close(compute_means(model, texts), overall, atol=1e-5, rtol=1e-5)
+    means = compute_means(model, texts, by_position=True)
+    for position in range(8):
+        here = [one[:, position - ablate_from] for one in outputs if 0 <= position - ablate_from < one.shape[1]]
+        expected = torch.stack(here).mean(0) if here else overall
+        torch.testing.assert_close(means[position], expected, atol=1e-5, rtol=1e-5)
+    model.ablate_from = 6
+    with pytest.raises(UserError, match="no text has a token at position 6 or later"):
+        compute_means(model, texts)

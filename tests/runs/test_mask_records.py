@@ -124,7 +124,7 @@ def test_a_mask_names_the_means_it_was_trained_with_and_no_others(tmp_path, mode
     assert torch.equal(load_masked(path, engine, tmp_path / "means")[0].means, means + 1)  # where it is asked for
     (tmp_path / "means").unlink()
     refused(lambda: load_masked(path, engine), "no file .*means. It was used in training")
-    refused(lambda: read_value(AblationValueRecord("mean"), path), "does not say which file")
+    refused(lambda: read_value(AblationValueRecord("mean"), path, 0), "does not say which file")
     save_means(tmp_path / "means", model, torch.zeros(5, len(model.graph.sources), 24))
     assert value_in(tmp_path / "means").kind == "position"
 
