@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from circuit_breaking.engine.attention import attend, rotate_halves
 from circuit_breaking.engine.norms import NORMS, Norm, NormedProjection
 from circuit_breaking.models.activations import activation
 from circuit_breaking.models.families.spec import LayerSpec, LinearSpec, ModelSpec, ProjectionSpec, check_supported
@@ -42,7 +43,7 @@ class Block(nn.Module):
 
     def __init__(self, layer: LayerSpec, split_qkv: bool) -> None:
         super().__init__()
-        self.split, self.scale = split_qkv, layer.scale
+        self.split, self.scale, self.window = split_qkv, layer.scale, layer.window
         self.qkv = project_qkv(layer, split_qkv)
         self.query_norm = None if layer.query_norm is None else Norm(layer.query_norm)
         self.key_norm = None if layer.key_norm is None else Norm(layer.key_norm)
@@ -80,7 +81,7 @@ class Block(nn.Module):
             k = self.key_norm(k)
         if rotary is not None:
             q, k = (rotate_halves(x, *rotary) for x in (q, k))
-        z = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale)
+        z = attend(q, k, v, self.scale, self.window)
         return z.transpose(0, 1).reshape(z.shape[1], tokens, z.shape[-1])
 
     def mlp(self, read: Tensor) -> Tensor:
@@ -132,14 +133,3 @@ def by_reader(parts: list[Tensor], split_qkv: bool) -> Tensor:
 def bias_of(one: LinearSpec) -> Tensor:
     """The bias of a linear module [out], zeros where it has none."""
     return one.weight.new_zeros(one.weight.shape[1]) if one.bias is None else one.bias.detach()
-
-
-def rotate_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Apply rotary position embedding (Su et al. 2021) in Llama's layout to x [..., T, K], with cos and sin [T, r].
-
-    Only the first r components are rotated (r < K in GPT-NeoX).
-    """
-    turned = x[..., : cos.shape[-1]]
-    first, second = turned.chunk(2, -1)
-    turned = turned * cos + torch.cat((-second, first), -1) * sin
-    return turned if turned.shape == x.shape else torch.cat((turned, x[..., cos.shape[-1] :]), -1)

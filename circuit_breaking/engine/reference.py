@@ -55,8 +55,8 @@ class ReferenceModel(nn.Module):
         """
         model = describe(self.hf)
         check_supported(model, "the reference", OPTIONS, {"layer", "rms"})
-        if tokens.shape[1] > model.max_plain_length:
-            raise UserError(f"{tokens.shape[1]} tokens are more than the model's {model.max_plain_length} positions.")
+        if tokens.shape[1] > model.max_positions:
+            raise UserError(f"{tokens.shape[1]} tokens are more than the model's {model.max_positions} positions.")
         positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
         embedding = model.embedding[tokens]
         if model.positions is not None:
@@ -120,8 +120,12 @@ def head(layer: LayerSpec, index: int, r_q: Tensor, r_k: Tensor, r_v: Tensor, ro
     if rotary is not None:
         q, k = rotate(q, rotary), rotate(k, rotary)
     scores = q @ k.transpose(-1, -2) * layer.scale  # [B, T, T]
-    earlier = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-    pattern = scores.masked_fill(~earlier, float("-inf")).softmax(-1)
+    at = torch.arange(scores.shape[-1], device=scores.device)
+    distance = at[:, None] - at  # from each token back to each token that it may attend to, [T, T]
+    hidden = distance < 0
+    if layer.window is not None:
+        hidden = hidden | (distance >= layer.window)
+    pattern = scores.masked_fill(hidden, float("-inf")).softmax(-1)
     bias = 0 if layer.out.bias is None else layer.out.bias / layer.n_heads  # all heads together add it once
     return pattern @ v @ layer.w_o[index] + bias
 

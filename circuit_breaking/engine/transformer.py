@@ -87,7 +87,7 @@ class EdgeMaskedTransformer(nn.Module):
         self.blocks = make_blocks(spec, split_qkv)
         # a copy, so that moving this model to another device does not move a module of `hf`
         self.norm, self.rotary = Norm(spec.final_norm), copy.deepcopy(spec.rotary)
-        self.max_positions = spec.max_plain_length
+        self.max_positions = spec.max_positions
         for name in ("embedding", "positions", "unembedding", "unembedding_bias"):
             tensor = getattr(spec, name)
             self.register_buffer(name, None if tensor is None else tensor.detach())

@@ -55,20 +55,23 @@ def test_query_heads_that_share_normalised_keys(share):
         assert torch.allclose(hf(tokens).logits, expected, atol=1e-4)
 
 
-def test_a_sliding_window_is_the_models_own_affair():
-    """Texts within the window are compared with the engine; on longer ones hooks change only the cut edges."""
-    hf = small_mistral(sliding_window=9)
+@pytest.mark.parametrize("length", [9, 20])  # of texts within and beyond the window
+@pytest.mark.parametrize(
+    ("make", "changes"),
+    [
+        (small_mistral, {"sliding_window": 9}),
+        (small_qwen3, {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1}),
+    ],
+)
+def test_sliding_windows(make, changes, length):
+    hf = make(**changes)
     edges = some_edges(hf, 30)
-    tokens = torch.randint(1, 50, (2, 9), generator=torch.manual_seed(3))
+    tokens = torch.randint(1, 50, (2, length), generator=torch.manual_seed(3))
     expected = engine_logits(hf, edges, None, tokens, True)
-    with ablate(hf, edges), torch.no_grad():
-        assert torch.allclose(hf(tokens).logits, expected, atol=1e-4)
-    long = torch.randint(1, 50, (2, 20), generator=torch.manual_seed(3))
     with torch.no_grad():
-        before = hf(long).logits
-        with ablate(hf, ["m2->output"]):
+        before = hf(tokens).logits
+        with ablate(hf, edges):
+            assert torch.allclose(hf(tokens).logits, expected, atol=1e-4)
             keywords = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-            assert hf.generate(long, **keywords).equal(hf.generate(long, use_cache=False, **keywords))
-        assert hf(long).logits.equal(before)
-    with pytest.raises(UserError, match="more than the model's 9 positions"):
-        engine_logits(hf, edges, None, long, True)
+            assert hf.generate(tokens, **keywords).equal(hf.generate(tokens, use_cache=False, **keywords))
+        assert hf(tokens).logits.equal(before)

@@ -18,6 +18,7 @@ from circuit_breaking.engine.reference import ReferenceModel
 from circuit_breaking.errors import UserError
 from circuit_breaking.graph import EdgeGraph
 from circuit_breaking.models.activations import fused_activations
+from circuit_breaking.models.families import graph_of
 
 # The larger GPT-2s: all layers in the slow tests, two of the true width in the quick ones
 GPT2_SIZES = {"medium": (24, 16, 1024, 80_965), "large": (36, 20, 1280, 280_063), "xl": (48, 25, 1600, 766_225)}
@@ -156,16 +157,43 @@ def test_pythia_160m_is_hugging_faces():
         assert (model(tokens) - hf(tokens).logits).abs().max() < 1e-4
 
 
-def test_texts_longer_than_a_sliding_window_are_refused():
-    for make, changes in (
+LONG = torch.randint(0, 50, (2, 23), generator=torch.Generator().manual_seed(1))
+QWEN_WINDOWS = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}
+
+
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize(
+    ("make", "changes"),
+    [
         (small_mistral, {"sliding_window": 8}),
-        (small_qwen2, {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}),
-    ):
-        model = load_model(make(**changes), device="cpu")
-        with pytest.raises(UserError, match="9 tokens are more than the model's 8 positions"):
-            model(TOKENS)
-    # a window that no layer uses limits nothing
-    load_model(small_qwen2(sliding_window=8), device="cpu")(TOKENS)
+        (small_mistral, {"sliding_window": 1}),
+        (small_qwen2, QWEN_WINDOWS),
+        (small_qwen3, QWEN_WINDOWS),
+    ],
+)
+def test_texts_longer_than_a_sliding_window(make, changes, split):
+    hf = make(**changes)
+    model = load_model(hf, split_qkv=split, device="cpu")
+    torch.testing.assert_close(model(LONG), hf(LONG, use_cache=False).logits, atol=2e-5, rtol=1e-5)
+    check_gradients(hf, split, LONG)
+
+
+def check_gradients(hf, split, tokens):
+    """The logits and gradients of the engine under any mask are those of the reference, in float64."""
+    hf = hf.double()
+    model, reference = load_model(hf, split_qkv=split, device="cpu", dtype="float64"), ReferenceModel(hf, split)
+    weight = torch.randn(*tokens.shape, 50, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    means = torch.randn(len(model.graph.sources), hf.config.hidden_size, dtype=torch.float64)
+    model.means = means
+    random = torch.rand(len(model.graph), generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    for values in (random, (random > 0.02).double()):
+        masks = [values.clone().requires_grad_() for _ in range(2)]
+        logits = model(tokens, mask=masks[0]), reference(tokens, masks[1], means)
+        torch.testing.assert_close(*logits, atol=1e-9, rtol=1e-9)
+        gradients = [
+            torch.autograd.grad((weight * one).sum(), mask)[0] for one, mask in zip(logits, masks, strict=True)
+        ]
+        torch.testing.assert_close(*gradients, atol=1e-7, rtol=1e-7)
 
 
 @pytest.mark.parametrize(
@@ -192,11 +220,18 @@ def test_a_window_counts_where_hugging_face_applies_it(make, changes, most):
     fits = TOKENS if most is None else TOKENS[:, :most]
     torch.testing.assert_close(model(fits), logits(hf, fits), atol=2e-5, rtol=1e-5)
     torch.testing.assert_close(logits(hf, fits), logits(plain, fits), atol=2e-5, rtol=1e-5)
-    if most is not None:  # for a longer text the window matters, and the engine computes attention without one
+    if most is not None:  # for a longer text the window matters
         longer = TOKENS[:, : most + 1]
         assert (logits(hf, longer) - logits(plain, longer)).abs().max() > 1e-2
-        with pytest.raises(UserError, match=f"{most + 1} tokens are more than the model's {most} positions"):
-            model(longer)
+        torch.testing.assert_close(model(longer), logits(hf, longer), atol=2e-5, rtol=1e-5)
+
+
+def test_a_kind_of_attention_that_is_not_known_is_refused():
+    hf = small_qwen2()
+    hf.config.layer_types = ["full_attention", "chunked_attention", "full_attention"]
+    for use in (load_model, lambda one: graph_of(one.config)):
+        with pytest.raises(UserError, match="layer_types names 'chunked_attention'"):
+            use(hf)
 
 
 def test_a_family_that_is_not_known_is_refused():

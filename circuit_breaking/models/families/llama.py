@@ -6,7 +6,15 @@ They differ in which projections have biases, in Qwen3's norms of queries and ke
 from torch import nn
 from transformers import PreTrainedConfig
 
-from circuit_breaking.models.families.spec import Family, LayerSpec, ModelSpec, NormSpec, linear, projection
+from circuit_breaking.models.families.spec import (
+    Family,
+    LayerSpec,
+    ModelSpec,
+    NormSpec,
+    linear,
+    projection,
+    refuse_layer_types,
+)
 
 
 def describe(hf: nn.Module) -> ModelSpec:
@@ -69,6 +77,6 @@ def window(config: PreTrainedConfig, index: int) -> int | None:
 FAMILIES = [
     Family("llama", "LlamaForCausalLM", "layers", describe),
     Family("mistral", "MistralForCausalLM", "layers", describe),
-    Family("qwen2", "Qwen2ForCausalLM", "layers", describe),
-    Family("qwen3", "Qwen3ForCausalLM", "layers", describe),
+    Family("qwen2", "Qwen2ForCausalLM", "layers", describe, refuse=refuse_layer_types),
+    Family("qwen3", "Qwen3ForCausalLM", "layers", describe, refuse=refuse_layer_types),
 ]

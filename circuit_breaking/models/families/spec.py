@@ -147,11 +147,6 @@ class ModelSpec:
         """Width of the residual stream, D."""
         return self.embedding.shape[1]
 
-    @property
-    def max_plain_length(self) -> int:
-        """Longest text for which attention is plain causal attention: longer ones leave some layer's window."""
-        return min([self.max_positions, *(layer.window for layer in self.layers if layer.window is not None)])
-
     def graph(self, split_qkv: bool = False) -> EdgeGraph:
         """The graph of this model's edges."""
         return EdgeGraph(len(self.layers), self.n_heads, split_qkv, self.parallel)
@@ -188,6 +183,17 @@ def projection(made_by: LinearSpec, heads: int, head_width: int, first: int = 0,
     weight = made_by.weight.unflatten(1, (-1, head_width)).transpose(0, 1)[blocks]
     bias = None if made_by.bias is None else made_by.bias.view(-1, head_width)[blocks]
     return ProjectionSpec(made_by.module, weight, bias, first, step)
+
+
+def refuse_layer_types(config: PreTrainedConfig) -> str | None:
+    """For `Family.refuse`: attention of a kind other than full and sliding, which no description has a field for."""
+    for kind in config.layer_types:
+        if kind not in ("full_attention", "sliding_attention"):
+            return (
+                f"this {config.model_type} model's layer_types names {kind!r}, and only full_attention and "
+                "sliding_attention are supported. Use another model."
+            )
+    return None
 
 
 def _options(spec: ModelSpec) -> Iterator[str]:
