@@ -1,4 +1,4 @@
-"""Compare ways to find edges at equal budgets and equal numbers of texts: clamped, hard-concrete, attribution, random.
+"""Compare ways to find edges at equal budgets and equal numbers of texts, and random edges.
 
 Reads   a model; toxic posts and ordinary text; ablation values, if --means names a file.
 Writes  data/toxicity/<run>/: methods.json and methods.csv, one row per mask (budget, seed, edges cut, held-out losses,
@@ -31,7 +31,7 @@ class Settings(ToxicDataSettings, ModelSettings, ToxicRunSettings, SeedSettings)
     )  # fmt: skip
 
     budgets: tuple[int, ...] = (1, 2, 5, 12, 25, 50)  # most edges to cut: one mask of each method for each budget
-    methods: tuple[str, ...] = tuple(METHODS)  # methods with refinement: clamped, hard-concrete, attribution
+    methods: tuple[str, ...] = tuple(METHODS)  # methods with refinement: ranking, clamped, hard-concrete, attribution
     alone: tuple[str, ...] = tuple(METHODS)  # methods without refinement
     seeds: int = 3  # masks of each method and budget
     random_seeds: int = 5  # masks of each budget whose edges are drawn at random

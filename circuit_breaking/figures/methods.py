@@ -16,6 +16,7 @@ FILE = "methods.json"
 HINT = "Make it with toxicity/compare_methods.py."
 ALONE = " alone"  # end of the name of a method without refinement
 STYLES = {  # a method has one colour, with refinement and without
+    "ranking": {"color": BLACK, "marker": "^"},
     "clamped": {"color": BLUE, "marker": "o"},
     "hard-concrete": {"color": VERMILION, "marker": "s"},
     "attribution": {"color": GREEN, "marker": "D"},

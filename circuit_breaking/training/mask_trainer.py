@@ -3,8 +3,8 @@
 Minimises  keep_weight · L_keep(m) - alpha · L_break(m) + penalty(m)  over masks m that cut at most `max_edges` edges
 (Li, Davies, Nadeau 2023, section 3.2), in phases:
 
-find       `relax_steps` and `anneal_steps`, used as the method says: clamped weights (the paper's), hard-concrete
-           gates, or attribution (`training.methods`).
+find       `relax_steps` and `anneal_steps`, used as the method says: a ranking of the edges, clamped weights (the
+           paper's), hard-concrete gates, or attribution (`training.methods`).
 refine     Single edges are cut, restored or exchanged by their measured effect on new batches (`training.refine`).
 constants  The edges are fixed, and ablation constants, if they are learned, are trained for them
            (`training.optimal_ablation`).
@@ -22,11 +22,13 @@ from torch import Tensor
 
 from circuit_breaking.engine.mask import lowest_cut
 from circuit_breaking.engine.transformer import EdgeMaskedTransformer
+from circuit_breaking.errors import UserError
 from circuit_breaking.graph import Edge
 from circuit_breaking.runs.checkpoints import Checkpoints, Saved, restore_parts, state_of
 from circuit_breaking.runs.distributed import same_random_states
 from circuit_breaking.tasks.base import Task
 from circuit_breaking.training.config import MaskConfig, check_mask
+from circuit_breaking.training.edge_ranking import EdgeRanking
 from circuit_breaking.training.loop import Row, run_steps
 from circuit_breaking.training.methods import method_class
 from circuit_breaking.training.methods.base import StepResult
@@ -37,12 +39,32 @@ from circuit_breaking.training.refine import EdgeRefiner
 
 @dataclass
 class MaskResult:
-    """What training found: the binary mask [E] (also left in the model), its cut edges, and a row for every step."""
+    """What training found.
+
+    Attributes:
+        weights: the binary mask [E], also left in the model.
+        edges: names of the edges that it cuts.
+        history: a row for every step.
+        seconds: training time.
+        ranking: the edges in the order in which they are worth cutting, before any refinement; None for methods that
+            find a mask for one budget only.
+    """
 
     weights: Tensor
     edges: list[Edge]
     history: list[Row] = field(default_factory=list)
     seconds: float = 0.0
+    ranking: EdgeRanking | None = None
+
+    def at(self, count: int) -> Tensor:
+        """A binary mask [E], on the CPU, that cuts the first `count` edges of the ranking.
+
+        Raises:
+            UserError: there is no ranking, or it holds fewer edges.
+        """
+        if self.ranking is None:
+            raise UserError("this mask was trained for one budget. Train with method ranking for a mask of any budget.")
+        return self.ranking.mask(count)
 
 
 def train_mask(
@@ -104,7 +126,9 @@ def train_mask(
     if trainer.constants is not None:
         trainer.constants.freeze()
     seconds = history[-1]["seconds"] if history else before
-    return MaskResult(model.mask.weights.detach().clone(), model.mask.cut_edges(), history, seconds)
+    mask, scores = model.mask, trainer.method.scores()
+    ranking = None if scores is None else EdgeRanking.of_scores(model.graph, scores)
+    return MaskResult(mask.weights.detach().clone(), mask.cut_edges(), history, seconds, ranking)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ script = load_script("toxicity/compare_methods.py")
 QUICK = MaskConfig(
     relax_steps=3, anneal_steps=2, refine_rounds=2, batch_size=3, refine_batch_size=6, moves_per_round=2, alpha=1.0
 )
-LINES = ("clamped", "hard-concrete", "attribution", "clamped alone", "attribution alone", "random")
+LINES = ("ranking", "clamped", "hard-concrete", "attribution", "clamped alone", "attribution alone", "random")
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,7 @@ def test_every_mask_is_within_its_budget_and_measured(finished):
 
 def test_every_method_sees_as_many_texts(finished):
     folder, drawn = finished
-    assert len(drawn) == 20 and all(each == {"toxic text": 27, "ordinary text": 27} for each in drawn)
+    assert len(drawn) == 24 and all(each == {"toxic text": 27, "ordinary text": 27} for each in drawn)
     assert read_json(folder / "methods.json")["texts_seen"] == {"refined": 27, "alone": 27}
     for training in (MaskConfig(), MaskConfig(relax_steps=0), MaskConfig(relax_steps=0, anneal_steps=0), QUICK):
         alone = script.unrefined(training)
@@ -130,10 +130,10 @@ def test_the_figure_is_drawn_from_its_file_alone(tmp_path, drawn):
     gain, toxic, _ = drawn[0].axes
     lines = {line.get_label(): line for line in toxic.get_lines()}
     assert set(lines) >= {*LINES[:-1], "random edges"}
-    assert list(lines["hard-concrete"].get_ydata()) == [2.0, 2.0] and list(lines["clamped"].get_xdata()) == [1, 10]
+    assert list(lines["hard-concrete"].get_ydata()) == [3.0, 3.0] and list(lines["clamped"].get_xdata()) == [1, 10]
     assert lines["attribution"].get_color() == lines["attribution alone"].get_color()
     assert {line.get_ydata()[0] for line in gain.get_lines()} == {0, -0.5}
-    assert "| hard-concrete | 2.500 / 1.000 | 2.500 / 1.000 |" in table(tmp_path)
+    assert "| hard-concrete | 3.500 / 1.000 | 3.500 / 1.000 |" in table(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ HERE = "circuit_breaking.training.methods"
 
 # name -> "module:class", or the class itself
 METHODS: dict[str, str | type] = {
+    "ranking": f"{HERE}.ranking:EdgeScores",
     "clamped": f"{HERE}.clamped:ClampedWeights",
     "hard-concrete": f"{HERE}.hard_concrete:HardConcreteGates",
     "attribution": f"{HERE}.attribution:Attribution",

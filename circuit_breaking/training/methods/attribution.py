@@ -33,18 +33,16 @@ class Attribution(MaskMethod):
         self.gradient_sums[point] += gradient
         self.n_gradients[point] += 1
         # an edge's score is what keeping it adds to the objective, so cutting the edge gains the score
-        loss = config.min_gain - self.scores()
-        if self.allowed is not None:
-            loss = loss.masked_fill(~self.allowed, float("inf"))
         with torch.no_grad():
-            self.weights.copy_(lowest_cut(loss, config.max_edges, threshold=0.0))
+            self.weights.copy_(lowest_cut(config.min_gain - self.scores(), config.max_edges, threshold=0.0))
         return StepResult("attribute", float(value), self.model.mask.n_cut())
 
     def scores(self) -> Tensor:
-        """EAP or EAP-IG scores of all edges: [E]."""
+        """EAP or EAP-IG scores of all edges that may be cut; minus infinity for the others: [E]."""
         weights = torch.tensor([weight for _, weight in self.points], dtype=torch.float64)
         weights = weights / self.n_gradients.clamp(min=1)
-        return weights.to(self.gradient_sums) @ self.gradient_sums
+        scores = weights.to(self.gradient_sums) @ self.gradient_sums
+        return scores if self.allowed is None else scores.masked_fill(~self.allowed, float("-inf"))
 
     def state(self) -> dict[str, Tensor]:
         """The sums of gradients and their counts."""

@@ -62,6 +62,13 @@ class MaskMethod(ABC):
     def step(self, number: int) -> StepResult:
         """Run step `number`, from 0 to `relax_steps + anneal_steps - 1`."""
 
+    def scores(self) -> Tensor | None:
+        """Scores of all edges [E], by which they are cut at any budget, the highest first; None if there are none.
+
+        Edges that may not be cut have a score of minus infinity.
+        """
+        return None
+
     @abstractmethod
     def state(self) -> dict[str, Tensor]:
         """Everything that the next steps depend on, in addition to the model's mask, for a checkpoint."""

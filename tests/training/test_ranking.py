@@ -1,0 +1,140 @@
+"""One ranking for every budget: soft top-k against its definition, and what training returns."""
+
+import math
+
+import pytest
+import torch
+from helpers.models import small_gpt2
+from helpers.tasks import make_task, run
+
+from circuit_breaking.engine.load import load_model
+from circuit_breaking.errors import UserError
+from circuit_breaking.graph import EdgeGraph
+from circuit_breaking.training.config import MaskConfig
+from circuit_breaking.training.edge_ranking import EdgeRanking
+from circuit_breaking.training.methods.ranking import EdgeScores
+from circuit_breaking.training.soft_top_k import soft_top_k, threshold
+
+FEW = {"n_layer": 2, "n_head": 2, "n_embd": 16}
+ALL = 26  # edges of that model
+
+
+def small():
+    return load_model(small_gpt2(**FEW), device="cpu")
+
+
+def random_scores(count, dtype=torch.float64):
+    return torch.randn(count, dtype=dtype, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("temperature", [0.01, 0.3, 5.0])
+@pytest.mark.parametrize("count", [0.2, 1, 7.5, 29, 29.9])
+def test_degrees_add_up_to_the_count(count, temperature):
+    scores = random_scores(30)
+    degrees = soft_top_k(scores, count, temperature)
+    assert float(degrees.sum()) == pytest.approx(count, rel=1e-9)
+    t = threshold(scores, count, temperature)
+    torch.testing.assert_close(degrees, torch.sigmoid((scores - t) / temperature))
+    assert torch.equal(degrees.argsort(), scores.argsort()) or temperature < 0.1  # there some are 0 or 1
+
+
+def test_equal_scores_share_the_count_and_a_low_temperature_chooses():
+    torch.testing.assert_close(soft_top_k(torch.zeros(8), 3, 0.7), torch.full((8,), 3 / 8))
+    scores = random_scores(30, torch.float32)
+    chosen = soft_top_k(scores, 6, 1e-3)
+    assert set(scores.topk(6).indices.tolist()) == set((chosen > 0.99).nonzero()[:, 0].tolist())
+
+
+@pytest.mark.parametrize("temperature", [0.2, 1.0])
+@pytest.mark.parametrize("count", [0.5, 4, 11.5])
+def test_gradcheck_of_soft_top_k(count, temperature):
+    """Through the threshold too: raising all scores alike changes nothing."""
+    scores = random_scores(12).requires_grad_()
+    assert torch.autograd.gradcheck(lambda scores: soft_top_k(scores, count, temperature), scores)
+    gradient = torch.autograd.grad((soft_top_k(scores, count, temperature) * random_scores(12)).sum(), scores)[0]
+    assert float(gradient.sum()) == pytest.approx(0, abs=1e-12) and gradient.abs().max() > 1e-6
+
+
+def test_degrees_that_are_0_or_1_have_no_gradient():
+    scores = (10.0 * torch.arange(6)).requires_grad_()
+    degrees = soft_top_k(scores, 2, 1e-3)
+    (gradient,) = torch.autograd.grad((degrees * torch.arange(6)).sum(), scores)
+    torch.testing.assert_close(degrees, torch.tensor([0.0, 0, 0, 0, 1, 1]), atol=1e-6, rtol=0)
+    torch.testing.assert_close(gradient, torch.zeros(6), atol=1e-3, rtol=0)
+
+
+def test_the_best_edges_of_a_known_objective_come_first():
+    """An objective in which every edge has an effect of its own; the ranking is that of the effects."""
+    model, effects = small(), torch.randn(ALL, generator=torch.Generator().manual_seed(2))
+    config = MaskConfig(method="ranking", max_edges=5, relax_steps=100, anneal_steps=100)
+
+    def objective(mask):
+        return -((1 - mask) * effects).sum()
+
+    method = EdgeScores(model, config, None, lambda size: objective, lambda loss: loss.backward())
+    rows = [method.step(number) for number in range(200)]
+    found = EdgeRanking.of_scores(model.graph, method.scores())
+    assert found.order[:8].tolist() == effects.argsort(descending=True)[:8].tolist()
+    assert set((model.mask.weights == 0).nonzero()[:, 0].tolist()) == set(effects.topk(5).indices.tolist())
+    assert {row.phase for row in rows} == {"rank"} and min(row.n_cut for row in rows) == 1
+
+
+def test_budgets_are_spread_evenly_and_the_temperature_falls():
+    method = EdgeScores(small(), MaskConfig(method="ranking"), None, None, None)
+    logs = sorted(math.log(method.budget(number)) / math.log(ALL - 0.5) for number in range(100))
+    assert all(abs(log - (number + 0.5) / 100) < 0.02 for number, log in enumerate(logs))
+    few = EdgeScores(small(), MaskConfig(method="ranking"), torch.arange(ALL) < 1, None, None)
+    assert 0 < few.budget(0) < 1
+    temperatures = [method.temperature(progress / 10) for progress in range(11)]
+    assert temperatures == sorted(temperatures, reverse=True)
+    assert temperatures[0] * math.log(ALL) == pytest.approx(0.12 * 200)
+
+
+@pytest.mark.parametrize("refine_rounds", [0, 3])
+def test_a_mask_of_every_budget(refine_rounds):
+    model = small()
+    allowed = torch.arange(ALL) % 3 != 0
+    result, _ = run(model, allowed, method="ranking", max_edges=5, refine_rounds=refine_rounds)
+    ranking = result.ranking
+    assert len(ranking) == int(allowed.sum()) == len(set(ranking.edges))
+    assert all(allowed[model.graph.index(edge)] for edge in ranking.edges)
+    assert ranking.scores.tolist() == sorted(ranking.scores.tolist(), reverse=True)
+    for count in (0, 1, 5, len(ranking)):
+        mask = result.at(count)
+        cut = {edge for edge, weight in zip(model.graph.edges, mask.tolist(), strict=True) if weight == 0}
+        assert cut == set(ranking.edges[:count]) and set(mask.tolist()) <= {0.0, 1.0}
+    if not refine_rounds:
+        assert torch.equal(result.at(5), result.weights)
+    for count in (-1, len(ranking) + 1):
+        with pytest.raises(UserError, match="edges cannot be cut: the ranking holds"):
+            result.at(count)
+
+
+def test_a_method_for_one_budget_has_no_ranking():
+    result, _ = run(small(), method="clamped", max_edges=5)
+    assert result.ranking is None
+    with pytest.raises(UserError, match="trained for one budget"):
+        result.at(3)
+
+
+def test_equal_scores_stay_in_the_order_of_the_graph():
+    graph = EdgeGraph(n_layers=1, n_heads=1)
+    scores = torch.tensor([0.0, 2.0, float("-inf"), 0.0, 2.0, -1.0])[: len(graph)]
+    assert EdgeRanking.of_scores(graph, scores).order.tolist() == [1, 4, 0, 3, 5]
+
+
+def test_the_objective_at_small_and_large_budgets_falls():
+    model, keep, broken = small(), make_task("keep", 5), make_task("break", 1)
+
+    def objective(mask):
+        with torch.no_grad():
+            model.mask.weights.copy_(mask)
+        return keep.get_test_loss(model) - broken.get_test_loss(model)
+
+    before = objective(torch.ones(ALL))
+    result, _ = run(
+        model, method="ranking", max_edges=3, alpha=1.0, relax_steps=40, anneal_steps=40, refine_rounds=0,
+        batch_size=12,
+    )  # fmt: skip
+    gains = [before - objective(result.at(count)) for count in (1, 3, 8)]
+    assert 0.005 < gains[0] < gains[1] < gains[2]
