@@ -64,9 +64,9 @@ def _heads(layer: LayerSpec) -> list[tuple[nn.Parameter, View]]:
 UNITS = {"weight": _every_weight, "neuron": _neurons, "head": _heads}
 OPTIONS = {  # of a description, those that leave a mask's meaning as it is
     "gate", "query_norm", "key_norm", "window",
-    "positions", "rotary", "unembedding_bias", "parallel",
+    "positions", "embedding_scale", "rotary", "unembedding_bias", "parallel",
 }  # fmt: skip
-NORMS = {"layer", "rms"}
+NORMS = {"layer", "rms", "rms_offset"}
 
 
 def find_matrices(hf: nn.Module, granularity: str) -> list[Matrix]:

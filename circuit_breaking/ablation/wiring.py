@@ -26,9 +26,10 @@ State = dict[str, int | Tensor | tuple | None]
 
 # the options of a description that cutting edges supports; modules are called as they are, so most need no code
 OPTIONS = (
-    "gate", "query_norm", "key_norm", "window", "positions", "rotary", "unembedding_bias", "parallel",
+    "gate", "query_norm", "key_norm", "window",
+    "positions", "embedding_scale", "rotary", "unembedding_bias", "parallel",
 )  # fmt: skip
-NORMS = ("layer", "rms")
+NORMS = ("layer", "rms", "rms_offset")
 
 
 def check_cuttable(spec: ModelSpec) -> None:

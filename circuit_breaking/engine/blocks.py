@@ -19,7 +19,7 @@ from circuit_breaking.models.families.spec import LayerSpec, LinearSpec, ModelSp
 
 OPTIONS = {  # of a description, those that the engine supports
     "gate", "query_norm", "key_norm", "window",
-    "positions", "rotary", "unembedding_bias", "parallel",
+    "positions", "embedding_scale", "rotary", "unembedding_bias", "parallel",
 }  # fmt: skip
 Rotary = tuple[Tensor, Tensor]  # cos and sin [T, r] of the rotary position embedding, r <= K
 
@@ -99,7 +99,7 @@ def project_qkv(layer: LayerSpec, split_qkv: bool) -> NormedProjection:
     """
     norm, kind = layer.attention_norm, layer.query.weight.dtype
     precise = torch.promote_types(kind, torch.float32)
-    gain = norm.weight.detach().to(precise)
+    gain = norm.gain(precise)
     weights, biases = [], []
     for one in (layer.query, layer.key, layer.value):
         weight, bias = (tensor.to(precise) for tensor in per_query_head(one, layer.n_heads))

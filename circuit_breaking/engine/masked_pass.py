@@ -150,6 +150,8 @@ class MaskedPass:
         network = self.network
         self._fill(nodes[:1], slice(0, 1))
         embedding = F.embedding(self.inputs.tokens, network.embedding)
+        if network.embedding_scale is not None:
+            embedding *= network.embedding_scale
         if network.positions is not None:
             embedding += network.positions[: self.length]
         nodes[0] += embedding.view(len(nodes[0]), -1)

@@ -53,6 +53,7 @@ class Network:
         groups: the layers, in groups that are read in one product (`layer_groups`).
         blocks: one `LayerBlock` a layer.
         embedding: token embeddings [V, D]; positions: learned position embeddings [max T, D], or None.
+        embedding_scale: factor of the token embeddings, a tensor [], or None.
         edge_readers, edge_sources: index of each edge's reader and source, int64 [E].
         n_read: how many nodes each reader reads, int64 [R].
         gradient_checkpointing: compute attention and MLP again in the backward instead of keeping their activations.
@@ -63,6 +64,7 @@ class Network:
     blocks: Sequence[LayerBlock]
     embedding: Tensor
     positions: Tensor | None
+    embedding_scale: Tensor | None
     edge_readers: Tensor
     edge_sources: Tensor
     n_read: Tensor

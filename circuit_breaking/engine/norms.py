@@ -64,8 +64,10 @@ def _rms(x: Tensor, weight: Tensor, bias: None, eps: float) -> Tensor:
     return rms_norm(x, weight, eps)
 
 
-# `kind` of a `NormSpec` -> (x, weight, bias, eps) -> normalised x
-NORMS: dict[str, Callable[[Tensor, Tensor, Tensor | None, float], Tensor]] = {"layer": _layer, "rms": _rms}
+# `kind` of a `NormSpec` -> (x, gain, bias, eps) -> normalised x
+NORMS: dict[str, Callable[[Tensor, Tensor, Tensor | None, float], Tensor]] = {
+    "layer": _layer, "rms": _rms, "rms_offset": _rms,
+}  # fmt: skip
 
 
 class Norm(nn.Module):
@@ -74,7 +76,7 @@ class Norm(nn.Module):
     def __init__(self, spec: NormSpec) -> None:
         super().__init__()
         self.normalise, self.eps = NORMS[spec.kind], spec.eps
-        self.register_buffer("weight", spec.weight.detach())
+        self.register_buffer("weight", spec.gain(spec.weight.dtype))
         self.register_buffer("bias", None if spec.bias is None else spec.bias.detach())
 
     def forward(self, x: Tensor) -> Tensor:

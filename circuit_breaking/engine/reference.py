@@ -32,7 +32,7 @@ from circuit_breaking.models.families.spec import LayerSpec, ModelSpec, NormSpec
 
 OPTIONS = {  # of a description, those that are computed here
     "gate", "query_norm", "key_norm", "window",
-    "positions", "rotary", "unembedding_bias", "parallel",
+    "positions", "embedding_scale", "rotary", "unembedding_bias", "parallel",
 }  # fmt: skip
 Rotary = tuple[Tensor, Tensor] | None  # cos and sin [1, T, r]
 
@@ -54,11 +54,11 @@ class ReferenceModel(nn.Module):
             ablate_from: first position at which cuts act.
         """
         model = describe(self.hf)
-        check_supported(model, "the reference", OPTIONS, {"layer", "rms"})
+        check_supported(model, "the reference", OPTIONS, {"layer", "rms", "rms_offset"})
         if tokens.shape[1] > model.max_positions:
             raise UserError(f"{tokens.shape[1]} tokens are more than the model's {model.max_positions} positions.")
         positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
-        embedding = model.embedding[tokens]
+        embedding = model.embedding[tokens] * model.embedding_scale
         if model.positions is not None:
             embedding = embedding + model.positions[positions]
         rotary = None if model.rotary is None else model.rotary(embedding, positions)
@@ -143,7 +143,8 @@ def norm(spec: NormSpec, x: Tensor) -> Tensor:
     """
     if spec.kind == "layer":
         return spec.module(x)
-    return spec.weight * x / (x.square().mean(-1, keepdim=True) + spec.eps).sqrt()
+    gain = 1 + spec.weight if spec.kind == "rms_offset" else spec.weight
+    return gain * x / (x.square().mean(-1, keepdim=True) + spec.eps).sqrt()
 
 
 def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:

@@ -91,6 +91,8 @@ class EdgeMaskedTransformer(nn.Module):
         for name in ("embedding", "positions", "unembedding", "unembedding_bias"):
             tensor = getattr(spec, name)
             self.register_buffer(name, None if tensor is None else tensor.detach())
+        scale = None if spec.embedding_scale == 1 else self.embedding.new_tensor(spec.embedding_scale)
+        self.register_buffer("embedding_scale", scale)
         self.register_buffer("edge_readers", self.graph.edge_readers)
         self.register_buffer("edge_sources", self.graph.edge_sources)
         self.register_buffer("n_read", self.graph.edge_readers.bincount(minlength=len(self.graph.readers)))
@@ -257,8 +259,8 @@ class EdgeMaskedTransformer(nn.Module):
 
     def _network(self) -> Network:
         return Network(
-            self.graph, self.groups, self.blocks, self.embedding, self.positions, self.edge_readers, self.edge_sources,
-            self.n_read, self.gradient_checkpointing,
+            self.graph, self.groups, self.blocks, self.embedding, self.positions, self.embedding_scale,
+            self.edge_readers, self.edge_sources, self.n_read, self.gradient_checkpointing,
         )  # fmt: skip
 
     def _inputs(self, weights: Tensor, tokens: Tensor) -> PassInputs:

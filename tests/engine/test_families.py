@@ -3,7 +3,7 @@
 import pytest
 import torch
 from helpers.masks import TOKENS
-from helpers.models import small_gpt2, small_llama, small_mistral, small_neox, small_qwen2, small_qwen3
+from helpers.models import small_gemma, small_gpt2, small_llama, small_mistral, small_neox, small_qwen2, small_qwen3
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -126,6 +126,9 @@ def test_llama_variants(changes):
         (small_qwen2, {"tie_word_embeddings": False}),
         (small_qwen3, {"attention_bias": True}),
         (small_llama, {"attention_bias": True}),
+        (small_gemma, {}),
+        (small_gemma, {"num_key_value_heads": 4, "tie_word_embeddings": False}),
+        (small_gemma, {"attention_bias": True, "hidden_act": "gelu", "num_key_value_heads": 2}),
         (small_mistral, {}),
         (small_mistral, {"sliding_window": 9}),
         (small_gpt2, {"scale_attn_by_inverse_layer_idx": True}),
@@ -224,6 +227,11 @@ def test_a_window_counts_where_hugging_face_applies_it(make, changes, most):
         longer = TOKENS[:, : most + 1]
         assert (logits(hf, longer) - logits(plain, longer)).abs().max() > 1e-2
         torch.testing.assert_close(model(longer), logits(hf, longer), atol=2e-5, rtol=1e-5)
+
+
+def test_gradients_of_every_family(family):
+    for split in (False, True):
+        check_gradients(family(), split, TOKENS)
 
 
 def test_a_kind_of_attention_that_is_not_known_is_refused():

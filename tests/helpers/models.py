@@ -21,6 +21,7 @@ SMALL = {
     "mistral": (2, {**GROUPED, "head_dim": 8, "sliding_window": None}),
     "qwen2": (4, {**GROUPED, "tie_word_embeddings": True}),  # with biases on queries, keys and values
     "qwen3": (5, {**GROUPED, "head_dim": 12}),  # with norms on queries and keys, and heads wider than D / H
+    "gemma": (6, {**GROUPED, "head_dim": 12, "num_key_value_heads": 1}),  # all heads share keys and values
 }  # fmt: skip
 
 
@@ -54,6 +55,10 @@ def small_qwen2(**changes) -> nn.Module:
 
 def small_qwen3(**changes) -> nn.Module:
     return small("qwen3", **changes)
+
+
+def small_gemma(**changes) -> nn.Module:
+    return small("gemma", **changes)
 
 
 def spread(model: nn.Module) -> nn.Module:

@@ -62,7 +62,9 @@ def test_the_graph_of_a_configuration_is_that_of_the_model(family):
 def test_unknown_families_are_refused_in_one_sentence_that_names_the_known_ones():
     config = BertConfig(num_hidden_layers=1, hidden_size=8, num_attention_heads=2, intermediate_size=8, vocab_size=9)
     bert = BertForMaskedLM(config)
-    known = "supported. Supported models: GPT2LMHeadModel, GPTNeoXForCausalLM, Llama.*, Mistral.*, Qwen2.*, Qwen3.*"
+    names = sorted(family.model_class for family in FAMILIES.values())
+    assert {"GPT2LMHeadModel", "GPTNeoXForCausalLM", "LlamaForCausalLM", "Qwen3ForCausalLM"} <= {*names}
+    known = f"supported. Supported models: {', '.join(names)}."
     for use in (
         load_model,
         describe,
@@ -82,8 +84,11 @@ def test_a_model_without_its_head_is_refused():
 
 
 def test_options_that_the_graph_cannot_describe_are_refused():
-    cross, both_ways = small_gpt2(add_cross_attention=True), small_llama(is_causal=False)
-    for hf, message in ((cross, "cross-attention"), (both_ways, "is_causal=False")):
+    for hf, message in (
+        (small_gpt2(add_cross_attention=True), "cross-attention"),
+        (small_llama(is_causal=False), "is_causal=False"),
+        (small("gemma", use_bidirectional_attention=True), "use_bidirectional_attention"),
+    ):
         for use in (describe, load_model, lambda one: ablate(one, []), lambda one: graph_of(one.config)):
             with pytest.raises(UserError, match=message):
                 use(hf)
@@ -109,13 +114,13 @@ def test_modules_that_compute_more_than_their_weight_are_refused():
 
 
 @dataclass(frozen=True)
-class SoftLayer(LayerSpec):
-    softcap: float | None = None
+class SharpLayer(LayerSpec):
+    sharpness: float | None = None
 
 
 @dataclass(frozen=True)
-class ScaledModel(ModelSpec):
-    embedding_scale: float = 1.0
+class ShiftedModel(ModelSpec):
+    embedding_shift: float = 1.0
 
 
 def with_field(spec, kind, **changes):
@@ -124,10 +129,10 @@ def with_field(spec, kind, **changes):
 
 
 CHANGED = {
-    "softcap": lambda spec: replace(
-        spec, layers=[*spec.layers[:-1], with_field(spec.layers[-1], SoftLayer, softcap=2.0)]
+    "sharpness": lambda spec: replace(
+        spec, layers=[*spec.layers[:-1], with_field(spec.layers[-1], SharpLayer, sharpness=2.0)]
     ),
-    "embedding_scale": lambda spec: with_field(spec, ScaledModel, embedding_scale=2.0),
+    "embedding_shift": lambda spec: with_field(spec, ShiftedModel, embedding_shift=2.0),
     "norms of kind 'batch'": lambda spec: replace(spec, final_norm=replace(spec.final_norm, kind="batch")),
     "kind 'other'": lambda spec: replace(
         spec, layers=[replace(one, query_norm=replace(one.mlp_norm, kind="other")) for one in spec.layers]
@@ -154,7 +159,7 @@ def test_what_a_consumer_does_not_support_is_refused(change, consumer, monkeypat
             with pytest.raises(UserError, match=f"{consumer}.* does not support .*{change}"):
                 CONSUMERS[consumer](hf)
     # a default value is no option
-    neutral = with_field(describe(small_gpt2()), ScaledModel, embedding_scale=float("1"))
+    neutral = with_field(describe(small_gpt2()), ShiftedModel, embedding_shift=float("1"))
     make_blocks(neutral, False)
     check_cuttable(neutral)
 

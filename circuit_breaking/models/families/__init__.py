@@ -1,4 +1,4 @@
-"""Model families, each described in one file: `gpt2`, `neox`, and `llama` (Llama, Mistral, Qwen2, Qwen3).
+"""Model families, each described in one file: `gpt2`, `neox`, `llama` (Llama, Mistral, Qwen2, Qwen3), `gemma`.
 
 To add a family, write a file like `gpt2.py` and name it in `FAMILIES` below. `spec` explains the fields.
 """
@@ -9,13 +9,14 @@ from transformers import PreTrainedConfig
 
 from circuit_breaking.errors import UserError
 from circuit_breaking.graph import EdgeGraph
+from circuit_breaking.models.families.gemma import FAMILIES as GEMMA
 from circuit_breaking.models.families.gpt2 import FAMILY as GPT2
 from circuit_breaking.models.families.llama import FAMILIES as LLAMA
 from circuit_breaking.models.families.neox import FAMILY as NEOX
 from circuit_breaking.models.families.spec import Family, ModelSpec
 
 # the registry: Hugging Face `model_type` -> family
-FAMILIES: dict[str, Family] = {family.model_type: family for family in (GPT2, NEOX, *LLAMA)}
+FAMILIES: dict[str, Family] = {family.model_type: family for family in (GPT2, NEOX, *LLAMA, *GEMMA)}
 
 
 def family_of(config: PreTrainedConfig | None, what: str) -> Family:

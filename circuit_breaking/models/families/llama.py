@@ -3,6 +3,9 @@
 They differ in which projections have biases, in Qwen3's norms of queries and keys, and in sliding windows.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 from torch import nn
 from transformers import PreTrainedConfig
 
@@ -15,6 +18,8 @@ from circuit_breaking.models.families.spec import (
     projection,
     refuse_layer_types,
 )
+
+MakeNorm = Callable[[nn.Module], NormSpec]
 
 
 def describe(hf: nn.Module) -> ModelSpec:
@@ -34,27 +39,40 @@ def describe(hf: nn.Module) -> ModelSpec:
 
 def describe_layer(layer: nn.Module, config: PreTrainedConfig, index: int) -> LayerSpec:
     """Describe one layer."""
-    attention, mlp, head_width = layer.self_attn, layer.mlp, layer.self_attn.head_dim
-    heads, key_heads = config.num_attention_heads, config.num_key_value_heads
     return LayerSpec(
         layer=layer,
-        attention=attention,
         attention_norm=norm(layer.input_layernorm),
-        query=projection(linear(attention.q_proj), heads, head_width),
-        key=projection(linear(attention.k_proj), key_heads, head_width),
-        value=projection(linear(attention.v_proj), key_heads, head_width),
-        query_norm=norm(attention.q_norm) if hasattr(attention, "q_norm") else None,
-        key_norm=norm(attention.k_norm) if hasattr(attention, "k_norm") else None,
-        scale=attention.scaling,
-        window=window(config, index),
-        out=linear(attention.o_proj),
-        mlp=mlp,
         mlp_norm=norm(layer.post_attention_layernorm),
-        activation=config.hidden_act,
-        gate=linear(mlp.gate_proj),
-        up=linear(mlp.up_proj),
-        down=linear(mlp.down_proj),
+        window=window(config, index),
+        **attention_fields(layer.self_attn, config, norm),
+        **mlp_fields(layer.mlp, config.hidden_act),
     )
+
+
+def attention_fields(attention: nn.Module, config: PreTrainedConfig, norm: MakeNorm) -> dict[str, Any]:
+    """The fields of a `LayerSpec` that describe attention; many families name their modules like Llama."""
+    heads, key_heads, width = config.num_attention_heads, config.num_key_value_heads, attention.head_dim
+    return {
+        "attention": attention,
+        "query": projection(linear(attention.q_proj), heads, width),
+        "key": projection(linear(attention.k_proj), key_heads, width),
+        "value": projection(linear(attention.v_proj), key_heads, width),
+        "query_norm": norm(attention.q_norm) if hasattr(attention, "q_norm") else None,
+        "key_norm": norm(attention.k_norm) if hasattr(attention, "k_norm") else None,
+        "scale": attention.scaling,
+        "out": linear(attention.o_proj),
+    }
+
+
+def mlp_fields(mlp: nn.Module, activation: str) -> dict[str, Any]:
+    """The fields that describe a gated MLP."""
+    return {
+        "mlp": mlp,
+        "activation": activation,
+        "gate": linear(mlp.gate_proj),
+        "up": linear(mlp.up_proj),
+        "down": linear(mlp.down_proj),
+    }
 
 
 def norm(module: nn.Module) -> NormSpec:

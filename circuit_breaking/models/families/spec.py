@@ -10,6 +10,7 @@ Every weight is a view of the model's own parameter, with the inputs before the 
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import MISSING, dataclass, fields
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
@@ -20,7 +21,10 @@ from circuit_breaking.graph import EdgeGraph
 
 @dataclass(frozen=True)
 class NormSpec:
-    """A norm over the last dimension. `kind` is `"layer"` (LayerNorm) or `"rms"` (RMSNorm)."""
+    """A norm over the last dimension.
+
+    `kind` is `"layer"` (LayerNorm), `"rms"` (RMSNorm) or `"rms_offset"` (RMSNorm whose gain is 1 + weight).
+    """
 
     kind: str
     module: nn.Module
@@ -28,8 +32,13 @@ class NormSpec:
 
     @property
     def weight(self) -> Tensor:
-        """The gain, [D], or [K] for the norm of a query or a key."""
+        """The module's weight, [D], or [K] for the norm of a query or a key."""
         return self.module.weight
+
+    def gain(self, dtype: torch.dtype) -> Tensor:
+        """The factors of the normalised values, of the shape of `weight`."""
+        weight = self.weight.detach().to(dtype)
+        return 1 + weight if self.kind == "rms_offset" else weight
 
     @property
     def bias(self) -> Tensor | None:
@@ -133,6 +142,7 @@ class ModelSpec:
     unembedding: Tensor  # [V, D]
     max_positions: int  # tokens that the model has positions for
     positions: Tensor | None = None  # learned, [max_positions, D]
+    embedding_scale: float = 1.0  # factor of the token embeddings
     rotary: nn.Module | None = None  # Hugging Face's module, which knows all kinds of scaling: (x, ids) -> (cos, sin)
     unembedding_bias: Tensor | None = None  # [V]
     parallel: bool = False  # attention and MLP of a layer read the same residual stream
