@@ -63,8 +63,8 @@ def _heads(layer: LayerSpec) -> list[tuple[nn.Parameter, View]]:
 
 UNITS = {"weight": _every_weight, "neuron": _neurons, "head": _heads}
 OPTIONS = {  # of a description, those that leave a mask's meaning as it is
-    "gate", "query_norm", "key_norm", "window",
-    "positions", "embedding_scale", "rotary", "unembedding_bias", "parallel",
+    "gate", "query_norm", "key_norm", "multiplier", "window",
+    "positions", "embedding_scale", "rotary", "unembedding_bias", "logit_divisor", "parallel",
 }  # fmt: skip
 NORMS = {"layer", "rms", "rms_offset"}
 

@@ -26,8 +26,8 @@ State = dict[str, int | Tensor | tuple | None]
 
 # the options of a description that cutting edges supports; modules are called as they are, so most need no code
 OPTIONS = (
-    "gate", "query_norm", "key_norm", "window",
-    "positions", "embedding_scale", "rotary", "unembedding_bias", "parallel",
+    "gate", "query_norm", "key_norm", "multiplier", "window",
+    "positions", "embedding_scale", "rotary", "unembedding_bias", "logit_divisor", "parallel",
 )  # fmt: skip
 NORMS = ("layer", "rms", "rms_offset")
 
@@ -149,7 +149,8 @@ class LayerWiring:
         constants = None
         if cut and self.means is not None:
             constants = self.means.new_zeros(len(mix), self.spec.width)
-            constants[0] = self.means[[self.first_head + head for head in cut]].sum(0)
+            # the layer multiplies what it writes
+            constants[0] = self.means[[self.first_head + head for head in cut]].sum(0) / self.layer.multiplier
         return {
             "plain": self.n_head_reads + (self.mlp_has_part and not cut),
             "n_heads": n_heads,

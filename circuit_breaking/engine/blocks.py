@@ -18,8 +18,8 @@ from circuit_breaking.models.activations import activation
 from circuit_breaking.models.families.spec import LayerSpec, LinearSpec, ModelSpec, ProjectionSpec, check_supported
 
 OPTIONS = {  # of a description, those that the engine supports
-    "gate", "query_norm", "key_norm", "window",
-    "positions", "embedding_scale", "rotary", "unembedding_bias", "parallel",
+    "gate", "query_norm", "key_norm", "multiplier", "window",
+    "positions", "embedding_scale", "rotary", "unembedding_bias", "logit_divisor", "parallel",
 }  # fmt: skip
 Rotary = tuple[Tensor, Tensor]  # cos and sin [T, r] of the rotary position embedding, r <= K
 
@@ -48,14 +48,21 @@ class Block(nn.Module):
         self.query_norm = None if layer.query_norm is None else Norm(layer.query_norm)
         self.key_norm = None if layer.key_norm is None else Norm(layer.key_norm)
         self.register_buffer("w_o", layer.w_o.detach())  # [H, K, D]
-        self.register_buffer("b_o", bias_of(layer.out) / layer.n_heads)  # a head's share of the bias, [D]
+        self.multiplier = layer.multiplier
+        self.register_buffer(
+            "b_o", self.multiplied(bias_of(layer.out) / layer.n_heads)
+        )  # a head's share of the bias, [D]
         self.mlp_norm = Norm(layer.mlp_norm)
         self.act = activation(layer.activation)
         for name, one in (("gate", layer.gate), ("up", layer.up)):  # [D, F] and [F]
             self.register_buffer(f"w_{name}", None if one is None else one.weight.detach())
             self.register_buffer(f"b_{name}", None if one is None or one.bias is None else one.bias.detach())
         self.register_buffer("w_down", layer.down.weight.detach())  # [F, D]
-        self.register_buffer("b_down", bias_of(layer.down))
+        self.register_buffer("b_down", self.multiplied(bias_of(layer.down)))
+
+    def multiplied(self, x: Tensor) -> Tensor:
+        """x times the layer's factor of what it writes."""
+        return x if self.multiplier == 1 else x * self.multiplier
 
     def attention(self, qkv: Tensor, batch: int, rotary: Rotary | None) -> Tensor:
         """The attention-weighted values of every head, before its output projection.
@@ -81,15 +88,15 @@ class Block(nn.Module):
             k = self.key_norm(k)
         if rotary is not None:
             q, k = (rotate_halves(x, *rotary) for x in (q, k))
-        z = attend(q, k, v, self.scale, self.window)
+        z = self.multiplied(attend(q, k, v, self.scale, self.window))
         return z.transpose(0, 1).reshape(z.shape[1], tokens, z.shape[-1])
 
     def mlp(self, read: Tensor) -> Tensor:
         """The hidden layer of the MLP, before its output projection: [N, D] -> [N, F]."""
         x = self.mlp_norm(read)
-        if self.w_gate is None:
-            return self.act(F.linear(x, self.w_up.t(), self.b_up))
-        return self.act(F.linear(x, self.w_gate.t(), self.b_gate)) * F.linear(x, self.w_up.t(), self.b_up)
+        up = F.linear(x, self.w_up.t(), self.b_up)
+        hidden = self.act(up) if self.w_gate is None else self.act(F.linear(x, self.w_gate.t(), self.b_gate)) * up
+        return self.multiplied(hidden)
 
 
 def project_qkv(layer: LayerSpec, split_qkv: bool) -> NormedProjection:

@@ -31,8 +31,8 @@ from circuit_breaking.models.families import describe
 from circuit_breaking.models.families.spec import LayerSpec, ModelSpec, NormSpec, ProjectionSpec, check_supported
 
 OPTIONS = {  # of a description, those that are computed here
-    "gate", "query_norm", "key_norm", "window",
-    "positions", "embedding_scale", "rotary", "unembedding_bias", "parallel",
+    "gate", "query_norm", "key_norm", "multiplier", "window",
+    "positions", "embedding_scale", "rotary", "unembedding_bias", "logit_divisor", "parallel",
 }  # fmt: skip
 Rotary = tuple[Tensor, Tensor] | None  # cos and sin [1, T, r]
 
@@ -67,7 +67,7 @@ class ReferenceModel(nn.Module):
             heads = self.heads(layer, nodes, rotary)
             if not model.parallel:  # else the MLP does not read the heads of its layer
                 nodes.write(heads)
-            mlp = layer.mlp(norm(layer.mlp_norm, nodes.read(1)[0]))
+            mlp = layer.multiplier * layer.mlp(norm(layer.mlp_norm, nodes.read(1)[0]))
             nodes.write([*heads, mlp] if model.parallel else [mlp])
         final = norm(model.final_norm, nodes.read(1)[0])
         assert nodes.used == len(mask), "every edge is read once"
@@ -127,7 +127,7 @@ def head(layer: LayerSpec, index: int, r_q: Tensor, r_k: Tensor, r_v: Tensor, ro
         hidden = hidden | (distance >= layer.window)
     pattern = scores.masked_fill(hidden, float("-inf")).softmax(-1)
     bias = 0 if layer.out.bias is None else layer.out.bias / layer.n_heads  # all heads together add it once
-    return pattern @ v @ layer.w_o[index] + bias
+    return layer.multiplier * (pattern @ v @ layer.w_o[index] + bias)
 
 
 def project(layer: LayerSpec, one: ProjectionSpec, index: int, read: Tensor) -> Tensor:
@@ -158,4 +158,6 @@ def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
 def unembed(model: ModelSpec, final: Tensor) -> Tensor:
     """Logits [B, T, V] of the final hidden state [B, T, D]."""
     logits = final @ model.unembedding.t()
-    return logits if model.unembedding_bias is None else logits + model.unembedding_bias
+    if model.unembedding_bias is not None:
+        logits = logits + model.unembedding_bias
+    return logits / model.logit_divisor

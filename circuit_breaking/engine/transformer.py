@@ -77,8 +77,6 @@ class EdgeMaskedTransformer(nn.Module):
         cuda_graphs: captured passes for small batches on a GPU; `cuda_graphs.enabled = False` turns them off.
     """
 
-    plain_head = True  # see `models.causal_model`
-
     def __init__(self, hf: nn.Module, split_qkv: bool = False, gradient_checkpointing: bool = False) -> None:
         super().__init__()
         self.gradient_checkpointing = gradient_checkpointing
@@ -87,7 +85,9 @@ class EdgeMaskedTransformer(nn.Module):
         self.blocks = make_blocks(spec, split_qkv)
         # a copy, so that moving this model to another device does not move a module of `hf`
         self.norm, self.rotary = Norm(spec.final_norm), copy.deepcopy(spec.rotary)
-        self.max_positions = spec.max_positions
+        self.rotary_by_length = spec.rotary_by_length
+        self.max_positions, self.logit_divisor = spec.max_positions, spec.logit_divisor
+        self.plain_head = self.logit_divisor == 1  # see `models.causal_model`
         for name in ("embedding", "positions", "unembedding", "unembedding_bias"):
             tensor = getattr(spec, name)
             self.register_buffer(name, None if tensor is None else tensor.detach())
@@ -226,7 +226,7 @@ class EdgeMaskedTransformer(nn.Module):
         self, tokens: Tensor, at: Tensor | None = None, mask: Tensor | None = None,
         attention_mask: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """Final hidden state after the last norm; `logits` is its product with `unembedding`.
+        """Final hidden state after the last norm; with `plain_head`, its product with `unembedding` are the logits.
 
         Args as in `forward`. Returns [B, T, D], or [B, k, D] / [B, D] at the positions asked for.
         """
@@ -249,7 +249,8 @@ class EdgeMaskedTransformer(nn.Module):
         backward = weights.requires_grad or constants is not None
         network, inputs = self._network(), self._inputs(weights.detach(), tokens)
         run = None
-        if self.cuda_graphs.usable(network, tokens):
+        # a captured pass is padded, and padding must not change the positions
+        if not self.rotary_by_length and self.cuda_graphs.usable(network, tokens):
             run = self.cuda_graphs.replay(
                 network, inputs, self.workspace, backward, constants is not None, self.max_positions, self.rotary_tables
             )
@@ -288,9 +289,12 @@ class EdgeMaskedTransformer(nn.Module):
             UserError: the arguments do not fit the model or each other, or texts are padded on the left.
         """
         with without_autocast(self.device):
-            return _Unembed.apply(
-                self.hidden(tokens, at, mask, attention_mask), self.unembedding, self.unembedding_bias
-            )
+            return self.unembed(self.hidden(tokens, at, mask, attention_mask))
+
+    def unembed(self, hidden: Tensor) -> Tensor:
+        """Logits [..., V] of final hidden states [..., D]."""
+        logits = _Unembed.apply(hidden, self.unembedding, self.unembedding_bias)
+        return logits if self.plain_head else logits / self.logit_divisor
 
     @torch.no_grad()
     def node_outputs(self, tokens: Tensor) -> Tensor:

@@ -3,7 +3,17 @@
 import pytest
 import torch
 from helpers.masks import TOKENS
-from helpers.models import small_gemma, small_gpt2, small_llama, small_mistral, small_neox, small_qwen2, small_qwen3
+from helpers.models import (
+    small_gemma,
+    small_gpt2,
+    small_granite,
+    small_llama,
+    small_mistral,
+    small_neox,
+    small_phi3,
+    small_qwen2,
+    small_qwen3,
+)
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -13,6 +23,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+from circuit_breaking.engine.cuda_graphs import CudaGraphCache
 from circuit_breaking.engine.load import load_model
 from circuit_breaking.engine.reference import ReferenceModel
 from circuit_breaking.errors import UserError
@@ -114,6 +125,12 @@ def test_llama_variants(changes):
         torch.testing.assert_close(logits, hf(TOKENS).logits, atol=2e-5, rtol=1e-5)
 
 
+LONG_ROPE = {
+    "rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 1.0,
+    "short_factor": [1.0, 1.1, 1.3, 1.5], "long_factor": [1.0, 2.0, 4.0, 8.0],
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("make", "changes"),
     [
@@ -126,6 +143,13 @@ def test_llama_variants(changes):
         (small_qwen2, {"tie_word_embeddings": False}),
         (small_qwen3, {"attention_bias": True}),
         (small_llama, {"attention_bias": True}),
+        (small_granite, {}),
+        (small_granite, {"attention_bias": True, "mlp_bias": True, "logits_scaling": 8}),
+        (small_granite, {"embedding_multiplier": 1.0, "logits_scaling": 1, "sliding_window": 4}),
+        (small_phi3, {}),
+        (small_phi3, {"num_key_value_heads": 2, "sliding_window": 4}),
+        (small_phi3, {"rope_parameters": LONG_ROPE, "original_max_position_embeddings": 6}),
+        (small_phi3, {"rope_parameters": LONG_ROPE, "original_max_position_embeddings": 40}),
         (small_gemma, {}),
         (small_gemma, {"num_key_value_heads": 4, "tie_word_embeddings": False}),
         (small_gemma, {"attention_bias": True, "hidden_act": "gelu", "num_key_value_heads": 2}),
@@ -227,6 +251,19 @@ def test_a_window_counts_where_hugging_face_applies_it(make, changes, most):
         longer = TOKENS[:, : most + 1]
         assert (logits(hf, longer) - logits(plain, longer)).abs().max() > 1e-2
         torch.testing.assert_close(model(longer), logits(hf, longer), atol=2e-5, rtol=1e-5)
+
+
+def test_passes_are_not_captured_where_padding_would_change_positions(monkeypatch):
+    asked = []
+    monkeypatch.setattr(CudaGraphCache, "usable", lambda *args: asked.append(1))
+    for hf, captured in (
+        (small_phi3(), True),
+        (small_phi3(rope_parameters=LONG_ROPE, original_max_position_embeddings=6), False),
+        (small_llama(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}), False),
+    ):
+        asked.clear()
+        load_model(hf, device="cpu")(TOKENS)
+        assert bool(asked) == captured
 
 
 def test_gradients_of_every_family(family):

@@ -101,7 +101,7 @@ def test_node_outputs_add_up(family, kind):
     model.means = make_means(model, kind)
     outputs = model.node_outputs(TOKENS)
     assert outputs.shape == (len(model.graph.sources), *TOKENS.shape, width(model))
-    logits = torch.nn.functional.linear(model.norm(outputs.sum(0)), model.unembedding)
+    logits = model.unembed(model.norm(outputs.sum(0)))
     torch.testing.assert_close(logits, hf(TOKENS).logits, atol=2e-5, rtol=1e-5)
 
 

@@ -22,6 +22,9 @@ SMALL = {
     "qwen2": (4, {**GROUPED, "tie_word_embeddings": True}),  # with biases on queries, keys and values
     "qwen3": (5, {**GROUPED, "head_dim": 12}),  # with norms on queries and keys, and heads wider than D / H
     "gemma": (6, {**GROUPED, "head_dim": 12, "num_key_value_heads": 1}),  # all heads share keys and values
+    "granite": (7, {**GROUPED, "embedding_multiplier": 3.0, "attention_multiplier": 0.2, "residual_multiplier": 0.6,
+                    "logits_scaling": 1.7}),
+    "phi3": (8, {**SIZES, "rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}),
 }  # fmt: skip
 
 
@@ -59,6 +62,14 @@ def small_qwen3(**changes) -> nn.Module:
 
 def small_gemma(**changes) -> nn.Module:
     return small("gemma", **changes)
+
+
+def small_granite(**changes) -> nn.Module:
+    return small("granite", **changes)
+
+
+def small_phi3(**changes) -> nn.Module:
+    return small("phi3", **changes)
 
 
 def spread(model: nn.Module) -> nn.Module:

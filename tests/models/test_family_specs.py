@@ -41,7 +41,14 @@ def test_weights_by_unit_are_views_that_compute_what_the_modules_do(family):
             for unit, weight in enumerate(one.weight):
                 bias = 0 if one.bias is None else one.bias[unit]
                 torch.testing.assert_close(columns[:, one.first + one.step * unit], x @ weight + bias)
-        for linear in (layer.out, layer.up, layer.down, *([layer.gate] if layer.gate else [])):
+        for linear in (layer.up, *([layer.gate] if layer.gate else [])):
+            assert linear.weight.untyped_storage().data_ptr() in pointers
+            out = linear.module(x)
+            width = linear.weight.shape[1]  # one module may compute both, the gate first
+            first = width if out.shape[1] > width and linear is layer.up else 0
+            bias = 0 if linear.bias is None else linear.bias
+            torch.testing.assert_close(out[:, first : first + width], x @ linear.weight + bias)
+        for linear in (layer.out, layer.down):
             assert linear.weight.untyped_storage().data_ptr() in pointers
             inputs = torch.randn(7, len(linear.weight), generator=torch.Generator().manual_seed(0))
             bias = 0 if linear.bias is None else linear.bias
@@ -88,6 +95,8 @@ def test_options_that_the_graph_cannot_describe_are_refused():
         (small_gpt2(add_cross_attention=True), "cross-attention"),
         (small_llama(is_causal=False), "is_causal=False"),
         (small("gemma", use_bidirectional_attention=True), "use_bidirectional_attention"),
+        (small("granite", residual_multiplier=0.0), "residual_multiplier=0"),
+        (small("granite", logits_scaling=0.0), "logits_scaling=0"),
     ):
         for use in (describe, load_model, lambda one: ablate(one, []), lambda one: graph_of(one.config)):
             with pytest.raises(UserError, match=message):

@@ -1,4 +1,5 @@
-"""Model families, each described in one file: `gpt2`, `neox`, `llama` (Llama, Mistral, Qwen2, Qwen3), `gemma`.
+"""Model families, each described in one file: `gpt2`, `neox`, `llama` (Llama, Mistral, Qwen2, Qwen3), `gemma`,
+`granite`, `phi3`.
 
 To add a family, write a file like `gpt2.py` and name it in `FAMILIES` below. `spec` explains the fields.
 """
@@ -11,12 +12,14 @@ from circuit_breaking.errors import UserError
 from circuit_breaking.graph import EdgeGraph
 from circuit_breaking.models.families.gemma import FAMILIES as GEMMA
 from circuit_breaking.models.families.gpt2 import FAMILY as GPT2
+from circuit_breaking.models.families.granite import FAMILY as GRANITE
 from circuit_breaking.models.families.llama import FAMILIES as LLAMA
 from circuit_breaking.models.families.neox import FAMILY as NEOX
+from circuit_breaking.models.families.phi3 import FAMILY as PHI3
 from circuit_breaking.models.families.spec import Family, ModelSpec
 
 # the registry: Hugging Face `model_type` -> family
-FAMILIES: dict[str, Family] = {family.model_type: family for family in (GPT2, NEOX, *LLAMA, *GEMMA)}
+FAMILIES: dict[str, Family] = {family.model_type: family for family in (GPT2, NEOX, *LLAMA, *GEMMA, GRANITE, PHI3)}
 
 
 def family_of(config: PreTrainedConfig | None, what: str) -> Family:
@@ -49,9 +52,10 @@ def graph_of(config: PreTrainedConfig, split_qkv: bool = False) -> EdgeGraph:
 def has_plain_head(hf: nn.Module) -> bool:
     """Whether a model's logits are known to be the product of its last hidden state and its output embedding.
 
-    All families described here compute them so. Others may scale or cap them (Granite, Cohere, Gemma 2).
+    Some families scale or cap them (Granite, Gemma 2), and of families without a description it is not known.
     """
-    return getattr(getattr(hf, "config", None), "model_type", None) in FAMILIES
+    family = FAMILIES.get(getattr(getattr(hf, "config", None), "model_type", None))
+    return family is not None and family.plain_head(hf.config)
 
 
 def describe(hf: nn.Module) -> ModelSpec:

@@ -83,9 +83,9 @@ def window(config: PreTrainedConfig, index: int) -> int | None:
     """The sliding window of a layer, as Hugging Face's code applies it, which is not always as its configuration says.
 
     Mistral has one window for all layers and ignores `layer_types`. Qwen2 and Qwen3 apply the window in the layers that
-    `layer_types` names. Llama has none, even if its configuration has a `sliding_window`.
+    `layer_types` names. Llama and Granite have none, even if their configuration has a `sliding_window`.
     """
-    if config.model_type == "llama":
+    if config.model_type in ("llama", "granite"):
         return None
     if config.model_type != "mistral" and config.layer_types[index] != "sliding_attention":
         return None

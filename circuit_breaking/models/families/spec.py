@@ -48,7 +48,7 @@ class NormSpec:
 
 @dataclass(frozen=True)
 class LinearSpec:
-    """A linear module: x @ weight + bias."""
+    """A linear module, or some columns of its output: x @ weight + bias."""
 
     module: nn.Module
     weight: Tensor  # [in, out]
@@ -79,7 +79,8 @@ class LayerSpec:
     """One layer: attention and MLP, each behind a norm.
 
     A head computes softmax(scale · q kᵀ) v, with q, k and v from norm(read), and writes through its rows of `out`. The
-    MLP computes down(act(up(x))), or down(act(gate(x)) · up(x)) where it has a gate, with x = norm(read).
+    MLP computes down(act(up(x))), or down(act(gate(x)) · up(x)) where it has a gate, with x = norm(read). What both
+    write is multiplied by `multiplier`.
 
     A field with a default is an option. A consumer lists the options that it supports, and `check_supported` refuses a
     model that sets another one.
@@ -101,6 +102,7 @@ class LayerSpec:
     gate: LinearSpec | None = None  # [D, F]
     query_norm: NormSpec | None = None  # of each head's query, before positions are applied
     key_norm: NormSpec | None = None
+    multiplier: float = 1.0  # factor of what heads and MLP write
     window: int | None = None  # a token attends to this many tokens at most, itself included; None: to all before it
 
     @property
@@ -145,6 +147,7 @@ class ModelSpec:
     embedding_scale: float = 1.0  # factor of the token embeddings
     rotary: nn.Module | None = None  # Hugging Face's module, which knows all kinds of scaling: (x, ids) -> (cos, sin)
     unembedding_bias: Tensor | None = None  # [V]
+    logit_divisor: float = 1.0  # logits are divided by it
     parallel: bool = False  # attention and MLP of a layer read the same residual stream
 
     @property
@@ -156,6 +159,13 @@ class ModelSpec:
     def width(self) -> int:
         """Width of the residual stream, D."""
         return self.embedding.shape[1]
+
+    @property
+    def rotary_by_length(self) -> bool:
+        """Whether the rotary positions of a token differ with the length of its text."""
+        kinds = getattr(self.rotary, "rope_type", "default")
+        kinds = kinds.values() if isinstance(kinds, dict) else [kinds]
+        return any(kind == "longrope" or "dynamic" in kind for kind in kinds)
 
     def graph(self, split_qkv: bool = False) -> EdgeGraph:
         """The graph of this model's edges."""
@@ -173,6 +183,8 @@ class Family:
     # from the configuration alone: are attention and MLP parallel, and which option, if any, cannot be described
     parallel: Callable[[PreTrainedConfig], bool] = lambda config: False
     refuse: Callable[[PreTrainedConfig], str | None] = lambda config: None
+    # likewise: are logits the product of the last hidden state and the output embedding, neither scaled nor capped
+    plain_head: Callable[[PreTrainedConfig], bool] = lambda config: True
 
 
 def linear(module: nn.Module) -> LinearSpec:
@@ -185,6 +197,11 @@ def linear(module: nn.Module) -> LinearSpec:
         )
     weight = module.weight.t() if kind is nn.Linear else module.weight  # Conv1D stores [in, out]
     return LinearSpec(module, weight, module.bias)
+
+
+def columns(one: LinearSpec, start: int, end: int) -> LinearSpec:
+    """The part of a linear module that computes some columns of its output."""
+    return LinearSpec(one.module, one.weight[:, start:end], None if one.bias is None else one.bias[start:end])
 
 
 def projection(made_by: LinearSpec, heads: int, head_width: int, first: int = 0, step: int = 1) -> ProjectionSpec:
