@@ -20,8 +20,7 @@ from circuit_breaking.runs.mask_record import MASK, MEANS, MaskRecord, MeansReco
 from circuit_breaking.runs.provenance import provenance
 from circuit_breaking.runs.records import RunSettings
 from circuit_breaking.tasks import IOITask, OWTTask
-from circuit_breaking.tasks.ioi import PromptBatch, end_logits
-from circuit_breaking.tasks.losses import logit_difference
+from circuit_breaking.tasks.prompts import PromptBatch, answer_difference, end_logits
 from circuit_breaking.training.attribution import eap_ig
 from circuit_breaking.training.mask_gradient import MaskFunction
 
@@ -94,7 +93,7 @@ def difference_on(model: EdgeMaskedTransformer, batch: PromptBatch) -> MaskFunct
 
     def metric(mask: Tensor) -> Tensor:
         logits, here = end_logits(model, batch, mask)
-        return logit_difference(logits, here.io, here.subject).mean()
+        return answer_difference(logits, here).mean()
 
     return metric
 

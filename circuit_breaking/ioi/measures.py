@@ -13,7 +13,7 @@ from circuit_breaking.models.causal_model import CausalModel
 from circuit_breaking.runs.ioi_results import NextTokens
 from circuit_breaking.tasks import IOITask, TextTask
 from circuit_breaking.tasks.base import EVALUATION_BATCH, prediction_losses
-from circuit_breaking.tasks.ioi import PromptBatch, end_logits
+from circuit_breaking.tasks.prompts import PromptBatch, end_logits
 
 MEASURES = {  # measures on prompts: their names in reports, and in tables
     "logit_difference": "logit difference, IO - S",
@@ -54,13 +54,13 @@ def next_tokens(
     for name, weights in masks.items():
         logits, here = end_logits(model, prompt, weights)
         probabilities = logits.float().softmax(-1)[0]
-        top = dict.fromkeys([*probabilities.topk(count).indices.tolist(), int(here.io), int(here.subject)])
+        top = dict.fromkeys([*probabilities.topk(count).indices.tolist(), int(here.right[0, 0]), int(here.wrong[0, 0])])
         models[name] = [
             {"token": tokenizer.decode([token]), "probability": float(probabilities[token])} for token in top
         ]
     return NextTokens(
         prompt=tokenizer.decode(prompt.tokens[0, 1 : int(prompt.lengths[0])].tolist()),
-        IO=tokenizer.decode(prompt.io.tolist()),
-        S=tokenizer.decode(prompt.subject.tolist()),
+        IO=tokenizer.decode(prompt.right[0, :1].tolist()),
+        S=tokenizer.decode(prompt.wrong[0, :1].tolist()),
         models=models,
     )

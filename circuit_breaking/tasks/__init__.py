@@ -10,8 +10,10 @@ __getattr__ = lazy_names(
     {
         "IOITask": "circuit_breaking.tasks.ioi",
         "OWTTask": "circuit_breaking.tasks.owt",
+        "PromptTask": "circuit_breaking.tasks.prompts",
         "Task": "circuit_breaking.tasks.base",
         "TextTask": "circuit_breaking.tasks.base",
         "ToxicTask": "circuit_breaking.tasks.toxic",
+        "prompt_task": "circuit_breaking.tasks.registry",
     },
 )

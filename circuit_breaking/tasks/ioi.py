@@ -1,28 +1,18 @@
-"""Indirect-object identification (Wang et al. 2022): which of two names comes next.
-
-Shapes: n prompts, B batch, T position, V vocabulary.
-"""
+"""Indirect-object identification (Wang et al. 2022): which of two names comes next."""
 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from circuit_breaking.errors import UserError
-from circuit_breaking.models.causal_model import CausalModel
 from circuit_breaking.models.shipped import TEXT
-from circuit_breaking.models.tokens import TokenBatch, pad_right, prefix_token
+from circuit_breaking.models.tokens import prefix_token
 from circuit_breaking.runs.files import is_text, read_jsonl
-from circuit_breaking.tasks.base import TextTask
 from circuit_breaking.tasks.data import PROMPTS_HINT
-from circuit_breaking.tasks.losses import logit_difference
-
-Objective = Literal["cross_entropy", "logit_difference"]
+from circuit_breaking.tasks.prompts import Example, Objective, PromptBatch, PromptTask, encode_examples
 
 
 @dataclass(frozen=True)
@@ -33,30 +23,16 @@ class Prompt:
     io: str
     subject: str
 
+    def example(self) -> Example:
+        """The prompt with its answers. In its counterfactual, the second mention of the subject names the other person.
 
-@dataclass(frozen=True)
-class PromptBatch(TokenBatch):
-    """Tokens of prompts, padded on the right.
-
-    Attributes:
-        io, subject: tokens of the two names that may follow, int64 [n].
-    """
-
-    io: Tensor | None = None
-    subject: Tensor | None = None
-
-    def __getitem__(self, rows: Tensor | slice) -> "PromptBatch":
-        """The prompts of some rows, with padding to the longest of them."""
-        lengths = self.lengths[rows]
-        return PromptBatch(
-            self.tokens[rows][:, : int(lengths.max())], lengths, io=self.io[rows], subject=self.subject[rows]
-        )
-
-    def to(self, device: torch.device | str) -> "PromptBatch":
-        """The same prompts on another device."""
-        tensors = (self.tokens, self.lengths, self.io, self.subject)
-        tokens, lengths, io, subject = (tensor.to(device) for tensor in tensors)
-        return PromptBatch(tokens, lengths, io=io, subject=subject)
+        MIB calls this counterfactual `s2_io_flip`. A prompt that mentions the subject once has none.
+        """
+        mentions = list(re.finditer(rf"\b{re.escape(self.subject)}\b", self.text))
+        other = None
+        if len(mentions) > 1:
+            other = self.text[: mentions[-1].start()] + self.io + self.text[mentions[-1].end() :]
+        return Example(self.text, (f" {self.io}",), (f" {self.subject}",), other)
 
 
 def read_prompts(path: Path | str) -> list[Prompt]:
@@ -102,33 +78,19 @@ def _problem(prompt: Prompt) -> str | None:
     return None
 
 
-def encode_prompts(tokenizer: Any, prompts: Sequence[Prompt], prefix: int) -> PromptBatch:
+def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], prefix: int) -> PromptBatch:
     """Tokenise prompts, each after the prefix token, and the names that may follow.
 
     Raises:
         UserError: a name is not a single token after its prompt.
     """
-
-    def encoded(texts: list[str]) -> list[list[int]]:
-        return tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
-
-    rows = encoded([prompt.text for prompt in prompts])
-    answers = {}
-    for key in ("io", "subject"):
-        names = [getattr(prompt, key) for prompt in prompts]
-        with_name = encoded([f"{prompt.text} {name}" for prompt, name in zip(prompts, names, strict=True)])
-        for prompt, name, row, longer in zip(prompts, names, rows, with_name, strict=True):
-            if longer[:-1] != row:
-                raise UserError(
-                    f"the name {name!r} is {len(longer) - len(row)} tokens behind {prompt.text!r} and not one. "
-                    "Make prompts for this tokenizer with ioi/make_ioi_datasets.py."
-                )
-        answers[key] = torch.tensor([row[-1] for row in with_name])
-    batch = pad_right([[prefix, *row] for row in rows], prefix)
-    return PromptBatch(batch.tokens, batch.lengths, **answers)
+    try:
+        return encode_examples(tokenizer, [prompt.example() for prompt in prompts], prefix)
+    except UserError as error:
+        raise UserError(f"{error} Make prompts for this tokenizer with ioi/make_ioi_datasets.py.") from None
 
 
-class IOITask(TextTask):
+class IOITask(PromptTask):
     """Naming the indirect object: the prediction after the last token of each prompt.
 
     Args:
@@ -145,7 +107,7 @@ class IOITask(TextTask):
 
     def __init__(
         self,
-        tokenizer: Any,
+        tokenizer: PreTrainedTokenizerBase,
         train: Path | str | Sequence[Prompt] = TEXT / "ioi_train.jsonl",
         test: Path | str | Sequence[Prompt] = TEXT / "ioi_test.jsonl",
         examples: int | None = None,
@@ -159,70 +121,5 @@ class IOITask(TextTask):
         if not all(found):
             raise UserError(f"there are no {'held-out' if found[0] else 'training'} prompts. {PROMPTS_HINT}")
         prefix = prefix_token(tokenizer)
-        super().__init__("IOI", *(encode_prompts(tokenizer, prompts, prefix) for prompts in found), seed)
-        self.objective = objective
-
-    def loss(
-        self, model: CausalModel, batch: PromptBatch, mask: Tensor | None = None, cap: float | None = None
-    ) -> Tensor:
-        """Mean loss after the last tokens of the prompts of a batch; see `Task`."""
-        logits, batch = end_logits(model, batch, mask)
-        if self.objective == "cross_entropy":
-            losses = F.cross_entropy(logits.float(), batch.io, reduction="none")
-        else:
-            losses = -logit_difference(logits.float(), batch.io, batch.subject)
-        return (losses if cap is None else losses.clamp(max=cap)).mean()
-
-    def predictions(self, batch: PromptBatch) -> int:
-        """One per prompt."""
-        return len(batch)
-
-    @torch.no_grad()
-    def measure(self, model: CausalModel, num_data: int | None = None) -> dict[str, Tensor]:
-        """Measure the prediction after each held-out prompt, float64 [n] each.
-
-        Returns:
-            `loss` (cross entropy of the indirect object, nats), `logit_difference` (to the subject), `accuracy`
-            (1 where the indirect object is the most probable token), `above_subject` (1 where it is more probable than
-            the subject) and `probability` (of the indirect object).
-        """
-        found: dict[str, list[Tensor]] = {}
-        for test_batch in self._test_batches(num_data):
-            logits, batch = end_logits(model, test_batch)
-            logits = logits.double()
-            loss = F.cross_entropy(logits, batch.io, reduction="none")
-            difference = logit_difference(logits, batch.io, batch.subject)
-            rows = {
-                "loss": loss,
-                "logit_difference": difference,
-                "accuracy": logits.argmax(-1) == batch.io,
-                "above_subject": difference > 0,
-                "probability": (-loss).exp(),
-            }
-            for key, values in rows.items():
-                found.setdefault(key, []).append(values.double().cpu())
-        return {key: torch.cat(values) for key, values in found.items()}
-
-    def get_test_loss(self, model: CausalModel, num_data: int | None = None) -> float:
-        """Mean cross entropy of the indirect object, or minus the mean logit difference, over held-out prompts."""
-        measured = self.measure(model, num_data)
-        mean = (measured["loss"] if self.objective == "cross_entropy" else -measured["logit_difference"]).mean()
-        return float(mean)
-
-    def get_test_accuracy(self, model: CausalModel, num_data: int | None = None) -> float:
-        """Share of held-out prompts after which the indirect object is the most probable token."""
-        return float(self.measure(model, num_data)["accuracy"].mean())
-
-    def get_test_logit_difference(self, model: CausalModel, num_data: int | None = None) -> float:
-        """Mean logit of the indirect object minus that of the subject, over held-out prompts."""
-        return float(self.measure(model, num_data)["logit_difference"].mean())
-
-    def get_test_probability(self, model: CausalModel, num_data: int | None = None) -> float:
-        """Mean probability of the indirect object, over held-out prompts."""
-        return float(self.measure(model, num_data)["probability"].mean())
-
-
-def end_logits(model: CausalModel, batch: PromptBatch, mask: Tensor | None = None) -> tuple[Tensor, PromptBatch]:
-    """Logits [B, V] after the last token of each prompt, and the batch on the model's device."""
-    batch = batch.to(model.device)
-    return model(batch.tokens, at=batch.lengths - 1, mask=mask), batch
+        train_batch, test_batch = (encode_prompts(tokenizer, prompts, prefix) for prompts in found)
+        super().__init__("IOI", train_batch, test_batch, seed, objective)

@@ -5,7 +5,7 @@ import torch
 from circuit_breaking.engine.load import load_model
 from circuit_breaking.models.tokens import TokenBatch
 from circuit_breaking.tasks import IOITask, TextTask
-from circuit_breaking.tasks.ioi import PromptBatch
+from circuit_breaking.tasks.prompts import PromptBatch
 from circuit_breaking.training.config import MaskConfig
 from circuit_breaking.training.mask_trainer import train_mask
 from helpers.models import small_gpt2
@@ -38,7 +38,9 @@ def make_prompts(name, seed, objective):
     io, subject = torch.randint(0, 50, (2, 12), generator=generator)
     lengths = torch.randint(3, 9, (12,), generator=generator)
     task = IOITask.__new__(IOITask)
-    batch = PromptBatch(torch.randint(0, 50, (12, 8), generator=generator), lengths, io=io, subject=subject)
+    batch = PromptBatch(
+        torch.randint(0, 50, (12, 8), generator=generator), lengths, right=io[:, None], wrong=subject[:, None]
+    )
     TextTask.__init__(task, name, batch, batch, seed)
     task.objective = objective
     return task

@@ -63,7 +63,7 @@ def test_losses_caps_and_masks(hf, tokenizer, objective):
     task, model = IOITask(tokenizer, PROMPTS[:30], PROMPTS[30:], objective=objective), load_model(hf, device="cpu")
     batch = task.draw(12)
     losses = []
-    for row, n, io, subject in zip(batch.tokens, batch.lengths, batch.io, batch.subject, strict=True):
+    for row, n, io, subject in zip(batch.tokens, batch.lengths, batch.right[:, 0], batch.wrong[:, 0], strict=True):
         logits = hf(row[None, :n]).logits[0, -1]
         losses.append(F.cross_entropy(logits, io) if objective == "cross_entropy" else logits[subject] - logits[io])
     losses = torch.stack(losses)
@@ -81,11 +81,11 @@ def test_losses_caps_and_masks(hf, tokenizer, objective):
 def test_prompts_are_drawn_in_a_seeded_order_and_keep_their_answers(tokenizer):
     def drawn(seed):
         batch = IOITask(tokenizer, PROMPTS[:30], PROMPTS[30:], seed=seed).draw(30)
-        return [(row[1], io) for row, io in zip(batch.tokens.tolist(), batch.io.tolist(), strict=True)]
+        return [(row[1], io) for row, io in zip(batch.tokens.tolist(), batch.right[:, 0].tolist(), strict=True)]
 
     assert drawn(0) == drawn(0) != drawn(1) and sorted(drawn(0)) == sorted(drawn(1))
     first = [tokenizer(f"x {prompt.io}")["input_ids"][-1] for prompt in PROMPTS[:4]]
-    assert IOITask(tokenizer, PROMPTS[:30], PROMPTS[30:], examples=4).train.io.tolist() == first
+    assert IOITask(tokenizer, PROMPTS[:30], PROMPTS[30:], examples=4).train.right[:, 0].tolist() == first
 
 
 def test_means_leave_padding_out(hf, tokenizer):
@@ -123,7 +123,7 @@ def test_prompts_that_cannot_be_read(tmp_path, tokenizer):
 
 
 def test_prompts_that_do_not_fit(tokenizer):
-    with pytest.raises(UserError, match=r"'Gwendolyn' is \d+ tokens behind .* and not one"):
+    with pytest.raises(UserError, match=r"' Gwendolyn' is \d+ tokens after .* and not one.*make_ioi_datasets"):
         IOITask(tokenizer, PROMPTS[:4], [Prompt("Mary gave", "Gwendolyn", "Mary")])
     with pytest.raises(UserError, match="2 prompts are both in the training and the held-out"):
         IOITask(tokenizer, PROMPTS[:4], PROMPTS[2:6])
