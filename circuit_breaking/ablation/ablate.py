@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import replace
 from hashlib import sha256
+from inspect import signature
 from typing import Self
 
 import torch
@@ -21,6 +22,7 @@ from circuit_breaking.ablation.modules import AblatedBody, install, uninstall
 from circuit_breaking.ablation.plan import plan_cuts
 from circuit_breaking.ablation.wiring import Wiring, wire
 from circuit_breaking.engine.ablation_values import check_means
+from circuit_breaking.engine.arguments import check_ablate_from
 from circuit_breaking.errors import UserError
 from circuit_breaking.graph import QKV, Edge, EdgeGraph
 from circuit_breaking.models.families import describe, require_loaded
@@ -34,10 +36,13 @@ class Ablation:
     Attributes:
         edges: names of the cut edges, each once, in the order given.
         means: their ablation values [P, D], None for zero.
+        ablate_from: the first position at which cuts act.
     """
 
-    def __init__(self, hf: PreTrainedModel, edges: list[Edge], means: Tensor | None, wiring: Wiring) -> None:
-        self.edges, self.means = edges, means
+    def __init__(
+        self, hf: PreTrainedModel, edges: list[Edge], means: Tensor | None, ablate_from: int, wiring: Wiring
+    ) -> None:
+        self.edges, self.means, self.ablate_from = edges, means, ablate_from
         self._model, self._wiring = hf, wiring
         self._installed: list[torch.nn.Module] = []
         self._shares: list[tuple[torch.nn.Module, int]] = []
@@ -108,7 +113,7 @@ def _check_means(means: Tensor, nodes: int, width: int) -> None:
     check_means(means, nodes, width)
 
 
-def ablate(hf: PreTrainedModel, edges: Iterable[str], means: Tensor | None = None) -> Ablation:
+def ablate(hf: PreTrainedModel, edges: Iterable[str], means: Tensor | None = None, ablate_from: int = 0) -> Ablation:
     """Cut edges in a stock Hugging Face model, in place.
 
     The logits are those of `EdgeMaskedTransformer` with 0 at these edges and 1 elsewhere. Gradients reach all weights,
@@ -122,6 +127,9 @@ def ablate(hf: PreTrainedModel, edges: Iterable[str], means: Tensor | None = Non
         hf: the model, changed in place until `remove()` or the end of the `with` block.
         edges: names, `"a0.3->m5"`, or `"m0->a3.7.q"` for a head's query, key or value alone. Both kinds may mix.
         means: ablation values, [P, D] in the order of `graph.sources`; None for zero ablation.
+        ablate_from: first position at which cuts act; before it every reader reads everything, as in the whole model.
+            Positions are counted from each text's own first token: padding on the left does not count, tokens in a KV
+            cache do. Give 1 to leave the first token alone, where many models have an attention sink.
 
     Returns:
         The `Ablation`: its `remove()` restores the model bit for bit.
@@ -130,8 +138,7 @@ def ablate(hf: PreTrainedModel, edges: Iterable[str], means: Tensor | None = Non
         UserError: an edge does not exist, the means do not fit or are per position, or the model is of an unknown
             family (see `models.families`), quantised, has adapters that are not merged, or has cut edges already.
     """
-    if hasattr(hf, ATTRIBUTE):
-        raise UserError("this model has cut edges already. Remove those first, or cut all edges in one call.")
+    check_ablate_from(ablate_from)
     spec = describe(hf)
     require_loaded(hf)
     graph = spec.graph()
@@ -142,17 +149,23 @@ def ablate(hf: PreTrainedModel, edges: Iterable[str], means: Tensor | None = Non
     if means is not None:
         _check_means(means, len(graph.sources), spec.width)
         means = means.detach().clone()
-    wiring = wire(spec, plan_cuts(graph, ends), means)
+    wiring = wire(spec, plan_cuts(graph, ends), means, ablate_from)
     if edges:
-        wiring.modules.append((hf.base_model, AblatedBody, {"d": spec.width, "key": _key(edges, means)}))
-    handle = Ablation(hf, edges, means, wiring)
+        body = {
+            "d": spec.width,
+            "key": _key(edges, means, ablate_from),
+            "arguments": tuple(signature(hf.base_model.forward).parameters),
+            "ablate_from": ablate_from,
+        }
+        wiring.modules.append((hf.base_model, AblatedBody, body))
+    handle = Ablation(hf, edges, means, ablate_from, wiring)
     handle._attach()
     return handle
 
 
-def _key(edges: list[Edge], means: Tensor | None) -> str:
+def _key(edges: list[Edge], means: Tensor | None, ablate_from: int) -> str:
     """Tells what is cut, for KV caches: two caches with the same key were filled by the same ablated model."""
-    digest = sha256("\n".join(sorted(edges)).encode())
+    digest = sha256("\n".join([*sorted(edges), str(ablate_from)]).encode())
     if means is not None:
         digest.update(means.float().cpu().numpy().tobytes())
     return digest.hexdigest()

@@ -2,15 +2,15 @@
 
 Cut edges change what readers read. The readers need outputs of single nodes, which the residual stream has only as a
 sum. So the hidden state that one layer hands to the next carries them, side by side with the stream, in its last
-dimension: [..., (1 + C) * D]. Inside a layer it holds, again side by side,
-
-    the stream | the reads of heads with cut edges | the read of the MLP | outputs that later layers need
+dimension: [..., (1 + C) * D], the stream first. Inside a layer it holds the parts that `plan.Parts` lists: the reads of
+its MLP and of its heads, the stream, and the outputs that later layers need.
 
 Hugging Face's layer only normalises parts of this and adds to it, so its code stays as it is. Modules inside take
 another class, a subclass of their own, in place:
 
-    layers        split the hidden state that they get and join the one that they return (`AblatedLayer`)
-    norms         normalise their reader's part; before attention, the stream and every read of a head (`ReaderNorm`)
+    layers        make the parts from the hidden state that they get, and that of the next layer from the parts
+                  (`AblatedLayer`)
+    norms         normalise their reader's part; before attention, every read of a head and the stream (`ReaderNorm`)
     q, k, v       project each head from the read that is its own (`UnitProjection`)
     out, down     add to the stream, and each head and MLP that later layers need to its part (`HeadOutputs`,
                   `MLPOutput`)
@@ -19,28 +19,37 @@ A pass keeps its state nowhere but in the tensors that modules hand to each othe
 threads and replicas and under gradient checkpointing. `torch.compile` checks the classes of modules before it reuses a
 graph, so it sees the cuts and their removal. Weights are read when they are used, so changes of them count.
 
+With `ablate_from`, cuts act from that position on. The model without its head (`AblatedBody`) then hands every layer a
+tensor that says where they act, and the layer makes it one more part, by which norms choose between read and stream.
+
 Shapes: D width, H heads, K head width, F width of the MLP, C carried outputs, S parts of a layer's hidden state, U
-units (blocks of K columns) of a projection's output, n the stream and the reads of heads.
+units (blocks of K columns) of a projection's output, n the reads of heads and the stream, N tokens.
 """
 
 from functools import cache
 from types import MethodType
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from circuit_breaking.ablation.positions import ablated_positions, cache_of
 from circuit_breaking.errors import UserError
 
 PREFIX = "edge_cuts_"  # of everything that is added to a module
-CACHE_NAMES = ("past_key_values", "cache")  # under which transformers hands a KV cache on
+ABLATED = f"{PREFIX}ablated"  # keyword under which layers are told at which positions cuts act
 MARK = "edge_cuts_key"  # of a KV cache
-FEW_TOKENS = 32  # up to which projecting every read is as fast as collecting the weights of some heads
+FEW_TOKENS = 128  # up to which the inputs of all units of a projection are gathered for one product
+FEW_HEADS = 3  # up to which a product for each head is faster than one product for all heads
 
 
-def _weight(module: nn.Module) -> Tensor:
-    """The weight of a linear module as [in, out]."""
-    return module.weight.t() if isinstance(module, nn.Linear) else module.weight
+def _combine(matrix: Tensor, constants: Tensor | None, parts: Tensor) -> Tensor:
+    """Sums of parts [..., R, D]: the rows of `matrix` [R, C] times `parts` [..., C, D], plus `constants` [R, D]."""
+    if torch.is_autocast_enabled(parts.device.type):  # which would round the stream
+        with torch.autocast(parts.device.type, enabled=False):
+            sums = matrix.to(parts.dtype) @ parts
+    else:
+        sums = matrix.to(parts.dtype) @ parts
+    return sums if constants is None else sums + constants.to(sums.dtype)
 
 
 class AblatedLayer:
@@ -48,41 +57,63 @@ class AblatedLayer:
 
     def forward(self, hidden_states: Tensor, *args, **kwargs):
         check_inside(self.edge_cuts_inside)
-        parts = hidden_states.unflatten(-1, (-1, self.edge_cuts_d))
-        if self.edge_cuts_embed:  # the stream is the output of `embed` here
-            parts = torch.cat([parts, parts], -2)
-        inside = [parts[..., :1, :]]
-        if len(self.edge_cuts_matrix):
-            reads = self.edge_cuts_matrix.to(parts.dtype) @ parts
-            inside.append(
-                reads if self.edge_cuts_constants is None else reads + self.edge_cuts_constants.to(reads.dtype)
-            )
-        inside = torch.cat(inside, -2) if len(inside) > 1 else inside[0]
-        if self.edge_cuts_exports:
-            inside = F.pad(inside, (0, 0, 0, self.edge_cuts_exports))
-        out = super().forward(inside.flatten(-2), *args, **kwargs)
+        ablated = kwargs.pop(ABLATED, None)
+        if self.edge_cuts_limited:
+            ablated = self._as_part(ablated, hidden_states)
+        if self.edge_cuts_needs_embed:  # which is the stream here
+            hidden_states = torch.cat([hidden_states, hidden_states], -1)
+        out = super().forward(self._enter(hidden_states, ablated), *args, **kwargs)
         if isinstance(out, tuple):
-            return self._join(out[0], parts), *out[1:]
-        return self._join(out, parts)
+            return self._leave(out[0], hidden_states, ablated), *out[1:]
+        return self._leave(out, hidden_states, ablated)
 
-    def _join(self, out: Tensor, parts: Tensor) -> Tensor:
-        """The stream, the outputs that are carried on, and those of this layer."""
-        out = out.unflatten(-1, (-1, self.edge_cuts_d))
-        joined = [out[..., :1, :]]
-        if len(self.edge_cuts_carry_on):
-            joined.append(parts.index_select(-2, self.edge_cuts_carry_on))
+    def _as_part(self, ablated: Tensor | None, hidden_states: Tensor) -> Tensor:
+        """Where cuts act, as a part [..., D] of the hidden state."""
+        if ablated is None:
+            raise UserError(
+                "a layer of a model with cut edges was called by itself, so it cannot know which positions come before "
+                "ablate_from. Call the whole model, or cut the edges with ablate_from=0."
+            )
+        return ablated.unsqueeze(-1).to(hidden_states).expand(*hidden_states.shape[:-1], self.edge_cuts_d)
+
+    def _enter(self, hidden_states: Tensor, ablated: Tensor | None) -> Tensor:
+        """The parts [..., S * D] of the hidden state inside the layer."""
+        d, matrix, pieces = self.edge_cuts_d, self.edge_cuts_matrix, []
+        if len(matrix):
+            parts = hidden_states.unflatten(-1, (-1, d))
+            pieces.append(_combine(matrix, self.edge_cuts_constants, parts).flatten(-2))
+        pieces.append(hidden_states[..., :d])
         if self.edge_cuts_exports:
-            joined.append(out[..., out.shape[-2] - self.edge_cuts_exports :, :])
-        return torch.cat(joined, -2).flatten(-2) if len(joined) > 1 else joined[0].squeeze(-2)
+            pieces.append(hidden_states.new_zeros(*hidden_states.shape[:-1], self.edge_cuts_exports * d))
+        if self.edge_cuts_limited_inside:
+            pieces.append(ablated)
+        return torch.cat(pieces, -1) if len(pieces) > 1 else pieces[0]
+
+    def _leave(self, out: Tensor, hidden_states: Tensor, ablated: Tensor | None) -> Tensor:
+        """The stream, the layer's own outputs that later layers need, and the older ones."""
+        d, first = self.edge_cuts_d, self.edge_cuts_stream
+        pieces = [out[..., first * d : (first + 1 + self.edge_cuts_exports) * d]]
+        if self.edge_cuts_carries_all:
+            pieces.append(hidden_states[..., d:])
+        elif len(self.edge_cuts_carried):
+            parts = hidden_states.unflatten(-1, (-1, d))
+            pieces.append(parts.index_select(-2, self.edge_cuts_carried).flatten(-2))
+        if self.edge_cuts_limited_after:
+            pieces.append(ablated)
+        return torch.cat(pieces, -1) if len(pieces) > 1 else pieces[0]
 
 
 class AblatedBody:
-    """The model without its head: returns hidden states that are the stream alone, and tells KV caches apart."""
+    """The model without its head: returns hidden states that are the stream alone, tells KV caches apart, and tells
+    layers at which positions cuts act."""
 
     def forward(self, *args, **kwargs):
-        for name in CACHE_NAMES:
-            if kwargs.get(name) is not None:
-                mark_cache(kwargs[name], self.edge_cuts_key)
+        given = dict(zip(self.edge_cuts_arguments, args, strict=False)) | kwargs
+        cache = cache_of(given)
+        if cache is not None:
+            mark_cache(cache, self.edge_cuts_key)
+        if self.edge_cuts_ablate_from:
+            kwargs[ABLATED] = ablated_positions(given, self.edge_cuts_ablate_from)
         out = super().forward(*args, **kwargs)
         if getattr(out, "hidden_states", None) is not None:
             out.hidden_states = tuple(hidden[..., : self.edge_cuts_d] for hidden in out.hidden_states)
@@ -103,90 +134,111 @@ def mark_cache(cache: object, key: str) -> None:
 
 
 class ReaderNorm:
-    """A norm of a part of the hidden state, or, before attention, of its first n: [..., S * D] -> [..., n * D]."""
+    """A norm of `count` parts of the hidden state, side by side: [..., S * D] -> [..., count * D].
+
+    With `ablate_from`, they are all the stream before that position.
+    """
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        d, first, count = self.edge_cuts_d, self.edge_cuts_first, self.edge_cuts_count
+        d, first, count, ablated = self.edge_cuts_d, self.edge_cuts_first, self.edge_cuts_count, self.edge_cuts_ablated
         mine = hidden_states[..., first * d : (first + count) * d]
-        if count == 1:
+        if count == 1 and ablated is None:
             return super().forward(mine)
-        return super().forward(mine.unflatten(-1, (count, d))).flatten(-2)
+        mine = mine.unflatten(-1, (count, d))
+        if ablated is not None:
+            parts, stream = hidden_states.unflatten(-1, (-1, d)), self.edge_cuts_stream
+            mine = torch.where(parts[..., ablated : ablated + 1, :] != 0, mine, parts[..., stream : stream + 1, :])
+        return super().forward(mine).flatten(-2)
 
 
 class OutputNorm:
-    """The final norm, of what `output` reads: [..., (1 + C) * D] -> [..., D]."""
+    """The final norm, of what `output` reads: [..., (1 + C) * D] -> [..., D].
+
+    With `ablate_from`, one more part at the end says where cuts act.
+    """
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         parts = hidden_states.unflatten(-1, (-1, self.edge_cuts_d))
-        read = (self.edge_cuts_matrix.to(parts.dtype) @ parts).squeeze(-2)
-        if self.edge_cuts_constants is not None:
-            read = read + self.edge_cuts_constants[0].to(read.dtype)
+        read = _combine(self.edge_cuts_matrix, self.edge_cuts_constants, parts).squeeze(-2)
+        if self.edge_cuts_limited:
+            read = torch.where(parts[..., -1, :] != 0, read, parts[..., 0, :])
         return super().forward(read)
 
 
 class UnitProjection:
     """Queries, keys or values of heads, each from the read that is its own: [..., n * D] -> [..., U * K].
 
-    Output unit u is unit `units[u]` of the projection, of read `reads[u]`. They differ from 0, 1, 2, ... where heads
-    that share keys and values no longer do.
+    The last of the n is the stream, which heads without cut edges read. `own` lists the other units: read, and first,
+    end and step of units in the output and in the weights. Those differ where heads that share keys and values do not
+    read alike: then unit u of the output is made by unit `units[u]` of the weights.
     """
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        reads = hidden_states.unflatten(-1, (self.edge_cuts_n, -1))
-        if reads.shape[:-2].numel() <= FEW_TOKENS:
-            every = super().forward(reads).unflatten(-1, (-1, self.edge_cuts_width))
-            return every[..., self.edge_cuts_reads, self.edge_cuts_units, :].flatten(-2)
-        out = super().forward(reads[..., 0, :]).unflatten(-1, (-1, self.edge_cuts_width))
-        out = out.index_select(-2, self.edge_cuts_units)
-        weight = _weight(self).unflatten(1, (-1, self.edge_cuts_width))  # [D, U, K]
-        bias = None if self.bias is None else self.bias.view(-1, self.edge_cuts_width)
-        for read in range(1, self.edge_cuts_n):
-            to, units = getattr(self, f"{PREFIX}to_{read}"), getattr(self, f"{PREFIX}from_{read}")
-            if len(to):
-                mine = reads[..., read, :] @ weight.index_select(1, units).flatten(1)
-                mine = mine.unflatten(-1, (-1, self.edge_cuts_width))
-                out = out.index_copy(-2, to, mine if bias is None else mine + bias[units])
-        return out.flatten(-2)
+        n, width, own = self.edge_cuts_n, self.edge_cuts_width, self.edge_cuts_own
+        reads = hidden_states.reshape(-1, n, hidden_states.shape[-1] // n).transpose(0, 1)  # [n, N, D]
+        if isinstance(self, nn.Linear):
+            weight = self.weight.view(-1, width, reads.shape[-1]).transpose(1, 2)
+        else:
+            weight = self.weight.view(reads.shape[-1], -1, width).transpose(0, 1)
+        bias = None if self.bias is None else self.bias.view(-1, 1, width)  # and weight: [U, D, K]
+        if len(own) > FEW_HEADS and reads.shape[1] <= FEW_TOKENS:
+            if self.edge_cuts_separate:
+                weight = weight.index_select(0, self.edge_cuts_units)
+                bias = None if bias is None else bias.index_select(0, self.edge_cuts_units)
+            out = _product(bias, reads.index_select(0, self.edge_cuts_reads), weight)
+            return out.transpose(0, 1).reshape(*hidden_states.shape[:-1], -1)
+        out = super().forward(reads[-1]).view(reads.shape[1], -1, width)
+        if self.edge_cuts_separate:
+            out = out.index_select(1, self.edge_cuts_units)
+        for read, (first, end, step), units in own:
+            some, units = weight[slice(*units)], slice(*units)
+            mine = _product(None if bias is None else bias[units], reads[read].expand(len(some), -1, -1), some)
+            out[:, first:end:step] = mine.transpose(0, 1)
+        return out.view(*hidden_states.shape[:-1], -1)
+
+
+def _product(bias: Tensor | None, inputs: Tensor, weights: Tensor, beta: float = 1.0) -> Tensor:
+    """A product for each of a batch of weights, with `beta` times the bias added if there is one."""
+    return torch.bmm(inputs, weights) if bias is None else torch.baddbmm(bias, inputs, weights, beta=beta)
 
 
 class HeadOutputs:
-    """Attention's output projection: [..., H * K] -> [..., S * D].
-
-    To the stream it adds all heads, to the MLP's read those that are not cut from it, and to the last parts the heads
-    that later layers need.
-    """
+    """Attention's output projection: [..., H * K] -> [..., S * D], what attention adds to each part."""
 
     def forward(self, z: Tensor) -> Tensor:
         out = super().forward(z)
-        wide = out.unsqueeze(-2).expand(*out.shape[:-1], self.edge_cuts_plain, out.shape[-1])
-        if len(self.edge_cuts_mix):
-            wide = torch.cat([wide, self._mixed(z, out)], -2)
-        return F.pad(wide, (0, 0, 0, self.edge_cuts_pad)).flatten(-2)
+        pieces: dict[str | int, Tensor] = {"all": out}
+        if "nothing" in self.edge_cuts_adds:
+            pieces["nothing"] = torch.zeros_like(out)
+        if self.edge_cuts_heads:
+            single = self._single(z).view(-1, *out.shape)
+            for number, at in enumerate(self.edge_cuts_exports):
+                pieces[number] = single[at]
+            if "mlp" in self.edge_cuts_adds:
+                summed = single.index_select(0, self.edge_cuts_summed).sum(0)
+                pieces["mlp"] = summed if self.edge_cuts_sums_kept else out - summed
+        return torch.cat([pieces[name] for name in self.edge_cuts_adds], -1)
 
-    def _mixed(self, z: Tensor, out: Tensor) -> Tensor:
-        """Sums of single heads, with or without the stream's: [..., mixed, D]."""
-        mix = self.edge_cuts_mix.to(out.dtype)  # [mixed, 1 + h]: of all heads together, and of h single ones
-        n_heads, heads = self.edge_cuts_n_heads, self.edge_cuts_heads
-        weight = _weight(self).unflatten(0, (n_heads, -1)).index_select(0, heads)  # [h, K, D]
-        z = z.reshape(-1, n_heads, weight.shape[1]).index_select(1, heads).transpose(0, 1)
-        single = torch.bmm(z, weight)  # [h, N, D]
-        if self.bias is not None:
-            single = single + (self.bias / n_heads)
-        every = torch.cat([out.reshape(1, -1, out.shape[-1]), single])
-        mixed = (mix @ every.flatten(1)).view(len(mix), -1, out.shape[-1])
-        if self.edge_cuts_constants is not None:
-            mixed = mixed + self.edge_cuts_constants[:, None].to(mixed.dtype)
-        return mixed.transpose(0, 1).reshape(*out.shape[:-1], len(mix), -1).to(out.dtype)
+    def _single(self, z: Tensor) -> Tensor:
+        """Outputs of single heads [h, N, D]: of those in `heads`, or of all if `every`."""
+        n_heads = self.edge_cuts_n_heads
+        weight = self.weight.t() if isinstance(self, nn.Linear) else self.weight
+        weight = weight.view(n_heads, -1, weight.shape[-1])  # [H, K, D]
+        z = z.reshape(-1, n_heads, weight.shape[1]).transpose(0, 1)
+        if self.edge_cuts_every:
+            return _product(self.bias, z, weight, beta=1 / n_heads)
+        single = [z[head] @ weight[head] for head in self.edge_cuts_heads]
+        single = torch.stack(single) if len(single) > 1 else single[0].unsqueeze(0)
+        return single if self.bias is None else torch.add(single, self.bias, alpha=1 / n_heads)
 
 
 class MLPOutput:
-    """The MLP's output projection: [..., F] -> [..., S * D]. Adds to the stream, and to its part if it has one."""
+    """The MLP's output projection: [..., F] -> [..., S * D], what the MLP adds to each part."""
 
     def forward(self, hidden: Tensor) -> Tensor:
         out = super().forward(hidden)
-        others = self.edge_cuts_n_parts - 1 - self.edge_cuts_export
-        wide = F.pad(out, (0, others * out.shape[-1]))
-        return torch.cat([wide, out], -1) if self.edge_cuts_export else wide
+        zeros = None if all(self.edge_cuts_adds) else torch.zeros_like(out)
+        return torch.cat([out if adds else zeros for adds in self.edge_cuts_adds], -1)
 
 
 def check_inside(inside: tuple[tuple[nn.Module, str, nn.Module], ...]) -> None:
@@ -196,10 +248,11 @@ def check_inside(inside: tuple[tuple[nn.Module, str, nn.Module], ...]) -> None:
         inside: each with its parent and its name there.
     """
     for parent, name, module in inside:
-        if getattr(parent, name) is not module:
+        found = parent._modules.get(name)  # much faster than getattr
+        if found is not module:
             raise UserError(
-                f"{name} was replaced by a {type(getattr(parent, name)).__name__} after the edges were cut. Remove the "
-                "cuts, add and merge adapters, and cut the edges again."
+                f"{name} was replaced by a {type(found).__name__} after the edges were cut. Remove the cuts, add and "
+                "merge adapters, and cut the edges again."
             )
 
 

@@ -7,6 +7,7 @@ A reader with cut edges reads r_j = Σ_kept x_i + Σ_cut μ_i. The model's resid
                                                subtracted would be rounding errors
 
 The outputs x_i that appear on the right are carried from the layer that writes them to the last layer that needs them.
+`LayerPlan` says what a layer does for this, and `Parts` where things are in its hidden state meanwhile.
 
 Shapes: P nodes that write, D width, C carried outputs, R reads of a layer.
 """
@@ -43,22 +44,72 @@ class Read:
 
 
 @dataclass(frozen=True)
+class Parts:
+    """The parts of the hidden state inside a layer, each of the model's width, in this order:
+
+    part           how many                                   attention adds          the MLP adds
+    MLP read       1 if the MLP does not read the stream      heads not cut from it   its output, which nobody reads
+    reads          of heads that do not read the stream       nothing of use          nothing of use
+    stream         1                                          all heads               its output
+    heads          those that later layers need               that head               nothing
+    MLP            1 if later layers need it                  nothing                 its output
+    ablated        1 if cuts act at some positions only       nothing                 nothing
+
+    The last is 1 at positions where cuts act and 0 at others.
+    """
+
+    mlp_read: bool
+    reads: int
+    heads: int
+    mlp: bool
+    ablated: bool
+
+    @property
+    def stream(self) -> int:
+        """Where the stream is; this many parts are reads."""
+        return self.mlp_read + self.reads
+
+    @property
+    def exports(self) -> int:
+        """How many outputs of the layer later layers need. They follow the stream."""
+        return self.heads + self.mlp
+
+    @property
+    def count(self) -> int:
+        return self.stream + 1 + self.exports + self.ablated
+
+    @property
+    def attention_adds(self) -> tuple[str | int, ...]:
+        """What attention adds to each part: "all" heads, those that the "mlp" reads, "nothing", or a head by number
+        among `heads`."""
+        mlp = ("mlp",) * self.mlp_read
+        return (*mlp, *("all",) * (self.reads + 1), *range(self.heads), *("nothing",) * (self.mlp + self.ablated))
+
+    @property
+    def mlp_adds(self) -> tuple[bool, ...]:
+        """Whether the MLP adds its output to each part."""
+        return (True,) * (self.stream + 1) + (False,) * self.heads + (True,) * self.mlp + (False,) * self.ablated
+
+
+@dataclass(frozen=True)
 class LayerPlan:
     """What an ablated layer does besides its usual work.
 
     Attributes:
         carried_in: nodes whose outputs come with the stream, in order.
         reads: the distinct reads of heads with cut edges.
-        units: for queries, keys and values, the read of each head: 0 the stream, i the i-th of `reads`. Three lists.
-        mlp_read: the read of the MLP, None for the stream.
+        units: for queries, keys and values, the read of each head: the i-th of `reads`, None for the stream. Three
+            lists.
+        mlp_read: the read of the MLP from earlier layers, None for the stream.
         mlp_cut_heads: heads of this layer that are cut from its own MLP.
-        exports: nodes of this layer that later readers need: heads by number, and whether its MLP is one.
-        carried_out: nodes whose outputs go on with the stream, in order.
+        export_heads, export_mlp: nodes of this layer that later readers need: heads by number, and whether its MLP is.
+        carried_out: nodes whose outputs go to the next layer with the stream: those of this layer, then the older ones,
+            in the order in which they came.
     """
 
     carried_in: list[int]
     reads: list[Read]
-    units: list[list[int]]
+    units: list[list[int | None]]
     mlp_read: Read | None
     mlp_cut_heads: list[int]
     export_heads: list[int]
@@ -70,6 +121,18 @@ class LayerPlan:
         """Whether there is nothing to do."""
         cut = self.reads or self.mlp_read or self.mlp_cut_heads
         return not (self.carried_in or self.carried_out or cut)
+
+    @property
+    def changes_modules(self) -> bool:
+        """Whether its modules read or write something else; if not, it only carries outputs past them."""
+        return bool(self.reads or self.mlp_read or self.mlp_cut_heads or self.export_heads or self.export_mlp)
+
+    def parts(self, ablated: bool) -> Parts:
+        """The parts of its hidden state. `ablated`: cuts act at some positions only."""
+        mlp_read = self.mlp_read is not None or bool(self.mlp_cut_heads)
+        return Parts(
+            mlp_read, len(self.reads), len(self.export_heads), self.export_mlp, ablated and self.changes_modules
+        )
 
 
 @dataclass(frozen=True)
@@ -102,7 +165,7 @@ def plan_cuts(graph: EdgeGraph, ends: Iterable[tuple[str, str]]) -> Plan:
         for letter in QKV:
             row = [read_of(f"a{layer}.{head}.{letter}", before) for head in heads]
             reads += [read for read in dict.fromkeys(row) if read is not None and read not in reads]
-            units.append([0 if read is None else 1 + reads.index(read) for read in row])
+            units.append([None if read is None else reads.index(read) for read in row])
         mlp_read = read_of(f"m{layer}", before)
         own = [node - before for node in sorted(cut.get(f"m{layer}", ())) if node >= before]
         for read in [*reads, *filter(None, [mlp_read])]:
@@ -111,22 +174,17 @@ def plan_cuts(graph: EdgeGraph, ends: Iterable[tuple[str, str]]) -> Plan:
     output_read = read_of("output", len(number))
     last_need |= dict.fromkeys(output_read.needs if output_read else (), n_layers)
 
-    def carried(layer: int) -> list[int]:
-        """Nodes of layers before this one that it or a later one needs."""
-        before = graph.layers[layer].n_earlier_nodes if layer < n_layers else len(number)
-        return sorted(node for node, last in last_need.items() if node < before and last >= layer)
-
-    layers = []
+    layers, carried = [], [0] if 0 in last_need else []
     for layer, (reads, units, mlp_read, own) in enumerate(found):
-        first, out = graph.layers[layer].n_earlier_nodes, carried(layer + 1)
-        exports = [node - first for node in out if node >= first]
-        export_heads = [node for node in exports if node < graph.n_heads]
+        first = graph.layers[layer].n_earlier_nodes
+        exports = [node for node in range(graph.n_heads + 1) if last_need.get(first + node, layer) > layer]
+        heads = [node for node in exports if node < graph.n_heads]
+        out = [first + node for node in exports] + [node for node in carried if last_need[node] > layer]
         layers.append(
-            LayerPlan(
-                carried(layer), reads, units, mlp_read, own, export_heads, graph.n_heads in exports, out
-            )
+            LayerPlan(carried, reads, units, mlp_read, own, heads, graph.n_heads in exports, out)
         )  # fmt: skip
-    return Plan(layers, output_read, carried(n_layers))
+        carried = out
+    return Plan(layers, output_read, carried)
 
 
 def read_matrix(reads: list[Read], carried: list[int]) -> Tensor:

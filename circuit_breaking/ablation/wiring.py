@@ -5,11 +5,13 @@ Shapes: D width, H heads, P nodes that write, U units of a projection's output.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from circuit_breaking.ablation.modules import (
+    FEW_HEADS,
     AblatedLayer,
     HeadOutputs,
     MLPOutput,
@@ -61,19 +63,33 @@ class Wiring:
     separate_keys: list[nn.Module] = field(default_factory=list)
 
 
-def wire(spec: ModelSpec, plan: Plan, means: Tensor | None) -> Wiring:
-    """The changes that make a model follow a plan. `means` are the ablation values [P, D], None for zero."""
+def wire(spec: ModelSpec, plan: Plan, means: Tensor | None, ablate_from: int = 0) -> Wiring:
+    """The changes that make a model follow a plan.
+
+    Args:
+        spec: the model.
+        plan: what its layers do.
+        means: the ablation values [P, D], None for zero.
+        ablate_from: the first position at which cuts act.
+    """
     check_cuttable(spec)
-    wiring, graph = Wiring(), spec.graph()
+    wiring, graph, limited = Wiring(), spec.graph(), ablate_from > 0
     if means is not None:
         means = means.detach().to(spec.embedding.device, torch.float64)
+    limited_output = limited and plan.output_read is not None
     for number, (layer, layer_plan) in enumerate(zip(spec.layers, plan.layers, strict=True)):
-        if not layer_plan.is_plain:
-            LayerWiring(spec, layer, number, layer_plan, graph, means).add_to(wiring)
+        limited_after = limited_output and number == graph.n_layers - 1
+        if limited_after or not layer_plan.is_plain:
+            LayerWiring(spec, layer, number, layer_plan, graph, means, limited, limited_after).add_to(wiring)
     if plan.output_read is not None:
         reads, like = [plan.output_read], spec.final_norm.weight
         matrix, constants = read_matrix(reads, plan.output_carried), read_constants(reads, means)
-        state = {"d": spec.width, "matrix": matrix.to(like), "constants": _like(constants, like)}
+        state = {
+            "d": spec.width,
+            "matrix": torch.nn.functional.pad(matrix, (0, int(limited))).to(like),
+            "constants": _like(constants, like),
+            "limited": limited,
+        }
         wiring.modules.append((spec.final_norm.module, OutputNorm, state))
     return wiring
 
@@ -83,33 +99,34 @@ def _like(tensor: Tensor | None, like: Tensor) -> Tensor | None:
 
 
 class LayerWiring:
-    """The changes of one layer. Its hidden state holds, one after another: the stream, the reads of heads, the read of
-    the MLP if it is not the stream, the heads and then the MLP that later layers need."""
+    """The changes of one layer, whose hidden state has the parts of its plan."""
 
     def __init__(
-        self, spec: ModelSpec, layer: LayerSpec, number: int, plan: LayerPlan, graph: EdgeGraph, means: Tensor | None
-    ) -> None:
+        self, spec: ModelSpec, layer: LayerSpec, number: int, plan: LayerPlan, graph: EdgeGraph, means: Tensor | None,
+        limited: bool, limited_after: bool,
+    ) -> None:  # fmt: skip
         self.spec, self.layer, self.number, self.plan, self.means = spec, layer, number, plan, means
+        self.limited_after = limited_after  # whether the final norm needs to know where cuts act
         self.first_head = graph.layers[number].n_earlier_nodes
         self.like = layer.out.weight
-        self.mlp_has_part = plan.mlp_read is not None or bool(plan.mlp_cut_heads)
-        self.n_head_reads = 1 + len(plan.reads)  # the stream is one
-        self.n_exports = len(plan.export_heads) + plan.export_mlp
+        self.parts = plan.parts(limited)
 
     def add_to(self, wiring: Wiring) -> None:
-        layer, n_parts = self.layer, self.n_head_reads + self.mlp_has_part + self.n_exports
+        layer, parts, d = self.layer, self.parts, self.spec.width
         whole = getattr(layer.layer, "_orig_mod", layer.layer)  # of a layer that was compiled by itself
-        if n_parts == 1:  # it only carries what others need past its own modules
+        if not self.plan.changes_modules:
             wiring.modules.append((whole, AblatedLayer, {**self._layer(), "inside": ()}))
             return
-        norm = {"d": self.spec.width, "first": 0, "count": self.n_head_reads}
-        changes: list[tuple[nn.Module, type, State]] = [(layer.attention_norm.module, ReaderNorm, norm)]
+        ablated = parts.count - 1 if parts.ablated else None
+        norm = {"d": d, "stream": parts.stream}
+        before = {"first": int(parts.mlp_read), "count": parts.reads + 1, "ablated": ablated if parts.reads else None}
+        changes: list[tuple[nn.Module, type, State]] = [(layer.attention_norm.module, ReaderNorm, norm | before)]
         if self.plan.reads:
             changes += self._projections(wiring)
         changes.append((layer.out.module, HeadOutputs, self._head_outputs()))
-        mlp = {"d": self.spec.width, "first": self.n_head_reads if self.mlp_has_part else 0, "count": 1}
-        changes.append((layer.mlp_norm.module, ReaderNorm, mlp))
-        changes.append((layer.down.module, MLPOutput, {"n_parts": n_parts, "export": self.plan.export_mlp}))
+        mlp = {"first": 0, "ablated": ablated} if parts.mlp_read else {"first": parts.stream, "ablated": None}
+        changes.append((layer.mlp_norm.module, ReaderNorm, norm | mlp | {"count": 1}))
+        changes.append((layer.down.module, MLPOutput, {"adds": parts.mlp_adds}))
         changed = {module for module, *_ in changes}
         inside = tuple(
             (parent, name, child)
@@ -120,44 +137,49 @@ class LayerWiring:
         wiring.modules += [*changes, (whole, AblatedLayer, {**self._layer(), "inside": inside})]
 
     def _layer(self) -> State:
-        plan, reads = self.plan, list(self.plan.reads)
-        if self.mlp_has_part:
-            reads.append(plan.mlp_read or Read(frozenset(), frozenset({0})))  # the stream, which own heads then miss
-        carry_on = [1 + plan.carried_in.index(node) for node in plan.carried_out if node in plan.carried_in]
+        plan, parts = self.plan, self.parts
+        stream = Read(frozenset(), frozenset({0}))
+        reads = [plan.mlp_read or stream] * parts.mlp_read + plan.reads
+        constants = read_constants(reads, self.means)
+        if constants is not None and plan.mlp_cut_heads:  # whose outputs the MLP's read lacks after attention
+            constants[0] += self.means[[self.first_head + head for head in plan.mlp_cut_heads]].sum(0)
+        carried = [1 + at for at, node in enumerate(plan.carried_in) if node in plan.carried_out]
         return {
             "d": self.spec.width,
-            "embed": self.number == 0 and 0 in plan.carried_in,
+            "needs_embed": self.number == 0 and bool(plan.carried_in),
             "matrix": read_matrix(reads, plan.carried_in).to(self.like),
-            "constants": _like(read_constants(reads, self.means), self.like),
-            "exports": self.n_exports,
-            "carry_on": torch.tensor(carry_on, dtype=torch.long, device=self.like.device),
+            "constants": _like(constants, self.like),
+            "stream": parts.stream,
+            "exports": parts.exports,
+            "carries_all": len(carried) == len(plan.carried_in) > 0,
+            "carried": self._long(carried),
+            "limited": parts.ablated or self.limited_after,
+            "limited_inside": parts.ablated,
+            "limited_after": self.limited_after,
         }
 
+    def _long(self, values: list[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.long, device=self.like.device)
+
     def _head_outputs(self) -> State:
-        """Which sums of heads go to the MLP's part, if it misses some, and to the parts of exported heads."""
+        """Which heads are computed one by one: those that later layers need, and the cut ones of the MLP's read or the
+        kept ones, whichever are fewer."""
         plan, n_heads = self.plan, self.spec.n_heads
         cut, kept = plan.mlp_cut_heads, [head for head in range(n_heads) if head not in plan.mlp_cut_heads]
         sums_kept = len(kept) < len(cut)
-        summed = (kept if sums_kept else cut) if cut else []
+        summed = kept if sums_kept else cut
+        for_mlp = "mlp" if summed else "nothing" if sums_kept else "all"
         heads = sorted({*plan.export_heads, *summed})
-        mix = torch.zeros(bool(cut) + len(plan.export_heads), 1 + len(heads))  # of all heads' sum, and of single heads
-        if cut:
-            mix[0, 0] = 0.0 if sums_kept else 1.0
-            mix[0, [1 + heads.index(head) for head in summed]] = 1.0 if sums_kept else -1.0
-        for row, head in zip(mix[bool(cut) :], plan.export_heads, strict=True):
-            row[1 + heads.index(head)] = 1.0
-        constants = None
-        if cut and self.means is not None:
-            constants = self.means.new_zeros(len(mix), self.spec.width)
-            # the layer multiplies what it writes
-            constants[0] = self.means[[self.first_head + head for head in cut]].sum(0) / self.layer.multiplier
+        every = len(heads) > FEW_HEADS
+        at = list(range(n_heads)) if every else heads
         return {
-            "plain": self.n_head_reads + (self.mlp_has_part and not cut),
             "n_heads": n_heads,
-            "heads": torch.tensor(heads, dtype=torch.long, device=self.like.device),
-            "mix": mix.to(self.like),
-            "constants": _like(constants, self.like),
-            "pad": int(plan.export_mlp),
+            "heads": tuple(heads),
+            "every": every,
+            "exports": tuple(at.index(head) for head in plan.export_heads),
+            "summed": self._long([at.index(head) for head in summed]),
+            "sums_kept": sums_kept,
+            "adds": tuple(for_mlp if name == "mlp" else name for name in self.parts.attention_adds),
         }
 
     def _projections(self, wiring: Wiring) -> Iterator[tuple[nn.Module, type, State]]:
@@ -170,28 +192,49 @@ class LayerWiring:
         )
         if separate:
             wiring.separate_keys.append(layer.attention)
-        units: dict[nn.Module, list[tuple[int, int, int]]] = {}  # unit of the output, unit of the weights, read
+        units: dict[nn.Module, list[Unit]] = {}
         for projection, reads in zip((layer.query, layer.key, layer.value), self.plan.units, strict=True):
             at_first, step = projection.first, projection.step
             shared = self.spec.n_heads // len(projection.weight)
             heads = range(0, self.spec.n_heads, 1 if separate else shared)
             units.setdefault(projection.module, []).extend(
-                (at_first + step * at, at_first + step * (head // shared), reads[head]) for at, head in enumerate(heads)
+                Unit(at_first + step * at, at_first + step * (head // shared), reads[head], head)
+                for at, head in enumerate(heads)
             )
-        for module, rows in units.items():
-            yield module, UnitProjection, self._units(sorted(rows))
+        for module, its_units in units.items():
+            yield module, UnitProjection, self._units(sorted(its_units, key=lambda unit: unit.at))
 
-    def _units(self, rows: list[tuple[int, int, int]]) -> State:
-        def long(values: list[int]) -> Tensor:
-            return torch.tensor(values, dtype=torch.long, device=self.like.device)
-
-        state: State = {
-            "n": self.n_head_reads,
+    def _units(self, units: list["Unit"]) -> State:
+        own: dict[tuple[int, int], list[Unit]] = {}  # of a head that reads the same for some of query, key and value
+        for unit in units:
+            if unit.read is not None:
+                own.setdefault((unit.read, unit.head), []).append(unit)
+        stream = self.parts.reads  # the last of what is read
+        return {
+            "n": stream + 1,
             "width": self.layer.head_width,
-            "units": long([unit for _, unit, _ in rows]),
-            "reads": long([read for *_, read in rows]),
+            "own": tuple(
+                (read, _steps([unit.at for unit in some]), _steps([unit.weight for unit in some]))
+                for (read, _), some in own.items()
+            ),
+            "reads": self._long([stream if unit.read is None else unit.read for unit in units]),
+            "units": self._long([unit.weight for unit in units]),
+            "separate": any(unit.at != unit.weight for unit in units),
         }
-        for read in range(1, self.n_head_reads):
-            mine = [(at, unit) for at, (_, unit, its) in enumerate(rows) if its == read]
-            state |= {f"to_{read}": long([at for at, _ in mine]), f"from_{read}": long([unit for _, unit in mine])}
-        return state
+
+
+class Unit(NamedTuple):
+    """A unit of a projection's output: where it is, which unit of the weights makes it, from which of the layer's reads
+    (None: the stream), and for which head."""
+
+    at: int
+    weight: int
+    read: int | None
+    head: int
+
+
+def _steps(numbers: list[int]) -> tuple[int, int, int]:
+    """Evenly spaced numbers as first, end and step."""
+    step = numbers[1] - numbers[0] if len(numbers) > 1 else 1
+    assert numbers == list(range(numbers[0], numbers[-1] + 1, step))
+    return numbers[0], numbers[-1] + 1, step
