@@ -7,7 +7,9 @@ Reads   nothing; the script reads its own data.
 Writes  data/sweeps/<name>/: a run folder and a log for each job; sweep.csv, one row per job; sweep.png.
 Time    that of the jobs.
 
-The same command, given again, runs the jobs that are missing or failed and keeps the results of the others.
+The same command, given again, runs the jobs that are missing or failed and keeps the results of the others. If the
+sweep is stopped (Ctrl-C, SIGTERM, a closed terminal), it stops its running jobs, which save their state, and the same
+command continues.
 """
 
 from dataclasses import dataclass
@@ -16,14 +18,14 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 import tyro
 
-from circuit_breaking.errors import UserError
+from circuit_breaking.errors import UserError, first_line
 from circuit_breaking.runs.cli import read_settings, run_script
 from circuit_breaking.runs.config import check_counts
 from circuit_breaking.runs.files import DATA, ROOT, read_json, write_csv, write_json
 from circuit_breaking.runs.grid import combinations, parse_grid
 
 if TYPE_CHECKING:
-    import submitit
+    from circuit_breaking.runs.jobs import Job
 
 
 @dataclass(kw_only=True)
@@ -63,15 +65,19 @@ class Settings:
 if __name__ == "__main__":
     settings = read_settings(Settings)
 
+import sys
 import time
+from collections.abc import Callable
 
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
 from circuit_breaking.figures.sweep import draw_sweep
+from circuit_breaking.runs.jobs import LocalJob, SlurmJob, run_job, stop_all
 from circuit_breaking.runs.run_folder import locked
-from circuit_breaking.runs.sweep import command_of, results_of, run_job
+from circuit_breaking.runs.signals import SIGNALS, TERMINAL_SIGNALS, Stopped, stop_signals
+from circuit_breaking.runs.sweep import command_of, results_of
 
 
 def main(settings: Settings) -> None:
@@ -97,12 +103,7 @@ def name_of(job: dict[str, str]) -> str:
 
 def run_all(settings: Settings, folder: Path, commands: list[list[str]], jobs: list[dict[str, str]]) -> list[dict]:
     """Run what is not done yet, at most `at_once` at a time; a row for every job, failed or not."""
-    executor = launcher(folder / "jobs", settings.cluster)
-    executor.update_parameters(timeout_min=settings.minutes, name=settings.name)
-    if settings.cluster == "slurm":
-        executor.update_parameters(gpus_per_node=settings.gpus, cpus_per_task=settings.cpus)
-        if settings.partition:
-            executor.update_parameters(slurm_partition=settings.partition)
+    start = launcher(settings, folder)
     outcomes: dict[int, dict] = {}
     waiting, running = [], {}
     for number, (job, command) in enumerate(zip(jobs, commands, strict=True)):
@@ -112,17 +113,24 @@ def run_all(settings: Settings, folder: Path, commands: list[list[str]], jobs: l
             outcomes[number] = record
         else:
             waiting.append(number)
-    with tqdm(total=len(jobs), initial=len(outcomes), desc="sweep", unit="job") as bar:
+    bar = tqdm(total=len(jobs), initial=len(outcomes), desc="sweep", unit="job")
+    with bar, stop_signals((*SIGNALS, *TERMINAL_SIGNALS)) as signals:
         while waiting or running:
+            if signals:
+                print(f"\nstopping {len(running)} running jobs", file=sys.stderr)
+                stop_all(list(running.values()), signals)
+                raise Stopped(
+                    f"stopped by signal {signals[0]} with {len(running)} running jobs, which were stopped too. Run the "
+                    "same command again to continue."
+                )
             while waiting and len(running) < settings.at_once:
                 number = waiting.pop(0)
-                log = folder / f"{name_of(jobs[number])}.log"
-                running[number] = executor.submit(run_job, commands[number], str(log))
+                running[number] = start(commands[number], folder / f"{name_of(jobs[number])}.log")
             for number in [number for number, job in running.items() if job.done()]:
-                outcomes[number] = {"command": commands[number], **outcome(running.pop(number))}
+                outcomes[number] = {"command": commands[number], **running.pop(number).result()}
                 write_json(folder / f"{name_of(jobs[number])}.json", outcomes[number])
                 bar.update()
-            time.sleep(0.2)
+            time.sleep(0.1)
     rows = []
     for number, job in enumerate(jobs):
         code = outcomes[number]["exit_code"]
@@ -131,21 +139,26 @@ def run_all(settings: Settings, folder: Path, commands: list[list[str]], jobs: l
     return rows
 
 
-def launcher(folder: Path, cluster: str) -> "submitit.AutoExecutor":
-    """What starts jobs, here or on a cluster."""
+def launcher(settings: Settings, folder: Path) -> "Callable[[list[str], Path], Job]":
+    """What starts a job, here or on a cluster, from its command and the file for its output."""
+    if settings.cluster == "local":
+        return lambda command, log: LocalJob(command, log, settings.minutes)
     try:
         import submitit
     except ModuleNotFoundError as error:
-        raise UserError("sweeps are run by submitit, which is not installed: pip install -e '.[cluster]'") from error
-    return submitit.AutoExecutor(folder=folder, cluster=cluster)
-
-
-def outcome(job: "submitit.Job") -> dict:
-    """What a job returned, or that it was lost (killed, out of time or of memory)."""
+        raise UserError(
+            "sweeps under SLURM are run by submitit, which is not installed: pip install -e '.[cluster]'"
+        ) from error
     try:
-        return job.result()
-    except Exception as error:  # an error in one job does not stop the others
-        return {"exit_code": -1, "error": str(error).strip().splitlines()[-1] if str(error).strip() else repr(error)}
+        executor = submitit.AutoExecutor(folder=folder / "jobs", cluster="slurm")
+    except RuntimeError as error:
+        raise UserError(f"there is no SLURM here ({first_line(error)}). Set cluster to local.") from error
+    executor.update_parameters(
+        timeout_min=settings.minutes, name=settings.name, gpus_per_node=settings.gpus, cpus_per_task=settings.cpus
+    )
+    if settings.partition:
+        executor.update_parameters(slurm_partition=settings.partition)
+    return lambda command, log: SlurmJob(executor.submit(run_job, command, str(log)))
 
 
 def show(rows: list[dict], names: list[str]) -> None:

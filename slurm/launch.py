@@ -11,15 +11,16 @@ import os
 import signal
 import sys
 
-import torch
-
-from circuit_breaking.runs.signals import SIGNALS, Stopped
+from circuit_breaking.runs.signals import SIGNALS, Stopped, end_on_signals
 
 
 def main(words: list[str]) -> int:
     if not words:
         print("usage: python slurm/launch.py SCRIPT [SETTINGS]", file=sys.stderr)
         return 2
+    end_on_signals()
+    import torch  # after that: it takes seconds
+
     processes = int(os.environ.get("PROCESSES", torch.cuda.device_count()))
     if processes < 2:
         os.execv(sys.executable, [sys.executable, *words])
@@ -32,9 +33,11 @@ def main(words: list[str]) -> int:
         return 1
 
     def pass_on(number: int, frame: object) -> None:
-        for child in psutil.Process().children():
-            if "LOCAL_RANK" in child.environ():
-                child.send_signal(number)
+        workers = [child for child in psutil.Process().children() if "LOCAL_RANK" in child.environ()]
+        for worker in workers:
+            worker.send_signal(number)
+        if not workers:  # none has started yet
+            raise SystemExit(128 + number)
 
     os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGINT"  # all that torch's launcher may take for itself
     for number in SIGNALS:
@@ -45,9 +48,19 @@ def main(words: list[str]) -> int:
     try:
         launch_command(launch_command_parser().parse_args(["--multi_gpu", *options, *words]))
     except ChildFailedError as error:
-        codes = {failure.exitcode for failure in error.failures.values()}
-        return Stopped.exit_code if Stopped.exit_code in codes else next(iter(codes))
+        return exit_code({failure.exitcode for failure in error.failures.values()})
     return 0
+
+
+def exit_code(codes: set[int]) -> int:
+    """The exit code of the job by those of its processes, which are negative for processes that a signal ended.
+
+    Where one process ends, torch ends the others by a signal, so a code that a process chose itself counts first.
+    """
+    if Stopped.exit_code in codes:
+        return Stopped.exit_code
+    own = [code for code in codes if code > 0]
+    return max(own) if own else 128 - min(codes)
 
 
 if __name__ == "__main__":

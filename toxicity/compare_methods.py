@@ -174,7 +174,8 @@ def record_of(
 ) -> MaskRecord:
     """How a mask is made; `run` is the run's provenance, `training` None for random edges."""
     key = {name: run["settings"][name] for name in MADE_BY}
-    key |= {"inputs": run["inputs"], "texts": run["texts"], "method": method, "budget": budget, "seed": seed}
+    key |= {"inputs": run["inputs"], "texts": run["texts"], "code": run["code"]}
+    key |= {"method": method, "budget": budget, "seed": seed}
     return MaskRecord(
         role="mask" if training else "random", method=method, budget=budget, seed=seed,
         ablation_value=value_in(settings.means), data=data_of(asdict(settings)),

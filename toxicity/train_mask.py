@@ -48,7 +48,7 @@ from circuit_breaking.engine.ablation_values import load_means, save_means, valu
 from circuit_breaking.engine.load import load_model
 from circuit_breaking.engine.mask import save_mask
 from circuit_breaking.engine.transformer import EdgeMaskedTransformer
-from circuit_breaking.models.load import load_tokenizer
+from circuit_breaking.models.load import files_of, load_tokenizer
 from circuit_breaking.runs.distributed import is_main
 from circuit_breaking.runs.mask_record import MASK, MEANS, MaskRecord, MeansRecord, data_of, write_edges
 from circuit_breaking.runs.provenance import provenance
@@ -74,7 +74,7 @@ def main(settings: Settings) -> None:
     )
     model = load_model(settings.model, settings.split_qkv, settings.device, settings.dtype)
     check_mask(settings, len(model.graph))  # before anything is written
-    inputs = [settings.toxic_train, settings.toxic_test]
+    inputs = [settings.toxic_train, settings.toxic_test, *files_of(settings.model)]
     if settings.means is not None:
         load_means(settings.means, model)
         inputs.append(settings.means)

@@ -16,6 +16,7 @@ from torch import Tensor
 from circuit_breaking.errors import UserError
 from circuit_breaking.mnist.idx import read_idx
 from circuit_breaking.mnist.settings import DEFAULT_FOLDER, Source
+from circuit_breaking.runs.devices import pick_device
 from circuit_breaking.runs.hub import hub_answers
 
 HUB_NAME = "ylecun/mnist"
@@ -82,13 +83,13 @@ class Split:
         return {name: share.float().mean().item() for name, share in shares.items()}
 
 
-def load_images(folder: Path, source: Source, device: torch.device, transpose: bool = False) -> Images:
+def load_images(folder: Path, source: Source, device: torch.device | str, transpose: bool = False) -> Images:
     """Load the images on `device`.
 
     Args:
         folder: folder of IDX files.
         source: see the module's docstring.
-        device: where the tensors are put.
+        device: where the tensors are put, or the name of a device (`pick_device`), used once the files are read.
         transpose: swap rows and columns of each image; EMNIST's files hold images that lie on their side.
 
     Raises:
@@ -98,7 +99,7 @@ def load_images(folder: Path, source: Source, device: torch.device, transpose: b
     if transpose:
         arrays = {key: array.swapaxes(1, 2).copy() if key[1] == "images" else array for key, array in arrays.items()}
         name += ", rows and columns swapped"
-    return _images(arrays, files, name, device)
+    return _images(arrays, files, name, pick_device(device) if isinstance(device, str) else device)
 
 
 def _read(folder: Path, source: Source) -> tuple[dict[tuple[str, str], np.ndarray], list[Path], str]:

@@ -13,7 +13,7 @@ from circuit_breaking.mnist.digits import Images, Split, load_images, split_imag
 from circuit_breaking.mnist.network import MaskableNetwork, save_network
 from circuit_breaking.mnist.report import describe, network_accuracy
 from circuit_breaking.mnist.settings import ExperimentSettings
-from circuit_breaking.runs.devices import cpu_threads, pick_device
+from circuit_breaking.runs.devices import cpu_threads
 from circuit_breaking.runs.files import write_jsonl
 from circuit_breaking.runs.mnist_results import (
     EDGES_BY_MASK,
@@ -68,7 +68,7 @@ def open_experiment(settings: ExperimentSettings, inputs: Sequence[Path] = ()) -
     settings.check()
     with cpu_threads(settings.threads):
         folder = settings.out / settings.run
-        images = load_images(settings.data, settings.source, pick_device(settings.device), settings.transpose)
+        images = load_images(settings.data, settings.source, settings.device, settings.transpose)
         split = split_images(images, settings.target_class, settings.n_bad, settings.seed)
         print(describe(images, split))
         run = provenance(settings, [*images.files, *inputs])

@@ -18,12 +18,14 @@ import torch
 from torch import Tensor
 
 from circuit_breaking.errors import UserError
+from circuit_breaking.runs.code import difference, hashes_of
 from circuit_breaking.runs.distributed import is_main, largest
 from circuit_breaking.runs.files import plain
-from circuit_breaking.runs.signals import Stopped
+from circuit_breaking.runs.signals import Stopped, note_saved
 from circuit_breaking.runs.tensors import read_tensors, write_tensors
 
 NEWEST, PREVIOUS = "checkpoint.safetensors", "checkpoint.previous.safetensors"
+CODE = {"code", "git_commit"}  # entries of a run that say with which code it runs; the release before had the commit
 
 
 @dataclass
@@ -41,7 +43,8 @@ class Checkpoints:
 
     Attributes:
         folder: the run folder.
-        run: JSON-able description of the run (settings, hashes of inputs). Only checkpoints of the same run are loaded.
+        run: JSON-able description of the run (settings, hashes of inputs and code). Only checkpoints of the same run
+            are loaded.
         every: steps between checkpoints; 0 saves only at the end and when a signal arrives.
     """
 
@@ -89,14 +92,17 @@ class Checkpoints:
         tensors = {**tensors, **{f"random.{name}": state for name, state in random_states().items()}}
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         about = {"run": self.run, "step": step, "values": {"seconds": self.seconds(), **values}}
+        about["source_files"] = hashes_of(self.run.get("code"))
         about = json.loads(json.dumps(about, default=plain))  # the hash is of the values as they will be read
         record = {**about, "sha256": _digest(tensors, about)}
         write_tensors(self.folder / NEWEST, tensors, record, keep=self.folder / PREVIOUS)
+        note_saved()
 
     def load(self) -> Saved | None:
         """Load the newest undamaged checkpoint of this run and set torch's random states to the saved ones.
 
-        Returns None if there is no checkpoint. stderr names the files that were skipped, and why.
+        Returns None if there is no checkpoint, or one of other settings, data or code: the run then starts from the
+        beginning. stderr names the files that were skipped, and why.
         """
         for path in (self.folder / NEWEST, self.folder / PREVIOUS):
             if not path.is_file():
@@ -113,14 +119,28 @@ class Checkpoints:
             except UserError as error:
                 print(f"passed over a checkpoint: {error}", file=sys.stderr)
                 continue
-            if about.get("run") != json.loads(json.dumps(self.run, default=plain)):
-                print(f"{path} is of a run with other settings or data: starting from the beginning.", file=sys.stderr)
+            if (why := self._why_other(about)) is not None:
+                print(f"{path} is of a run with {why}", file=sys.stderr)
                 return None
             set_random_states(states)
             tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("random.")}
             self._before, self._since = about["values"].get("seconds", 0.0), time.perf_counter()
             return Saved(about["step"], tensors, about["values"])
         return None
+
+    def _why_other(self, about: Mapping[str, Any]) -> str | None:
+        """The end of the sentence that says why a checkpoint is not of this run; None if it is."""
+        here, there = json.loads(json.dumps(self.run, default=plain)), about.get("run")
+        if here == there:
+            return None
+        if not isinstance(there, dict) or any(here.get(key) != there.get(key) for key in {*here, *there} - CODE):
+            return "other settings or data: starting from the beginning."
+        files = about.get("source_files")
+        what = difference(files if isinstance(files, dict) else {}, hashes_of(here.get("code")))
+        return (
+            f"other code ({what}): starting from the beginning. To resume it instead, press Ctrl-C now and start the "
+            "same command with the earlier code."
+        )
 
     def hand_on(self, other: "Checkpoints") -> None:
         """Save this run's newest checkpoint as a checkpoint of another run."""

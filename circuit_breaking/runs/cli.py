@@ -19,29 +19,34 @@ A settings class inherits blocks of settings that scripts share. `--help` shows 
 first, then its other settings, then each block under the block's `TITLE`. The comment behind a setting is its help.
 """
 
+import ast
 import inspect
 import os
 import re
 import shutil
 import sys
 import textwrap
+import tokenize
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, Field, field, fields, make_dataclass
+from functools import cache
+from io import StringIO
 from typing import Annotated, Any, TypeVar, get_type_hints
 
-import tyro
-
 from circuit_breaking.errors import UserError
-from circuit_breaking.runs.launcher import launched
+from circuit_breaking.runs.config import check_device
+from circuit_breaking.runs.launcher import launched, rank
+from circuit_breaking.runs.start import start
 
 T = TypeVar("T")
 FIRST, OWN = "most used", "other"  # groups of settings in `--help`
-COMMENT = re.compile(r"^    (\w+): .*?  # (.*)$", re.MULTILINE)  # a field of a class, and the comment behind it
 
 
 def read_settings(settings_class: type[T], parallel: bool = False, args: Sequence[str] | None = None) -> T:
     """Settings from the command line, or from `args`; `--help` and settings that are wrong end the script.
+
+    In a file that runs as a script, this is the first call, and prepares its process too (`start.start`).
 
     Args:
         settings_class: a dataclass with a default for each setting. If it has a method `check`, that is called.
@@ -49,18 +54,33 @@ def read_settings(settings_class: type[T], parallel: bool = False, args: Sequenc
         args: what to read in place of the command line.
     """
     with one_sentence():
+        if settings_class.__module__ == "__main__":
+            start(inspect.getfile(settings_class))
         if launched()[1] > 1 and not parallel:
             raise UserError("this script runs as one process. Start it with python alone, without a launcher.")
         settings = _parse(settings_class, args)
+        if isinstance(getattr(settings, "device", None), str):
+            check_device(settings.device)
         if hasattr(settings, "check"):
             settings.check()
     return settings
 
 
 def run_script(main: Callable[[T], object], settings: T) -> None:
-    """Call `main`; a `UserError` and Ctrl-C end the script as `one_sentence` says."""
+    """Call `main`; a `UserError` and Ctrl-C end the script as `one_sentence` says.
+
+    Args:
+        main: the work of the script.
+        settings: its settings. If they have a `device`, the script says once where it computes (`saying_device`).
+    """
     with one_sentence():
-        main(settings)
+        if not hasattr(settings, "device"):
+            main(settings)
+            return
+        from circuit_breaking.runs.devices import saying_device  # loads torch, as the script has done by now
+
+        with saying_device():
+            main(settings)
 
 
 @contextmanager
@@ -72,11 +92,10 @@ def one_sentence() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        rank, _ = launched()
-        if rank == 0:
+        if (number := rank()) == 0:
             print(f"error: {error}", file=sys.stderr)
         elif error.exit_code == UserError.exit_code:  # any other code is that of all processes, and is printed once
-            print(f"error in process {rank}: {error}", file=sys.stderr)
+            print(f"error in process {number}: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -89,6 +108,8 @@ def _parse(settings_class: type[T], args: Sequence[str] | None) -> T:
     tyro makes a group of each nested dataclass, so the flat settings are read by a dataclass of dataclasses, whose
     fields keep their short names on the command line.
     """
+    import tyro  # here, so that a script starts with `start.start`, before any library is imported
+
     groups: dict[str, list[Any]] = {}
     for one in sorted(fields(settings_class), key=lambda one: _rank(settings_class, one.name)):
         groups.setdefault(_group(settings_class, one.name), []).append(_leaf(settings_class, one))
@@ -141,6 +162,8 @@ def wrapped(text: str, width: int) -> str:
 
 def _leaf(settings_class: type, one: Field) -> tuple[str, Any, Any]:
     """(name, type, default) of a setting for `make_dataclass`, with its comment as help."""
+    import tyro
+
     help_text = help_of(settings_class, one.name)
     own_type = get_type_hints(settings_class, include_extras=True)[one.name]
     marked = Annotated[own_type, tyro.conf.arg(help=help_text, prefix_name=False)]
@@ -173,8 +196,17 @@ def _declared_by(settings_class: type, name: str) -> type:
     return [cls for cls in settings_class.__mro__ if name in vars(cls).get("__annotations__", {})][-1]
 
 
+@cache
 def _comments(cls: type) -> dict[str, str]:
-    """The comments behind the fields of a class, by field."""
+    """The comments behind the fields of a class, by field; a field may extend over several lines."""
     if cls.__module__ == "builtins":
         return {}
-    return dict(COMMENT.findall(inspect.getsource(cls)))
+    source = textwrap.dedent(inspect.getsource(cls))
+    tokens = tokenize.generate_tokens(StringIO(source).readline)
+    comments = {token.start[0]: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT}
+    found = {}
+    for one in ast.parse(source).body[0].body:
+        if isinstance(one, ast.AnnAssign):
+            lines = range(one.lineno, one.end_lineno + 1)
+            found[one.target.id] = " ".join(comments[line] for line in lines if line in comments)
+    return found

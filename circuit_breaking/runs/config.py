@@ -1,6 +1,7 @@
 """Settings that are left open (None) and resolved from a record or from defaults, and checks of settings."""
 
 import dataclasses
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
@@ -47,6 +48,12 @@ def check_positive(settings: Any, *names: str) -> None:
 def check_not_negative(settings: Any, *names: str) -> None:
     """Raise a `UserError` for a setting of these names that is below 0."""
     _check(settings, names, lambda value: value >= 0, "it cannot be negative")
+
+
+def check_device(device: str) -> None:
+    """Raise a `UserError` for the name of a device that torch cannot have, before torch is loaded."""
+    if not re.fullmatch(r"auto|(cpu|cuda|mps|xpu)(:\d+)?", device):
+        raise UserError(f"device {device!r} is none of auto, cpu, cuda, cuda:<number> and mps.")
 
 
 def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:

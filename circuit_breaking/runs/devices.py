@@ -1,7 +1,11 @@
 """Devices and number types by their names in the settings."""
 
+import os
+import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
@@ -14,11 +18,21 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch
 def pick_device(device: str) -> torch.device:
     """The torch device of a name: `"auto"` is CUDA if there is one, else Apple's MPS, else the CPU.
 
-    With several processes, `"auto"` and `"cuda"` give each process another GPU.
+    With several processes, `"auto"` and `"cuda"` give each process another GPU. Within `saying_device`, the first call
+    says what was chosen.
 
     Raises:
         UserError: the device cannot be used here.
     """
+    global _to_say
+    chosen = _pick(device)
+    if _to_say:
+        _to_say = False
+        say_device(device, chosen)
+    return chosen
+
+
+def _pick(device: str) -> torch.device:
     own = world().device
     if own is not None and device in ("auto", own.type):
         return own
@@ -31,6 +45,62 @@ def pick_device(device: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:  # AssertionError: torch without CUDA
         raise UserError(f"device {device!r} cannot be used here ({first_line(error)}). Set device to auto.") from error
     return chosen
+
+
+NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")  # is there if the driver of NVIDIA is loaded (Linux)
+CUDA_BUILD = "cu126"  # the build of torch that docs/getting-started.md names
+
+
+_to_say = False  # whether the next call of `pick_device` says what it chooses
+
+
+@contextmanager
+def saying_device() -> Iterator[None]:
+    """Within the block, a script says once where it computes, when it first asks for its device."""
+    global _to_say
+    _to_say = True
+    try:
+        yield
+    finally:
+        _to_say = False
+
+
+def say_device(device: str, chosen: torch.device) -> None:
+    """Say on stderr where a script computes and, if it does not use this machine's NVIDIA GPU, how to change that.
+
+    Args:
+        device: name of the device in the settings.
+        chosen: what `pick_device` gives for it.
+    """
+    if world().rank > 0:
+        return
+    name = torch.cuda.get_device_name(chosen) if chosen.type == "cuda" else ""
+    several = f", in {world().size} processes" if world().size > 1 else ""
+    print(f"device: {chosen.type}{name and f' ({name})'}{several}", file=sys.stderr)
+    if device == "auto" and chosen.type == "cpu" and has_nvidia_gpu():
+        print(f"note: {why_no_cuda()}", file=sys.stderr)
+
+
+def has_nvidia_gpu() -> bool:
+    """Whether this machine has the driver of an NVIDIA GPU, and CUDA_VISIBLE_DEVICES does not hide the GPUs."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1", "NoDevFiles")
+    return not hidden and (NVIDIA_DRIVER.is_file() or shutil.which("nvidia-smi") is not None)
+
+
+def why_no_cuda() -> str:
+    """One sentence or two: why torch does not use the NVIDIA GPU of this machine, and what to do."""
+    version = torch.__version__.partition("+")[0]
+    if torch.version.cuda is None:
+        return (
+            f"this machine has an NVIDIA GPU, but this build of torch ({torch.__version__}) has no CUDA. To use the "
+            f"GPU, install another build: pip install torch=={version}+{CUDA_BUILD} --index-url "
+            f"https://download.pytorch.org/whl/{CUDA_BUILD} (docs/getting-started.md, With a GPU)."
+        )
+    return (
+        f"this machine has an NVIDIA driver, but torch ({torch.__version__}, for CUDA {torch.version.cuda}) finds no "
+        "GPU that it can use. If nvidia-smi lists a GPU, its driver may be too old for this build: update the driver, "
+        "or install a build for an older CUDA (docs/getting-started.md, With a GPU)."
+    )
 
 
 def pick_dtype(dtype: str | torch.dtype) -> torch.dtype:

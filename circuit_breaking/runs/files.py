@@ -56,10 +56,10 @@ def atomic_path(path: Path | str, keep: Path | None = None) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
+        with temporary.open("r+b") as file:  # Windows flushes files only that are open for writing
+            os.fsync(file.fileno())
         # files of mkstemp are readable by their owner only; results are shared
         temporary.chmod(0o666 & ~_umask())
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
         if keep is not None and path.is_file():
             path.replace(keep)
         temporary.replace(path)

@@ -1,4 +1,4 @@
-"""The provenance that every result carries: settings, hashes of inputs, package versions, git commit."""
+"""The provenance that every result carries: settings, hashes of inputs and code, package versions, git commit."""
 
 import dataclasses
 import hashlib
@@ -10,6 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from circuit_breaking.runs.code import code_hash
 from circuit_breaking.runs.files import ROOT
 
 PACKAGES = ("torch", "transformers", "numpy", "safetensors", "tokenizers")
@@ -35,13 +36,18 @@ def provenance(settings: Any = None, inputs: Iterable[Path | str] = (), **more: 
         "packages": {name: metadata.version(name) for name in PACKAGES},
         "python": platform.python_version(),
         "git_commit": git_commit(),
+        "code": code_hash(settings),
         **more,
     }
 
 
 @lru_cache
 def git_commit() -> str | None:
-    """The commit of this checkout, followed by `+` if tracked files differ from it; None outside a checkout."""
+    """The commit of this checkout, followed by `+` if tracked files differ from it.
+
+    None outside a checkout, without git, and where git refuses a checkout of another user. It says where the code came
+    from; whether two runs had the same code is told by the hash `code`.
+    """
 
     def git(*args: str) -> str:
         return subprocess.run(["git", "-C", ROOT, *args], capture_output=True, text=True, check=True).stdout.strip()

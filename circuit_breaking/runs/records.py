@@ -24,7 +24,15 @@ from typing import Any, ClassVar, Literal, Self, Union, get_args, get_origin, ge
 from circuit_breaking.errors import UserError
 from circuit_breaking.runs.files import CHECK, plain, read_json, write_json
 
-PROVENANCE = ("settings", "inputs", "packages", "python", "git_commit", "texts")  # what `provenance.provenance` gives
+PROVENANCE = (
+    "settings",
+    "inputs",
+    "packages",
+    "python",
+    "git_commit",
+    "code",
+    "texts",
+)  # what `provenance.provenance` gives
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -109,7 +117,7 @@ class RunSettings(Record):
 
     Attributes:
         script: path of the script in the repository.
-        provenance: settings, hashes of the files read, package versions, git commit.
+        provenance: settings, hashes of the files read and of the code, package versions, git commit.
     """
 
     NAME: ClassVar[str] = "run settings"

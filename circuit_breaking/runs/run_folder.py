@@ -1,7 +1,6 @@
 """Run folders: held by one run at a time, resumed from checkpoints, recognized by what they were made from."""
 
 import dataclasses
-import fcntl
 import json
 import re
 import shutil
@@ -17,6 +16,7 @@ from circuit_breaking.errors import UserError
 from circuit_breaking.runs.checkpoints import Checkpoints, Saved
 from circuit_breaking.runs.distributed import from_main, is_main, world
 from circuit_breaking.runs.files import end_at_whole_line, plain, read_jsonl, write_jsonl
+from circuit_breaking.runs.locks import locked
 
 METRICS = "metrics.jsonl"  # of a run folder: one row for each step
 
@@ -130,11 +130,13 @@ def resume_key(run: Mapping[str, Any], *ignored: str) -> dict[str, Any]:
         ignored: settings that make no difference, besides those that say where results go and how they are resumed.
 
     Returns:
-        The provenance without those settings, as it is read back from JSON.
+        The provenance without those settings and the git commit, as it is read back from JSON. The hash of the source
+        files stays (`code.code_hash`): it alone says whether the code is the same.
     """
     elsewhere = {"resume", "checkpoint_every", "run", "out", *ignored}
     kept = {name: value for name, value in run["settings"].items() if name not in elsewhere}
-    return json.loads(json.dumps({**run, "settings": kept}, default=plain))
+    about = {name: value for name, value in run.items() if name != "git_commit"}
+    return json.loads(json.dumps({**about, "settings": kept}, default=plain))
 
 
 def is_up_to_date(path: Path, made_from: str, read: Callable[[Path], Any]) -> bool:
@@ -151,30 +153,3 @@ def is_up_to_date(path: Path, made_from: str, read: Callable[[Path], Any]) -> bo
     except UserError as error:
         print(f"made again: {error}", file=sys.stderr)
         return False
-
-
-@contextmanager
-def locked(folder: Path | str) -> Iterator[None]:
-    """Lock a run folder while a block lasts.
-
-    The lock belongs to the kernel (`flock` on the file `.lock`), so a killed run leaves no lock behind.
-
-    Raises:
-        UserError: another run has locked the folder, or it cannot be written.
-    """
-    path = Path(folder) / ".lock"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("w")
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}. Choose another folder in the settings.") from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"another run is writing to {folder}. Wait for it, or choose another name with --run."
-            ) from None
-        except OSError as error:  # a disk without locks
-            raise UserError(f"cannot lock {path}: {error.strerror}. Choose another folder in the settings.") from error
-        yield

@@ -1,9 +1,7 @@
-"""The jobs of a sweep: how they run, and the results that they leave."""
+"""The results that the jobs of a sweep leave, and their commands. `jobs.py` runs them."""
 
 import math
-import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +13,6 @@ from circuit_breaking.runs.results import REPORT, Report
 from circuit_breaking.runs.tensors import read_tensors
 
 REPORTS = {REPORT: Report, IOI_REPORT: IOIReport, MNIST_REPORT: MnistReport}
-
-
-def run_job(command: list[str], log: str) -> dict[str, Any]:
-    """Run the command of one job, its output in the file `log`. Returns exit code and seconds, and never raises."""
-    start = time.perf_counter()
-    try:
-        with Path(log).open("w", encoding="utf-8") as file:
-            code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
-    except (OSError, ValueError) as error:  # ValueError: a NUL in a word
-        return {"exit_code": 1, "seconds": 0.0, "error": str(error)}
-    return {"exit_code": code, "seconds": round(time.perf_counter() - start, 2)}
 
 
 def command_of(script: Path, fixed: dict[str, str], job: dict[str, str], folder: Path, name: str) -> list[str]:

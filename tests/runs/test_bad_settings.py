@@ -22,7 +22,8 @@ from circuit_breaking.runs.config import resolve_defaults
 from circuit_breaking.runs.files import write_json
 from circuit_breaking.runs.grid import combinations, parse_grid
 from circuit_breaking.runs.ioi_results import GraphRecord
-from circuit_breaking.runs.sweep import results_of, run_job
+from circuit_breaking.runs.jobs import LocalJob, run_job
+from circuit_breaking.runs.sweep import results_of
 
 
 @pytest.mark.parametrize("word", ["a=0:99999999999999999999999", "a=0:9:0", "a=1:2:3:4", "a=0:" + "9" * 5000, "a=x:1"])
@@ -39,6 +40,8 @@ def test_grids_of_too_many_jobs():
 
 def test_a_job_and_its_results_never_end_a_sweep(tmp_path):
     assert run_job(["a\0b"], str(tmp_path / "log"))["exit_code"] == 1
+    job = LocalJob(["a\0b"], tmp_path / "log", 1)
+    assert job.done() and job.result()["exit_code"] == 1
     (tmp_path / "report.json").write_text("[1, 2]")
     assert results_of(tmp_path) == {}
     (tmp_path / "report.json").write_text('{"loss": 1.5, "settings": {"lr": 1}}')

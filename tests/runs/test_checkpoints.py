@@ -2,9 +2,9 @@
 
 import os
 import signal
-import subprocess
-import sys
 from dataclasses import asdict, replace
+from functools import cache
+from multiprocessing import get_context
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from helpers.scripts import Killed, die
 from helpers.tasks import QUICK, make_task
 
 from circuit_breaking.engine.load import load_model
+from circuit_breaking.errors import UserError
 from circuit_breaking.runs.checkpoints import NEWEST, PREVIOUS, Checkpoints
 from circuit_breaking.runs.run_folder import locked
 from circuit_breaking.runs.signals import Stopped, stop_signals
@@ -39,6 +40,12 @@ def run(checkpoints=None, die_at=None, how=None, **changes):
     tasks = make_task("break", 1), make_task("keep", 5)
     result = train_mask(model, *tasks, replace(SETTINGS, **changes), None, on_step, False, checkpoints, saved)
     return result.weights, rows
+
+
+@cache
+def uninterrupted(*changes):
+    """What `run` gives that is not interrupted; the changes are pairs of a name and a value."""
+    return run(**dict(changes))
 
 
 @pytest.mark.parametrize(
@@ -69,7 +76,7 @@ def test_what_has_no_relax_phase_has_none_to_share():
 )
 @pytest.mark.parametrize("die_at", range(1, 18))
 def test_a_killed_run_comes_out_the_same(tmp_path, die_at, changes):
-    expected, expected_rows = run(**changes)
+    expected, expected_rows = uninterrupted(*changes.items())
     checkpoints = Checkpoints(tmp_path, {"seed": 0}, every=3)
     with pytest.raises(Killed):
         run(checkpoints, die_at, die, **changes)
@@ -81,7 +88,7 @@ def test_a_killed_run_comes_out_the_same(tmp_path, die_at, changes):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 @pytest.mark.parametrize("die_at", [2, 7, 15])
 def test_a_signal_saves_and_stops(tmp_path, die_at, number):
-    expected, expected_rows = run()
+    expected, expected_rows = uninterrupted()
     checkpoints = Checkpoints(tmp_path, {"seed": 0}, every=0)
     with pytest.raises(Stopped, match=f"step {die_at + 1}; run the same command again to continue"):
         run(checkpoints, die_at, lambda: os.kill(os.getpid(), number))
@@ -99,7 +106,7 @@ def test_signals_are_given_back():
 
 @pytest.mark.parametrize("damage", ["flip", "cut short", "empty"])
 def test_a_damaged_newest_falls_back_to_the_one_before(tmp_path, damage, capsys):
-    expected, _ = run()
+    expected, _ = uninterrupted()
     checkpoints = Checkpoints(tmp_path, {"seed": 0}, every=3)
     with pytest.raises(Killed):
         run(checkpoints, 13, die)
@@ -140,12 +147,18 @@ def test_random_states_go_on(tmp_path):
 
 
 def test_a_folder_is_held_by_one_run_at_a_time(tmp_path):
+    def other():
+        try:
+            with locked(tmp_path / "run"):
+                os._exit(0)
+        except UserError as error:
+            os._exit(7 if "another run is writing" in str(error) else 1)
+
     with locked(tmp_path / "run"):
-        code = (
-            f"from circuit_breaking.runs.run_folder import locked\nwith locked({str(tmp_path / 'run')!r}): print('in')"
-        )
-        other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-        assert "another run is writing" in other.stderr and "in" not in other.stdout.split()
+        process = get_context("fork").Process(target=other)
+        process.start()
+        process.join()
+        assert process.exitcode == 7
     with locked(tmp_path / "run"):
         pass
 

@@ -4,13 +4,16 @@ import errno
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from helpers.forks import Forked
 from helpers.scripts import PLAIN, RUDE, called, load_script, save_small_model
 
 from circuit_breaking.errors import UserError
@@ -143,12 +146,8 @@ def same_run(name, data):
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_a_script_on_a_disk_that_fills_at_any_moment(inputs, tmp_path, monkeypatch, capsys, name):
-    script, run = load_script(f"toxicity/{name}.py"), tmp_path / "run"
-    train = load_script("toxicity/train_mask.py")
-    train.main(train.Settings(**training(inputs, tmp_path)))
-    if name == "evaluation":
-        script.main(script.Settings(**evaluating(inputs, tmp_path)))
+def test_a_script_on_a_disk_that_fills_at_any_moment(inputs, finished, tmp_path, monkeypatch, capsys, name):
+    script, run = load_script(f"toxicity/{name}.py"), a_run(finished, tmp_path, name)
     before = content(run)
     again = script.Settings(**SCRIPTS[name](inputs, tmp_path, seed=1))
     with monkeypatch.context() as patch:
@@ -188,26 +187,43 @@ def words_of(settings):
 
 
 def limited(path, words, most):
-    """Run a script under a kernel that lets no file grow beyond `most` bytes."""
-    return subprocess.run(
-        [sys.executable, ROOT / path, *words], capture_output=True, text=True, cwd="/", check=False,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (most, most)),
-    )  # fmt: skip
+    """Exit code and output of a script under a kernel that lets no file grow beyond `most` bytes."""
+    reader, writer = os.pipe()
+    with open(reader, encoding="utf-8") as out:  # noqa: PTH123
+        with open(writer, "w", encoding="utf-8") as file:  # noqa: PTH123
+            limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (most, most))
+            process = Forked([sys.executable, ROOT / path, *words], os.environ, file, prepare=limit)
+        return out.read(), process.wait()
+
+
+@pytest.fixture(scope="module")
+def finished(inputs, tmp_path_factory):
+    """A folder with the run folder of a training and its evaluation."""
+    out = tmp_path_factory.mktemp("finished")
+    for name, settings in SCRIPTS.items():
+        script = load_script(f"toxicity/{name}.py")
+        script.main(script.Settings(**settings(inputs, out)))
+    return out
+
+
+def a_run(finished, out, name):
+    """The run folder of `finished`, copied; for `train_mask` without the files of the evaluation."""
+    run = shutil.copytree(finished / "run", out / "run")
+    if name == "train_mask":
+        for path in run.iterdir():
+            if path.name in ("report.json", "report.png", "training.png"):
+                path.unlink()
+    return run
 
 
 @pytest.mark.parametrize("name, most", [("train_mask", 100), ("train_mask", 4500), ("evaluation", 100)])
-def test_the_kernel_refuses_to_write(inputs, tmp_path, name, most):
-    run = tmp_path / "run"
-    train = load_script("toxicity/train_mask.py")
-    train.main(train.Settings(**training(inputs, tmp_path)))
-    if name == "evaluation":
-        script = load_script("toxicity/evaluation.py")
-        script.main(script.Settings(**evaluating(inputs, tmp_path)))
+def test_the_kernel_refuses_to_write(inputs, finished, tmp_path, name, most):
+    run = a_run(finished, tmp_path, name)
     before = content(run)
     words = words_of(SCRIPTS[name](inputs, tmp_path, seed=1))
-    done = limited(f"toxicity/{name}.py", words, most)
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert done.returncode == 1 and len(errors) == 1 and "Traceback" not in done.stderr
+    output, code = limited(f"toxicity/{name}.py", words, most)
+    errors = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert code == 1 and len(errors) == 1 and "Traceback" not in output
     assert "cannot write" in errors[0] and "File too large" in errors[0]
     there = content(run)
     assert there.keys() ^ before.keys() <= {NEWEST, PREVIOUS}
@@ -246,12 +262,9 @@ READ_ONLY = [Path("/proc/nothing"), Path("/sys/nothing")]
 
 @pytest.mark.parametrize("out", READ_ONLY)
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_a_folder_that_cannot_be_made(inputs, name, out):
+def test_a_folder_that_cannot_be_made(inputs, finished, name, out):
     script = load_script(f"toxicity/{name}.py")
-    mask = {} if name == "train_mask" else {"mask": inputs / "run" / "mask.safetensors"}
-    if mask:
-        train = load_script("toxicity/train_mask.py")
-        train.main(train.Settings(**training(inputs, inputs)))
+    mask = {} if name == "train_mask" else {"mask": finished / "run" / "mask.safetensors"}
     with pytest.raises(UserError, match=f"cannot write {out}"):
         script.main(script.Settings(**SCRIPTS[name](inputs, out, **mask)))
 
@@ -265,10 +278,9 @@ def test_a_file_where_the_folder_should_be(inputs, tmp_path):
     assert content(tmp_path) == {"run": b"mine"}
 
 
-def test_a_second_run_in_the_same_folder_is_refused(inputs, tmp_path):
+def test_a_second_run_in_the_same_folder_is_refused(inputs, finished, tmp_path):
     train = load_script("toxicity/train_mask.py")
-    train.main(train.Settings(**training(inputs, tmp_path)))
-    before = content(tmp_path / "run")
+    before = content(a_run(finished, tmp_path, "train_mask"))
     with locked(tmp_path / "run"):
         done = called("toxicity/train_mask.py", *words_of(training(inputs, tmp_path, seed=1)))
     assert done.returncode == 1 and "Traceback" not in done.stderr

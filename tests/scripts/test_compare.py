@@ -11,6 +11,7 @@ import time
 import pytest
 import torch
 import tyro
+from helpers.forks import Forked
 from helpers.scripts import PLAIN, RUDE, load_script, save_toxic_data
 from transformers import AutoModelForCausalLM
 
@@ -241,6 +242,7 @@ def test_an_interrupted_comparison_goes_on(data, tmp_path, monkeypatch):
 
     chosen = settings(data, tmp_path, examined_budget=1, budgets=(1, 2, 3), random_seeds=0, workers=1)
     monkeypatch.setattr(compare, "stages", making)
+    monkeypatch.setattr(compare.subprocess, "Popen", Forked)  # a part starts in no time
     for name in ("read_models", "statement"):
         monkeypatch.setattr(compare, name, lambda of: None)
     masks = tmp_path / "compare" / "masks"

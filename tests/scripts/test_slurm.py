@@ -7,12 +7,14 @@ import sys
 import time
 
 import pytest
+from helpers.scripts import load_script
 
 from circuit_breaking.runs.files import ROOT
 
 # a script that runs until it is told to stop, and says what it was given
 STUB = """#!/bin/bash
 echo "ran $*" >> "$LOG"
+[ "$1" = loading.py ] && { echo ready >> "$LOG"; exec sleep 60; } # is ended by any signal, as Python before it starts
 [ "$1" = wait.py ] || exit "${CODE:-0}"
 trap 'sleep 0.2; echo saved >> "$LOG"; exit 75' USR1 TERM
 echo ready >> "$LOG"
@@ -71,6 +73,19 @@ def test_the_time_limit_saves_and_queues_again(cluster):
     job.send_signal(signal.SIGUSR1)
     assert job.wait(30) == 0
     assert log.read_text().splitlines() == ["ran wait.py", "ready", "saved", "scontrol requeue 7"]
+
+
+@pytest.mark.parametrize(("restarts", "code"), [(None, 0), ("2", 0), ("3", 138)])
+def test_a_job_that_had_nothing_to_save_is_queued_again_three_times_at_most(cluster, restarts, code):
+    environment, log = cluster
+    environment |= {"SLURM_RESTART_COUNT": restarts} if restarts else {}
+    job = start(environment, "slurm/job.sbatch", "loading.py")
+    wait_for(log, "ready")
+    job.send_signal(signal.SIGUSR1)
+    assert job.wait(30) == code
+    lines = ["ran loading.py", "ready"]
+    assert log.read_text().splitlines() == lines + ([] if code else ["scontrol requeue 7"])
+    assert ("Give the job more time" in job.stderr.read()) == (code != 0)
 
 
 def test_preemption_saves_and_leaves_the_queue_to_slurm(cluster):
@@ -134,6 +149,13 @@ def test_launched_processes_are_told_and_their_exit_code_is_the_jobs(tmp_path, n
         wait_for(log, f"ready{rank}", 60)
     job.send_signal(number)
     assert job.wait(60) == 75 and f"saved {number.value}" in log.read_text()
+
+
+def test_the_exit_code_of_several_processes():
+    """torch ends the other processes by SIGTERM (-15) when one has ended, whatever the order."""
+    launch = load_script("slurm/launch.py")
+    for codes, expected in (({75, -15}, 75), ({3, -15}, 3), ({1, 75}, 75), ({-9}, 137), ({138, -15}, 138)):
+        assert launch.exit_code(codes) == expected
 
 
 @pytest.mark.parametrize("words", [["slurm/job.sbatch"], ["slurm/seeds.sbatch", "night"], ["slurm/gpus.sbatch"]])

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
-from helpers.scripts import command, load_script
+from helpers.scripts import called, command, load_script
 
 from circuit_breaking.errors import UserError
 from circuit_breaking.runs.cli import help_of, read_settings, run_script, wrapped
@@ -23,28 +23,56 @@ SCRIPTS = sorted(
     if "run_script(" in path.read_text(encoding="utf-8")
 )
 
-# runs a script as the interpreter does, and says what it loaded and how much of the CPU that took
-HELP = f"""
-import json, resource, runpy, sys
-script = sys.argv[1]
-sys.argv, sys.path[0] = [script, "--help"], script.rpartition("/")[0]
-try:
-    runpy.run_path(script, run_name="__main__")
-except SystemExit as stop:
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    loaded = [name for name in {LARGE} if name in sys.modules]
-    print(json.dumps([stop.code, loaded, used.ru_utime + used.ru_stime]), file=sys.stderr)
+# runs scripts as the interpreter does, each in a forked process that finds tyro loaded; says how they ended, what they
+# printed, which large libraries they loaded and how much of the CPU that took
+STARTER = f"""
+import json, os, resource, runpy, sys, tempfile, tyro, typeguard
+for line in sys.stdin:
+    words, files = json.loads(line), [tempfile.TemporaryFile("w+") for _ in range(3)]
+    if os.fork() == 0:
+        for number in (1, 2):
+            os.dup2(files[number].fileno(), number)
+        sys.argv, sys.path[0], code = words, words[0].rpartition("/")[0], 0
+        try:
+            runpy.run_path(words[0], run_name="__main__")
+        except SystemExit as stop:
+            code = stop.code
+        sys.stdout.flush()
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        loaded = [name for name in {LARGE} if name in sys.modules]
+        json.dump([code, loaded, used.ru_utime + used.ru_stime], files[0])
+        files[0].flush()
+        os._exit(0)
+    os.wait()
+    for file in files:
+        file.seek(0)
+    print(json.dumps([json.load(files[0]), files[1].read(), files[2].read()]), flush=True)
 """
 
 
+@pytest.fixture(scope="module")
+def start():
+    """A function that starts a script; gives (exit code, large libraries loaded, seconds), its output and errors."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", STARTER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+
+    def starting(script, *words):
+        print(json.dumps([str(ROOT / script), *map(str, words)]), file=process.stdin, flush=True)
+        return json.loads(process.stdout.readline())
+
+    with process:
+        yield starting
+        process.stdin.close()
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_help_loads_no_large_library(script):
-    done = subprocess.run([sys.executable, "-c", HELP, ROOT / script], capture_output=True, text=True, check=True)
-    code, loaded, seconds = json.loads(done.stderr)
-    assert code == 0 and not loaded and seconds < 2.5
+def test_help_loads_no_large_library(start, script):
+    (code, loaded, seconds), output, errors = start(script, "--help")
+    assert code == 0 and not loaded and seconds < 2.5 and errors == ""
     module = load_script(script)
-    assert done.stdout.startswith(module.__doc__.strip()[:60])
-    assert "most used options" in done.stdout
+    assert output.startswith(module.__doc__.strip()[:60])
+    assert "most used options" in output
     helps = {one.name: help_of(module.Settings, one.name) or "" for one in fields(module.Settings)}
     assert not [name for name, text in helps.items() if len(text) < 5]
 
@@ -85,16 +113,14 @@ def test_help_ends_quietly_if_its_reader_leaves():
         ("mask_learning.py", ["--model", "tiny", "--lr", 0], "lr is 0.0; it must be above 0."),
         ("sweep.py", ["toxicity/report.py"], "--grid is empty."),
         ("toxicity/generate.py", ["--prompt", "a", "--perplexity", "b"], "prompt and perplexity were both given."),
+        ("toxicity/relearn.py", ["--device", "gpu"], "device 'gpu' is none of auto, cpu, cuda, cuda:<number> and mps."),
     ],
 )
-def test_wrong_settings_end_a_script_at_once(script, words, sentence):
-    code = HELP.replace('"--help"', "*sys.argv[2:]")
-    done = subprocess.run(
-        [sys.executable, "-c", code, ROOT / script, *map(str, words)], capture_output=True, text=True, check=False
-    )
-    error, about = done.stderr.splitlines()
+def test_wrong_settings_end_a_script_at_once(start, script, words, sentence):
+    (code, loaded, _), _, errors = start(script, *words)
+    (error,) = errors.splitlines()
     assert error.startswith(f"error: {sentence}")
-    assert json.loads(about)[:2] == [1, []]
+    assert code == 1 and not loaded
 
 
 @dataclass
@@ -112,6 +138,11 @@ class Settings(Block):
     name: str = "x"  # name of it
     own: tuple[int, ...] = (1, 2)  # numbers
     size: int = 3
+    # fmt: off
+    long: str = (
+        "a default that ruff writes on several lines"  # help of a setting
+    )  # on several lines
+    # fmt: on
 
     def check(self) -> None:
         if self.size < 1:
@@ -129,6 +160,9 @@ def test_settings_are_flat_and_grouped(capsys):
     places = [shown.index(text) for text in ("--name", "other options", "--own", "block options")]
     assert places == sorted(places) and shown.index("--size") > places[-1]
     assert "size of it (default: 3)" in shown
+    assert (
+        help_of(Settings, "long") == "help of a setting on several lines" and help_of(Settings, "size") == "size of it"
+    )
 
 
 def test_settings_that_are_wrong_end_the_script(capsys):
@@ -157,16 +191,12 @@ def test_scripts_run_from_any_folder():
     assert command("toxicity/report.py", "--num-examples", 0).stderr.startswith("error: num_examples is 0")
 
 
-def test_sweeps_need_submitit_when_they_start_jobs_only(tmp_path):
-    (tmp_path / "submitit.py").write_text("raise ModuleNotFoundError(name='submitit')")  # found first: it is hidden
-    words = ["toxicity/report.py", "--grid", "num-examples=1", "--out", tmp_path]
-    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
-    shown, done = (
-        subprocess.run(
-            [sys.executable, ROOT / "sweep.py", *more], capture_output=True, text=True, env=environment, check=False
-        )
-        for more in (["--help"], words)
-    )
-    assert shown.returncode == 0 and "--at-once" in shown.stdout
+def test_sweeps_need_submitit_when_they_start_jobs_of_slurm_only(start, tmp_path, monkeypatch):
+    (code, _, _), output, _ = start("sweep.py", "--help")
+    assert code == 0 and "--at-once" in output
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    words = ["toxicity/report.py", "--grid", "num-examples=1", "--out", tmp_path, "--cluster", "slurm"]
+    done = called("sweep.py", *words)
     assert done.returncode == 1
-    assert done.stderr == "error: sweeps are run by submitit, which is not installed: pip install -e '.[cluster]'\n"
+    sentence = "sweeps under SLURM are run by submitit, which is not installed: pip install -e '.[cluster]'"
+    assert done.stderr.splitlines()[-1] == f"error: {sentence}"

@@ -1,0 +1,88 @@
+"""Which code runs: hashes of its source files, so that a run is resumed by the code that began it."""
+
+import dataclasses
+import hashlib
+import sys
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from circuit_breaking.errors import UserError
+from circuit_breaking.runs.files import ROOT
+
+PACKAGE = Path(__file__).resolve().parents[1]
+_computed: dict[str, dict[str, str]] = {}  # `source_hashes` by `code_hash`
+
+
+def source_hashes(settings: Any = None) -> dict[str, str]:
+    """SHA-256 of each source file that may take part in a run, by its path from the root of the repository.
+
+    These are the files of this package, the script, and the modules in the script's folder that it has imported. A file
+    outside the repository has its full path.
+
+    Args:
+        settings: the script's settings; the script is the file that defines their class. If that is unknown, it is the
+            file that Python was started with.
+    """
+    script = _script_of(settings)
+    beside = _imported_from(script.parent) if script is not None else []
+    files = {*_package_files(), *beside, *([script] if script is not None else [])}
+    return {_name(path): _sha256(path) for path in sorted(files)}
+
+
+def code_hash(settings: Any = None) -> str:
+    """One SHA-256 for the files of `source_hashes`, the `code` of a run's provenance; `hashes_of` gives theirs."""
+    hashes = source_hashes(settings)
+    lines = "".join(f"{name} {hashes[name]}\n" for name in sorted(hashes))
+    digest = hashlib.sha256(lines.encode()).hexdigest()
+    _computed[digest] = hashes
+    return digest
+
+
+def hashes_of(code: str | None) -> dict[str, str]:
+    """The hashes of files behind a hash that `code_hash` gave in this process; empty for any other."""
+    return _computed.get(code, {})
+
+
+def difference(then: Mapping[str, str], now: Mapping[str, str]) -> str:
+    """Which source files differ, in words: the first three by name."""
+    if not then:
+        return "its source files are not recorded"
+    names = sorted(name for name in {*then, *now} if then.get(name) != now.get(name))
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{', '.join(names[:3])}{more} differ{'s' if len(names) == 1 else ''}"
+
+
+def _script_of(settings: Any) -> Path | None:
+    kind = type(settings) if dataclasses.is_dataclass(settings) else None
+    for name in (kind.__module__ if kind else None, "__main__"):
+        file = getattr(sys.modules.get(name), "__file__", None)
+        path = Path(file or "").resolve()
+        if path.is_file() and PACKAGE not in path.parents:
+            return path
+    return None  # a notebook that defines its settings itself, or an interactive session
+
+
+def _imported_from(folder: Path) -> list[Path]:
+    """Files of the modules that are imported now and lie directly in a folder."""
+    files = [getattr(module, "__file__", None) for module in list(sys.modules.values())]
+    paths = [Path(file).resolve() for file in files if isinstance(file, str) and file.endswith(".py")]
+    return [path for path in paths if path.parent == folder]
+
+
+@cache
+def _package_files() -> tuple[Path, ...]:
+    return tuple(PACKAGE.rglob("*.py"))
+
+
+@cache  # the code that runs is what was read when the process began, so a file is hashed once
+def _sha256(path: Path) -> str:
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}. Start the script again.") from error
+
+
+def _name(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix() if ROOT in path.parents else path.as_posix()
