@@ -117,7 +117,7 @@ def load_pair(settings: Settings) -> tuple[Any, dict[str, nn.Module]]:
     else:
         run = read_run(folder)
         tokenizer = load_tokenizer(run.base)
-        original = load_hf_model(run.base, settings.device, settings.dtype)
+        original = load_hf_model(run.base, settings.device, settings.dtype, only_supported=True)
         ablated = twin(original)
         ablate(ablated, run.edges, run.means)
         if settings.save is not None:

@@ -134,7 +134,7 @@ def read_compared_models(folders: Mapping[str, Path], hf: nn.Module) -> list[Com
 def _read(name: str, folder: Path, engine: Engines) -> ComparedModel:
     if (folder / MASK).is_file():
         return read_mask(name, folder / MASK, engine)
-    if (folder / CONFIG).is_file():
+    if ablation_file(folder) is None:
         found = FineTuning.read(folder / FINETUNING, HINT) if (folder / FINETUNING).is_file() else FineTuning()
         about = {"method": found.method, "chosen": found.chosen, "note": found.note}
         return ComparedModel(name, "finetuned", folder, about={k: v for k, v in about.items() if v is not None})
