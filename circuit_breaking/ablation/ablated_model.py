@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from circuit_breaking.ablation.card import GENERIC, model_card
 from circuit_breaking.ablation.config import AblatedConfig, EdgeAblation
 from circuit_breaking.errors import UserError
+from circuit_breaking.models.families import describe
 from circuit_breaking.runs.files import write_text
 
 CARD = "README.md"
@@ -27,8 +28,9 @@ class AblatedModel:
         """Write weights, configuration and ablation values so that the cuts are kept; see `config`.
 
         Raises:
-            UserError: the model has adapters, which would be saved alone, without the cuts.
+            UserError: the model has adapters, which would be saved alone, without the cuts, or under other names.
         """
+        describe(self)
         if getattr(self, "_hf_peft_config_loaded", False):
             raise UserError(
                 "this model has cut edges and adapters, and adapters are saved without the model. Merge them first."

@@ -2,8 +2,9 @@
 
     {"model_type": "edge_ablated", "n_layer": 12, ..., "edge_ablation": {"edges": ["a0.3->m5"], ...}}
 
-transformers finds `AblatedConfig` by this `model_type` after `import circuit_breaking` (see `auto`). Without it,
-transformers does not know the type and refuses the folder, so nobody takes it for the whole model.
+transformers finds `AblatedConfig` by this `model_type` after `import circuit_breaking` (see `auto`). Nobody takes the
+folder for the whole model: without the import, Auto classes do not know the type; and the class of the base model,
+which would only warn of another type, refuses `NOTE`, which is stored where a configuration may name the weights' file.
 
 This module imports nothing of the package that imports transformers, because it is imported while transformers is.
 """
@@ -28,6 +29,7 @@ MODEL_TYPE = "edge_ablated"
 MODEL_CLASS = "AblatedModelForCausalLM"
 FIELD = "edge_ablation"  # of config.json
 HINT = "Write an ablated model with save_ablated."
+NOTE = "This model has cut edges: import circuit_breaking, and load it with AutoModelForCausalLM or load_ablated."
 OWN = (FIELD, "attribute_map", "architectures", "means")  # attributes that are not the base configuration's
 
 
@@ -74,9 +76,9 @@ class AblatedConfig(PreTrainedConfig):
     def __init__(self, edge_ablation: Mapping[str, Any] | None = None, **fields: Any) -> None:
         base: PreTrainedConfig = PreTrainedConfig()
         if edge_ablation is not None:
-            base = base_class(edge_ablation, fields)(
-                **{key: value for key, value in fields.items() if key not in ("architectures", "model_type")}
-            )
+            kind = base_class(edge_ablation, fields)
+            ours = ("architectures", "model_type", "transformers_weights")
+            base = kind(**{key: value for key, value in fields.items() if key not in ours})
         self.__dict__.update(base.__dict__)
         self.attribute_map = type(base).attribute_map  # so that hidden_size is n_embd where the base says so
         self.edge_ablation = edge_ablation
@@ -107,7 +109,7 @@ class AblatedConfig(PreTrainedConfig):
         fields = super().to_dict()
         for name in ("attribute_map", "means"):
             fields.pop(name, None)
-        return {**fields, "architectures": [MODEL_CLASS]}
+        return {**fields, "architectures": [MODEL_CLASS], "transformers_weights": NOTE}
 
     def save_pretrained(self, save_directory: str | PathLike, *args: Any, **kwargs: Any) -> None:
         """Write the configuration, and the ablation values beside it."""

@@ -3,7 +3,6 @@
 `config` says what is in the folder, `pretrained` is how transformers' own `from_pretrained` loads it.
 """
 
-import json
 import shutil
 from collections.abc import Iterable
 from contextlib import suppress
@@ -24,10 +23,10 @@ from circuit_breaking.ablation.pretrained import check_fits, cut
 from circuit_breaking.engine.ablation_values import read_means
 from circuit_breaking.errors import UserError, one_line
 from circuit_breaking.graph import Edge
-from circuit_breaking.models.families import graph_of
+from circuit_breaking.models.families import describe, graph_of
 from circuit_breaking.models.load import load_config, load_hf_model, load_tokenizer
 from circuit_breaking.models.save import CONFIG, save_tokenizer, staged_folder
-from circuit_breaking.runs.files import plain, read_json, write_text
+from circuit_breaking.runs.files import finite, read_json, write_text
 from circuit_breaking.runs.hub import hub_answers
 from circuit_breaking.runs.mask_record import MEANS
 
@@ -45,6 +44,7 @@ class SavedAblation:
         about: how the edges were found.
         results: measurements.
         base: what `load_tokenizer` takes: this folder, the folder of the whole model in it, or the base model's name.
+        has_weights: whether the weights are in the folder, and not loaded by a base model's name.
         config: the configuration; None in folders of older releases.
         shape: of the base model, in folders of older releases.
     """
@@ -54,6 +54,7 @@ class SavedAblation:
     about: dict[str, Any]
     results: dict[str, Any]
     base: str
+    has_weights: bool
     config: AblatedConfig | None = None
     shape: dict[str, Any] | None = None
 
@@ -67,6 +68,12 @@ def ablation_file(folder: Path) -> Path | None:
             if isinstance(fields, dict) and fields.get("model_type") == MODEL_TYPE:
                 return config
     return old_format.old_file(folder, HINT)
+
+
+def is_ablated(name: Path | str) -> bool:
+    """Whether a folder, or a name on the hub, is a saved ablated model."""
+    path = Path(name).expanduser()
+    return ablation_file(path) is not None if path.exists() else load_config(name).model_type == MODEL_TYPE
 
 
 def save_ablated(
@@ -111,6 +118,7 @@ def save_ablated(
         raise UserError(f"{folder} holds other files already. Choose an empty folder for the ablated model.")
     if isinstance(base, nn.Module):
         hf = base
+        describe(hf)  # refuses adapters and quantised weights
     elif str(base) == "tiny" or not Path(base).expanduser().exists():
         weights = str(base)
         with suppress(UserError):  # so that the folder is complete where there is one
@@ -123,6 +131,8 @@ def save_ablated(
         base_model=name, base_model_type=config.model_type, weights=weights, edges=list(map(str, edges)),
         ablation="zero" if means is None else "mean", about=finite(about or {}), results=finite(results or {}),
     )  # fmt: skip
+    if not (isinstance(record.about, dict) and isinstance(record.results, dict)):
+        raise UserError("about and results are dictionaries. Give each entry a name.")
     card = model_card(folder.name, record, config, _license_of(name))
     with staged_folder(folder) as staged:
         if hf is None:
@@ -132,14 +142,6 @@ def save_ablated(
         save_tokenizer(staged, tokenizer)
         write_text(staged / CARD, card)
     shutil.rmtree(folder / old_format.BASE, ignore_errors=True)  # of a folder of an older release
-
-
-def finite(value: Any) -> Any:
-    """A JSON-able value with null for each number that is not finite."""
-    found = json.loads(json.dumps(value, default=plain), parse_constant=lambda name: None)
-    if not isinstance(found, dict):
-        raise UserError(f"what is said about an ablated model is a dictionary, not a {type(value).__name__}.")
-    return found
 
 
 def _license_of(name: str) -> str | None:
@@ -164,7 +166,7 @@ def read_ablated(folder: Path | str) -> SavedAblation:
     if path is None or path.name != CONFIG:
         old = old_format.AblatedModelRecord.read(path or folder / old_format.ABLATION, HINT)
         base = old.base or str(old_format.check_base(folder))
-        return SavedAblation(old.edges, old.ablation, old.about, old.results, base, shape=old.shape)
+        return SavedAblation(old.edges, old.ablation, old.about, old.results, base, old.base is None, shape=old.shape)
     if code := next(folder.glob("*.py"), None):
         raise UserError(f"{code} is code, so {folder} is not loaded. Remove it if you trust the rest.")
     fields = read_json(path, HINT)
@@ -173,7 +175,9 @@ def read_ablated(folder: Path | str) -> SavedAblation:
     record = config.record
     own = record.weights is None or (folder / "tokenizer_config.json").is_file()
     base = str(folder) if own else record.weights
-    return SavedAblation(record.edges, record.ablation, record.about, record.results, base, config)
+    return SavedAblation(
+        record.edges, record.ablation, record.about, record.results, base, record.weights is None, config
+    )
 
 
 def load_ablated(

@@ -16,11 +16,13 @@ from transformers import (
 from transformers.utils import logging
 
 from circuit_breaking.errors import UserError, one_line
-from circuit_breaking.models.checks import check_files, check_kind, check_sizes
+from circuit_breaking.models.checks import ADAPTER, check_files, check_kind, check_sizes
 from circuit_breaking.models.families import FAMILIES, family_of
 from circuit_breaking.models.shipped import SHIPPED, TINY
 from circuit_breaking.runs.devices import pick_device, pick_dtype
 
+# files of which a folder with a tokenizer has one at least
+TOKENIZERS = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 # finds the number of a layer in the name of a weight, for a model of any registered family
 LAYER_NUMBER = rf"\b(?:{'|'.join(sorted({family.layer_list for family in FAMILIES.values()}))})\.(\d+)\."
 
@@ -41,6 +43,8 @@ def locate(name: str | Path) -> tuple[str, dict[str, Any]]:
         raise UserError(f"there is no model {str(name)[:200]!r} ({one_line(error, 100)}). Check the name.") from error
     if (folder / "config.json").is_file() or (folder / "tokenizer_config.json").is_file():  # or a tokenizer alone
         return str(folder), {}
+    if (folder / ADAPTER).is_file():
+        raise UserError(f"{folder} holds an adapter ({ADAPTER}). Merge it into its base model first.")
     found = sorted(folder.glob("*.gguf")) if folder.is_dir() else []
     if len(found) == 1:
         return str(folder), {"gguf_file": found[0].name}
@@ -133,10 +137,14 @@ def check_weights(name: str | Path, info: dict[str, Any], layers: int) -> None:
 
 def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a hub name, folder, folder holding a `.gguf`, or `"tiny"`."""
-    tokenizer = _from_pretrained(AutoTokenizer, name, "the tokenizer of")
-    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # as for a folder without one
-        raise UserError(f"the model {name} comes without its tokenizer. Save that in its folder too.")
     location, extra = locate(name)
+    missing = UserError(f"the model {name} comes without its tokenizer. Save that in its folder too.")
+    folder = Path(location)
+    if folder.is_dir() and not extra and not any((folder / file).is_file() for file in TOKENIZERS):
+        raise missing
+    tokenizer = _from_pretrained(AutoTokenizer, name, "the tokenizer of")
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # made of a damaged folder
+        raise missing
     if not extra and (Path(location) / "config.json").is_file():
         size = getattr(load_config(name, look=False), "vocab_size", None)
         most = max(tokenizer.get_vocab().values())

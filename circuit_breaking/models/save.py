@@ -1,7 +1,7 @@
 """Write a Hugging Face model and its tokenizer as a folder."""
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,8 +13,20 @@ from circuit_breaking.errors import UserError, one_line
 CONFIG = "config.json"
 
 
-def save_hf_folder(folder: Path | str, hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+def save_hf_folder(
+    folder: Path | str,
+    hf: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    write_records: Callable[[Path], None] | None = None,
+) -> None:
     """Write a model as a folder that `from_pretrained` reads, or leave what was there before; see `staged_folder`.
+
+    Args:
+        folder: the folder.
+        hf: the model.
+        tokenizer: its tokenizer.
+        write_records: writes further files into the folder that it is given. They are replaced together with the
+            model's, so a record never lies beside another model.
 
     Raises:
         UserError: the folder cannot be written.
@@ -22,6 +34,8 @@ def save_hf_folder(folder: Path | str, hf: PreTrainedModel, tokenizer: PreTraine
     with staged_folder(folder) as staged:
         hf.save_pretrained(staged)
         save_tokenizer(staged, tokenizer)
+        if write_records is not None:
+            write_records(staged)
 
 
 def save_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:

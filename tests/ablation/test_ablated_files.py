@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers.models import small_gpt2, small_llama
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import BertConfig, PreTrainedTokenizerFast
 
 from circuit_breaking.ablation.ablate import ablate
 from circuit_breaking.ablation.saved import load_ablated, read_ablated, save_ablated
@@ -93,6 +93,53 @@ def test_saving_again_replaces_and_never_touches_other_files(tmp_path):
     with pytest.raises(UserError, match="no fixed positions"):
         save_ablated(tmp_path / "new", hf, EDGES, torch.zeros(4, 13, 24))
     assert not (tmp_path / "new").exists()
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("what", ["weights", "means", "configuration", "tokenizer", "card"])
+def test_a_full_disk_leaves_the_model_that_was_there(tmp_path, monkeypatch, what):
+    folder, hf, means = tmp_path / "model", small_gpt2(), torch.zeros(13, 24)
+    save_ablated(folder, hf, EDGES, means, tokenizer=word_tokenizer())
+    before = contents(folder)
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    place = {
+        "weights": "transformers.modeling_utils.safe_save_file",
+        "means": "circuit_breaking.runs.tensors.save_file",
+        "configuration": "transformers.configuration_utils.PreTrainedConfig.to_json_file",
+        "tokenizer": "transformers.PreTrainedTokenizerFast.save_pretrained",
+        "card": "circuit_breaking.ablation.saved.write_text",
+    }[what]
+    monkeypatch.setattr(place, full)
+    for target in (folder, tmp_path / "new"):
+        with pytest.raises(UserError, match="No space left on device"):
+            save_ablated(target, hf, EDGES[:1], means + 1, tokenizer=word_tokenizer())
+    assert contents(folder) == before and [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_results_that_are_not_finite_are_stored_as_null(tmp_path):
+    folder, hf = tmp_path / "model", small_gpt2()
+    results = {"perplexity": float("inf"), "loss": [float("nan"), 2.5], "steps": torch.tensor(3)}
+    save_ablated(folder, hf, EDGES, results=results)
+    assert read_ablated(folder).results == {"perplexity": None, "loss": [None, 2.5], "steps": 3}
+    before = contents(folder)
+    for changed in ({"about": {"model": hf}}, {"results": [1.0]}):
+        with pytest.raises((UserError, TypeError)):  # no JSON
+            save_ablated(folder, hf, EDGES[:1], **changed)
+    with pytest.raises(UserError, match="not finite"):
+        save_ablated(folder, hf, EDGES[:1], torch.full((13, 24), float("inf")))
+    assert contents(folder) == before
+
+
+def test_an_unsupported_family_is_refused_before_its_weights_are_read(tmp_path):
+    BertConfig(num_hidden_layers=1).save_pretrained(tmp_path / "base")  # and no weights
+    with pytest.raises(UserError, match="type 'bert' is not supported"):
+        save_ablated(tmp_path / "model", tmp_path / "base", EDGES)
 
 
 def test_damaged_and_foreign_folders(tmp_path):

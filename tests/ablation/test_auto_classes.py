@@ -119,6 +119,7 @@ def test_configuration(tmp_path):
     assert config.base_config.to_dict() == {
         **hf.config.to_dict(), "architectures": None, "dtype": "float32", "_name_or_path": str(tmp_path / "model"),
     }  # fmt: skip
+    assert config.vocab_size == config.base_config.vocab_size == 50
     config.hidden_size = 8
     assert config.n_embd == 8
     assert hf.config.model_type == "gpt2" and hf.config.architectures is None
@@ -130,6 +131,14 @@ def test_configuration(tmp_path):
     random = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path / "zero"))
     assert random.edge_cuts.edges == ["m0->m1"]
     assert type(config) not in AutoModel._model_mapping  # the body alone would be refused
+
+
+@pytest.mark.parametrize("make", [small_gpt2, small_llama])
+def test_the_class_of_the_base_model_refuses_the_folder(tmp_path, make):
+    hf = make()
+    save_ablated(tmp_path / "model", hf, ["m0->m1"])
+    with pytest.raises(Exception, match="import circuit_breaking, and load it with AutoModelForCausalLM"):
+        type(hf).from_pretrained(tmp_path / "model")
 
 
 def test_arguments_of_from_pretrained(tmp_path):

@@ -59,6 +59,13 @@ def test_circuits_in_file_formats(tmp_path):
     assert len(names["edges"]) == int((names["scores"] <= 0).sum()) > 0
 
 
+def test_auto_classes_in_ablated_models(tmp_path):
+    names = run("docs/ablated-models.md", 0, tmp_path)
+    assert names["model"].edge_cuts.edges == names["same"].edge_cuts.edges == ["m1->m2", "m1->a3.2"]
+    lm = run("docs/ablated-models.md", 1, tmp_path)["lm"]
+    assert lm.loglikelihood_rolling and lm.model.edge_cuts.edges == ["m1->m2", "m1->a3.2"]
+
+
 def test_the_picture_of_the_readme_is_drawn_as_the_page_says(tmp_path):
     out = f"--out={tmp_path}"
     steps = [f"--{name}=2" for name in ("max-edges", "relax-steps", "anneal-steps", "refine-rounds", "test-texts")]
@@ -70,7 +77,13 @@ def test_the_picture_of_the_readme_is_drawn_as_the_page_says(tmp_path):
     assert (tmp_path / "edges.png").read_bytes().startswith(b"\x89PNG")
 
 
-BLOCKS = {"README.md": 1, "docs/getting-started.md": 2, "docs/experiments.md": 1, "docs/file-formats.md": 2}
+BLOCKS = {
+    "README.md": 1,
+    "docs/ablated-models.md": 2,
+    "docs/getting-started.md": 2,
+    "docs/experiments.md": 1,
+    "docs/file-formats.md": 2,
+}
 
 
 def test_every_block_is_run():
