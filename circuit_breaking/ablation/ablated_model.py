@@ -60,7 +60,8 @@ def record_of(hf: PreTrainedModel, whole: PreTrainedConfig) -> EdgeAblation:
     handle = hf.edge_cuts
     return EdgeAblation(
         base_model=handle.base_model, base_model_type=whole.model_type, edges=list(map(str, handle.edges)),
-        ablation="zero" if handle.means is None else "mean", about=handle.about,
+        ablation="zero" if handle.means is None else "mean", ablate_from=handle.ablate_from,
+        about=handle.about,
     )  # fmt: skip
 
 

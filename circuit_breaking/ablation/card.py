@@ -30,11 +30,13 @@ def model_card(title: str, record: EdgeAblation, base: PreTrainedConfig, license
     source = f"[{record.base_model}](https://huggingface.co/{record.base_model})" if record.base_model else ""
     model = source or record.weights or f"A model of type `{record.base_model_type}`"
     carried = "the mean output of its source" if record.ablation == "mean" else "nothing (zero ablation)"
+    from_where = f" from position {record.ablate_from} on" if record.ablate_from else ""
+    cut = f"cut{from_where} ({', '.join(record.edges) or 'none'})"
     weights = f"The weights are loaded from `{record.weights}`. " if record.weights else ""
     return f"""{_metadata(record, license_name)}
 # {title}
 
-{model} with {len(record.edges)} of its {len(graph):,} causal edges cut ({", ".join(record.edges) or "none"}).
+{model} with {len(record.edges)} of its {len(graph):,} causal edges {cut}.
 A cut edge carries {carried}. Method: Li, Davies, Nadeau 2023, "Circuit Breaking: Removing Model Behaviors with
 Targeted Ablation" (arXiv:2309.05973).
 

@@ -43,6 +43,7 @@ class EdgeAblation(Record):
         weights: hub name of the model that the weights are loaded from, or `"tiny"`; None where they lie beside.
         edges: names of the cut edges.
         ablation: what they carry: zero, or the means in `means.safetensors`.
+        ablate_from: first position at which the cuts act.
         about: how the edges were found.
         results: measurements, for the model card.
     """
@@ -53,6 +54,7 @@ class EdgeAblation(Record):
     weights: str | None = None
     edges: list[str]
     ablation: Literal["zero", "mean"]
+    ablate_from: int = 0
     about: dict[str, Any] = field(default_factory=dict)
     results: dict[str, Any] = field(default_factory=dict)
 
@@ -115,7 +117,8 @@ class AblatedConfig(PreTrainedConfig):
         """Write the configuration, and the ablation values beside it."""
         path = Path(save_directory) / MEANS
         if self.means is not None:
-            write_tensors(path, {"means": self.means}, MeansRecord(model=self.record.base_model or None).to_json())
+            record = MeansRecord(model=self.record.base_model or None, ablate_from=self.record.ablate_from)
+            write_tensors(path, {"means": self.means}, record.to_json())
         elif self.record.ablation == "zero":
             path.unlink(missing_ok=True)  # of another model that was saved here
         super().save_pretrained(save_directory, *args, **kwargs)

@@ -67,7 +67,7 @@ def from_config(config: AblatedConfig, **keywords: Any) -> PreTrainedModel:
 def cut(hf: PreTrainedModel, record: EdgeAblation, means: Tensor | None, saved_as: str | PathLike) -> None:
     """Cut the edges of a record in its base model, which remembers how they were found and where it was loaded from."""
     hf.name_or_path = record.base_model
-    handle = ablate(hf, record.edges, means)
+    handle = ablate(hf, record.edges, means, record.ablate_from)
     handle.base_model, handle.about, handle.saved_as = record.base_model, record.about, str(saved_as)
     hf.name_or_path = hf.config.name_or_path = str(saved_as)
 

@@ -21,6 +21,7 @@ from circuit_breaking.ablation.card import model_card
 from circuit_breaking.ablation.config import FIELD, HINT, MODEL_TYPE, AblatedConfig, EdgeAblation
 from circuit_breaking.ablation.pretrained import check_fits, cut
 from circuit_breaking.engine.ablation_values import read_means
+from circuit_breaking.engine.arguments import check_ablate_from
 from circuit_breaking.errors import UserError, one_line
 from circuit_breaking.graph import Edge
 from circuit_breaking.models.families import describe, graph_of
@@ -41,6 +42,7 @@ class SavedAblation:
     Attributes:
         edges: names of the cut edges.
         ablation: what they carry: `"zero"`, or `"mean"` for the means in `means.safetensors`.
+        ablate_from: first position at which the cuts act.
         about: how the edges were found.
         results: measurements.
         base: what `load_tokenizer` takes: this folder, the folder of the whole model in it, or the base model's name.
@@ -51,6 +53,7 @@ class SavedAblation:
 
     edges: list[str]
     ablation: str
+    ablate_from: int
     about: dict[str, Any]
     results: dict[str, Any]
     base: str
@@ -84,6 +87,7 @@ def save_ablated(
     about: dict[str, Any] | None = None,
     results: dict[str, Any] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    ablate_from: int = 0,
 ) -> None:
     """Write an ablated model as a folder that `load_ablated`, and after `import circuit_breaking` transformers' own
     `AutoModelForCausalLM.from_pretrained`, load anywhere.
@@ -99,6 +103,7 @@ def save_ablated(
         about: JSON-able record of how the edges were found and on what data (see `files.provenance`).
         results: JSON-able measurements, for the card. A number that is not finite is stored as null.
         tokenizer: to be stored with the weights of a loaded model; that of a name or folder is found by itself.
+        ablate_from: first position at which the cuts act, as for `ablate`.
 
     Raises:
         UserError: as `ablate` does, or the folder cannot be written or holds something else. An unsupported family is
@@ -109,6 +114,7 @@ def save_ablated(
     config = base.config if isinstance(base, nn.Module) else load_config(base)
     if config.model_type == MODEL_TYPE:
         raise UserError(f"{base} is a saved ablated model. Give the base model, and all edges to cut.")
+    check_ablate_from(ablate_from)
     graph = graph_of(config)
     for edge in edges:
         _ends(graph, edge)
@@ -129,7 +135,8 @@ def save_ablated(
     name = hub_name(config)
     record = EdgeAblation(
         base_model=name, base_model_type=config.model_type, weights=weights, edges=list(map(str, edges)),
-        ablation="zero" if means is None else "mean", about=finite(about or {}), results=finite(results or {}),
+        ablation="zero" if means is None else "mean", ablate_from=ablate_from, about=finite(about or {}),
+        results=finite(results or {}),
     )  # fmt: skip
     if not (isinstance(record.about, dict) and isinstance(record.results, dict)):
         raise UserError("about and results are dictionaries. Give each entry a name.")
@@ -166,7 +173,8 @@ def read_ablated(folder: Path | str) -> SavedAblation:
     if path is None or path.name != CONFIG:
         old = old_format.AblatedModelRecord.read(path or folder / old_format.ABLATION, HINT)
         base = old.base or str(old_format.check_base(folder))
-        return SavedAblation(old.edges, old.ablation, old.about, old.results, base, old.base is None, shape=old.shape)
+        inside = old.base is None
+        return SavedAblation(old.edges, old.ablation, 0, old.about, old.results, base, inside, shape=old.shape)
     if code := next(folder.glob("*.py"), None):
         raise UserError(f"{code} is code, so {folder} is not loaded. Remove it if you trust the rest.")
     fields = read_json(path, HINT)
@@ -176,8 +184,9 @@ def read_ablated(folder: Path | str) -> SavedAblation:
     own = record.weights is None or (folder / "tokenizer_config.json").is_file()
     base = str(folder) if own else record.weights
     return SavedAblation(
-        record.edges, record.ablation, record.about, record.results, base, record.weights is None, config
-    )
+        record.edges, record.ablation, record.ablate_from, record.about, record.results, base, record.weights is None,
+        config,
+    )  # fmt: skip
 
 
 def load_ablated(

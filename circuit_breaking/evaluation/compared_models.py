@@ -74,7 +74,7 @@ class ComparedModel:
         if self.kind == "finetuned":
             yield load_hf_model(self.folder, hf.device, hf.dtype)
         elif self.edges:
-            with ablate(hf, self.edges, self.means):
+            with ablate(hf, self.edges, self.means, self.ablate_from):
                 yield hf
         else:
             yield hf
@@ -146,7 +146,8 @@ def _read(name: str, folder: Path, engine: Engines, hf: nn.Module) -> ComparedMo
         )
     means = read_means(folder / MEANS)[0] if record.ablation == "mean" else None
     about = {"budget": len(record.edges), "ablation": record.ablation, "n_edges": len(engine(False).graph)}
-    return ComparedModel(name, "mask", folder, record.edges, means, about, None if means is None else folder / MEANS)
+    file = None if means is None else folder / MEANS
+    return ComparedModel(name, "mask", folder, record.edges, means, about, file, record.ablate_from)
 
 
 def load_masked(path: Path, engine: Engines, means: Path | None = None) -> tuple[Any, MaskRecord]:

@@ -133,6 +133,22 @@ def test_configuration(tmp_path):
     assert type(config) not in AutoModel._model_mapping  # the body alone would be refused
 
 
+def test_the_first_position_of_the_cuts_is_kept(tmp_path):
+    hf = small_llama()
+    edges, means = some_edges(hf, 12), means_of(hf)
+    with ablate(hf, edges, means, ablate_from=2):
+        cut = logits(hf)
+        hf.save_pretrained(tmp_path / "one")
+    save_ablated(tmp_path / "two", hf, edges, means, ablate_from=2)
+    for name in ("one", "two"):
+        for model in (AutoModelForCausalLM.from_pretrained(tmp_path / name), load_ablated(tmp_path / name, "cpu")):
+            assert model.edge_cuts.ablate_from == 2 and logits(model).equal(cut)
+        assert read_ablated(tmp_path / name).ablate_from == 2
+        assert "cut from position 2 on" in (tmp_path / name / "README.md").read_text()
+    with pytest.raises(UserError, match="ablate_from is -1"):
+        save_ablated(tmp_path / "three", hf, edges, ablate_from=-1)
+
+
 @pytest.mark.parametrize("make", [small_gpt2, small_llama])
 def test_the_class_of_the_base_model_refuses_the_folder(tmp_path, make):
     hf = make()
