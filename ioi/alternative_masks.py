@@ -29,7 +29,8 @@ from circuit_breaking.runs.settings import ResumeSettings
 @dataclass
 class Settings(IOIMaskSettings, ResumeSettings):
     MOST_USED: ClassVar = (
-        "kind", "model", "prompts", "max_edges", "means", "frozen", "masks", "faithful", "run", "seed", "device",
+        "kind", "model", "task", "prompts", "max_edges", "means", "frozen", "masks", "faithful", "run", "seed",
+        "device",
     )  # fmt: skip
 
     kind: Literal["necessary", "sufficient", "outside", "covering"] = "necessary"  # the question, see above
@@ -57,12 +58,11 @@ from torch import Tensor
 
 from circuit_breaking.figures.indirect_objects import draw_run, draw_stages
 from circuit_breaking.graph import EdgeGraph
-from circuit_breaking.ioi.experiment import Experiment, open_experiment, write_run
+from circuit_breaking.ioi.experiment import Experiment, open_experiment, open_task, write_run
 from circuit_breaking.ioi.known_circuits import circuit_edges
 from circuit_breaking.runs.ioi_results import Covering, Stages
 from circuit_breaking.runs.mask_record import KEPT_EDGES, CutEdges, KeptEdges, read_edges_of_interest
 from circuit_breaking.runs.signals import stop_signals
-from circuit_breaking.tasks import IOITask
 from circuit_breaking.training.config import PruneSettings
 from circuit_breaking.training.prune import prune, smallest
 from circuit_breaking.training.run import train_into
@@ -89,7 +89,7 @@ def necessary(folder: Path, experiment: Experiment, before: dict[str, float]) ->
 def sufficient(folder: Path, experiment: Experiment, before: dict[str, float]) -> None:
     """Prune as long as the rest keeps its share of the logit difference on training prompts."""
     given, model = experiment.settings, experiment.model
-    task = IOITask(experiment.tokenizer, given.train, given.test, seed=given.seed)  # by cross entropy
+    task = open_task(given, experiment.tokenizer)  # by cross entropy
     metrics = experiment.metrics(given.num_measured, 20)
 
     def share(mask: Tensor) -> float:
@@ -149,7 +149,7 @@ def train(folder: Path, experiment: Experiment, allowed: Tensor | None = None) -
     """Train a mask, or continue an interrupted training. The mask is left in the model."""
     given = experiment.settings
     train_into(
-        folder, experiment.model, experiment.ioi, experiment.ordinary, given, allowed, experiment.provenance,
+        folder, experiment.model, experiment.task, experiment.ordinary, given, allowed, experiment.provenance,
         given.resume, given.checkpoint_every,
     )  # fmt: skip
 

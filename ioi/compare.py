@@ -22,8 +22,8 @@ from circuit_breaking.runs.settings import SeedSettings
 @dataclass
 class Settings(IOIMaskSettings, SeedSettings):
     MOST_USED: ClassVar = (
-        "model", "prompts", "budgets", "learned", "num_attribution", "ig_steps", "random_seeds", "means", "run", "seed",
-        "device",
+        "model", "task", "prompts", "budgets", "learned", "num_attribution", "ig_steps", "random_seeds", "means", "run",
+        "seed", "device",
     )  # fmt: skip
 
     budgets: tuple[int, ...] = (5, 10, 20, 50, 100)  # numbers of edges to cut; max_edges is not used
@@ -82,7 +82,7 @@ def main(settings: Settings) -> None:
             rows[name].append(measured(experiment, lowest_cut(-each, budget)))
         if learned is None:
             result = train_mask(
-                model, experiment.ioi, experiment.ordinary, replace(experiment.settings, max_edges=budget)
+                model, experiment.task, experiment.ordinary, replace(experiment.settings, max_edges=budget)
             )
             rows["learned"].append({**measured(experiment, result.weights), "seconds": result.seconds})
         else:
@@ -117,11 +117,11 @@ def ranked(experiment: Experiment) -> Tensor:
     model.mask.round_()
     mask = model.mask.weights.detach().clone()
     starts = range(0, settings.num_attribution, 20)
-    texts, prompts = (task.train[: settings.num_attribution] for task in (experiment.ordinary, experiment.ioi))
+    texts, prompts = (task.train[: settings.num_attribution] for task in (experiment.ordinary, experiment.task))
 
     def objective(weights: Tensor, rows: slice) -> Tensor:
         keep = experiment.ordinary.loss(model, texts[rows], weights)
-        broken = experiment.ioi.loss(model, prompts[rows], weights, settings.break_cap or None)
+        broken = experiment.task.loss(model, prompts[rows], weights, settings.break_cap or None)
         return settings.keep_weight * keep - settings.alpha * broken
 
     metrics = [

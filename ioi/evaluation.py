@@ -15,19 +15,21 @@ from circuit_breaking.ioi.settings import FOLDER, PromptSettings, default_data
 from circuit_breaking.runs.cli import read_settings, run_script
 from circuit_breaking.runs.config import check_counts, resolve_defaults
 from circuit_breaking.runs.settings import ModelSettings, SeedSettings
+from circuit_breaking.tasks.registry import PROMPT_TASKS
 
 HINT = "Train one with ioi/train_mask.py, or set runs to those that are there."
 
 
 @dataclass
 class Settings(PromptSettings, ModelSettings, SeedSettings):
-    MOST_USED: ClassVar = ("runs", "finetuned", "report", "out", "model", "prompts", "num_test", "device")
+    MOST_USED: ClassVar = ("runs", "finetuned", "report", "out", "model", "task", "prompts", "num_test", "device")
 
     runs: tuple[str, ...] = ("run",)  # runs in the folder out whose masks are measured
     finetuned: str | None = "finetuned"  # run of finetune_gpt2.py; left out if it is not there; None: none
     report: str = "report"  # name of the report's folder, in the folder out
     out: Path = FOLDER  # folder that holds the run folders
     model: str | None = None  # tiny, a name on the Hugging Face hub, a folder or a .gguf file; None: as in training
+    task: Literal[tuple(PROMPT_TASKS)] | None = None  # behaviour (docs/tasks.md); None: as in training
     prompts: Literal["one", "two", "all"] | None = None  # set of prompts; None: as in training
     train: Path | None = None  # training prompts, none of which may be held out; None: as in training
     test: Path | None = None  # held-out prompts; None: as in training
@@ -58,12 +60,13 @@ from circuit_breaking.engine.mask import read_mask_record
 from circuit_breaking.evaluation.bootstrap import estimate
 from circuit_breaking.evaluation.compared_models import Engines, load_masked
 from circuit_breaking.figures.indirect_objects import draw_models
-from circuit_breaking.ioi.measures import MEASURES, prompt_measures, text_measures
+from circuit_breaking.ioi.experiment import open_task
+from circuit_breaking.ioi.measures import labels_of, prompt_measures, text_measures
 from circuit_breaking.models.load import files_of, load_tokenizer
 from circuit_breaking.runs.ioi_results import IOIReport
 from circuit_breaking.runs.mask_record import MASK
 from circuit_breaking.runs.provenance import provenance
-from circuit_breaking.tasks import IOITask, OWTTask
+from circuit_breaking.tasks import OWTTask
 
 
 @contextmanager
@@ -83,14 +86,14 @@ def main(settings: Settings) -> None:
     masks = {run: settings.out / run / MASK for run in settings.runs}
     records = {run: read_mask_record(path, HINT) for run, path in masks.items()}
     first = next(iter(records.values()))
-    defaults = {"model": "tiny", "prompts": "all", "length": 50, "text_column": "text"}
+    defaults = {"model": "tiny", "task": "ioi", "prompts": "all", "length": 50, "text_column": "text"}
     settings = resolve_defaults(settings, {**first.data, "model": first.model or None}, defaults)
-    settings = resolve_defaults(settings, default_data(settings.model, settings.prompts))
+    settings = resolve_defaults(settings, default_data(settings.model, settings.prompts, settings.task))
     tuned = settings.out / settings.finetuned / "model" if settings.finetuned else None
     if tuned is not None and not tuned.is_dir():
         settings, tuned = replace(settings, finetuned=None), None
     tokenizer = load_tokenizer(settings.model)
-    ioi = IOITask(tokenizer, settings.train, settings.test)
+    task = open_task(replace(settings, seed=0), tokenizer)
     ordinary = OWTTask(tokenizer, settings.ordinary, settings.length, text_column=settings.text_column)
 
     engine = cache(lambda split_qkv: load_model(settings.model, split_qkv, settings.device, settings.dtype))
@@ -113,7 +116,7 @@ def main(settings: Settings) -> None:
     for name, opened in models.items():
         with opened() as model:
             cut, every = model.mask.n_cut(), len(model.graph)
-            sums[name] = prompt_measures(ioi, model, settings.num_test)
+            sums[name] = prompt_measures(task, model, settings.num_test)
             sums[name]["ordinary_loss"] = text_measures(ordinary, model, settings.num_test)
         base = None if name == "original" else sums["original"]
         measures = {
@@ -122,22 +125,23 @@ def main(settings: Settings) -> None:
         found[name] = {"edges_cut": cut, "n_edges": every, "measures": measures}
     folder = settings.out / settings.report
     inputs = [*masks.values(), settings.test, Path(settings.ordinary), *files_of(settings.model)]
-    run = provenance(settings, [path for path in inputs if path.is_file()])
-    count = {"prompts": min(settings.num_test, len(ioi.test)), "texts": min(settings.num_test, len(ordinary.test))}
+    run = provenance(settings, [path for path in inputs if path and path.is_file()])
+    count = {"prompts": min(settings.num_test, len(task.test)), "texts": min(settings.num_test, len(ordinary.test))}
     IOIReport(models=found, measured_on=count, provenance=run).write(folder / "ioi_report.json")
     draw_models(folder)
-    Console().print(table(found))
+    Console().print(table(found, settings.task))
     print(f"written to {folder}")
 
 
-def table(models: dict[str, Any]) -> Table:
+def table(models: dict[str, Any], task: str) -> Table:
     """A row a model, 95% intervals below each figure."""
-    result = Table(title="indirect objects", show_lines=True)
-    for label in ("", "edges cut", *MEASURES.values(), "ordinary loss, nats"):
+    result = Table(title="indirect objects" if task == "ioi" else task, show_lines=True)
+    labels = labels_of(task)
+    for label in ("", "edges cut", *labels.values(), "ordinary loss, nats"):
         result.add_column(label, justify="right" if label else "left")
     for name, one in models.items():
         cells = []
-        for key in (*MEASURES, "ordinary_loss"):
+        for key in (*labels, "ordinary_loss"):
             value, low, high = (one["measures"][key][each] for each in ("value", "low", "high"))
             cells.append("–" if value is None else f"{value:.3f}\n{low:.2f}–{high:.2f}")
         result.add_row(name, f"{one['edges_cut']:,}", *cells)

@@ -29,7 +29,8 @@ from circuit_breaking.runs.settings import ModelSettings, ResumeSettings
 @dataclass
 class Settings(ObjectiveSettings, PromptSettings, ModelSettings, IOIRunSettings, ResumeSettings):
     MOST_USED: ClassVar = (
-        "model", "prompts", "steps", "batch_size", "lr", "alpha", "break_cap", "objective", "run", "seed", "device",
+        "model", "task", "prompts", "steps", "batch_size", "lr", "alpha", "break_cap", "objective", "run", "seed",
+        "device",
     )  # fmt: skip
 
     run: str = "finetuned"
@@ -53,6 +54,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from circuit_breaking.ioi.experiment import open_task
 from circuit_breaking.models.load import files_of, load_hf_model, load_tokenizer
 from circuit_breaking.models.save import save_hf_folder
 from circuit_breaking.runs.checkpoints import (
@@ -67,7 +69,7 @@ from circuit_breaking.runs.files import read_jsonl
 from circuit_breaking.runs.provenance import provenance
 from circuit_breaking.runs.records import RunSettings
 from circuit_breaking.runs.run_folder import recorded
-from circuit_breaking.tasks import IOITask, OWTTask
+from circuit_breaking.tasks import OWTTask, PromptTask
 from circuit_breaking.tasks.losses import trainable_prediction_losses
 from circuit_breaking.tasks.stock_model import StockModel
 from circuit_breaking.training.loop import Row, run_steps
@@ -75,19 +77,19 @@ from circuit_breaking.training.loop import Row, run_steps
 
 def main(settings: Settings) -> None:
     settings.check()
-    settings = resolve_defaults(settings, default_data(settings.model, settings.prompts))
+    settings = resolve_defaults(settings, default_data(settings.model, settings.prompts, settings.task))
     torch.manual_seed(settings.seed)
     folder = settings.out / settings.run
     tokenizer = load_tokenizer(settings.model)
-    ioi = IOITask(tokenizer, settings.train, settings.test, seed=settings.seed, objective=settings.objective)
+    task = open_task(settings, tokenizer, settings.objective)
     ordinary = OWTTask(
         tokenizer, settings.ordinary, settings.length, seed=settings.seed, text_column=settings.text_column
     )
     inputs = [settings.train, settings.test, Path(settings.ordinary), *files_of(settings.model)]
-    record = provenance(settings, [path for path in inputs if path.is_file()])
+    record = provenance(settings, [path for path in inputs if path and path.is_file()])
     hf = load_hf_model(settings.model, settings.device, settings.dtype)
     with recorded(folder, record, settings.resume, settings.checkpoint_every) as how:
-        finetune(hf, ioi, ordinary, settings, **how)
+        finetune(hf, task, ordinary, settings, **how)
         save_hf_folder(folder / "model", hf, tokenizer)
         RunSettings(script="ioi/finetune_gpt2.py", provenance=record).write(folder / "settings.json")
         how["checkpoints"].remove()
@@ -97,7 +99,7 @@ def main(settings: Settings) -> None:
 
 def finetune(
     hf: nn.Module,
-    ioi: IOITask,
+    task: PromptTask,
     ordinary: OWTTask,
     settings: Settings,
     on_step: Callable[[dict[str, Any]], None],
@@ -108,7 +110,7 @@ def finetune(
     hf.requires_grad_(True)
     stock, parameters = StockModel(hf), dict(hf.named_parameters())
     optimizer = torch.optim.AdamW(parameters.values(), lr=settings.lr, weight_decay=0.0)
-    tasks, done = {"ioi": ioi, "ordinary": ordinary}, 0
+    tasks, done = {"ioi": task, "ordinary": ordinary}, 0
     if resume_from is not None:
         done = resume_from.step
         restore_training(optimizer, parameters, resume_from.tensors)
@@ -117,7 +119,7 @@ def finetune(
 
     def step(number: int) -> Row:
         keep = trainable_prediction_losses(hf, ordinary.draw(settings.batch_size))[0].mean()
-        broken = ioi.loss(stock, ioi.draw(settings.batch_size), cap=settings.break_cap)
+        broken = task.loss(stock, task.draw(settings.batch_size), cap=settings.break_cap)
         loss = keep - settings.alpha * broken
         if not math.isfinite(float(loss.detach())):
             raise UserError(f"the loss is not finite any more at step {number}. Lower the learning rate or alpha.")

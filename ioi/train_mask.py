@@ -1,5 +1,7 @@
 """Learn which few edges to cut so that a model no longer knows the indirect object but still predicts ordinary text.
 
+`--task` names another behaviour to remove (docs/tasks.md).
+
 Reads   a model; prompts (make_ioi_datasets.py); ordinary text; ablation values (compute_means.py), if --means names a
         file.
 Writes  data/ioi/<run>/: settings.json; metrics.jsonl, one row per step; mask.safetensors; edges.json; graph.json;
@@ -22,8 +24,8 @@ from circuit_breaking.training.config import check_mask
 @dataclass
 class Settings(IOIMaskSettings, ResumeSettings):
     MOST_USED: ClassVar = (
-        "model", "prompts", "max_edges", "alpha", "means", "objective", "relax_steps", "anneal_steps", "refine_rounds",
-        "run", "seed", "device",
+        "model", "task", "prompts", "max_edges", "alpha", "means", "objective", "relax_steps", "anneal_steps",
+        "refine_rounds", "run", "seed", "device",
     )  # fmt: skip
 
 
@@ -45,7 +47,7 @@ def main(settings: Settings) -> None:
     with hold(folder):
         before = experiment.summary()
         result = train_into(
-            folder, experiment.model, experiment.ioi, experiment.ordinary, settings, None, experiment.provenance,
+            folder, experiment.model, experiment.task, experiment.ordinary, settings, None, experiment.provenance,
             settings.resume, settings.checkpoint_every, lock=False,
         )  # fmt: skip
         if not is_main():

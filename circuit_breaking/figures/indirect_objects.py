@@ -32,11 +32,11 @@ from circuit_breaking.runs.results import new_or_old
 
 PANELS = {  # measures of a report, with the title of each panel
     "logit_difference": "logit difference",
-    "accuracy": "IO first, share",
-    "probability": "probability of IO",
+    "accuracy": "right answer first, share",
+    "probability": "probability of the answer",
     "ordinary_loss": "ordinary loss, nats",
 }
-COMPARED = {"logit_difference": "logit difference, IO - S", "ordinary_loss": "loss on ordinary text, nats"}
+COMPARED = {"logit_difference": "logit difference, right - wrong", "ordinary_loss": "loss on ordinary text, nats"}
 
 
 def _open(path: Path, hint: str, kind: type[Record]) -> CheckedJson:

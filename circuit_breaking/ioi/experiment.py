@@ -1,4 +1,4 @@
-"""An experiment on indirect objects: what the scripts load for one, and the files that a run with a mask writes."""
+"""An experiment on a task of prompts: what the scripts load for one, and the files that a run with a mask writes."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,8 +19,9 @@ from circuit_breaking.runs.ioi_results import GraphRecord
 from circuit_breaking.runs.mask_record import MASK, MEANS, MaskRecord, MeansRecord, data_of, write_edges
 from circuit_breaking.runs.provenance import provenance
 from circuit_breaking.runs.records import RunSettings
-from circuit_breaking.tasks import IOITask, OWTTask
-from circuit_breaking.tasks.prompts import PromptBatch, answer_difference, end_logits
+from circuit_breaking.tasks import IOITask, OWTTask, PromptTask, prompt_task
+from circuit_breaking.tasks.prompts import Objective, PromptBatch, answer_difference, end_logits
+from circuit_breaking.tasks.registry import IOI
 from circuit_breaking.training.attribution import eap_ig
 from circuit_breaking.training.mask_gradient import MaskFunction
 
@@ -33,7 +34,7 @@ class Experiment:
         settings: the settings of the script, with all defaults filled in.
         model: the model; its mask is learned and measured.
         tokenizer: the model's tokenizer.
-        ioi: the task whose behaviour is broken.
+        task: the task whose behaviour is broken.
         ordinary: the task whose behaviour is kept.
         provenance: settings, versions and hashes of the files that were read.
     """
@@ -41,13 +42,13 @@ class Experiment:
     settings: IOIMaskSettings
     model: EdgeMaskedTransformer
     tokenizer: Any
-    ioi: IOITask
+    task: PromptTask
     ordinary: OWTTask
     provenance: dict[str, Any]
 
     def summary(self) -> dict[str, float]:
         """Measure the model with its present mask: the means of `MEASURES` on held-out prompts, and `ordinary_loss`."""
-        measured = self.ioi.measure(self.model, self.settings.num_test)
+        measured = self.task.measure(self.model, self.settings.num_test)
         found = {key: float(measured[key].mean()) for key in MEASURES}
         return found | {"ordinary_loss": self.ordinary.get_test_loss(self.model, self.settings.num_test)}
 
@@ -59,7 +60,7 @@ class Experiment:
         """
         most = min(batch_size, self.settings.micro_batch or batch_size)
         size = next(size for size in range(most, 0, -1) if batch_size % size == 0)
-        return [difference_on(self.model, batch) for batch in self.ioi.train[:num_data].batches(size)]
+        return [difference_on(self.model, batch) for batch in self.task.train[:num_data].batches(size)]
 
 
 def open_experiment(settings: IOIMaskSettings) -> Experiment:
@@ -69,15 +70,15 @@ def open_experiment(settings: IOIMaskSettings) -> Experiment:
         UserError: a file is missing, or does not fit the model.
     """
     check_counts(settings, "num_test", "batch_size")
-    settings = resolve_defaults(settings, default_data(settings.model, settings.prompts))
+    settings = resolve_defaults(settings, default_data(settings.model, settings.prompts, settings.task))
     torch.manual_seed(settings.seed)
     tokenizer = load_tokenizer(settings.model)
-    ioi = IOITask(tokenizer, settings.train, settings.test, seed=settings.seed, objective=settings.objective)
+    task = open_task(settings, tokenizer, settings.objective)
     ordinary = OWTTask(
         tokenizer, settings.ordinary, settings.length, seed=settings.seed, text_column=settings.text_column
     )
-    for task in (ioi, ordinary):
-        task.evaluation_batch = settings.micro_batch or task.evaluation_batch
+    for each in (task, ordinary):
+        each.evaluation_batch = settings.micro_batch or each.evaluation_batch
     model = load_model(
         settings.model, settings.split_qkv, settings.device, settings.dtype, settings.gradient_checkpointing
     )
@@ -85,7 +86,21 @@ def open_experiment(settings: IOIMaskSettings) -> Experiment:
         load_means(settings.means, model)
     inputs = [settings.train, settings.test, settings.means, Path(settings.ordinary), *files_of(settings.model)]
     run = provenance(settings, [path for path in inputs if path and path.is_file()])
-    return Experiment(settings, model, tokenizer, ioi, ordinary, run)
+    return Experiment(settings, model, tokenizer, task, ordinary, run)
+
+
+def open_task(settings: Any, tokenizer: Any, objective: Objective = "cross_entropy") -> PromptTask:
+    """The task that settings name, with all defaults filled in; held-out prompts do not depend on `seed`.
+
+    Args:
+        settings: a dataclass with `task`, `train` and `test`, and perhaps `seed`.
+        tokenizer: the model's tokenizer.
+        objective: as for `PromptTask`.
+    """
+    seed = getattr(settings, "seed", 0)
+    if settings.task == IOI:
+        return IOITask(tokenizer, settings.train, settings.test, seed=seed, objective=objective)
+    return prompt_task(settings.task, tokenizer, seed=seed, objective=objective)
 
 
 def difference_on(model: EdgeMaskedTransformer, batch: PromptBatch) -> MaskFunction:
@@ -133,4 +148,4 @@ def write_run(folder: Path, script: str, experiment: Experiment, results: dict[s
     write_edges(folder, list(edges), kept)
     GraphRecord.of(model.graph, edges, "kept" if kept else "cut").write(folder / "graph.json")
     masks = {"original": ones, "edges kept alone" if kept else "edges cut": mask}
-    next_tokens(model, experiment.tokenizer, experiment.ioi.test[:1], masks).write(folder / "next_tokens.json")
+    next_tokens(model, experiment.tokenizer, experiment.task.test[:1], masks).write(folder / "next_tokens.json")

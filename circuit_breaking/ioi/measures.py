@@ -1,4 +1,4 @@
-"""The measures of the indirect-object experiments: on prompts, on ordinary texts, and the most probable next tokens."""
+"""The measures of experiments on tasks of prompts: on prompts, on ordinary texts, and the most probable next tokens."""
 
 from typing import Any
 
@@ -11,11 +11,12 @@ from circuit_breaking.evaluation.bootstrap import Sums
 from circuit_breaking.evaluation.measure import sum_by_text
 from circuit_breaking.models.causal_model import CausalModel
 from circuit_breaking.runs.ioi_results import NextTokens
-from circuit_breaking.tasks import IOITask, TextTask
+from circuit_breaking.tasks import PromptTask, TextTask
 from circuit_breaking.tasks.base import EVALUATION_BATCH, prediction_losses
 from circuit_breaking.tasks.prompts import PromptBatch, end_logits
+from circuit_breaking.tasks.registry import IOI
 
-MEASURES = {  # measures on prompts: their names in reports, and in tables
+MEASURES = {  # measures of indirect-object prompts: their names in reports, and in tables
     "logit_difference": "logit difference, IO - S",
     "accuracy": "IO is the first choice",
     "above_subject": "IO above S",
@@ -24,7 +25,21 @@ MEASURES = {  # measures on prompts: their names in reports, and in tables
 }
 
 
-def prompt_measures(task: IOITask, model: CausalModel, num_data: int) -> dict[str, Sums]:
+ANSWERS = {  # the same of other tasks
+    "logit_difference": "logit difference, right - wrong",
+    "accuracy": "a right answer is the first choice",
+    "above_subject": "right answers above wrong ones",
+    "probability": "probability of right answers",
+    "loss": "loss on right answers, nats",
+}
+
+
+def labels_of(task: str) -> dict[str, str]:
+    """The measures of a task, by name, and how tables call them."""
+    return MEASURES if task == IOI else ANSWERS
+
+
+def prompt_measures(task: PromptTask, model: CausalModel, num_data: int) -> dict[str, Sums]:
     """Every measure of `MEASURES` on held-out prompts: the values of the prompts [N], and ones [N] as their counts."""
     return {key: (values.numpy(), np.ones(len(values))) for key, values in task.measure(model, num_data).items()}
 
@@ -48,7 +63,8 @@ def next_tokens(
         tokenizer: its tokenizer.
         prompt: a batch of one prompt.
         masks: mask weights [E], by the name under which the picture shows the model with them.
-        count: number of tokens for each mask. The two names of the prompt are added if they are not among them.
+        count: number of tokens for each mask. The first right and the first wrong
+            answer are added if they are not among them.
     """
     models = {}
     for name, weights in masks.items():

@@ -44,6 +44,26 @@ class IOIComparison(Results):
 
 
 @dataclass(kw_only=True)
+class Faithfulness(Results):
+    """`faithfulness.json` of `ioi/faithfulness.py`.
+
+    Attributes:
+        task: the behaviour.
+        n_edges: edges of the graph.
+        num_prompts: how many held-out prompts were measured.
+        circuits: by name: `cpr`, `cmd`, the `seconds` that scoring the edges took (None for a file), and `curves`: the
+            fields of `evaluation.faithfulness.Curve` and the faithfulness, with edges ranked by score ("cpr") and by
+            absolute score ("cmd").
+    """
+
+    NAME: ClassVar[str] = "faithfulness"
+    task: str
+    n_edges: int
+    num_prompts: int
+    circuits: dict[str, Any]
+
+
+@dataclass(kw_only=True)
 class GraphRecord(Record):
     """`graph.json` of a run: the edges that it is about, for its pictures.
 

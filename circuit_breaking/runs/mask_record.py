@@ -13,7 +13,7 @@ MASK = "mask.safetensors"  # the file of a mask in a run folder
 MEANS = "means.safetensors"  # of the ablation values that were learned with it
 CUT_EDGES, KEPT_EDGES = "edges.json", "kept_edges.json"
 # settings of the data that a mask was trained on; scripts that measure it take them where their own are not set
-DATA_SETTINGS = ("toxic_train", "toxic_test", "ordinary", "text_column", "length", "train", "test", "prompts")
+DATA_SETTINGS = ("toxic_train", "toxic_test", "ordinary", "text_column", "length", "train", "test", "prompts", "task")
 
 
 @dataclass(frozen=True)

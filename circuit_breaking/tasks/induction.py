@@ -1,8 +1,8 @@
 """Induction (Olsson et al. 2022): a list of random words is repeated, and the word that followed before comes next.
 
-    lamp river cat stone moon ... lamp river cat -> stone
+    The words are: lamp river cat stone moon ... lamp river cat stone -> moon
 
-The wrong answer is another word of the list. In the counterfactual, the two have changed places in the first list.
+The wrong answer is a later word of the list. In the counterfactual, the two have changed places in the first list.
 """
 
 import random
@@ -36,13 +36,9 @@ def generate(tokenizer: PreTrainedTokenizerBase, draw: random.Random, name: str)
     words = single_words(tokenizer, WORDS, 2 * LENGTH, name)
     while True:
         chosen = draw.sample(words, LENGTH)
-        asked = draw.randrange(2, LENGTH - 1)  # position of the answer in the list
-        other = draw.choice([at for at in range(1, LENGTH) if abs(at - asked) > 1])
+        asked = draw.randrange(LENGTH // 2, LENGTH - 2)  # position of the answer in the list
+        other = draw.randrange(asked + 2, LENGTH)  # after the part that is repeated, which both prompts share
         swapped = list(chosen)
         swapped[asked], swapped[other] = swapped[other], swapped[asked]
-        # the repeated part is the same in both prompts, and must not hold the other word
-        again = chosen[max(0, asked - 2) : asked]
-        if chosen[other] in again:
-            continue
-        prompts = [" ".join(["The words are:", *each, *again]) for each in (chosen, swapped)]
+        prompts = [" ".join(["The words are:", *each, *chosen[:asked]]) for each in (chosen, swapped)]
         yield Example(prompts[0], (f" {chosen[asked]}",), (f" {chosen[other]}",), prompts[1])

@@ -252,3 +252,45 @@ def test_notebooks_run_from_top_to_bottom(data, tmp_path, name, changes):
     )
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(path.parent)}}).execute()
     assert any(tmp_path.iterdir())
+
+
+def test_scripts_work_for_other_tasks(tmp_path):
+    quick = {**QUICK, "task": "agreement", "out": tmp_path, "num_test": 12}
+
+    def run(name, **changes):
+        script = load_script(f"ioi/{name}.py")
+        known = asdict(script.Settings())
+        script.main(script.Settings(**{key: value for key, value in {**quick, **changes}.items() if key in known}))
+
+    means = tmp_path / "means.safetensors"
+    run("compute_means", num_texts=20, out=means)
+    run("train_mask", run="run", max_edges=3, means=means)
+    tokens = read_json(tmp_path / "run" / "next_tokens.json")
+    assert tokens["prompt"].startswith("The ") and {tokens["IO"], tokens["S"]} <= {" are", " is"}
+    run("finetune_gpt2", steps=1, batch_size=2)
+    run("evaluation", runs=("run",), task=None)
+    report = read_json(tmp_path / "report" / "ioi_report.json")
+    assert report["provenance"]["settings"]["task"] == "agreement" and report["measured_on"]["prompts"] == 12
+    assert set(report["models"]) == {"original", "run", "fine-tuned"}
+    run("faithfulness", num_attribution=8, ig_steps=2, split_qkv=True, means=means)
+    found = read_json(tmp_path / "faithfulness" / "faithfulness.json")
+    assert list(found["circuits"]) == ["EAP", "EAP-IG", "random"] and found["num_prompts"] == 12
+    assert found["n_edges"] == 479
+    for one in found["circuits"].values():
+        curve = one["curves"]["cpr"]
+        assert curve["faithfulness"][-1] == pytest.approx(1) and curve["n_edges"][-1] == 479 and one["cmd"] > 0
+    # circuits that were written are read, and measured the same; those of another shape are refused
+    path = tmp_path / "submitted.json"
+    path.write_bytes((tmp_path / "faithfulness" / "EAP.json").read_bytes())
+    run("faithfulness", num_attribution=8, ig_steps=0, split_qkv=True, means=means, circuits=(path,), run="again")
+    again = read_json(tmp_path / "again" / "faithfulness.json")["circuits"]
+    assert again["submitted"]["cpr"] == again["EAP"]["cpr"] == pytest.approx(found["circuits"]["EAP"]["cpr"], abs=1e-6)
+    with pytest.raises(UserError, match=r"that make up .* differ"):
+        run("faithfulness", num_attribution=8, circuits=(path,))
+    with pytest.raises(UserError, match="two circuits are called EAP"):
+        run("faithfulness", circuits=(tmp_path / "faithfulness" / "EAP.json",))
+    for name in ("train_mask", "faithfulness"):
+        with pytest.raises(UserError, match=r"prompts of the task agreement are generated. Leave train out"):
+            run(name, train=tmp_path / "train.jsonl")
+    with pytest.raises(UserError, match="differ in length"):
+        run("compute_means", task="addition", kind="position", num_texts=50, out=tmp_path / "position.safetensors")
