@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any
 
+from circuit_breaking.ablation.auto import register_on_import
+
 
 def lazy_names(package: str, modules: Mapping[str, str]) -> Callable[[str], Any]:
     """A package's `__getattr__` (PEP 562) that imports a public name when it is first used.
@@ -43,6 +45,9 @@ PUBLIC = {
 }
 __all__ = sorted(PUBLIC)
 __getattr__ = lazy_names(__name__, PUBLIC)
+
+
+register_on_import()
 
 
 def __dir__() -> list[str]:

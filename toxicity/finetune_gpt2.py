@@ -62,7 +62,7 @@ from pathlib import Path
 from circuit_breaking.figures.training import draw_finetuning
 from circuit_breaking.models.activations import fused_activations
 from circuit_breaking.models.load import files_of, load_hf_model, load_tokenizer
-from circuit_breaking.models.save import save_hf_folder
+from circuit_breaking.models.save import CONFIG, save_hf_folder
 from circuit_breaking.runs.cost import COST_FILE, cost, with_earlier
 from circuit_breaking.runs.files import write_json, write_jsonl
 from circuit_breaking.runs.provenance import provenance
@@ -105,14 +105,17 @@ def make(folder: Path, settings: Settings, method: str, splits: Splits, tokenize
     """Fine-tune by one method, write what came of it, and say so."""
     parts = CheckpointedParts(folder / PARTS, run, settings.resume, settings.checkpoint_every, APART)
     (hf, result, spent), history, notes, seconds = best_of_grid(settings, method, splits, parts)
-    save_hf_folder(folder, hf, tokenizer)
-    write_jsonl(folder / "metrics.jsonl", history)
-    write_json(folder / COST_FILE, {**spent, "seconds_with_tuning": round(seconds, 2)})
-    # last: it says that the folder is complete
-    FineTuning(
+    record = FineTuning(
         **describe(replace(result, note=notes)), lrs=list(run["lrs"]), made_from=fingerprint(resume_key(run, *APART)),
         provenance={name: run[name] for name in PROVENANCE if name in run},
-    ).write(folder / FINETUNING)  # fmt: skip
+    )  # fmt: skip
+
+    def write_records(staged: Path) -> None:
+        write_jsonl(staged / "metrics.jsonl", history)
+        write_json(staged / COST_FILE, {**spent, "seconds_with_tuning": round(seconds, 2)})
+        record.write(staged / FINETUNING)
+
+    save_hf_folder(folder, hf, tokenizer, write_records)
     parts.remove()
     row = result.best
     print(
@@ -139,7 +142,8 @@ def main(settings: Settings) -> None:
             with locked(folder / method):
                 place = folder / method
                 made_from = fingerprint(resume_key(run, *APART))
-                made = bool(files_of(str(place))) and is_up_to_date(place / FINETUNING, made_from, FineTuning.read)
+                complete = (place / CONFIG).is_file() and bool(files_of(str(place)))
+                made = complete and is_up_to_date(place / FINETUNING, made_from, FineTuning.read)
                 if settings.resume and made:
                     print(f"{method}: is there, of the same settings, data and code; --no-resume makes it again")
                 else:

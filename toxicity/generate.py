@@ -85,6 +85,7 @@ class Ablated:
     means: Tensor | None
     about: dict[str, Any]
     results: dict[str, Any]
+    ablate_from: int
 
 
 def read_run(folder: Path) -> Ablated:
@@ -99,9 +100,8 @@ def read_run(folder: Path) -> Ablated:
         raise UserError(f"{path} does not name the model that the mask belongs to. {HINT}")
     report = folder / "report.json"
     results = Report.read(report).to_json() if report.is_file() else {}
-    return Ablated(
-        record.model, edges, read_value(record.ablation_value, path, record.ablate_from), record.provenance, results
-    )
+    means = read_value(record.ablation_value, path, record.ablate_from)
+    return Ablated(record.model, edges, means, record.provenance, results, record.ablate_from)
 
 
 def load_pair(settings: Settings) -> tuple[Any, dict[str, nn.Module]]:
@@ -117,11 +117,12 @@ def load_pair(settings: Settings) -> tuple[Any, dict[str, nn.Module]]:
     else:
         run = read_run(folder)
         tokenizer = load_tokenizer(run.base)
-        original = load_hf_model(run.base, settings.device, settings.dtype)
+        original = load_hf_model(run.base, settings.device, settings.dtype, only_supported=True)
         ablated = twin(original)
-        ablate(ablated, run.edges, run.means)
+        ablate(ablated, run.edges, run.means, run.ablate_from)
         if settings.save is not None:
-            save_ablated(settings.save, run.base, run.edges, run.means, run.about, run.results)
+            about = (run.about, run.results)
+            save_ablated(settings.save, run.base, run.edges, run.means, *about, ablate_from=run.ablate_from)
             print(f"written to {settings.save}")
     return tokenizer, {"original": original, "ablated": ablated}
 

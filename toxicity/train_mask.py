@@ -2,8 +2,10 @@
 
 Reads   a model; toxic posts for training and held-out ones; ordinary text; ablation values, if --means names a file.
 Writes  data/toxicity/<run>/: settings.json; metrics.jsonl, one row per step; mask.safetensors; edges.json, the cut
-        edges; means.safetensors, if ablation constants are learned (--constants-lr). During training also checkpoints,
-        from which the same command continues an interrupted run.
+        edges; means.safetensors, if ablation constants are learned (--constants-lr). Methods that rank edges also write
+        ranking.safetensors; curve.json and curve.png, the held-out losses by edges cut; and in masks/ the mask, edges
+        and constants for each of --budgets. During training also checkpoints, from which the same command continues an
+        interrupted run.
 Time    a minute for the shipped model on two cores; seconds per step for GPT-2 small on two cores.
 
 `accelerate launch toxicity/train_mask.py` trains on several GPUs, each with its share of every batch.
@@ -48,15 +50,30 @@ from circuit_breaking.engine.ablation_values import load_means, save_means, valu
 from circuit_breaking.engine.load import load_model
 from circuit_breaking.engine.mask import save_mask
 from circuit_breaking.engine.transformer import EdgeMaskedTransformer
+from circuit_breaking.figures.edge_curve import draw_curve
 from circuit_breaking.models.load import files_of, load_tokenizer
 from circuit_breaking.runs.distributed import is_main
-from circuit_breaking.runs.mask_record import MASK, MEANS, MaskRecord, MeansRecord, data_of, write_edges
+from circuit_breaking.runs.mask_record import (
+    MASK,
+    MEANS,
+    AblationValueRecord,
+    MaskRecord,
+    MeansRecord,
+    data_of,
+    write_edges,
+)
 from circuit_breaking.runs.provenance import provenance
+from circuit_breaking.runs.ranking_record import CURVE, RANKING, Curve, RankingRecord
 from circuit_breaking.runs.records import RunSettings
 from circuit_breaking.runs.run_folder import hold
 from circuit_breaking.tasks import OWTTask, ToxicTask
 from circuit_breaking.tasks.base import TextTask
+from circuit_breaking.training.budgets import masks_at
+from circuit_breaking.training.edge_ranking import save_ranking
+from circuit_breaking.training.mask_trainer import MaskResult
 from circuit_breaking.training.run import train_into
+
+MASKS = "masks"  # folder of the masks of all budgets
 
 
 def main(settings: Settings) -> None:
@@ -93,29 +110,74 @@ def train(
         RunSettings(script="toxicity/train_mask.py", provenance=run).write(folder / "settings.json")
     for task in tasks.values():
         task.evaluation_batch = settings.micro_batch or task.evaluation_batch
-    before = {name: task.get_test_loss(model, settings.test_texts) for name, task in tasks.items()}
+    before = held_out(model, tasks, settings)
     result = train_into(
         folder, model, tasks["toxic"], tasks["ordinary"], settings, None, run, settings.resume,
         settings.checkpoint_every, lock=False,
     )  # fmt: skip
-    if not is_main():
-        return
-    after = {name: task.get_test_loss(model, settings.test_texts) for name, task in tasks.items()}
+    if is_main():
+        after = held_out(model, tasks, settings)
+        write_mask(folder, model, settings.max_edges, run, settings, {"before": before, "after": after})
+        for name in tasks:
+            print(f"held-out loss on {name} text: {before[name]:.3f} -> {after[name]:.3f}")
+        edges = ", ".join(result.edges)
+        print(f"{len(result.edges)} of {len(model.graph):,} edges cut in {result.seconds:.0f} s: {edges}")
+    if result.ranking is not None:
+        write_ranking(folder, model, tasks, run, settings, result, before)
+    if is_main():
+        print(f"written to {folder}")
 
+
+def held_out(model: EdgeMaskedTransformer, tasks: dict[str, TextTask], settings: Settings) -> dict[str, float]:
+    """Loss on held-out texts of each task, with the mask that is in the model."""
+    return {name: task.get_test_loss(model, settings.test_texts) for name, task in tasks.items()}
+
+
+def write_mask(
+    folder: Path, model: EdgeMaskedTransformer, budget: int, run: dict[str, Any], settings: Settings,
+    losses: dict[str, Any],
+) -> AblationValueRecord:  # fmt: skip
+    """Write the mask that is in the model, and its ablation constants if they are learned. Returns what they are."""
     learned = bool(settings.constants_lr) and model.means is not None
     if learned:
         save_means(folder / MEANS, model, model.means, MeansRecord(provenance=run))
+    value = value_in(folder / MEANS if learned else settings.means, learned)
     record = MaskRecord(
-        method=settings.method, budget=settings.max_edges, seed=settings.seed, provenance=run,
-        ablation_value=value_in(folder / MEANS if learned else settings.means, learned),
-        losses={"before": before, "after": after}, data=data_of(asdict(settings)),
+        method=settings.method, budget=budget, seed=settings.seed, provenance=run, ablation_value=value,
+        losses=losses, data=data_of(asdict(settings)),
     )  # fmt: skip
     save_mask(folder / MASK, model, record)
-    write_edges(folder, result.edges)
-    for name in tasks:
-        print(f"held-out loss on {name} text: {before[name]:.3f} -> {after[name]:.3f}")
-    print(f"{len(result.edges)} of {len(model.graph):,} edges cut in {result.seconds:.0f} s: {', '.join(result.edges)}")
-    print(f"written to {folder}")
+    write_edges(folder, model.mask.cut_edges())
+    return value
+
+
+def write_ranking(
+    folder: Path, model: EdgeMaskedTransformer, tasks: dict[str, TextTask], run: dict[str, Any], settings: Settings,
+    result: MaskResult, before: dict[str, float],
+) -> None:  # fmt: skip
+    """Write the ranking, a mask of each budget, and the curve of their held-out losses."""
+
+    def objective(losses: dict[str, float]) -> float:
+        return settings.keep_weight * losses["ordinary"] - settings.alpha * losses["toxic"]
+
+    rows, value = [], value_in(settings.means)
+    budgets = {*settings.budgets, settings.max_edges} - {0}
+    # all processes train the constants of each mask together, and the main one writes
+    for budget in masks_at(budgets, result, model, tasks["toxic"], tasks["ordinary"], settings):
+        if is_main():
+            losses = held_out(model, tasks, settings)
+            rows.append({"edges_cut": budget, **losses, "gain": objective(before) - objective(losses)})
+            value = write_mask(
+                folder / MASKS / f"{settings.method}_{budget}", model, budget, run, settings,
+                {"before": before, "after": losses},
+            )  # fmt: skip
+    if not is_main():
+        return
+    record = RankingRecord(method=settings.method, seed=settings.seed, ablation_value=value, provenance=run)
+    save_ranking(folder / RANKING, model, result.ranking, record)
+    Curve(original=before, rows=rows, provenance=run).write(folder / CURVE)
+    if rows:
+        draw_curve(folder)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from circuit_breaking.ablation.modules import AblatedBody, install, uninstall
+from circuit_breaking.ablation.ablated_model import AblatedModel, hub_name
+from circuit_breaking.ablation.modules import AblatedBody, install, subclass, uninstall
 from circuit_breaking.ablation.plan import plan_cuts
 from circuit_breaking.ablation.wiring import Wiring, wire
 from circuit_breaking.engine.ablation_values import check_means
@@ -37,13 +38,19 @@ class Ablation:
         edges: names of the cut edges, each once, in the order given.
         means: their ablation values [P, D], None for zero.
         ablate_from: the first position at which cuts act.
+        base_model: name of the whole model on the hub, "" where it is unknown; for model cards.
+        about: how the edges were found, JSON-able; it is saved with the model.
+        saved_as: folder or hub name that the model was loaded from with its cuts, "" if none. It is the model's
+            `name_or_path` while edges are cut, so that an adapter trained then does not name the whole model as base.
     """
 
     def __init__(
         self, hf: PreTrainedModel, edges: list[Edge], means: Tensor | None, ablate_from: int, wiring: Wiring
     ) -> None:
         self.edges, self.means, self.ablate_from = edges, means, ablate_from
+        self.base_model, self.about, self.saved_as = hub_name(hf.config), {}, ""
         self._model, self._wiring = hf, wiring
+        self._whole_name = hf.name_or_path
         self._installed: list[torch.nn.Module] = []
         self._shares: list[tuple[torch.nn.Module, int]] = []
 
@@ -51,6 +58,8 @@ class Ablation:
         if hasattr(self._model, ATTRIBUTE):
             raise UserError("this model has cut edges already. Remove those first, or cut all edges in one call.")
         setattr(self._model, ATTRIBUTE, self)
+        self._model.__class__ = subclass(AblatedModel, type(self._model))
+        self._model.name_or_path = self.saved_as
         try:
             for module, mixin, state in self._wiring.modules:
                 install(module, mixin, **state)
@@ -71,6 +80,8 @@ class Ablation:
             attention.num_key_value_groups = share
         if getattr(self._model, ATTRIBUTE, None) is self:
             delattr(self._model, ATTRIBUTE)
+            self._model.__class__ = type(self._model).stands_for
+            self._model.name_or_path = self._whole_name
 
     def __enter__(self) -> Self:
         if getattr(self._model, ATTRIBUTE, None) is not self:

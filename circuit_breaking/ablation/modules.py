@@ -257,7 +257,7 @@ def check_inside(inside: tuple[tuple[nn.Module, str, nn.Module], ...]) -> None:
 
 
 @cache
-def _subclass(mixin: type, base: type[nn.Module]) -> type[nn.Module]:
+def subclass(mixin: type, base: type[nn.Module]) -> type[nn.Module]:
     # under the name of its base, by which transformers looks some things up
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "stands_for": base}
     return type(base.__name__, (mixin, base), names)
@@ -277,7 +277,7 @@ def install(module: nn.Module, mixin: type, **state: int | Tensor | tuple | None
             f"a {type(module).__name__} has a forward of its own, from another library, where edges are to be cut. "
             "Cut the edges first, or undo that."
         )
-    module.__class__ = _subclass(mixin, type(module))
+    module.__class__ = subclass(mixin, type(module))
     if "_old_forward" in module.__dict__:
         module.__dict__[f"{PREFIX}old_forward"] = module._old_forward
         module._old_forward = MethodType(type(module).forward, module)

@@ -3,8 +3,9 @@
 A file says what a folder holds:
 
     mask.safetensors    a mask of `train_mask.py` or `sweep_masks.py`: its edges are cut in the original
-    ablation.json       an ablated model that `save_ablated` wrote
-    config.json         an ordinary Hugging Face model, as `finetune_gpt2.py` writes it
+    config.json         an ablated model that `save_ablated` wrote, which its `model_type` says; otherwise an ordinary
+                        Hugging Face model, as `finetune_gpt2.py` writes it
+    ablation.json       an ablated model of an older release
 
 A folder without any of these stands for the folders in it.
 """
@@ -20,7 +21,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from circuit_breaking.ablation.ablate import ablate
-from circuit_breaking.ablation.saved import ablation_file, read_ablated
+from circuit_breaking.ablation.saved import ablation_file, load_ablated, read_ablated
 from circuit_breaking.engine.ablation_values import load_means, read_means, read_value
 from circuit_breaking.engine.load import load_model
 from circuit_breaking.engine.mask import load_mask, read_mask_record
@@ -73,7 +74,7 @@ class ComparedModel:
         if self.kind == "finetuned":
             yield load_hf_model(self.folder, hf.device, hf.dtype)
         elif self.edges:
-            with ablate(hf, self.edges, self.means):
+            with ablate(hf, self.edges, self.means, self.ablate_from):
                 yield hf
         else:
             yield hf
@@ -128,20 +129,25 @@ def read_compared_models(folders: Mapping[str, Path], hf: nn.Module) -> list[Com
         UserError: a file is missing or damaged, or belongs to a model of another shape.
     """
     engine = engines_of(hf)
-    return [_read(name, folder, engine) for name, folder in folders.items()]
+    return [_read(name, folder, engine, hf) for name, folder in folders.items()]
 
 
-def _read(name: str, folder: Path, engine: Engines) -> ComparedModel:
+def _read(name: str, folder: Path, engine: Engines, hf: nn.Module) -> ComparedModel:
     if (folder / MASK).is_file():
         return read_mask(name, folder / MASK, engine)
-    if (folder / CONFIG).is_file():
+    if ablation_file(folder) is None:
         found = FineTuning.read(folder / FINETUNING, HINT) if (folder / FINETUNING).is_file() else FineTuning()
         about = {"method": found.method, "chosen": found.chosen, "note": found.note}
         return ComparedModel(name, "finetuned", folder, about={k: v for k, v in about.items() if v is not None})
     record = read_ablated(folder)
+    if record.has_weights and share_of_changed_parameters(load_ablated(folder, str(hf.device), hf.dtype), hf):
+        raise UserError(
+            f"{folder} has other weights than the original model, so it is not compared as cut edges alone."
+        )
     means = read_means(folder / MEANS)[0] if record.ablation == "mean" else None
     about = {"budget": len(record.edges), "ablation": record.ablation, "n_edges": len(engine(False).graph)}
-    return ComparedModel(name, "mask", folder, record.edges, means, about, None if means is None else folder / MEANS)
+    file = None if means is None else folder / MEANS
+    return ComparedModel(name, "mask", folder, record.edges, means, about, file, record.ablate_from)
 
 
 def load_masked(path: Path, engine: Engines, means: Path | None = None) -> tuple[Any, MaskRecord]:

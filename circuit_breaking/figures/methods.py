@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 
 from circuit_breaking.errors import UserError
 from circuit_breaking.evaluation.tables import markdown_table
-from circuit_breaking.figures.style import BLACK, BLUE, DASHED, GREEN, GREY, VERMILION, figure, log_counts, symlog
+from circuit_breaking.figures.style import BLACK, BLUE, DASHED, GREEN, GREY, PINK, VERMILION, figure, log_counts, symlog
 from circuit_breaking.runs.checked_json import CheckedJson
 from circuit_breaking.runs.records import read_value
 from circuit_breaking.runs.results import MethodComparison
@@ -19,6 +19,7 @@ STYLES = {  # a method has one colour, with refinement and without
     "ranking": {"color": BLACK, "marker": "^"},
     "clamped": {"color": BLUE, "marker": "o"},
     "hard-concrete": {"color": VERMILION, "marker": "s"},
+    "ugs": {"color": PINK, "marker": "v"},
     "attribution": {"color": GREEN, "marker": "D"},
     "random": {"color": GREY, "marker": "x"},
 }

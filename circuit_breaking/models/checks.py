@@ -20,6 +20,7 @@ from circuit_breaking.runs.tensors import check_header
 HINT = "Save the model again with save_pretrained, or get it again."
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".h5", ".msgpack")
+ADAPTER = "adapter_config.json"  # of PEFT
 MOST_LAYERS = 1000  # building a layer takes memory even before it has weights
 MAX_JSON = 2**26  # bytes; tokenizer.json of a vocabulary of 250,000 has 17 MB
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
@@ -35,6 +36,19 @@ def check_files(folder: Path, gguf: str | None = None) -> None:
         parse = parse_json if path.name == "config.json" else json.loads
         if not isinstance(read_json(path, HINT, parse, MAX_JSON), dict):
             raise UserError(f"{path} holds no JSON object. {HINT}")
+
+
+def check_kind(name: str | Path, config: PreTrainedConfig, folder: Path) -> None:
+    """Raise a `UserError` for a model whose weights alone do not say what it computes: one that is quantised, that has
+    adapters beside it, or whose configuration says that edges are cut."""
+    if config.model_type == "edge_ablated":
+        raise UserError(f"{name} is a saved ablated model, and a whole one is needed. Load it with load_ablated.")
+    if quantised := getattr(config, "quantization_config", None):
+        how = quantised.get("quant_method") if isinstance(quantised, dict) else getattr(quantised, "quant_method", None)
+        how = getattr(how, "value", how) or "an unknown method"
+        raise UserError(f"the model {name} is quantised ({how}). Load the model that it was made from.")
+    if (folder / ADAPTER).is_file():
+        raise UserError(f"{folder} holds an adapter ({ADAPTER}). Merge it into its base model first.")
 
 
 def check_sizes(config: PreTrainedConfig, folder: Path, gguf: str | None = None) -> None:

@@ -16,16 +16,18 @@ from transformers import (
 from transformers.utils import logging
 
 from circuit_breaking.errors import UserError, one_line
-from circuit_breaking.models.checks import check_files, check_sizes
+from circuit_breaking.models.checks import ADAPTER, check_files, check_kind, check_sizes
 from circuit_breaking.models.families import FAMILIES, family_of
 from circuit_breaking.models.shipped import SHIPPED, TINY
 from circuit_breaking.runs.devices import pick_device, pick_dtype
 
+# files of which a folder with a tokenizer has one at least
+TOKENIZERS = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 # finds the number of a layer in the name of a weight, for a model of any registered family
 LAYER_NUMBER = rf"\b(?:{'|'.join(sorted({family.layer_list for family in FAMILIES.values()}))})\.(\d+)\."
 
 
-def _locate(name: str | Path) -> tuple[str, dict[str, Any]]:
+def locate(name: str | Path) -> tuple[str, dict[str, Any]]:
     """The name or folder to give to `from_pretrained`, and its keyword arguments."""
     if str(name) == SHIPPED:
         if not (TINY / "config.json").is_file():
@@ -41,6 +43,8 @@ def _locate(name: str | Path) -> tuple[str, dict[str, Any]]:
         raise UserError(f"there is no model {str(name)[:200]!r} ({one_line(error, 100)}). Check the name.") from error
     if (folder / "config.json").is_file() or (folder / "tokenizer_config.json").is_file():  # or a tokenizer alone
         return str(folder), {}
+    if (folder / ADAPTER).is_file():
+        raise UserError(f"{folder} holds an adapter ({ADAPTER}). Merge it into its base model first.")
     found = sorted(folder.glob("*.gguf")) if folder.is_dir() else []
     if len(found) == 1:
         return str(folder), {"gguf_file": found[0].name}
@@ -50,7 +54,7 @@ def _locate(name: str | Path) -> tuple[str, dict[str, Any]]:
 
 def _from_pretrained(loader: Any, name: str | Path, what: str, look: bool = True, **keywords: Any) -> Any:
     """Call `loader.from_pretrained`. With `look`, check the files of a local folder first."""
-    location, extra = _locate(name)
+    location, extra = locate(name)
     local = Path(location).exists()
     try:
         if local and look:
@@ -73,24 +77,32 @@ def _from_pretrained(loader: Any, name: str | Path, what: str, look: bool = True
 
 
 def load_hf_model(
-    name: str | Path, device: str = "auto", dtype: str | torch.dtype = "float32", only_supported: bool = False
+    name: str | Path,
+    device: str = "auto",
+    dtype: str | torch.dtype = "float32",
+    only_supported: bool = False,
+    config: PreTrainedConfig | None = None,
 ) -> PreTrainedModel:
     """The stock Hugging Face causal language model of a name, folder, `.gguf` file or `"tiny"`, in eval mode.
 
     Weights are read from safetensors or GGUF, never from pickle. With `only_supported`, a model of a family without a
     description in `models.families` is refused from its configuration, before its weights are downloaded or read.
+    `config` takes the place of the configuration that is stored with the weights.
 
     Raises:
         UserError: the model cannot be found or read, weights are missing, their shapes differ from the configuration,
-            or the model is not supported.
+            or the model is not supported, quantised, or has adapters.
     """
     device, dtype = pick_device(device), pick_dtype(dtype)
-    location, extra = _locate(name)
-    config = load_config(name)
+    location, extra = locate(name)
+    keywords = {} if config is None else {"config": config}
+    config = load_config(name) if config is None else config
+    check_kind(name, config, Path(location))
     if only_supported:
         family_of(config, f"the model {name}, of type {config.model_type!r},")
     check_sizes(config, Path(location), extra.get("gguf_file"))
-    keywords = {} if extra else {"use_safetensors": True}
+    if not extra:
+        keywords["use_safetensors"] = True
     before = logging.get_verbosity()
     logging.set_verbosity_error()  # its warnings become errors in `check_weights`
     try:
@@ -125,10 +137,14 @@ def check_weights(name: str | Path, info: dict[str, Any], layers: int) -> None:
 
 def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a hub name, folder, folder holding a `.gguf`, or `"tiny"`."""
+    location, extra = locate(name)
+    missing = UserError(f"the model {name} comes without its tokenizer. Save that in its folder too.")
+    folder = Path(location)
+    if folder.is_dir() and not extra and not any((folder / file).is_file() for file in TOKENIZERS):
+        raise missing
     tokenizer = _from_pretrained(AutoTokenizer, name, "the tokenizer of")
-    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # as for a folder without one
-        raise UserError(f"the model {name} comes without its tokenizer. Save that in its folder too.")
-    location, extra = _locate(name)
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # made of a damaged folder
+        raise missing
     if not extra and (Path(location) / "config.json").is_file():
         size = getattr(load_config(name, look=False), "vocab_size", None)
         most = max(tokenizer.get_vocab().values())

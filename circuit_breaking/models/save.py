@@ -1,6 +1,8 @@
 """Write a Hugging Face model and its tokenizer as a folder."""
 
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -11,12 +13,43 @@ from circuit_breaking.errors import UserError, one_line
 CONFIG = "config.json"
 
 
-def save_hf_folder(folder: Path | str, hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
-    """Write a model as a folder that `from_pretrained` reads.
+def save_hf_folder(
+    folder: Path | str,
+    hf: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    write_records: Callable[[Path], None] | None = None,
+) -> None:
+    """Write a model as a folder that `from_pretrained` reads, or leave what was there before; see `staged_folder`.
 
-    Everything is written to a temporary folder beside `folder` first, so an error, such as a full disk, leaves a former
-    model whole. Then the files of the former model are replaced. Hidden files and subfolders in `folder` stay, as a run
-    may keep its checkpoints there.
+    Args:
+        folder: the folder.
+        hf: the model.
+        tokenizer: its tokenizer.
+        write_records: writes further files into the folder that it is given. They are replaced together with the
+            model's, so a record never lies beside another model.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    with staged_folder(folder) as staged:
+        hf.save_pretrained(staged)
+        save_tokenizer(staged, tokenizer)
+        if write_records is not None:
+            write_records(staged)
+
+
+def save_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """Write a tokenizer, if there is one, into the folder of its model."""
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+@contextmanager
+def staged_folder(folder: Path | str) -> Iterator[Path]:
+    """A temporary folder beside `folder`, whose files replace those of `folder` if the block ends without an error.
+
+    An error, such as a full disk, leaves a former model in `folder` whole. Hidden files and subfolders in `folder`
+    stay, as a run may keep its checkpoints there.
 
     Raises:
         UserError: the folder cannot be written.
@@ -26,9 +59,7 @@ def save_hf_folder(folder: Path | str, hf: PreTrainedModel, tokenizer: PreTraine
     try:
         shutil.rmtree(staged, ignore_errors=True)  # a killed process may have left it
         staged.mkdir(parents=True)
-        hf.save_pretrained(staged)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(staged)
+        yield staged
         for path in staged.rglob("*"):
             if path.is_file():
                 path.chmod(staged.stat().st_mode & 0o666)  # safetensors writes files that only their owner can read

@@ -146,6 +146,11 @@ def plain(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} does not go into JSON")
 
 
+def finite(value: Any) -> Any:
+    """A JSON-able value with None for each number that is not finite."""
+    return json.loads(json.dumps(value, default=plain), parse_constant=lambda name: None)
+
+
 def require_file(path: Path | str, hint: str = CHECK, at_most: int | None = None) -> Path:
     """`path` as a `Path`, if it is a regular file.
 

@@ -12,7 +12,7 @@ from circuit_breaking.engine.transformer import EdgeMaskedTransformer
 from circuit_breaking.errors import UserError
 from circuit_breaking.models.causal_model import CausalModel
 from circuit_breaking.models.tokens import TokenBatch
-from circuit_breaking.tasks.losses import prediction_losses
+from circuit_breaking.tasks.losses import prediction_divergences, prediction_losses
 
 EVALUATION_BATCH = 16
 
@@ -59,6 +59,16 @@ class Task(ABC):
             mask: weights [E] to use instead of the model's own.
             cap: the loss of a single prediction is clamped to this, so that none can dominate the mean.
         """
+
+    def divergence(self, model: EdgeMaskedTransformer, batch: Batch, mask: Tensor) -> Tensor:
+        """Mean of KL(original || ablated) over the predictions of a batch, in nats, differentiable in the mask [E].
+
+        Needed if this is the task to keep and `keep_loss` is `"kl"`.
+        """
+        raise UserError(
+            f"the task {self.name} does not say how far predictions are from those of the original model. "
+            "Define `divergence`, or set keep_loss to loss."
+        )
 
     def predictions(self, batch: Batch) -> int:
         """Number of predictions over which the `loss` of a batch is a mean: the weight of a micro-batch.
@@ -131,6 +141,10 @@ class TextTask(Task):
         """Mean loss over the predictions of a batch; see `Task`."""
         losses = prediction_losses(model, batch, mask)
         return (losses if cap is None else losses.clamp(max=cap)).mean()
+
+    def divergence(self, model: EdgeMaskedTransformer, batch: TokenBatch, mask: Tensor) -> Tensor:
+        """Mean KL(original || ablated) of the next-token predictions of a batch; see `Task`."""
+        return prediction_divergences(model, batch, mask).mean()
 
     def predictions(self, batch: TokenBatch) -> int:
         """Number of tokens in a batch whose prediction counts. A subclass with another `loss` defines its own."""

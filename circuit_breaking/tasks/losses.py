@@ -120,6 +120,62 @@ def prediction_losses(model: CausalModel, batch: TokenBatch, mask: Tensor | None
     return cross_entropy_of_hidden(hidden, model.unembedding, model.unembedding_bias, batch.tokens.roll(-1, 1)[where])
 
 
+class _Divergence(torch.autograd.Function):
+    """KL divergence of predictions, over a few predictions at a time: the logits of all are never in memory at once."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, original: Tensor, unembedding: Tensor, bias: Tensor | None) -> Tensor:
+        # as for the cross entropy, the gradient is computed here, from the same logits
+        want, dtype = ctx.needs_input_grad[0], torch.promote_types(hidden.dtype, torch.float32)
+        divergences = hidden.new_empty(len(hidden), dtype=dtype)
+        gradient = torch.empty_like(hidden) if want else None
+        rows = max(1, WORDS_AT_ONCE * PREDICTIONS_AT_ONCE // len(unembedding))
+        for part in (slice(start, start + rows) for start in range(0, len(hidden), rows)):
+            with without_autocast(hidden.device):
+                there, here = (
+                    F.log_softmax(F.linear(states[part], unembedding, bias).to(dtype), -1)
+                    for states in (original, hidden)
+                )
+                probabilities = there.exp()
+                divergences[part] = (probabilities * (there - here)).sum(-1)
+                if want:
+                    gradient[part] = (here.exp_() - probabilities).to(hidden.dtype) @ unembedding
+        ctx.save_for_backward(gradient)
+        return divergences
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, weights: Tensor):
+        (gradient,) = ctx.saved_tensors
+        return gradient * weights[:, None].to(gradient.dtype), None, None, None
+
+
+def prediction_divergences(model: CausalModel, batch: TokenBatch, mask: Tensor) -> Tensor:
+    """KL(original || ablated) of every next-token prediction in a batch, text by text, without padding.
+
+    Args:
+        model: the model. With all edges kept it is the original, whose predictions are treated as constants.
+        batch: the texts; `batch.predicted` marks the predictions.
+        mask: mask weights [E] of the ablated model; gradients flow to it.
+
+    Returns:
+        divergences [M] in nats.
+    """
+    batch = batch.to(model.device)
+    where, whole = batch.predicted, torch.ones_like(mask)
+    if model.plain_head:
+        with torch.no_grad():
+            original = model.hidden(batch.tokens, mask=whole)[where]
+        hidden = model.hidden(batch.tokens, mask=mask)[where]
+        return _Divergence.apply(hidden, original, model.unembedding, model.unembedding_bias)
+    with torch.no_grad():
+        there = model(batch.tokens, mask=whole)[where]
+    here = model(batch.tokens, mask=mask)[where]
+    dtype = torch.promote_types(here.dtype, torch.float32)
+    there, here = (F.log_softmax(logits.to(dtype), -1) for logits in (there, here))
+    return F.kl_div(here, there, reduction="none", log_target=True).sum(-1)
+
+
 def losses_of_logits(logits_of: Callable[[Tensor], Tensor], batch: TokenBatch, vocabulary: int) -> Tensor:
     """Losses [M] from the logits [B, T, V] of a model's own forward pass, for a few texts at a time.
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from circuit_breaking.engine.transformer import EdgeMaskedTransformer
 from circuit_breaking.errors import UserError
 from circuit_breaking.models.causal_model import CausalModel
 from circuit_breaking.models.tokens import TokenBatch, pad_right
@@ -174,6 +175,13 @@ class PromptTask(TextTask):
         else:
             losses = -answer_difference(logits.float(), batch)
         return (losses if cap is None else losses.clamp(max=cap)).mean()
+
+    def divergence(self, model: EdgeMaskedTransformer, batch: PromptBatch, mask: Tensor) -> Tensor:
+        """Mean KL(original || ablated) of the predictions after the last tokens of the prompts; see `Task`."""
+        with torch.no_grad():
+            original = F.log_softmax(end_logits(model, batch, torch.ones_like(mask))[0].float(), -1)
+        ablated = F.log_softmax(end_logits(model, batch, mask)[0].float(), -1)
+        return F.kl_div(ablated, original, reduction="batchmean", log_target=True)
 
     def predictions(self, batch: PromptBatch) -> int:
         """One per prompt."""

@@ -23,8 +23,10 @@ class MaskConfig:
 
     method: Literal[tuple(METHODS)] = "clamped"  # how the edges to cut are found, before refinement
     max_edges: int = 12  # most edges that the mask cuts
+    budgets: tuple[int, ...] = (1, 2, 5, 12, 25, 50)  # ranking: further numbers of edges that its order should serve
     alpha: float = 0.2  # weight of the loss that training raises (paper: 0.2); negative: it is lowered instead
     keep_weight: float = 1.0  # weight of the loss that training keeps low; 0: ordinary text does not count
+    keep_loss: Literal["kl", "loss"] = "loss"  # kl: KL(original || ablated), as a loss; loss: the task's own (paper)
     break_cap: float = 0.0  # cap on the raised loss of one prediction, nats; 0: log of the vocabulary size
     relax_steps: int = 100  # steps with continuous mask weights in [0, 1], as in the paper
     anneal_steps: int = 100  # steps in which the number of cut edges falls to max_edges; added for attribution
@@ -42,6 +44,7 @@ class MaskConfig:
     anneal_start: float = 3.0  # edges cut when annealing starts, as a multiple of max_edges (or more, if found)
     measure_new_cuts: bool = False  # clamped: while annealing, cut another edge only if a batch measures a gain
     init_cut_prob: float = 0.5  # hard-concrete: initial probability that a gate is below 1
+    masks_per_step: int = 5  # ugs: masks that a step samples; they share the texts of the step
     ig_steps: int = 0  # attribution: points of integrated gradients (EAP-IG); 0: gradient at the whole model (EAP)
     constants_lr: float = 0.0  # learning rate of ablation constants (optimal ablation); 0: they are not learned
     constants_steps: int = 100  # steps at the end in which only the constants are learned
@@ -150,6 +153,16 @@ class RelearnSettings:
     clip: float = 1.0  # largest norm of the gradient
 
 
+def keeps_predictions(config: MaskConfig) -> bool:
+    """Whether the loss to keep low is the divergence from the original model's predictions.
+
+    The task's own loss takes its place where the divergence says nothing: if its weight is not positive, and for EAP,
+    which differentiates at the whole model, where the divergence is 0 and so is its gradient.
+    """
+    at_whole_model = config.method == "attribution" and config.ig_steps == 0
+    return config.keep_loss == "kl" and config.keep_weight > 0 and not at_whole_model
+
+
 def check_mask(config: MaskConfig, n_edges: int | None = None, n_allowed: int | None = None) -> None:
     """Raise a `UserError` for settings that make no sense.
 
@@ -171,7 +184,10 @@ def check_mask(config: MaskConfig, n_edges: int | None = None, n_allowed: int | 
         config, "max_edges", "relax_steps", "anneal_steps", "refine_rounds", "constants_steps", "round_every",
         "ig_steps", "micro_batch", "edge_penalty", "constants_lr",
     )  # fmt: skip
-    check_positive(config, "batch_size", "refine_batch_size", "moves_per_round", "lr", "anneal_start")
+    check_positive(config, "masks_per_step", "batch_size", "refine_batch_size", "moves_per_round", "lr", "anneal_start")
+    if config.budgets and min(config.budgets) < 1:
+        raise UserError(f"budgets are {list(config.budgets)}; each must be 1 or more.")
+    check_choice("keep_loss", config.keep_loss, ("kl", "loss"))
     check_choice("constants_loss", config.constants_loss, ("keep", "objective"))
     if config.constants_lr and config.constants_loss == "keep" and config.keep_weight <= 0:
         raise UserError(

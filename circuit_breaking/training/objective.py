@@ -22,7 +22,7 @@ from circuit_breaking.engine.transformer import EdgeMaskedTransformer
 from circuit_breaking.errors import UserError
 from circuit_breaking.runs.distributed import share, sum_, world
 from circuit_breaking.tasks.base import Batch, Task
-from circuit_breaking.training.config import MaskConfig
+from circuit_breaking.training.config import MaskConfig, keeps_predictions
 from circuit_breaking.training.mask_gradient import MaskFunction
 
 # (mask, which of the gradients of mask and ablation constants are needed) -> value, and these gradients or None
@@ -52,21 +52,27 @@ class Term:
         weight: its weight in the objective.
         cap: highest loss of a single prediction; see `tasks.Task.loss`.
         trains_constants: whether its gradient reaches the ablation constants, if they are learned.
+        divergence: whether its loss is the divergence from the original model's predictions.
     """
 
     task: Task
     weight: float
     cap: float | None = None
     trains_constants: bool = True
+    divergence: bool = False
 
     def loss(self, model: EdgeMaskedTransformer, batch: Batch, mask: Tensor) -> Tensor:
         """The loss of the task on a batch, without the weight."""
         with nullcontext() if self.trains_constants else model.detached_means():
+            if self.divergence:
+                return self.task.divergence(model, batch, mask)
             return self.task.loss(model, batch, mask, self.cap)
 
 
 class StepObjective:
     """keep_weight · L_keep - alpha · L_break, on one batch of each task.
+
+    L_keep is the task's loss, or the divergence of the predictions from those of the original model (`keep_loss`).
 
     Attributes:
         losses: L_keep and L_break over the whole batches, at the last mask whose gradient was computed.
@@ -75,7 +81,7 @@ class StepObjective:
     def __init__(self, model: EdgeMaskedTransformer, keep_task: Task, break_task: Task, settings: MaskConfig) -> None:
         self.model, self.micro_batch = model, settings.micro_batch
         cap = settings.break_cap or math.log(len(model.unembedding))
-        self.keep = Term(keep_task, settings.keep_weight)
+        self.keep = Term(keep_task, settings.keep_weight, divergence=keeps_predictions(settings))
         self.broken = Term(break_task, -settings.alpha, cap, settings.constants_loss == "objective")
         self.losses = (0.0, 0.0)
 

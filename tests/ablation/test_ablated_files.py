@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers.models import small_gpt2, small_llama
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import BertConfig, PreTrainedTokenizerFast
 
 from circuit_breaking.ablation.ablate import ablate
 from circuit_breaking.ablation.saved import load_ablated, read_ablated, save_ablated
@@ -42,14 +42,16 @@ def test_a_saved_model_comes_back_the_same(tmp_path, means):
         expected = logits(hf)
         save_ablated(tmp_path / "model", hf, EDGES, means, about, results, word_tokenizer())
     again = load_ablated(tmp_path / "model", "cpu")
-    assert type(again) is type(hf)
+    assert isinstance(again, type(hf))
     assert not again.training
     assert logits(again).equal(expected)
     assert again.edge_cuts.edges == EDGES
+    assert means is None or again.edge_cuts.means.equal(means)
     again.edge_cuts.remove()
+    assert type(again) is type(hf)
     assert logits(again).equal(plain)
     record = read_ablated(tmp_path / "model")
-    assert record.about == about
+    assert record.about == about and record.results == results
     assert load_tokenizer(record.base)("a b")["input_ids"] == [2, 3]
     card = (tmp_path / "model" / "README.md").read_text()
     carried = "zero ablation" if means is None else "mean output"
@@ -67,7 +69,7 @@ def test_a_base_that_is_a_folder_travels_and_an_unknown_name_is_refused(tmp_path
     save_ablated(tmp_path / "one", tmp_path / "base", ["m0->a1.0.q"])
     (tmp_path / "base" / "config.json").unlink()  # no longer needed
     (tmp_path / "one").rename(tmp_path / "elsewhere")
-    assert read_tensors(tmp_path / "elsewhere/base/model.safetensors")[0]["lm_head.weight"].dtype == torch.bfloat16
+    assert read_tensors(tmp_path / "elsewhere/model.safetensors")[0]["lm_head.weight"].dtype == torch.bfloat16
     again = load_ablated(tmp_path / "elsewhere", "cpu", "bfloat16")
     with ablate(hf, ["m0->a1.0.q"]):
         assert logits(again).equal(logits(hf))
@@ -93,38 +95,94 @@ def test_saving_again_replaces_and_never_touches_other_files(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("what", ["weights", "means", "configuration", "tokenizer", "card"])
+def test_a_full_disk_leaves_the_model_that_was_there(tmp_path, monkeypatch, what):
+    folder, hf, means = tmp_path / "model", small_gpt2(), torch.zeros(13, 24)
+    save_ablated(folder, hf, EDGES, means, tokenizer=word_tokenizer())
+    before = contents(folder)
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    place = {
+        "weights": "transformers.modeling_utils.safe_save_file",
+        "means": "circuit_breaking.runs.tensors.save_file",
+        "configuration": "transformers.configuration_utils.PreTrainedConfig.to_json_file",
+        "tokenizer": "transformers.PreTrainedTokenizerFast.save_pretrained",
+        "card": "circuit_breaking.ablation.saved.write_text",
+    }[what]
+    monkeypatch.setattr(place, full)
+    for target in (folder, tmp_path / "new"):
+        with pytest.raises(UserError, match="No space left on device"):
+            save_ablated(target, hf, EDGES[:1], means + 1, tokenizer=word_tokenizer())
+    assert contents(folder) == before and [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_results_that_are_not_finite_are_stored_as_null(tmp_path):
+    folder, hf = tmp_path / "model", small_gpt2()
+    results = {"perplexity": float("inf"), "loss": [float("nan"), 2.5], "steps": torch.tensor(3)}
+    save_ablated(folder, hf, EDGES, results=results)
+    assert read_ablated(folder).results == {"perplexity": None, "loss": [None, 2.5], "steps": 3}
+    before = contents(folder)
+    for changed in ({"about": {"model": hf}}, {"results": [1.0]}):
+        with pytest.raises((UserError, TypeError)):  # no JSON
+            save_ablated(folder, hf, EDGES[:1], **changed)
+    with pytest.raises(UserError, match="not finite"):
+        save_ablated(folder, hf, EDGES[:1], torch.full((13, 24), float("inf")))
+    assert contents(folder) == before
+
+
+def test_an_unsupported_family_is_refused_before_its_weights_are_read(tmp_path):
+    BertConfig(num_hidden_layers=1).save_pretrained(tmp_path / "base")  # and no weights
+    with pytest.raises(UserError, match="type 'bert' is not supported"):
+        save_ablated(tmp_path / "model", tmp_path / "base", EDGES)
+
+
 def test_damaged_and_foreign_folders(tmp_path):
     folder = tmp_path / "model"
     with pytest.raises(UserError, match="no file"):
         load_ablated(folder)
     save_ablated(folder, small_gpt2(), EDGES, torch.zeros(13, 24))
-    good = json.loads((folder / "ablation.json").read_text())
+    good = json.loads((folder / "config.json").read_text())
 
-    def with_record(message, **changes):
-        (folder / "ablation.json").write_text(json.dumps({**good, **changes}))
+    def with_config(message, **changes):
+        (folder / "config.json").write_text(json.dumps({**good, **changes}))
         with pytest.raises(UserError, match=message):
             load_ablated(folder, "cpu")
 
-    with_record("holds a record of 'other'", record="other")
+    def with_record(message, **changes):
+        with_config(message, edge_ablation={**good["edge_ablation"], **changes})
+
+    with_record("config.json holds a record of 'other'", record="other")
     with_record("is version 2 of the format", version=2)
     with_record("is version None of the format", version=None)
     with_record("holds a record of 'kept edges'", record="kept edges")
     with_record("holds 'more', which the format does not have", more=1)
     with_record("damaged: its 'edges' is not list", edges="m0->m1")
     with_record("damaged: its 'edges' is not list", edges=[1])
-    with_record("damaged", base=3)
+    with_record("damaged", weights=3)
     with_record("damaged", ablation="something")
+    with_record("base_model_type 'nothing' is unknown", base_model_type="nothing")
+    with_record("base_model_type 'edge_ablated' is unknown", base_model_type="edge_ablated")
+    with_record("type 'bert'.* is not supported", base_model_type="bert")
     with_record("no edge 'm9->m1'", edges=["m9->m1"])
-    with_record("for a model of shape", shape={})
-    with_record("neither a local folder", base="/no/such/folder")
-    (folder / "ablation.json").write_text("[]")
-    with pytest.raises(UserError, match="no saved ablated model"):
+    with_record("neither a local folder", weights="/no/such/folder")
+    with_record("made for a model with num_hidden_layers 3, and tiny has 4", weights="tiny")
+    with_config("describes no saved ablated model", edge_ablation=None)
+    with_config("describes no saved ablated model", edge_ablation=[])
+    with_config("lacks weights", n_layer=4)
+    (folder / "config.json").write_text("[]")
+    with pytest.raises(UserError, match="no file"):
         load_ablated(folder)
-    (folder / "ablation.json").write_text(json.dumps(good))
-    (folder / "base" / "modeling.py").write_text("raise SystemExit")
-    with pytest.raises(UserError, match="no data file"):
+    (folder / "config.json").write_text(json.dumps(good))
+    (folder / "modeling.py").write_text("raise SystemExit")
+    with pytest.raises(UserError, match="is code"):
         load_ablated(folder)
-    (folder / "base" / "modeling.py").unlink()
+    (folder / "modeling.py").unlink()
     (folder / "means.safetensors").write_bytes(b"no tensors")
     with pytest.raises(UserError, match="not a readable safetensors"):
         load_ablated(folder)

@@ -59,6 +59,13 @@ def test_circuits_in_file_formats(tmp_path):
     assert len(names["edges"]) == int((names["scores"] <= 0).sum()) > 0
 
 
+def test_auto_classes_in_ablated_models(tmp_path):
+    names = run("docs/ablated-models.md", 0, tmp_path)
+    assert names["model"].edge_cuts.edges == names["same"].edge_cuts.edges == ["m1->m2", "m1->a3.2"]
+    lm = run("docs/ablated-models.md", 1, tmp_path)["lm"]
+    assert lm.loglikelihood_rolling and lm.model.edge_cuts.edges == ["m1->m2", "m1->a3.2"]
+
+
 def test_tasks(tmp_path, capsys):
     names = run("docs/tasks.md", 0, tmp_path)
     assert names["pairs"].tokens.shape == names["batch"].tokens.shape
@@ -78,6 +85,7 @@ def test_the_picture_of_the_readme_is_drawn_as_the_page_says(tmp_path):
 
 BLOCKS = {
     "README.md": 1,
+    "docs/ablated-models.md": 2,
     "docs/getting-started.md": 2,
     "docs/experiments.md": 1,
     "docs/file-formats.md": 2,

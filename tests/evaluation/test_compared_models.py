@@ -112,6 +112,17 @@ def test_a_mask_of_another_model_is_named(folder):
 # Evidence for each edge
 
 
+def test_an_ablated_model_with_other_weights_is_refused(folder, tmp_path):
+    """Its edges alone would not be the model that was saved."""
+    hf = load_hf_model(str(folder / "base"), "cpu")
+    with ablate(hf, EDGES), torch.no_grad():
+        hf.transformer.h[0].mlp.c_fc.weight[0, 0] += 1
+        hf.save_pretrained(tmp_path / "trained")
+    original = load_hf_model(str(folder / "base"), "cpu")
+    with pytest.raises(UserError, match="trained has other weights than the original"):
+        read_compared_models({"trained": tmp_path / "trained"}, original)
+
+
 def test_leave_one_out_against_plain_runs():
     hf = small_gpt2()
     texts = {name: pad_right([[0, *row] for row in rows], 0) for name, rows in (

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from circuit_breaking import figures
 from circuit_breaking.errors import UserError
 from circuit_breaking.evaluation.result_files import OLD_NAMES, read_evidence, read_report
+from circuit_breaking.figures.edge_curve import draw_curve
 from circuit_breaking.figures.edge_effects import draw_evidence
 from circuit_breaking.figures.edge_graph import draw_graph
 from circuit_breaking.figures.heat_map import draw_heat_map
@@ -51,6 +52,9 @@ def write_others(folder):
     write_jsonl(folder / "metrics.jsonl", metrics)
     rows = [{"method": "clamped", "budget": 2, "toxic": 1.0, "ordinary": 1.0, "gain": 0.1}]
     write_json(folder / "methods.json", {"original": {"toxic": 1.0, "ordinary": 1.0}, "masks": rows})
+    row = {"edges_cut": 2, "toxic": 1.0, "ordinary": 0.9, "gain": 0.1}
+    curve = {"original": {"toxic": 0.5, "ordinary": 0.9}, "rows": [row, {**row, "edges_cut": 5}]}
+    write_json(folder / "curve.json", curve)
     write_text(folder / "sweep.csv", "lr,exit_code,seconds,loss\n1,0,3,0.5\n2,0,3,0.4\n")
 
 
@@ -80,6 +84,7 @@ FIGURES = {  # name: (writes the files, draws, the files that are read)
     ),
     "training": (write_others, draw_training, []),
     "methods": (write_others, draw_methods, ["methods.json"]),
+    "curve": (write_others, draw_curve, ["curve.json"]),
     "sweep": (write_others, lambda folder: draw_sweep(folder, "lr"), []),
     "comparison of masks": (write_indirect_objects, draw_comparison, ["comparison.json"]),
     "stages": (write_indirect_objects, draw_stages, ["stages.json"]),

@@ -54,6 +54,20 @@ def test_a_full_disk_leaves_the_model_that_was_there(tmp_path, monkeypatch, erro
     assert contents(folder) == before and [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+def test_records_and_model_are_replaced_together(tmp_path):
+    folder = tmp_path / "model"
+    save_hf_folder(folder, small_gpt2(), None, lambda staged: (staged / "about.json").write_text("{}"))
+    before = contents(folder)
+
+    def fail(staged):
+        (staged / "about.json").write_text("half")
+        raise ValueError("Out of range float values are not JSON compliant: inf")
+
+    with pytest.raises(ValueError, match="inf"):
+        save_hf_folder(folder, small_llama(), None, fail)
+    assert contents(folder) == before and [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
 def test_a_folder_that_cannot_be_made_is_a_sentence(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"cannot write .*file/model: "):

@@ -18,7 +18,8 @@ from circuit_breaking.engine.mask import load_mask, read_cut_edges, read_mask_re
 from circuit_breaking.errors import UserError
 from circuit_breaking.evaluation.compared_models import engines_of, find_folders, load_masked, read_mask
 from circuit_breaking.graph import EdgeGraph, describe, from_description
-from circuit_breaking.runs.files import read_json, write_json
+from circuit_breaking.models.save import save_hf_folder
+from circuit_breaking.runs.files import write_json
 from circuit_breaking.runs.mask_record import (
     AblationValueRecord,
     CutEdges,
@@ -197,11 +198,10 @@ def test_a_folder_with_lists_alone_is_no_model(tmp_path):
 
 def test_an_ablated_model_of_the_release_before(tmp_path, capsys):
     folder = tmp_path / "model"
-    save_ablated(folder, small_gpt2(), EDGES, about={"found": "here"})
-    now = read_json(folder / "ablation.json")
+    save_hf_folder(folder / "base", small_gpt2())
+    shape = {"model_type": "gpt2", "n_layers": 3, "n_heads": 3, "width": 24}
     old = {"format": "edge-ablated model, version 1", "cut_edges_carry": "zero"}
-    old |= {key: now[key] for key in ("base", "shape", "edges", "about", "results")}
-    (folder / "ablation.json").unlink()
+    old |= {"base": None, "shape": shape, "edges": EDGES, "about": {"found": "here"}, "results": {}}
     write_json(folder / "edges.json", old)
     assert read_ablated(folder).about == {"found": "here"}
     assert "edges.json has the format of an older release" in capsys.readouterr().err

@@ -7,7 +7,8 @@ import pytest
 import torch
 from helpers.models import small_gpt2
 
-from circuit_breaking.ablation.saved import AblatedModelRecord
+from circuit_breaking.ablation.config import EdgeAblation
+from circuit_breaking.ablation.old_format import AblatedModelRecord
 from circuit_breaking.ablation.weight_mask import (
     WeightMaskRecord,
 )
@@ -53,6 +54,7 @@ RECORDS = [
     ),
     MeansRecord(model="m", graph=SHAPE, num_texts=7, made_from="00", provenance=RUN),
     WeightMaskRecord(granularity="head", shape_hash="00", units=1, all_units=2, weights=3, all_weights=4, model="m"),
+    EdgeAblation(base_model_type="gpt2", edges=EDGES, ablation="mean", ablate_from=1, about={"a": 1}, results={"b": 2}),
     AblatedModelRecord(base="tiny", shape={"n_layers": 3}, edges=EDGES, ablation="mean", about={"a": 1}),
     CutEdges(edges=EDGES),
     KeptEdges(edges=EDGES),

@@ -18,7 +18,7 @@ script = load_script("toxicity/compare_methods.py")
 QUICK = MaskConfig(
     relax_steps=3, anneal_steps=2, refine_rounds=2, batch_size=3, refine_batch_size=6, moves_per_round=2, alpha=1.0
 )
-LINES = ("ranking", "clamped", "hard-concrete", "attribution", "clamped alone", "attribution alone", "random")
+LINES = ("ranking", "clamped", "hard-concrete", "ugs", "attribution", "clamped alone", "attribution alone", "random")
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,7 @@ def test_every_mask_is_within_its_budget_and_measured(finished):
 
 def test_every_method_sees_as_many_texts(finished):
     folder, drawn = finished
-    assert len(drawn) == 24 and all(each == {"toxic text": 27, "ordinary text": 27} for each in drawn)
+    assert len(drawn) == 28 and all(each == {"toxic text": 27, "ordinary text": 27} for each in drawn)
     assert read_json(folder / "methods.json")["texts_seen"] == {"refined": 27, "alone": 27}
     for training in (MaskConfig(), MaskConfig(relax_steps=0), MaskConfig(relax_steps=0, anneal_steps=0), QUICK):
         alone = script.unrefined(training)

@@ -9,8 +9,11 @@ import time
 import pytest
 from helpers.scripts import PLAIN, RUDE, load_script, save_small_model
 
-from circuit_breaking.runs.files import ROOT, read_jsonl
+from circuit_breaking.engine.mask import read_cut_edges
+from circuit_breaking.runs.files import ROOT, read_json, read_jsonl
+from circuit_breaking.runs.mask_record import CutEdges
 from circuit_breaking.runs.tensors import read_tensors
+from circuit_breaking.training.edge_ranking import load_ranking
 
 PHASES = ["--relax-steps=40", "--anneal-steps=40", "--refine-rounds=50", "--moves-per-round=4"]
 
@@ -51,6 +54,38 @@ def test_the_same_seed_gives_the_same_files_twice(tmp_path):
         found.append(([(tmp_path / "run" / name).read_bytes() for name in names], rows))
         assert len(rows) == 22
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("constants_lr", [0.0, 0.05])
+def test_a_ranking_is_written_with_masks_of_all_budgets_and_their_curve(tmp_path, constants_lr, capsys):
+    write_inputs(tmp_path)
+    script = load_script("toxicity/train_mask.py")
+    settings = script.Settings(
+        model=str(tmp_path / "model"), toxic_train=tmp_path / "train.jsonl", toxic_test=tmp_path / "test.jsonl",
+        ordinary=str(tmp_path / "plain.txt"), out=tmp_path, max_edges=5, test_texts=10, device="cpu", method="ranking",
+        relax_steps=4, anneal_steps=4, refine_rounds=0, constants_lr=constants_lr, constants_steps=2,
+        budgets=(2, 9, 999_999),
+    )  # fmt: skip
+    script.main(settings)
+    folder, curve = tmp_path / "run", read_json(tmp_path / "run" / "curve.json")
+    ranking, record = load_ranking(folder / "ranking.safetensors")
+    assert (record.method, record.ablation_value.kind) == ("ranking", "optimal" if constants_lr else "zero")
+    assert [row["edges_cut"] for row in curve["rows"]] == [2, 5, 9]
+    for row in curve["rows"]:
+        here = folder / "masks" / f"ranking_{row['edges_cut']}"
+        edges, about = read_cut_edges(here / "mask.safetensors")
+        assert set(edges) == set(ranking.edges[: row["edges_cut"]]) == set(CutEdges.read(here / "edges.json").edges)
+        assert about.budget == row["edges_cut"] and (here / "means.safetensors").is_file() == bool(constants_lr)
+        losses = about.losses["after"]
+        gain = curve["original"]["ordinary"] - losses["ordinary"] + 0.2 * (losses["toxic"] - curve["original"]["toxic"])
+        assert row["gain"] == pytest.approx(gain) and losses["toxic"] == row["toxic"]
+    assert set(read_cut_edges(folder / "mask.safetensors")[0]) == set(ranking.edges[:5])
+    assert (folder / "curve.png").stat().st_size > 10_000
+    if not constants_lr:  # else other constants are learned there
+        main = read_cut_edges(folder / "mask.safetensors")[1]
+        assert curve["rows"][1]["toxic"] == main.losses["after"]["toxic"]
+    script.main(settings)  # resumes from the end of training
+    assert read_json(folder / "curve.json")["rows"] == curve["rows"]
 
 
 @pytest.mark.slow

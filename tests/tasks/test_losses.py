@@ -92,3 +92,23 @@ def test_losses_of_other_families_are_hugging_faces(monkeypatch, name, chunk):
 def test_logit_difference():
     logits = torch.tensor([[1.0, 4.0, 2.0], [0.0, 1.0, 5.0]])
     assert losses.logit_difference(logits, torch.tensor([1, 0]), torch.tensor([2, 2])).tolist() == [2.0, -5.0]
+
+
+@pytest.mark.parametrize("at_once", [1, 20, 1 << 12])
+@pytest.mark.parametrize("bias", [False, True])
+def test_chunked_divergence(monkeypatch, bias, at_once):
+    """Against PyTorch's own, for a few predictions at a time and for all at once."""
+    monkeypatch.setattr(losses, "WORDS_AT_ONCE", at_once)
+    monkeypatch.setattr(losses, "PREDICTIONS_AT_ONCE", 2)
+    torch.manual_seed(0)
+    hidden, original, table = (torch.randn(n, 5, dtype=torch.float64) for n in (7, 7, 11))
+    shift = torch.randn(11, dtype=torch.float64) if bias else None
+    mine, theirs = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
+    found = losses._Divergence.apply(mine, original, table, shift)
+    here, there = (F.log_softmax(F.linear(states, table, shift), -1) for states in (theirs, original))
+    expected = F.kl_div(here, there, reduction="none", log_target=True).sum(-1)
+    torch.testing.assert_close(found, expected)
+    weights = torch.randn(7, dtype=torch.float64)
+    (found * weights).sum().backward()
+    (expected * weights).sum().backward()
+    torch.testing.assert_close(mine.grad, theirs.grad)

@@ -22,9 +22,8 @@ def test_settings_load_without_torch():
 
 
 def test_methods_that_settings_name_are_those_there_are():
-    assert (
-        get_args(get_type_hints(MaskConfig)["method"]) == tuple(METHODS) == ("clamped", "hard-concrete", "attribution")
-    )
+    names = ("ranking", "clamped", "hard-concrete", "ugs", "attribution")
+    assert get_args(get_type_hints(MaskConfig)["method"]) == tuple(METHODS) == names
     for name in (*METHODS, GIVEN):
         assert issubclass(method_class(name), MaskMethod)
     assert tuple(WEIGHT_METHODS) == config.WEIGHT_METHODS
@@ -48,7 +47,11 @@ def test_earlier_names_of_settings():
         (check_mask, MaskConfig(max_edges=-1), "max_edges is -1; it cannot be negative"),
         (check_mask, MaskConfig(lr=float("nan")), "lr is nan; it must be above 0"),
         (check_mask, MaskConfig(edge_penalty=-0.1), "edge_penalty is -0.1; it cannot be negative"),
-        (check_mask, MaskConfig(method="sift"), "method 'sift' is not one of clamped, hard-concrete, attribution[.]"),
+        (
+            check_mask,
+            MaskConfig(method="sift"),
+            "method 'sift' is not one of ranking, clamped, hard-concrete, ugs, attribution[.]",
+        ),
         (check_weight_mask, WeightMaskSettings(granularity="layer"), "granularity 'layer' is not one of weight"),
     ],
 )

@@ -225,7 +225,7 @@ def test_attribution_cuts_what_scores_most(ig_steps):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"method": "magic"}, "method 'magic' is not one of ranking, clamped, hard-concrete, attribution"),
+        ({"method": "magic"}, "method 'magic' is not one of ranking, clamped, hard-concrete, ugs, attribution"),
         ({"init_cut_prob": 0.0}, "init_cut_prob is 0.0"),
         ({"init_cut_prob": 1.0}, "init_cut_prob is 1.0"),
         ({"ig_steps": -1}, "ig_steps is -1"),

@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from circuit_breaking.engine.masked_pass import MaskedPass
 from circuit_breaking.engine.reference import ReferenceModel
 from circuit_breaking.errors import UserError
 from circuit_breaking.tasks import Task, TextTask
-from circuit_breaking.training.config import MaskConfig
+from circuit_breaking.training.config import MaskConfig, keeps_predictions
 from circuit_breaking.training.methods import METHODS
 from circuit_breaking.training.objective import StepObjective
 
@@ -210,3 +211,51 @@ def test_a_loss_that_is_not_finite_is_said():
             StepObjective(model, make_task("keep", 5), make_task("break", 1), MaskConfig(micro_batch=micro_batch)).draw(
                 3
             )(torch.full_like(model.mask.weights, float("nan")))
+
+
+class OnlyLoss(TextTask):
+    """A task that does not say how far predictions are from those of the original."""
+
+    divergence = Task.divergence
+
+
+def test_keeping_predictions_is_keeping_their_distribution():
+    """KL(original || ablated), computed from all logits; 0 with all edges, whatever the text."""
+    model, task = load_model(small_gpt2(), device="cpu"), make_task("keep", 5)
+    config = MaskConfig(keep_loss="kl", alpha=0.0)
+    ones = torch.ones_like(model.mask.weights)
+    mask = torch.rand(ones.shape, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    for micro_batch in (0, 2):
+        task = make_task("keep", 5)
+        objective = StepObjective(model, task, make_task("break", 1), replace(config, micro_batch=micro_batch)).draw(4)
+        batch = make_task("keep", 5).draw(4)
+        where = batch.predicted
+        original, ablated = (model(batch.tokens, mask=m)[where].log_softmax(-1) for m in (ones, mask))
+        expected = (original.exp() * (original - ablated)).sum(-1).mean()
+        found = objective(mask)
+        torch.testing.assert_close(found, expected)
+        gradients = [torch.autograd.grad(value, mask)[0] for value in (found, expected)]
+        torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-4)
+        assert abs(float(objective(ones).detach())) < 1e-6 and gradients[0].abs().max() > 1e-4
+
+
+def test_where_the_divergence_says_nothing_the_loss_takes_its_place():
+    assert keeps_predictions(MaskConfig(keep_loss="kl", method="attribution", ig_steps=5))
+    for changes in ({"keep_weight": 0.0}, {"keep_weight": -1.0}, {"method": "attribution"}, {"keep_loss": "loss"}):
+        assert not keeps_predictions(MaskConfig(**{"keep_loss": "kl", "method": "clamped", **changes})), changes
+    model, one = load_model(small_gpt2(), device="cpu"), make_task("mine", 1)
+    one.__class__ = OnlyLoss
+    objective = StepObjective(model, one, make_task("break", 1), MaskConfig(keep_loss="kl"))
+    with pytest.raises(UserError, match="mine does not say how far predictions are"):
+        objective.draw(3)(model.mask.weights)
+
+
+def test_the_divergence_of_prompts_is_that_of_their_answers():
+    model, task = load_model(small_gpt2(), device="cpu"), make_prompts("keep", 5, "cross_entropy")
+    batch, ones = task.draw(4), torch.ones_like(model.mask.weights)
+    mask = torch.rand(ones.shape, generator=torch.Generator().manual_seed(0))
+    last = batch.lengths - 1
+    original, ablated = (model(batch.tokens, mask=m)[torch.arange(4), last].log_softmax(-1) for m in (ones, mask))
+    torch.testing.assert_close(
+        task.divergence(model, batch, mask), (original.exp() * (original - ablated)).sum(-1).mean()
+    )

@@ -9,9 +9,13 @@ from helpers.tasks import make_task, run
 
 from circuit_breaking.engine.load import load_model
 from circuit_breaking.errors import UserError
-from circuit_breaking.graph import EdgeGraph
+from circuit_breaking.graph import EdgeGraph, describe
+from circuit_breaking.runs.ranking_record import RankingRecord
+from circuit_breaking.runs.tensors import write_tensors
+from circuit_breaking.training.budgets import masks_at
 from circuit_breaking.training.config import MaskConfig
-from circuit_breaking.training.edge_ranking import EdgeRanking
+from circuit_breaking.training.edge_ranking import EdgeRanking, load_ranking, save_ranking
+from circuit_breaking.training.mask_trainer import train_mask
 from circuit_breaking.training.methods.ranking import EdgeScores
 from circuit_breaking.training.soft_top_k import soft_top_k, threshold
 
@@ -138,3 +142,50 @@ def test_the_objective_at_small_and_large_budgets_falls():
     )  # fmt: skip
     gains = [before - objective(result.at(count)) for count in (1, 3, 8)]
     assert 0.005 < gains[0] < gains[1] < gains[2]
+
+
+def test_a_ranking_is_written_and_read(tmp_path):
+    model = small()
+    allowed = torch.arange(ALL) % 3 != 0
+    ranking = run(model, allowed, method="ranking", max_edges=5, refine_rounds=0)[0].ranking
+    path = tmp_path / "ranking.safetensors"
+    save_ranking(path, model, ranking, RankingRecord(method="ranking", seed=3))
+    found, record = load_ranking(path)
+    assert found.edges == ranking.edges and torch.equal(found.scores, ranking.scores)
+    assert torch.equal(found.mask(4), ranking.mask(4)) and (record.method, record.seed) == ("ranking", 3)
+
+
+@pytest.mark.parametrize("damage", ["twice", "beyond", "lengths", "dtype", "nothing", "graph"])
+def test_a_damaged_ranking_is_refused(tmp_path, damage):
+    model = small()
+    path, about = tmp_path / "ranking.safetensors", RankingRecord(graph=describe(model.graph)).to_json()
+    tensors = {"order": torch.tensor([3, 1, 2]), "scores": torch.tensor([2.0, 1.0, 0.0])}
+    tensors |= {
+        "twice": {"order": torch.tensor([3, 3, 2])}, "beyond": {"order": torch.tensor([3, ALL, 2])},
+        "lengths": {"scores": torch.ones(2)}, "dtype": {"order": torch.ones(3)}, "nothing": {}, "graph": {},
+    }[damage]  # fmt: skip
+    if damage == "nothing":
+        del tensors["order"]
+    write_tensors(path, tensors, about if damage != "graph" else {**about, "graph": {"n_layers": 1}})
+    with pytest.raises(UserError, match=r"ranking\.safetensors (holds no ranking|ranks edges|is damaged)"):
+        load_ranking(path)
+
+
+@pytest.mark.parametrize("constants_lr", [0.0, 0.05])
+def test_masks_of_many_budgets(constants_lr):
+    model, tasks = small(), (make_task("break", 1), make_task("keep", 5))
+    settings = MaskConfig(
+        method="ranking", max_edges=5, relax_steps=6, anneal_steps=5, refine_rounds=0, batch_size=3,
+        constants_lr=constants_lr, constants_steps=2,
+    )  # fmt: skip
+    result = train_mask(model, *tasks, settings, progress=False)
+    means, seen = model.means, []
+    for budget in masks_at((7, 2, 2, ALL, 999), result, model, *tasks, settings):
+        assert torch.equal(model.mask.weights.detach(), result.at(budget))
+        seen.append((budget, model.means))
+    assert [budget for budget, _ in seen] == [2, 7, ALL]
+    if constants_lr:
+        assert not torch.equal(seen[0][1], means) and not torch.equal(seen[0][1], seen[1][1])
+        assert not any(each.requires_grad for _, each in seen)
+    assert (model.means is None) if means is None else torch.equal(model.means, means)
+    assert torch.equal(model.mask.weights.detach(), result.weights)

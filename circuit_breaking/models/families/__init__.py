@@ -5,7 +5,7 @@ To add a family, write a file like `gpt2.py` and name it in `FAMILIES` below. `s
 """
 
 import transformers
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from circuit_breaking.errors import UserError
@@ -17,6 +17,8 @@ from circuit_breaking.models.families.llama import FAMILIES as LLAMA
 from circuit_breaking.models.families.neox import FAMILY as NEOX
 from circuit_breaking.models.families.phi3 import FAMILY as PHI3
 from circuit_breaking.models.families.spec import Family, ModelSpec
+
+KNOWN = ("torch", "transformers")  # libraries whose modules a model is made of
 
 # the registry: Hugging Face `model_type` -> family
 FAMILIES: dict[str, Family] = {family.model_type: family for family in (GPT2, NEOX, *LLAMA, *GEMMA, GRANITE, PHI3)}
@@ -69,9 +71,25 @@ def describe(hf: nn.Module) -> ModelSpec:
     if not isinstance(hf, getattr(transformers, family.model_class)):
         raise UserError(f"{what} is not supported. Give the {family.model_class} itself.")
     for name, parameter in hf.named_parameters():
-        if not parameter.is_floating_point():
-            raise UserError(f"{name} is quantised ({parameter.dtype}). Load the model's weights as floats.")
-    return family.describe(hf)
+        kind = type(parameter.data)  # torchao's quantised weights are tensors of its own that say they are floats
+        if not parameter.is_floating_point() or kind is not Tensor:
+            how = parameter.dtype if kind is Tensor else kind.__name__
+            raise UserError(f"{name} is quantised ({how}). Load the model's weights as floats.")
+    spec = family.describe(hf)
+    _require_known_modules(hf)
+    return spec
+
+
+def _require_known_modules(hf: nn.Module) -> None:
+    """Raise a `UserError` for modules of other libraries, such as adapters around embeddings: what they compute is not
+    what the weights say that a description gives."""
+    for name, module in hf.named_modules():
+        kind = type(module)
+        if name and kind.__module__.partition(".")[0] not in KNOWN:
+            raise UserError(
+                f"{name} is a {kind.__module__}.{kind.__name__}, a module of another library. Merge adapters and "
+                "undo quantisation first."
+            )
 
 
 def require_plain(hf: nn.Module) -> None:

@@ -12,6 +12,7 @@ METHODS: dict[str, str | type] = {
     "ranking": f"{HERE}.ranking:EdgeScores",
     "clamped": f"{HERE}.clamped:ClampedWeights",
     "hard-concrete": f"{HERE}.hard_concrete:HardConcreteGates",
+    "ugs": f"{HERE}.ugs:UniformGradientSampling",
     "attribution": f"{HERE}.attribution:Attribution",
 }
 GIVEN = "given"  # for code alone: cuts all edges that may be cut, so scripts that look for edges do not offer it

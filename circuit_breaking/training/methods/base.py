@@ -1,4 +1,4 @@
-"""The interface of a mask method, and the two phases that methods with an optimizer share.
+"""The interface of a mask method, and what methods with an optimizer share.
 
 A method runs `relax_steps + anneal_steps` steps. Each step sees one batch of each task and does one backward pass. The
 method leaves its answer in the model's mask: edges whose weight is below 0.5 will be cut, the lowest weights first.
@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from circuit_breaking.engine.mask import lowest_cut
 from circuit_breaking.engine.transformer import EdgeMaskedTransformer
 from circuit_breaking.runs.checkpoints import optimizer_state, part_of, restore_optimizer
 from circuit_breaking.training.config import MaskConfig
@@ -76,6 +77,48 @@ class MaskMethod(ABC):
     @abstractmethod
     def restore(self, state: dict[str, Tensor], device: torch.device) -> None:
         """Continue from what `state` returned."""
+
+
+class LearnedScores(MaskMethod):
+    """A method that learns one number per edge that may be cut (candidate), by which edges are ranked at the end.
+
+    The mask cuts the `max_edges` edges with the highest scores. A subclass calls `learn` in its `setup`.
+    """
+
+    parameter: Tensor  # [C], C candidates
+    optimizer: torch.optim.Optimizer
+    sign = 1.0  # a candidate's score is its number times this
+
+    def learn(self, start: float) -> None:
+        """Create the numbers, all equal to `start`. The subclass makes their optimizer."""
+        every = torch.ones_like(self.weights, dtype=torch.bool)
+        self.candidates = (every if self.allowed is None else self.allowed).nonzero()[:, 0]  # [C]
+        self.parameter = torch.full_like(self.weights[self.candidates], start).requires_grad_()
+
+    def whole_mask(self, weights: Tensor) -> Tensor:
+        """A mask [E] from the weights of the candidates [C]."""
+        return torch.ones_like(self.weights).index_put((self.candidates,), weights)
+
+    @torch.no_grad()
+    def cut_highest(self) -> None:
+        """Cut the edges with the highest scores in the model's mask, as many as the budget allows."""
+        self.weights.copy_(lowest_cut(-self.scores(), self.config.max_edges))
+
+    def scores(self) -> Tensor:
+        """The scores of all edges [E]; minus infinity for edges that may not be cut."""
+        lowest = torch.full_like(self.weights, float("-inf"))
+        return lowest.index_put_((self.candidates,), self.sign * self.parameter.detach())
+
+    def state(self) -> dict[str, Tensor]:
+        """The numbers and the state of their optimizer."""
+        kept = optimizer_state(self.optimizer, self.parameter)
+        return {"parameter": self.parameter.detach(), **{f"optimizer.{name}": value for name, value in kept.items()}}
+
+    def restore(self, state: dict[str, Tensor], device: torch.device) -> None:
+        """Continue from what `state` returned."""
+        with torch.no_grad():
+            self.parameter.copy_(state["parameter"])
+        restore_optimizer(self.optimizer, self.parameter, part_of(state, "optimizer"))
 
 
 class RelaxAndAnneal(MaskMethod):

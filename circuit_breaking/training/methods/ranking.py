@@ -19,27 +19,23 @@ Shapes: E edges, C edges that may be cut (candidates).
 import math
 
 import torch
-from torch import Tensor
 
-from circuit_breaking.engine.mask import lowest_cut
-from circuit_breaking.runs.checkpoints import optimizer_state, part_of, restore_optimizer
-from circuit_breaking.training.methods.base import MaskMethod, StepResult
+from circuit_breaking.training.methods.base import LearnedScores, StepResult
 from circuit_breaking.training.soft_top_k import soft_top_k
 
-FIRST_SHARE, LAST_SHARE = 0.12, 0.004  # τ log(C) at the beginning and at the end, as a share of the number of steps
+FIRST_SHARE, LAST_SHARE = 0.12, 0.002  # τ log(C) at the beginning and at the end, as a share of the number of steps
+BEYOND = 1.2  # K, as a multiple of the largest budget that is asked for
 LAST_RATE = 0.02  # learning rate of the last step; that of the first is 1
 BETAS = 0.9, 0.99  # of Adam
 GOLDEN = (5**0.5 - 1) / 2
 
 
-class EdgeScores(MaskMethod):
-    """One score per edge that may be cut. The mask cuts the `max_edges` edges with the highest scores."""
+class EdgeScores(LearnedScores):
+    """One score per edge that may be cut."""
 
     def setup(self) -> None:
         """Start with equal scores."""
-        every = torch.ones_like(self.weights, dtype=torch.bool)
-        self.candidates = (every if self.allowed is None else self.allowed).nonzero()[:, 0]  # [C]
-        self.parameter = torch.zeros_like(self.weights[self.candidates]).requires_grad_()
+        self.learn(0.0)
         self.optimizer = torch.optim.Adam([self.parameter], lr=1.0, betas=BETAS)
         self.steps = self.config.relax_steps + self.config.anneal_steps
 
@@ -50,13 +46,12 @@ class EdgeScores(MaskMethod):
             return StepResult("rank", float(objective(self.weights).detach()), 0)
         progress, budget = number / self.steps, self.budget(number)
         degrees = soft_top_k(self.parameter, budget, self.temperature(progress))
-        value = objective(torch.ones_like(self.weights).index_put((self.candidates,), 1 - degrees))
+        value = objective(self.whole_mask(1 - degrees))
         self.optimizer.param_groups[0]["lr"] = 1 - progress * (1 - LAST_RATE)
         self.optimizer.zero_grad()
         self.backward(value)
         self.optimizer.step()
-        with torch.no_grad():
-            self.weights.copy_(lowest_cut(-self.scores(), self.config.max_edges))
+        self.cut_highest()
         return StepResult("rank", float(value.detach()), round(budget))
 
     def budget(self, number: int) -> float:
@@ -65,26 +60,11 @@ class EdgeScores(MaskMethod):
         The logarithms of the budgets are spread evenly by multiples of the golden ratio, instead of at random: every
         few steps in succession then see small and large budgets.
         """
-        most = min(max(4 * self.config.max_edges, 60), len(self.candidates) - 0.5)
+        wanted = max(self.config.max_edges, *self.config.budgets, 1)
+        most = min(BEYOND * wanted, len(self.candidates) - 0.5)
         return most ** ((number + 0.5) * GOLDEN % 1) if most > 1 else most
 
     def temperature(self, progress: float) -> float:
         """τ after a share `progress` of all steps."""
         share = FIRST_SHARE * (LAST_SHARE / FIRST_SHARE) ** progress
         return share * self.steps / math.log(max(len(self.candidates), 2))
-
-    def scores(self) -> Tensor:
-        """The scores of all edges [E]; minus infinity for edges that may not be cut."""
-        lowest = torch.full_like(self.weights, float("-inf"))
-        return lowest.index_put_((self.candidates,), self.parameter.detach())
-
-    def state(self) -> dict[str, Tensor]:
-        """The scores and the state of their optimizer."""
-        kept = optimizer_state(self.optimizer, self.parameter)
-        return {"parameter": self.parameter.detach(), **{f"optimizer.{name}": value for name, value in kept.items()}}
-
-    def restore(self, state: dict[str, Tensor], device: torch.device) -> None:
-        """Continue from what `state` returned."""
-        with torch.no_grad():
-            self.parameter.copy_(state["parameter"])
-        restore_optimizer(self.optimizer, self.parameter, part_of(state, "optimizer"))

@@ -1,0 +1,52 @@
+"""Masks of several budgets from one ranking: the first edges of the ranking, and the constants that go with them."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+
+import torch
+
+from circuit_breaking.engine.transformer import EdgeMaskedTransformer
+from circuit_breaking.tasks.base import Task
+from circuit_breaking.training.config import MaskConfig
+from circuit_breaking.training.mask_trainer import MaskResult, train_mask
+from circuit_breaking.training.methods import GIVEN
+
+
+def masks_at(
+    budgets: Iterable[int],
+    result: MaskResult,
+    model: EdgeMaskedTransformer,
+    break_task: Task,
+    keep_task: Task,
+    settings: MaskConfig,
+) -> Iterator[int]:
+    """Put the mask of each budget into the model, and yield the budget while it is there.
+
+    If ablation constants are learned, they are trained for each mask in `constants_steps` steps; each time they start
+    from those that the model has now. At the end the model has the mask and the constants that it has now.
+
+    Args:
+        budgets: numbers of edges to cut. Those above the number of ranked edges are left out.
+        result: what `train_mask` returned, with a ranking.
+        model, break_task, keep_task, settings: as they were given to `train_mask`.
+    """
+    means, weights = model.means, model.mask.weights.detach().clone()
+    given = replace(
+        settings, method=GIVEN, relax_steps=settings.constants_steps, anneal_steps=0, refine_rounds=0, constants_steps=0
+    )
+    try:
+        for budget in sorted(set(budgets)):
+            if budget > len(result.ranking):
+                continue
+            model.means, mask = means, result.at(budget)
+            if settings.constants_lr and budget:
+                train_mask(
+                    model, break_task, keep_task, replace(given, max_edges=budget), mask == 0, progress=False
+                )  # fmt: skip
+            with torch.no_grad():
+                model.mask.weights.copy_(mask)
+            yield budget
+    finally:
+        model.means = means
+        with torch.no_grad():
+            model.mask.weights.copy_(weights)
