@@ -35,11 +35,11 @@ from torch import Tensor, nn
 
 from circuit_breaking.ablation.positions import ablated_positions, cache_of
 from circuit_breaking.errors import UserError
-from circuit_breaking.models.families.spec import PLAIN_TENSORS
 
 PREFIX = "edge_cuts_"  # of everything that is added to a module
 ABLATED = f"{PREFIX}ablated"  # keyword under which layers are told at which positions cuts act
 MARK = "edge_cuts_key"  # of a KV cache
+PLAIN_TENSORS = (nn.Parameter, Tensor)  # weights of other classes, such as quantised ones, have no views of heads
 FEW_TOKENS = 128  # up to which the inputs of all units of a projection are gathered for one product
 FEW_HEADS = 3  # up to which a product for each head is faster than one product for all heads
 

@@ -18,8 +18,6 @@ from transformers.pytorch_utils import Conv1D
 from circuit_breaking.errors import UserError
 from circuit_breaking.graph import EdgeGraph
 
-PLAIN_TENSORS = (nn.Parameter, Tensor)  # weights of other classes, such as quantised ones, have no views of heads
-
 
 @dataclass(frozen=True)
 class NormSpec:
@@ -192,10 +190,8 @@ class Family:
 def linear(module: nn.Module) -> LinearSpec:
     """Describe a linear module. Raises `UserError` for a module that computes more, such as a LoRA adapter."""
     kind = getattr(type(module), "stands_for", type(module))  # a module of a model with cut edges keeps its weights
-    quantised = kind in (nn.Linear, Conv1D) and type(module.weight) not in PLAIN_TENSORS
-    if quantised or kind not in (nn.Linear, Conv1D):
-        other = type(module.weight) if quantised else type(module)
-        kind = f"{other.__module__}.{other.__name__}"
+    if kind not in (nn.Linear, Conv1D):
+        kind = f"{type(module).__module__}.{type(module).__name__}"
         raise UserError(
             f"the model has a {kind} where a plain linear layer is needed. Merge adapters and undo quantisation first."
         )
