@@ -3,7 +3,7 @@
 import os
 import signal
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from circuit_breaking.errors import UserError
 from circuit_breaking.runs.launcher import rank
@@ -47,7 +47,8 @@ def _end(number: int, frame: object) -> None:
             f"stopped by {signal.Signals(number).name}. Run the same command again: it starts from the last checkpoint "
             "if the script keeps checkpoints, else from the beginning."
         )
-        os.write(2, f"{sentence}\n".encode())  # sys.stderr may be in the middle of a write
+        with suppress(OSError):  # a closed terminal
+            os.write(2, f"{sentence}\n".encode())  # sys.stderr may be in the middle of a write
     raise SystemExit(Stopped.exit_code if _saved else 128 + number)
 
 
