@@ -67,6 +67,8 @@ class Ablation:
             for attention in self._wiring.separate_keys:
                 self._shares.append((attention, attention.num_key_value_groups))
                 attention.num_key_value_groups = 1
+                if hasattr(attention, "num_key_value_heads"):  # by which Phi-3 finds its keys
+                    attention.num_key_value_heads *= self._shares[-1][1]
         except BaseException:
             self.remove()
             raise
@@ -78,6 +80,8 @@ class Ablation:
         while self._shares:
             attention, share = self._shares.pop()
             attention.num_key_value_groups = share
+            if hasattr(attention, "num_key_value_heads"):
+                attention.num_key_value_heads //= share
         if getattr(self._model, ATTRIBUTE, None) is self:
             delattr(self._model, ATTRIBUTE)
             self._model.__class__ = type(self._model).stands_for

@@ -63,10 +63,11 @@ def _heads(layer: LayerSpec) -> list[tuple[nn.Parameter, View]]:
 
 UNITS = {"weight": _every_weight, "neuron": _neurons, "head": _heads}
 OPTIONS = {  # of a description, those that leave a mask's meaning as it is
-    "gate", "query_norm", "key_norm", "multiplier", "window",
-    "positions", "embedding_scale", "rotary", "unembedding_bias", "logit_divisor", "parallel",
+    "gate", "query_norm", "key_norm", "norms_all_heads", "softcap", "attention_out_norm", "mlp_out_norm",
+    "rotary_kind", "multiplier", "window", "positions", "embedding_scale", "rotary", "unembedding_bias",
+    "head", "parallel",
 }  # fmt: skip
-NORMS = {"layer", "rms", "rms_offset"}
+NORMS = {"layer", "rms", "rms_offset", "none"}
 
 
 def find_matrices(hf: nn.Module, granularity: str) -> list[Matrix]:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from circuit_breaking.ablation.layer_norms import PartReader, SeparateKeyNorm, SharedNorm
 from circuit_breaking.ablation.modules import (
     FEW_HEADS,
     AblatedLayer,
@@ -22,28 +23,31 @@ from circuit_breaking.ablation.modules import (
 from circuit_breaking.ablation.plan import LayerPlan, Plan, Read, read_constants, read_matrix
 from circuit_breaking.errors import UserError
 from circuit_breaking.graph import EdgeGraph
-from circuit_breaking.models.families.spec import LayerSpec, ModelSpec, check_supported
+from circuit_breaking.models.families.spec import NO_NORM, LayerSpec, ModelSpec, NormSpec, check_supported
 
 State = dict[str, int | Tensor | tuple | None]
 
 # the options of a description that cutting edges supports; modules are called as they are, so most need no code
 OPTIONS = (
-    "gate", "query_norm", "key_norm", "multiplier", "window",
-    "positions", "embedding_scale", "rotary", "unembedding_bias", "logit_divisor", "parallel",
+    "gate", "query_norm", "key_norm", "norms_all_heads", "softcap", "attention_out_norm", "mlp_out_norm",
+    "rotary_kind", "multiplier", "window", "positions", "embedding_scale", "rotary", "unembedding_bias",
+    "head", "parallel",
 )  # fmt: skip
-NORMS = ("layer", "rms", "rms_offset")
+NORMS = ("layer", "rms", "rms_offset", "none")
 
 
 def check_cuttable(spec: ModelSpec) -> None:
     """Raise a `UserError` if edges cannot be cut in a model."""
     check_supported(spec, "cutting edges in a Hugging Face model", OPTIONS, NORMS)
     for layer in spec.layers:
-        if layer.queries_per_key > 1 and len({layer.query.module, layer.key.module, layer.value.module}) < 3:
+        made_by = {layer.query.module, layer.key.module, layer.value.module}
+        side_by_side = len({one.step for one in (layer.query, layer.key, layer.value)}) == 1 and layer.query.step == 1
+        if layer.queries_per_key > 1 and len(made_by) < 3 and not (len(made_by) == 1 and side_by_side):
             raise UserError(
-                "cutting edges in a Hugging Face model does not support keys that are shared by several heads and come "
-                f"from one module with the queries, as in this {spec.family} model."
+                "cutting edges in a Hugging Face model does not support keys that are shared by several heads and "
+                f"computed between the queries, as in this {spec.family} model."
             )
-        if layer.mlp_norm.module is layer.attention_norm.module:  # one module cannot read for both
+        if layer.mlp_norm is not NO_NORM and layer.mlp_norm.module is layer.attention_norm.module:  # it reads for one
             raise UserError(
                 "cutting edges in a Hugging Face model does not support one norm for attention and MLP, as in this "
                 f"{spec.family} model."
@@ -120,13 +124,16 @@ class LayerWiring:
         ablated = parts.count - 1 if parts.ablated else None
         norm = {"d": d, "stream": parts.stream}
         before = {"first": int(parts.mlp_read), "count": parts.reads + 1, "ablated": ablated if parts.reads else None}
-        changes: list[tuple[nn.Module, type, State]] = [(layer.attention_norm.module, ReaderNorm, norm | before)]
+        changes: list[tuple[nn.Module, type, State]] = [reader(layer.attention_norm, layer.attention, norm | before)]
         if self.plan.reads:
             changes += self._projections(wiring)
         changes.append((layer.out.module, HeadOutputs, self._head_outputs()))
         mlp = {"first": 0, "ablated": ablated} if parts.mlp_read else {"first": parts.stream, "ablated": None}
-        changes.append((layer.mlp_norm.module, ReaderNorm, norm | mlp | {"count": 1}))
+        changes.append(reader(layer.mlp_norm, layer.mlp, norm | mlp | {"count": 1}))
         changes.append((layer.down.module, MLPOutput, {"adds": parts.mlp_adds}))
+        for after in (layer.attention_out_norm, layer.mlp_out_norm):
+            if after is not None:
+                changes.append((after.module, SharedNorm, norm | written_out(after)))
         changed = {module for module, *_ in changes}
         inside = tuple(
             (parent, name, child)
@@ -177,7 +184,7 @@ class LayerWiring:
             "heads": tuple(heads),
             "every": every,
             "exports": tuple(at.index(head) for head in plan.export_heads),
-            "summed": tuple(at.index(head) for head in summed),
+            "summed": self._long([at.index(head) for head in summed]),
             "sums_kept": sums_kept,
             "adds": tuple(for_mlp if name == "mlp" else name for name in self.parts.attention_adds),
         }
@@ -192,30 +199,38 @@ class LayerWiring:
         )
         if separate:
             wiring.separate_keys.append(layer.attention)
+            if layer.norms_all_heads:
+                state = {"width": layer.head_width, **written_out(layer.key_norm)}
+                yield layer.key_norm.module, SeparateKeyNorm, state
+        fused = separate and layer.query.module is layer.key.module
         units: dict[nn.Module, list[Unit]] = {}
-        for projection, reads in zip((layer.query, layer.key, layer.value), self.plan.units, strict=True):
-            at_first, step = projection.first, projection.step
+        for part, reads in enumerate(self.plan.units):
+            projection = (layer.query, layer.key, layer.value)[part]
+            first, step = projection.first, projection.step
+            at_first = part * self.spec.n_heads if fused else first
             shared = self.spec.n_heads // len(projection.weight)
             heads = range(0, self.spec.n_heads, 1 if separate else shared)
             units.setdefault(projection.module, []).extend(
-                Unit(at_first + step * at, at_first + step * (head // shared), reads[head], head)
+                Unit(at_first + step * at, first + step * (head // shared), reads[head], head, part)
                 for at, head in enumerate(heads)
             )
         for module, its_units in units.items():
             yield module, UnitProjection, self._units(sorted(its_units, key=lambda unit: unit.at))
 
     def _units(self, units: list["Unit"]) -> State:
-        own: dict[tuple[int, int], list[Unit]] = {}  # of a head that reads the same for some of query, key and value
+        # of a head that reads the same for some of query, key and value; those lie evenly unless keys are shared
+        own: dict[tuple[int, int, int], list[Unit]] = {}
         for unit in units:
             if unit.read is not None:
-                own.setdefault((unit.read, unit.head), []).append(unit)
+                part = unit.part if self.layer.queries_per_key > 1 else 0
+                own.setdefault((unit.read, unit.head, part), []).append(unit)
         stream = self.parts.reads  # the last of what is read
         return {
             "n": stream + 1,
             "width": self.layer.head_width,
             "own": tuple(
                 (read, _steps([unit.at for unit in some]), _steps([unit.weight for unit in some]))
-                for (read, _), some in own.items()
+                for (read, *_), some in own.items()
             ),
             "reads": self._long([stream if unit.read is None else unit.read for unit in units]),
             "units": self._long([unit.weight for unit in units]),
@@ -225,12 +240,23 @@ class LayerWiring:
 
 class Unit(NamedTuple):
     """A unit of a projection's output: where it is, which unit of the weights makes it, from which of the layer's reads
-    (None: the stream), and for which head."""
+    (None: the stream), for which head, and for its query (0), key (1) or value (2)."""
 
     at: int
     weight: int
     read: int | None
     head: int
+    part: int
+
+
+def reader(norm: NormSpec, block: nn.Module, state: State) -> tuple[nn.Module, type, State]:
+    """What takes the reads of attention or of the MLP, `block`: the norm before it, or where there is none itself."""
+    return (block, PartReader, state) if norm is NO_NORM else (norm.module, ReaderNorm, state)
+
+
+def written_out(norm: NormSpec) -> State:
+    """What a module needs that writes out an RMSNorm."""
+    return {"eps": norm.eps, "offset": float(norm.kind == "rms_offset")}
 
 
 def _steps(numbers: list[int]) -> tuple[int, int, int]:

@@ -8,15 +8,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None = None, softcap: float | None = None
+) -> Tensor:
     """The attention-weighted values of every head: [B, H, T, K].
 
     Args:
         q, k, v: queries, keys and values, [B, H, T, K].
         scale: factor of the attention scores.
         window: how many tokens a token attends to at most, itself included; None for all before it.
+        softcap: c, if scores are capped to c · tanh(scores / c).
     """
     length = q.shape[2]
+    if softcap is not None:  # which no fused kernel computes
+        scores = softcap * torch.tanh(q @ k.transpose(-1, -2) * (scale / softcap))
+        scores = scores.masked_fill(~visible(length, window, q.device), float("-inf"))
+        return scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype) @ v
     if window is None or window >= length:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=visible(length, window, q.device), scale=scale)
@@ -35,5 +42,6 @@ def rotate_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """
     turned = x[..., : cos.shape[-1]]
     first, second = turned.chunk(2, -1)
-    turned = turned * cos + torch.cat((-second, first), -1) * sin
+    # OLMo 2 has its tables in float32 whatever the model's type, and rotates in that
+    turned = (turned * cos + torch.cat((-second, first), -1) * sin).to(x.dtype)
     return turned if turned.shape == x.shape else torch.cat((turned, x[..., cos.shape[-1] :]), -1)

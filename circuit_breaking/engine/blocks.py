@@ -13,21 +13,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from circuit_breaking.engine.attention import attend, rotate_halves
-from circuit_breaking.engine.norms import NORMS, Norm, NormedProjection
+from circuit_breaking.engine.network import Rotary
+from circuit_breaking.engine.norms import NORMS, Norm, NormedProjection, PlainProjection
+from circuit_breaking.engine.output_norms import OutputNorm
 from circuit_breaking.models.activations import activation
 from circuit_breaking.models.families.spec import LayerSpec, LinearSpec, ModelSpec, ProjectionSpec, check_supported
 
 OPTIONS = {  # of a description, those that the engine supports
-    "gate", "query_norm", "key_norm", "multiplier", "window",
-    "positions", "embedding_scale", "rotary", "unembedding_bias", "logit_divisor", "parallel",
+    "gate", "query_norm", "key_norm", "norms_all_heads", "softcap", "attention_out_norm", "mlp_out_norm",
+    "rotary_kind", "multiplier", "window", "positions", "embedding_scale", "rotary", "unembedding_bias",
+    "head", "parallel",
 }  # fmt: skip
-Rotary = tuple[Tensor, Tensor]  # cos and sin [T, r] of the rotary position embedding, r <= K
 
 
 def make_blocks(spec: ModelSpec, split_qkv: bool) -> nn.ModuleList:
     """The blocks of a model. Raises `UserError` if the model has an option that they do not compute."""
     check_supported(spec, "the edge-masked transformer", OPTIONS, NORMS)
-    return nn.ModuleList(Block(layer, split_qkv) for layer in spec.layers)
+    kinds = spec.rotary_kinds
+    return nn.ModuleList(Block(layer, split_qkv, kinds.index(layer.rotary_kind)) for layer in spec.layers)
 
 
 class Block(nn.Module):
@@ -39,14 +42,22 @@ class Block(nn.Module):
     Args:
         layer: its description.
         split_qkv: a head's query, key and value read separately.
+        rotary_kind: number of the layer's kind of rotary positions.
     """
 
-    def __init__(self, layer: LayerSpec, split_qkv: bool) -> None:
+    def __init__(self, layer: LayerSpec, split_qkv: bool, rotary_kind: int = 0) -> None:
         super().__init__()
-        self.split, self.scale, self.window = split_qkv, layer.scale, layer.window
+        self.split, self.scale, self.rotary_kind = split_qkv, layer.scale, rotary_kind
+        self.window, self.softcap = layer.window, layer.softcap
         self.qkv = project_qkv(layer, split_qkv)
+        self.norms_all_heads = layer.norms_all_heads
         self.query_norm = None if layer.query_norm is None else Norm(layer.query_norm)
         self.key_norm = None if layer.key_norm is None else Norm(layer.key_norm)
+        if self.norms_all_heads and layer.queries_per_key > 1:
+            gain = self.key_norm.weight.view(-1, layer.head_width)
+            self.key_norm.weight = gain.repeat_interleave(layer.queries_per_key, 0).flatten()
+        after = layer.attention_out_norm, layer.mlp_out_norm
+        self.attention_out_norm, self.mlp_out_norm = (None if one is None else OutputNorm(one) for one in after)
         self.register_buffer("w_o", layer.w_o.detach())  # [H, K, D]
         self.multiplier = layer.multiplier
         self.register_buffer(
@@ -70,7 +81,7 @@ class Block(nn.Module):
         Args:
             qkv: [H, N, 3K], or [3H, N, K] in the order q, k, v of each head with `split_qkv`.
             batch: number of texts, B.
-            rotary: cos and sin; None for a model without rotary positions.
+            rotary: cos and sin [kinds, T, r]; None for a model without rotary positions.
 
         Returns:
             [H, N, K].
@@ -82,14 +93,25 @@ class Block(nn.Module):
             heads, tokens, width = qkv.shape
             parts = qkv.view(heads, batch, tokens // batch, width).chunk(3, -1)
         q, k, v = (part.transpose(0, 1) for part in parts)  # [B, H, T, K]
-        if self.query_norm is not None:
-            q = self.query_norm(q)
-        if self.key_norm is not None:
-            k = self.key_norm(k)
+        q, k = self.normed(q, self.query_norm), self.normed(k, self.key_norm)
         if rotary is not None:
-            q, k = (rotate_halves(x, *rotary) for x in (q, k))
-        z = self.multiplied(attend(q, k, v, self.scale, self.window))
+            cos, sin = (table[self.rotary_kind] for table in rotary)
+            q, k = (rotate_halves(x, cos, sin) for x in (q, k))
+        z = self.multiplied(attend(q, k, v, self.scale, self.window, self.softcap))
         return z.transpose(0, 1).reshape(z.shape[1], tokens, z.shape[-1])
+
+    def normed(self, x: Tensor, norm: Norm | None) -> Tensor:
+        """Queries or keys [B, H, T, K] after their norm: of each head, or of all together."""
+        if norm is None or not self.norms_all_heads:
+            return x if norm is None else norm(x)
+        # where heads share a key, each of them has its own copy of it, which counts once for each head
+        return norm(x.transpose(1, 2).flatten(-2)).unflatten(-1, x.shape[1::2]).transpose(1, 2)
+
+    @property
+    def constants(self) -> tuple[Tensor, Tensor]:
+        """What each head, and the MLP, writes whatever it reads: [D] each. Norms after them leave nothing fixed."""
+        heads, mlp = self.attention_out_norm, self.mlp_out_norm
+        return tuple(b if norm is None else torch.zeros_like(b) for b, norm in ((self.b_o, heads), (self.b_down, mlp)))
 
     def mlp(self, read: Tensor) -> Tensor:
         """The hidden layer of the MLP, before its output projection: [N, D] -> [N, F]."""
@@ -99,23 +121,25 @@ class Block(nn.Module):
         return self.multiplied(hidden)
 
 
-def project_qkv(layer: LayerSpec, split_qkv: bool) -> NormedProjection:
+def project_qkv(layer: LayerSpec, split_qkv: bool) -> NormedProjection | PlainProjection:
     """The norm before attention and the projections to queries, keys and values, with the norm's weights folded in.
 
     They are folded in float32 or better, and rounded to the type of the model once.
     """
     norm, kind = layer.attention_norm, layer.query.weight.dtype
     precise = torch.promote_types(kind, torch.float32)
-    gain = norm.gain(precise)
+    gain = None if norm.kind == "none" else norm.gain(precise)
     weights, biases = [], []
     for one in (layer.query, layer.key, layer.value):
         weight, bias = (tensor.to(precise) for tensor in per_query_head(one, layer.n_heads))
         bias = bias[:, None]
         if norm.bias is not None:  # contiguous, so that the rounding does not depend on the family's layout
             bias = bias + norm.bias.detach()[None].to(precise) @ weight.contiguous()
-        weights.append(gain[:, None] * weight)
+        weights.append(weight if gain is None else gain[:, None] * weight)
         biases.append(bias)
     weight, bias = (by_reader(parts, split_qkv) for parts in (weights, biases))
+    if norm.kind == "none":
+        return PlainProjection(weight, bias).to(kind)
     return NormedProjection(weight, bias, norm.eps, centred=norm.kind == "layer").to(kind)
 
 

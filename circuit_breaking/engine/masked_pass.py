@@ -12,8 +12,9 @@ The life of each buffer (`network.PassBuffers`, [rows, N * D]):
                     backward: of a group)   centres it in place                ∂L/∂r_j, which earlier layers read;
                                                                                zero before position ablate_from
     grad_scratch    nodes of a group        unused                             ∂L/∂x_i of the nodes of one group
-    saved           one entry a layer       norm divisors and the inputs and   used once and dropped; computed again
-                                            outputs of attention and MLP       with gradient checkpointing
+    saved           one entry a layer       norm divisors, sums before norms   used once and dropped; inputs and
+                                            after attention and MLP, and the   outputs are computed again with gradient
+                                            inputs and outputs of both         checkpointing
 
 `backward` overwrites the buffers and gives their memory back; calling it a second time reruns the forward. The
 model's weights are frozen: autograd sees attention and the MLP of one layer at a time, and nothing else.
@@ -30,6 +31,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from circuit_breaking.engine.network import Network, PassBuffers, PassInputs, Workspace, fill_rows
+from circuit_breaking.engine.output_norms import OutputNorm
 from circuit_breaking.engine.prefix_cache import PrefixCache
 from circuit_breaking.engine.reads import DenseReads, MaskedReads, RunningSumReads, SparseMask, product_is_small
 from circuit_breaking.graph import LayerSlice
@@ -163,15 +165,30 @@ class MaskedPass:
         mlp = heads.stop
         layer_inputs = layer_inputs.view(part.n_readers, -1, self.width)
         inverse, qkv, z = self._attend(layer, layer_inputs)
+        sums: list[Tensor | None] = [None, None]  # of what heads, and the MLP, write, where a norm comes after them
         self._fill(nodes[heads], heads)
-        nodes[heads].baddbmm_(z.detach(), block.w_o)
+        if block.attention_out_norm is None:
+            nodes[heads].baddbmm_(z.detach(), block.w_o)
+        else:
+            sums[0] = self._write_normed(nodes[heads], z.detach(), block.w_o, block.b_o, block.attention_out_norm)
         if part.n_same_layer_edges:
             self.reads.read_own_heads(layer_inputs[-1].view(-1), part)
         hidden, mlp_input = self._with_graph(block.mlp, layer_inputs[-1])
         self._fill(nodes[mlp : mlp + 1], slice(mlp, mlp + 1))
-        nodes[mlp].addmm_(hidden.detach(), block.w_down)
+        if block.mlp_out_norm is None:
+            nodes[mlp].addmm_(hidden.detach(), block.w_down)
+        else:
+            about = hidden.detach()[None], block.w_down[None], block.b_down, block.mlp_out_norm
+            sums[1] = self._write_normed(nodes[mlp : mlp + 1], *about)
         activations = None if network.gradient_checkpointing else (qkv, z, mlp_input, hidden)
-        self.saved.append((inverse, activations) if self.save_for_backward else None)
+        self.saved.append((sums, inverse, activations) if self.save_for_backward else None)
+
+    def _write_normed(self, rows: Tensor, z: Tensor, weight: Tensor, bias: Tensor, norm: OutputNorm) -> Tensor:
+        """Add to rows [n, N, D] the outputs of nodes with a norm after them; return their sum before it [N, D]."""
+        outputs = torch.empty_like(rows)
+        total = norm.write(outputs, z, weight, bias)
+        rows += outputs
+        return total
 
     def _attend(self, layer: int, layer_inputs: Tensor, inverse: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """1 / the norms' divisors, queries, keys and values, and the heads' z, from what the readers get [R, N, D].
@@ -227,16 +244,25 @@ class MaskedPass:
         nodes, first, end = self.buffers.node_outputs, part.first_reader, part.first_reader + part.n_readers
         own = slice(part.n_earlier_nodes, part.n_earlier_nodes + heads)
         in_group = slice(group[0].n_earlier_nodes, part.n_earlier_nodes)
-        inverse, qkv, z, mlp_input, hidden = self._take_saved(layer, part)
+        sums, inverse, qkv, z, mlp_input, hidden = self._take_saved(layer, part)
         grad_nodes = self.reads.grad_nodes(layer, part, group)
         grad_heads, grad_mlp = grad_nodes[:heads], grad_nodes[heads].view(-1, self.width)
 
-        (grad_mlp_input,) = torch.autograd.grad(hidden, mlp_input, grad_mlp @ block.w_down.t())
+        if block.mlp_out_norm is None:
+            grad_hidden = grad_mlp @ block.w_down.t()
+        else:
+            about = hidden.detach()[None], block.w_down[None], block.b_down, sums[1]
+            grad_hidden = block.mlp_out_norm.grad_z(grad_mlp[None], *about)[0]
+        (grad_mlp_input,) = torch.autograd.grad(hidden, mlp_input, grad_hidden)
         if part.n_same_layer_edges:
             if not nodes.is_cuda:
                 grad_matrix[end - 1, own] = nodes[own] @ grad_mlp_input.view(-1)
             self.reads.grad_own_heads(grad_heads, grad_mlp_input.view(-1), part)
-        grad_z = torch.bmm(grad_heads.view(heads, -1, self.width), block.w_o.transpose(1, 2))
+        grad_heads = grad_heads.view(heads, -1, self.width)
+        if block.attention_out_norm is None:
+            grad_z = torch.bmm(grad_heads, block.w_o.transpose(1, 2))
+        else:
+            grad_z = block.attention_out_norm.grad_z(grad_heads, z.detach(), block.w_o, block.b_o, sums[0])
         (grad_qkv,) = torch.autograd.grad(z, qkv, grad_z)
 
         layer_inputs = self.buffers.reader_inputs[first:end]
@@ -246,16 +272,16 @@ class MaskedPass:
         if in_group.start < in_group.stop and not nodes.is_cuda:
             grad_matrix[first:end, in_group] = layer_inputs @ nodes[in_group].t()
 
-    def _take_saved(self, layer: int, part: LayerSlice) -> tuple[Tensor, ...]:
+    def _take_saved(self, layer: int, part: LayerSlice) -> tuple:
         """What the backward of a layer needs of its forward, computed again with gradient checkpointing."""
-        inverse, activations = self.saved[layer]
+        sums, inverse, activations = self.saved[layer]
         self.saved[layer] = None
         if activations is not None:
-            return inverse, *activations
+            return sums, inverse, *activations
         rows = self.buffers.reader_inputs[part.first_reader : part.first_reader + part.n_readers]
         layer_inputs = rows.view(part.n_readers, -1, self.width)
         hidden, mlp_input = self._with_graph(self.network.blocks[layer].mlp, layer_inputs[-1])
-        return *self._attend(layer, layer_inputs, inverse), mlp_input, hidden
+        return sums, *self._attend(layer, layer_inputs, inverse), mlp_input, hidden
 
     def _grad_constants(self, grad_inputs: Tensor) -> Tensor:
         """Gradients of the ablation constants, Σ_j (1 - m_ij) ∂L/∂r_j summed over tokens: [P, D]."""

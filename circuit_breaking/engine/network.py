@@ -11,10 +11,11 @@ from typing import Protocol, Self
 from torch import Tensor
 
 from circuit_breaking.engine.ablation_values import AblationValues
-from circuit_breaking.engine.norms import NormedProjection
+from circuit_breaking.engine.norms import NormedProjection, PlainProjection
+from circuit_breaking.engine.output_norms import OutputNorm
 from circuit_breaking.graph import EdgeGraph, LayerSlice
 
-Rotary = tuple[Tensor, Tensor]  # cos and sin [T, K]
+Rotary = tuple[Tensor, Tensor]  # cos and sin [kinds, T, r] of the rotary position embedding, r <= K
 
 # Layers whose readers get all earlier nodes from one matrix product, and whose nodes collect the gradients of all later
 # readers in one: four layers, or more where they are narrow. Products with that many rows run at full speed, and their
@@ -29,13 +30,16 @@ class LayerBlock(Protocol):
         qkv: the norm before attention and the projections to queries, keys and values.
         w_o: output projection of every head [H, K, D]; b_o: each head's share of its bias [D].
         w_down: output projection of the MLP [F, D]; b_down: its bias [D].
+        attention_out_norm, mlp_out_norm: norms of what all heads, and the MLP, write; or None.
     """
 
-    qkv: NormedProjection
+    qkv: NormedProjection | PlainProjection
     w_o: Tensor
     b_o: Tensor
     w_down: Tensor
     b_down: Tensor
+    attention_out_norm: OutputNorm | None
+    mlp_out_norm: OutputNorm | None
 
     def attention(self, qkv: Tensor, batch: int, rotary: Rotary | None) -> Tensor:
         """Attention-weighted values of every head [H, N, K]."""

@@ -66,7 +66,7 @@ def _rms(x: Tensor, weight: Tensor, bias: None, eps: float) -> Tensor:
 
 # `kind` of a `NormSpec` -> (x, gain, bias, eps) -> normalised x
 NORMS: dict[str, Callable[[Tensor, Tensor, Tensor | None, float], Tensor]] = {
-    "layer": _layer, "rms": _rms, "rms_offset": _rms,
+    "layer": _layer, "rms": _rms, "rms_offset": _rms, "none": lambda x, *_: x,
 }  # fmt: skip
 
 
@@ -76,12 +76,34 @@ class Norm(nn.Module):
     def __init__(self, spec: NormSpec) -> None:
         super().__init__()
         self.normalise, self.eps = NORMS[spec.kind], spec.eps
-        self.register_buffer("weight", spec.gain(spec.weight.dtype))
+        self.register_buffer("weight", None if spec.kind == "none" else spec.gain(spec.weight.dtype))
         self.register_buffer("bias", None if spec.bias is None else spec.bias.detach())
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise [..., D]."""
         return self.normalise(x, self.weight, self.bias, self.eps)
+
+
+class PlainProjection(nn.Module):
+    """x · weight + bias for every reader: `NormedProjection` where there is no norm.
+
+    Args:
+        weight: [R, D, K].
+        bias: [R, 1, K].
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.register_buffer("bias", bias)
+
+    def forward(self, x: Tensor, inverse: None = None) -> tuple[Tensor, None]:
+        """Project [R, N, D] to [R, N, K]."""
+        return torch.baddbmm(self.bias, x, self.weight), None
+
+    def backward_(self, x: Tensor, inverse: None, out: Tensor, gradient: Tensor) -> None:
+        """Overwrite x with its gradient."""
+        torch.bmm(gradient, self.weight.transpose(1, 2), out=x)
 
 
 class NormedProjection(nn.Module):

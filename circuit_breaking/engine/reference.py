@@ -12,7 +12,9 @@ this holds from that position on, and at earlier ones r_j = Σ_i x_i whatever th
     q, k, v = norm(r_j) W_Q + b_Q, norm(r_j) W_K + b_K, norm(r_j) W_V + b_V
     x_j     = softmax(scale · q kᵀ + causal mask) v W_O + b_O / H
 
-an MLP computes x_j = MLP(norm(r_j)), and the logits are norm(r_output) W_U. With `split_qkv`, a head's query, key and
+an MLP computes x_j = MLP(norm(r_j)), and the logits are norm(r_output) W_U. Where a norm comes after attention, a head
+writes its share of the normed sum, x_j / σ · gain with σ² = mean((Σ_j x_j)²) + eps over the heads of its layer; an MLP
+with a norm after it writes that norm's output. With `split_qkv`, a head's query, key and
 value are three readers with separate edges, so q, k and v come from three different r_j.
 
 This file computes just that: it keeps every node's output, reads them with one `einsum`, and runs Hugging Face's own
@@ -31,8 +33,9 @@ from circuit_breaking.models.families import describe
 from circuit_breaking.models.families.spec import LayerSpec, ModelSpec, NormSpec, ProjectionSpec, check_supported
 
 OPTIONS = {  # of a description, those that are computed here
-    "gate", "query_norm", "key_norm", "multiplier", "window",
-    "positions", "embedding_scale", "rotary", "unembedding_bias", "logit_divisor", "parallel",
+    "gate", "query_norm", "key_norm", "norms_all_heads", "softcap", "attention_out_norm", "mlp_out_norm",
+    "rotary_kind", "multiplier", "window", "positions", "embedding_scale", "rotary", "unembedding_bias",
+    "head", "parallel",
 }  # fmt: skip
 Rotary = tuple[Tensor, Tensor] | None  # cos and sin [1, T, r]
 
@@ -54,20 +57,23 @@ class ReferenceModel(nn.Module):
             ablate_from: first position at which cuts act.
         """
         model = describe(self.hf)
-        check_supported(model, "the reference", OPTIONS, {"layer", "rms", "rms_offset"})
+        check_supported(model, "the reference", OPTIONS, {"layer", "rms", "rms_offset", "none"})
         if tokens.shape[1] > model.max_positions:
             raise UserError(f"{tokens.shape[1]} tokens are more than the model's {model.max_positions} positions.")
         positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
         embedding = model.embedding[tokens] * model.embedding_scale
         if model.positions is not None:
             embedding = embedding + model.positions[positions]
-        rotary = None if model.rotary is None else model.rotary(embedding, positions)
         nodes = Nodes(embedding, mask, means, ablate_from)
         for layer in model.layers:
+            kind = () if layer.rotary_kind is None else (layer.rotary_kind,)
+            rotary = None if model.rotary is None else model.rotary(embedding, positions, *kind)
             heads = self.heads(layer, nodes, rotary)
             if not model.parallel:  # else the MLP does not read the heads of its layer
                 nodes.write(heads)
             mlp = layer.multiplier * layer.mlp(norm(layer.mlp_norm, nodes.read(1)[0]))
+            if layer.mlp_out_norm is not None:
+                mlp = norm(layer.mlp_out_norm, mlp)
             nodes.write([*heads, mlp] if model.parallel else [mlp])
         final = norm(model.final_norm, nodes.read(1)[0])
         assert nodes.used == len(mask), "every edge is read once"
@@ -79,7 +85,15 @@ class ReferenceModel(nn.Module):
             reads = nodes.read(3 * layer.n_heads).unflatten(0, (layer.n_heads, 3))
         else:
             reads = nodes.read(layer.n_heads)[:, None].expand(-1, 3, -1, -1, -1)
-        return [head(layer, index, *reads[index], rotary) for index in range(layer.n_heads)]
+        parts = [project_all(layer, index, *reads[index]) for index in range(layer.n_heads)]
+        if layer.norms_all_heads:
+            parts = norm_all_heads(layer, parts)
+        outputs = [head(layer, index, *parts[index], rotary) for index in range(layer.n_heads)]
+        if layer.attention_out_norm is not None:  # each head's share of the normed sum
+            total = sum(outputs)
+            divisor = (total.square().mean(-1, keepdim=True) + layer.attention_out_norm.eps).sqrt()
+            outputs = [gain(layer.attention_out_norm) * output / divisor for output in outputs]
+        return outputs
 
 
 class Nodes:
@@ -107,19 +121,40 @@ class Nodes:
         self.outputs = torch.cat([self.outputs, torch.stack(outputs)])
 
 
-def head(layer: LayerSpec, index: int, r_q: Tensor, r_k: Tensor, r_v: Tensor, rotary: Rotary) -> Tensor:
-    """Output [B, T, D] of a head whose query, key and value read the streams r_q, r_k and r_v [B, T, D]."""
+def project_all(layer: LayerSpec, index: int, r_q: Tensor, r_k: Tensor, r_v: Tensor) -> tuple[Tensor, ...]:
+    """Query, key and value, [B, T, K] each, of a head that reads the streams r_q, r_k and r_v [B, T, D] for them."""
     group = index // layer.queries_per_key  # heads may share keys and values
-    q = project(layer, layer.query, index, r_q)  # [B, T, K]
+    q = project(layer, layer.query, index, r_q)
     k = project(layer, layer.key, group, r_k)
     v = project(layer, layer.value, group, r_v)
-    if layer.query_norm is not None:
+    if layer.query_norm is not None and not layer.norms_all_heads:
         q = norm(layer.query_norm, q)
-    if layer.key_norm is not None:
+    if layer.key_norm is not None and not layer.norms_all_heads:
         k = norm(layer.key_norm, k)
+    return q, k, v
+
+
+def norm_all_heads(layer: LayerSpec, parts: list[tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]:
+    """Queries and keys divided by the root mean square over all heads of a layer, and times their own gains.
+
+    A key that several heads share counts once for each of them, since each makes it from its own stream.
+    """
+    normed = []
+    for spec, one, share in ((layer.query_norm, 0, 1), (layer.key_norm, 1, layer.queries_per_key)):
+        gains = gain(spec).unflatten(0, (-1, layer.head_width))
+        squares = torch.stack([part[one].square().mean(-1, keepdim=True) for part in parts])  # [H, B, T, 1]
+        divisor = (squares.mean(0) + spec.eps).sqrt()
+        normed.append([gains[index // share] * part[one] / divisor for index, part in enumerate(parts)])
+    return [(q, k, part[2]) for q, k, part in zip(*normed, parts, strict=True)]
+
+
+def head(layer: LayerSpec, index: int, q: Tensor, k: Tensor, v: Tensor, rotary: Rotary) -> Tensor:
+    """Output [B, T, D] of a head, before a norm after attention, from its query, key and value [B, T, K]."""
     if rotary is not None:
         q, k = rotate(q, rotary), rotate(k, rotary)
     scores = q @ k.transpose(-1, -2) * layer.scale  # [B, T, T]
+    if layer.softcap is not None:
+        scores = layer.softcap * (scores / layer.softcap).tanh()
     at = torch.arange(scores.shape[-1], device=scores.device)
     distance = at[:, None] - at  # from each token back to each token that it may attend to, [T, T]
     hidden = distance < 0
@@ -143,8 +178,14 @@ def norm(spec: NormSpec, x: Tensor) -> Tensor:
     """
     if spec.kind == "layer":
         return spec.module(x)
-    gain = 1 + spec.weight if spec.kind == "rms_offset" else spec.weight
-    return gain * x / (x.square().mean(-1, keepdim=True) + spec.eps).sqrt()
+    if spec.kind == "none":
+        return x
+    return gain(spec) * x / (x.square().mean(-1, keepdim=True) + spec.eps).sqrt()
+
+
+def gain(spec: NormSpec) -> Tensor:
+    """The factors of what an RMSNorm has divided."""
+    return 1 + spec.weight if spec.kind == "rms_offset" else spec.weight
 
 
 def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
@@ -160,4 +201,5 @@ def unembed(model: ModelSpec, final: Tensor) -> Tensor:
     logits = final @ model.unembedding.t()
     if model.unembedding_bias is not None:
         logits = logits + model.unembedding_bias
-    return logits / model.logit_divisor
+    logits, cap = logits / model.head.divisor, model.head.softcap
+    return logits if cap is None else cap * (logits / cap).tanh()

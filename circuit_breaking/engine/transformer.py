@@ -85,9 +85,9 @@ class EdgeMaskedTransformer(nn.Module):
         self.blocks = make_blocks(spec, split_qkv)
         # a copy, so that moving this model to another device does not move a module of `hf`
         self.norm, self.rotary = Norm(spec.final_norm), copy.deepcopy(spec.rotary)
-        self.rotary_by_length = spec.rotary_by_length
-        self.max_positions, self.logit_divisor = spec.max_positions, spec.logit_divisor
-        self.plain_head = self.logit_divisor == 1  # see `models.causal_model`
+        self.rotary_by_length, self.rotary_kinds = spec.rotary_by_length, spec.rotary_kinds
+        self.max_positions, self.head = spec.max_positions, spec.head
+        self.plain_head = spec.head.is_plain  # see `models.causal_model`
         for name in ("embedding", "positions", "unembedding", "unembedding_bias"):
             tensor = getattr(spec, name)
             self.register_buffer(name, None if tensor is None else tensor.detach())
@@ -172,7 +172,8 @@ class EdgeMaskedTransformer(nn.Module):
         """What each node writes whatever it reads: [P, 1, D]."""
         biases = [self.embedding.new_zeros(1, self.embedding.shape[1])]
         for block in self.blocks:
-            biases += [block.b_o.expand(self.graph.n_heads, -1), block.b_down[None]]
+            head, mlp = block.constants
+            biases += [head.expand(self.graph.n_heads, -1), mlp[None]]
         return torch.cat(biases)[:, None]
 
     @contextmanager
@@ -196,11 +197,13 @@ class EdgeMaskedTransformer(nn.Module):
             self.prefix_cache = before
 
     def rotary_tables(self, length: int, device: torch.device) -> Rotary | None:
-        """cos and sin [T, K] of the rotary embedding, None where positions are learned."""
+        """cos and sin [kinds, T, r] of the rotary embedding, None where positions are learned."""
         if self.rotary is None:
             return None
-        cos, sin = self.rotary(self.embedding, torch.arange(length, device=device)[None])
-        return cos[0], sin[0]
+        ids = torch.arange(length, device=device)[None]
+        kinds = [[] if kind is None else [kind] for kind in self.rotary_kinds]
+        cos, sin = zip(*(self.rotary(self.embedding, ids, *kind) for kind in kinds), strict=True)
+        return torch.cat(cos), torch.cat(sin)
 
     def _check(
         self, tokens: Tensor, at: Tensor | None = None, mask: Tensor | None = None, attention_mask: Tensor | None = None
@@ -293,8 +296,7 @@ class EdgeMaskedTransformer(nn.Module):
 
     def unembed(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] of final hidden states [..., D]."""
-        logits = _Unembed.apply(hidden, self.unembedding, self.unembedding_bias)
-        return logits if self.plain_head else logits / self.logit_divisor
+        return self.head.logits(_Unembed.apply(hidden, self.unembedding, self.unembedding_bias))
 
     @torch.no_grad()
     def node_outputs(self, tokens: Tensor) -> Tensor:

@@ -8,12 +8,15 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from circuit_breaking.models.families.spec import Head
+
 
 class CausalModel(Protocol):
     """A causal language model whose last hidden state and unembedding can be read separately."""
 
     unembedding: Tensor  # [V, D]
     unembedding_bias: Tensor | None  # [V]
+    head: Head | None  # what makes logits of the product of hidden state and unembedding; None if that is not known
     plain_head: bool  # logits are the product of hidden state and unembedding: neither scaled nor capped afterwards
 
     @property

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from circuit_breaking.models.causal_model import CausalModel
-from circuit_breaking.models.families import has_plain_head
+from circuit_breaking.models.families import head_of
+from circuit_breaking.models.families.spec import PLAIN_HEAD, Head
 from circuit_breaking.models.tokens import TokenBatch
 from circuit_breaking.runs.devices import without_autocast
 
@@ -26,7 +27,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, unembedding: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+    def forward(
+        ctx, hidden: Tensor, unembedding: Tensor, bias: Tensor | None, targets: Tensor, softcap: float | None
+    ) -> Tensor:
         # The loss of a prediction depends on its own hidden state alone, so its gradient can be computed here, from the
         # same logits; the backward pass only scales it.
         want = ctx.needs_input_grad[0]
@@ -36,7 +39,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             part = slice(start, start + PREDICTIONS_AT_ONCE)
             at = None if gradient is None else gradient[part]
             with without_autocast(hidden.device):  # each logit in the model's own type
-                losses[part] = losses_of_part(hidden[part], unembedding, bias, targets[part], losses.dtype, at)
+                losses[part] = losses_of_part(hidden[part], unembedding, bias, targets[part], losses.dtype, at, softcap)
         ctx.save_for_backward(gradient)
         return losses
 
@@ -44,7 +47,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, weights: Tensor):
         (gradient,) = ctx.saved_tensors
-        return gradient * weights[:, None].to(gradient.dtype), None, None, None
+        return gradient * weights[:, None].to(gradient.dtype), None, None, None, None
 
 
 def losses_of_part(
@@ -54,10 +57,12 @@ def losses_of_part(
     targets: Tensor,
     dtype: torch.dtype,
     gradient: Tensor | None,
+    softcap: float | None = None,
 ) -> Tensor:
     """Losses [M] of at most `PREDICTIONS_AT_ONCE` predictions.
 
-    If `gradient` [M, D] is given, it is set to the gradient of each loss in its own hidden state.
+    If `gradient` [M, D] is given, it is set to the gradient of each loss in its own hidden state. With `softcap` c,
+    logits x are capped to c · tanh(x / c), whose derivative is 1 - tanh².
     """
     peak = hidden.new_full((len(hidden), 1), float("-inf"), dtype=dtype)
     total, chosen = torch.zeros_like(peak), torch.zeros_like(peak)
@@ -67,6 +72,9 @@ def losses_of_part(
     for start in range(0, len(unembedding), WORDS_AT_ONCE):
         words = slice(start, start + WORDS_AT_ONCE)
         logits = F.linear(hidden, unembedding[words], None if bias is None else bias[words]).to(dtype)
+        if softcap is not None:
+            tanh = logits.div_(softcap).tanh_()
+            logits = tanh * softcap
         index = targets[:, None] - start  # of the target within the chunk
         inside = (index >= 0) & (index < logits.shape[1])
         chosen = torch.where(inside, logits.gather(1, index.clamp(0, logits.shape[1] - 1)), chosen)
@@ -77,16 +85,23 @@ def losses_of_part(
         peak = higher
         if mean is not None:
             mean *= shrink
+            if softcap is not None:
+                exponentials = exponentials * (1 - tanh.square())
             if dtype == hidden.dtype:
                 mean.addmm_(exponentials, unembedding[words])
             else:
                 mean += exponentials.to(hidden.dtype) @ unembedding[words]
     if mean is not None:
-        torch.sub((mean / total).to(hidden.dtype), unembedding[targets], out=gradient)
+        of_target = unembedding[targets]
+        if softcap is not None:
+            of_target = (of_target * (1 - (chosen / softcap).square())).to(of_target.dtype)
+        torch.sub((mean / total).to(hidden.dtype), of_target, out=gradient)
     return (total.log() + peak - chosen)[:, 0]
 
 
-def cross_entropy_of_hidden(hidden: Tensor, unembedding: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+def cross_entropy_of_hidden(
+    hidden: Tensor, unembedding: Tensor, bias: Tensor | None, targets: Tensor, head: Head = PLAIN_HEAD
+) -> Tensor:
     """Cross entropy of every prediction, computed without all logits in memory at once.
 
     Args:
@@ -94,11 +109,14 @@ def cross_entropy_of_hidden(hidden: Tensor, unembedding: Tensor, bias: Tensor | 
         unembedding: [V, D]; no gradient flows to it.
         bias: [V], or None; no gradient flows to it.
         targets: the right tokens, int64 [M].
+        head: what makes logits of the product.
 
     Returns:
         losses [M] in nats, float32 or better.
     """
-    return _ChunkedCrossEntropy.apply(hidden, unembedding, bias, targets)
+    if head.divisor != 1:
+        hidden, bias = hidden / head.divisor, None if bias is None else bias / head.divisor
+    return _ChunkedCrossEntropy.apply(hidden, unembedding, bias, targets, head.softcap)
 
 
 def prediction_losses(model: CausalModel, batch: TokenBatch, mask: Tensor | None = None) -> Tensor:
@@ -114,10 +132,10 @@ def prediction_losses(model: CausalModel, batch: TokenBatch, mask: Tensor | None
     """
     batch = batch.to(model.device)
     where = batch.predicted
-    if not model.plain_head:
+    if model.head is None:
         return losses_of_logits(lambda tokens: model(tokens, mask=mask), batch, len(model.unembedding))
-    hidden = model.hidden(batch.tokens, mask=mask)[where]
-    return cross_entropy_of_hidden(hidden, model.unembedding, model.unembedding_bias, batch.tokens.roll(-1, 1)[where])
+    hidden, targets = model.hidden(batch.tokens, mask=mask)[where], batch.tokens.roll(-1, 1)[where]
+    return cross_entropy_of_hidden(hidden, model.unembedding, model.unembedding_bias, targets, model.head)
 
 
 class _Divergence(torch.autograd.Function):
@@ -204,12 +222,13 @@ def trainable_prediction_losses(hf: nn.Module, batch: TokenBatch) -> tuple[Tenso
     """
     batch = batch.to(hf.device)
     where = batch.predicted
-    if not has_plain_head(hf):
+    head = head_of(hf)
+    if head is None:
         vocabulary = len(hf.get_output_embeddings().weight)
         losses = losses_of_logits(lambda tokens: hf(input_ids=tokens, use_cache=False).logits, batch, vocabulary)
         return losses, where.nonzero()[:, 0]
     hidden = hf.base_model(input_ids=batch.tokens, use_cache=False).last_hidden_state[where]
-    logits = hf.get_output_embeddings()(hidden)
+    logits = head.logits(hf.get_output_embeddings()(hidden))
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     losses = F.cross_entropy(logits, batch.tokens.roll(-1, 1)[where], reduction="none")
     return losses, where.nonzero()[:, 0]

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from circuit_breaking.engine.transformer import select_positions
-from circuit_breaking.models.families import has_plain_head
+from circuit_breaking.models.families import head_of
 
 
 class StockModel:
@@ -20,7 +20,8 @@ class StockModel:
 
     def __init__(self, hf: nn.Module) -> None:
         self.hf = hf
-        self.plain_head = has_plain_head(hf)
+        self.head = head_of(hf)
+        self.plain_head = self.head is not None and self.head.is_plain
         self.unembedding = hf.get_output_embeddings().weight
         self.unembedding_bias = getattr(hf.get_output_embeddings(), "bias", None)
 

@@ -284,6 +284,16 @@ def test_a_cache_that_was_filled_before_the_cut_is_refused(family):
             hf(TOKENS[:, 4:], past_key_values=cache, use_cache=True)
 
 
+def test_a_cache_that_the_model_made_itself_can_be_used_on(family):
+    hf = family()
+    with torch.no_grad(), ablate(hf, some_edges(hf, 20)):
+        cache = hf(TOKENS[:, :4], use_cache=True).cache
+        torch.testing.assert_close(hf(TOKENS[:, 4:], cache=cache, use_cache=True).logits, hf(TOKENS).logits[:, 4:])
+    cut = ablate(hf, ["m0->output"])
+    with cut, torch.no_grad(), pytest.raises(UserError, match="filled before these edges were cut"):
+        hf(TOKENS[:, :1], cache=cache, use_cache=True)
+
+
 def test_the_same_handle_cuts_again(family):
     hf = family()
     handle = ablate(hf, some_edges(hf, 20))

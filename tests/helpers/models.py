@@ -22,16 +22,25 @@ SMALL = {
     "qwen2": (4, {**GROUPED, "tie_word_embeddings": True}),  # with biases on queries, keys and values
     "qwen3": (5, {**GROUPED, "head_dim": 12}),  # with norms on queries and keys, and heads wider than D / H
     "gemma": (6, {**GROUPED, "head_dim": 12, "num_key_value_heads": 1}),  # all heads share keys and values
+    # windows in the first and third layer, and caps that scores and logits come near to
+    "gemma2": (9, {**GROUPED, "head_dim": 12, "sliding_window": 5, "query_pre_attn_scalar": 20,
+                   "attn_logit_softcapping": 3.0, "final_logit_softcapping": 4.0}),
+    "gemma3_text": (10, {**GROUPED, "head_dim": 12, "sliding_window": 5, "query_pre_attn_scalar": 20,
+                         "sliding_window_pattern": 2}),
+    "olmo2": (11, GROUPED),
     "granite": (7, {**GROUPED, "embedding_multiplier": 3.0, "attention_multiplier": 0.2, "residual_multiplier": 0.6,
                     "logits_scaling": 1.7}),
-    "phi3": (8, {**SIZES, "rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}),
+    "phi3": (8, {**GROUPED, "rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}),
 }  # fmt: skip
 
 
-def small(model_type: str, **changes) -> nn.Module:
+def small(model_type: str, seed: int | None = None, **changes) -> nn.Module:
     """A small random model of a family, with changes to its configuration."""
-    seed, keywords = SMALL[model_type]
+    usual, keywords = SMALL[model_type]
+    seed = usual if seed is None else seed
     model_class = getattr(transformers, FAMILIES[model_type].model_class)
+    if changes.get("attn_implementation") == "sdpa" and not model_class._supports_sdpa:
+        changes = {**changes, "attn_implementation": "eager"}  # Gemma 2, whose scores are capped
     torch.manual_seed(seed)
     return spread(model_class(model_class.config_class(**{**keywords, **changes})))
 
@@ -62,6 +71,18 @@ def small_qwen3(**changes) -> nn.Module:
 
 def small_gemma(**changes) -> nn.Module:
     return small("gemma", **changes)
+
+
+def small_gemma2(**changes) -> nn.Module:
+    return small("gemma2", **changes)
+
+
+def small_gemma3(**changes) -> nn.Module:
+    return small("gemma3_text", **changes)
+
+
+def small_olmo2(**changes) -> nn.Module:
+    return small("olmo2", **changes)
 
 
 def small_granite(**changes) -> nn.Module:

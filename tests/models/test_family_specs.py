@@ -17,7 +17,7 @@ from circuit_breaking.engine.reference import ReferenceModel
 from circuit_breaking.errors import UserError
 from circuit_breaking.models import families
 from circuit_breaking.models.families import FAMILIES, describe, graph_of
-from circuit_breaking.models.families.spec import LayerSpec, ModelSpec
+from circuit_breaking.models.families.spec import NO_NORM, LayerSpec, ModelSpec
 
 TOKENS = torch.randint(0, 50, (2, 5), generator=torch.Generator().manual_seed(0))
 MASK = torch.ones(10**4)
@@ -57,7 +57,11 @@ def test_weights_by_unit_are_views_that_compute_what_the_modules_do(family):
         assert layer.w_o.shape == (layer.n_heads, layer.head_width, x.shape[1])
         assert layer.n_heads == layer.queries_per_key * len(layer.key.weight)
         for norm in layer.norms:
-            assert norm.eps == getattr(norm.module, "variance_epsilon", None) or norm.eps == norm.module.eps
+            assert (
+                norm is NO_NORM
+                or norm.eps == getattr(norm.module, "variance_epsilon", None)
+                or norm.eps == norm.module.eps
+            )
 
 
 def test_the_graph_of_a_configuration_is_that_of_the_model(family):
@@ -95,6 +99,8 @@ def test_options_that_the_graph_cannot_describe_are_refused():
         (small_gpt2(add_cross_attention=True), "cross-attention"),
         (small_llama(is_causal=False), "is_causal=False"),
         (small("gemma", use_bidirectional_attention=True), "use_bidirectional_attention"),
+        (small("gemma2", use_bidirectional_attention=True), "use_bidirectional_attention"),
+        (small("gemma3_text", use_bidirectional_attention=True), "use_bidirectional_attention"),
         (small("granite", residual_multiplier=0.0), "residual_multiplier=0"),
         (small("granite", logits_scaling=0.0), "logits_scaling=0"),
     ):

@@ -13,14 +13,17 @@ from transformers import (
     GraniteForCausalLM,
 )
 
+from circuit_breaking.engine.load import load_model
+from circuit_breaking.models.families.spec import PLAIN_HEAD, Head
 from circuit_breaking.models.tokens import TokenBatch
 from circuit_breaking.tasks import losses
 from circuit_breaking.tasks.stock_model import StockModel
 
 
+@pytest.mark.parametrize("head", [PLAIN_HEAD, Head(softcap=2.0), Head(divisor=0.7, softcap=3.0), Head(divisor=8.0)])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("words", "predictions"), [(1, 1), (4, 3), (11, 7), (1 << 12, 1 << 12)])
-def test_chunked_cross_entropy(monkeypatch, bias, words, predictions):
+def test_chunked_cross_entropy(monkeypatch, head, bias, words, predictions):
     monkeypatch.setattr(losses, "WORDS_AT_ONCE", words)
     monkeypatch.setattr(losses, "PREDICTIONS_AT_ONCE", predictions)
     torch.manual_seed(0)
@@ -28,14 +31,16 @@ def test_chunked_cross_entropy(monkeypatch, bias, words, predictions):
     shift = torch.randn(11, dtype=torch.float64) if bias else None
     targets, weights = torch.randint(0, 11, (7,)), torch.randn(7, dtype=torch.float64)
     mine, theirs = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
-    result = losses.cross_entropy_of_hidden(mine, table, shift, targets)
-    expected = F.cross_entropy(F.linear(theirs, table, shift), targets, reduction="none")
+    result = losses.cross_entropy_of_hidden(mine, table, shift, targets, head)
+    logits = F.linear(theirs, table, shift) / head.divisor
+    logits = logits if head.softcap is None else head.softcap * (logits / head.softcap).tanh()
+    expected = F.cross_entropy(logits, targets, reduction="none")
     torch.testing.assert_close(result, expected)
     (result * weights).sum().backward()
     (expected * weights).sum().backward()
     torch.testing.assert_close(mine.grad, theirs.grad)
     assert torch.autograd.gradcheck(
-        lambda h: losses.cross_entropy_of_hidden(h, table, shift, targets), hidden.clone().requires_grad_()
+        lambda h: losses.cross_entropy_of_hidden(h, table, shift, targets, head), hidden.clone().requires_grad_()
     )
 
 
@@ -87,6 +92,25 @@ def test_losses_of_other_families_are_hugging_faces(monkeypatch, name, chunk):
         strict=True,
     ):
         torch.testing.assert_close(one, other)
+
+
+def test_losses_of_the_engine_are_those_of_its_logits(family):
+    model = load_model(family(), device="cpu", dtype="float64")
+    batch = TokenBatch(
+        torch.randint(1, 50, (3, 9), generator=torch.Generator().manual_seed(0)), torch.tensor([9, 4, 2])
+    )
+    values = torch.rand(len(model.graph), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    gradients = []
+    for losses_of in (losses.prediction_losses, losses_by_torch):
+        mask = values.clone().requires_grad_()
+        gradients.append(torch.autograd.grad(losses_of(model, batch, mask).sum(), mask)[0])
+    torch.testing.assert_close(*gradients)
+    torch.testing.assert_close(*(one(model, batch, values) for one in (losses.prediction_losses, losses_by_torch)))
+
+
+def losses_by_torch(model, batch, mask):
+    logits = model(batch.tokens, mask=mask)[batch.predicted]
+    return F.cross_entropy(logits, batch.tokens.roll(-1, 1)[batch.predicted], reduction="none")
 
 
 def test_logit_difference():

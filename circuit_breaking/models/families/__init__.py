@@ -1,5 +1,5 @@
-"""Model families, each described in one file: `gpt2`, `neox`, `llama` (Llama, Mistral, Qwen2, Qwen3), `gemma`,
-`granite`, `phi3`.
+"""Model families, each described in one file: `gpt2`, `neox`, `llama` (Llama, Mistral, Qwen2, Qwen3), `gemma` (1 to 3),
+`granite`, `phi3`, `olmo2`.
 
 To add a family, write a file like `gpt2.py` and name it in `FAMILIES` below. `spec` explains the fields.
 """
@@ -15,13 +15,16 @@ from circuit_breaking.models.families.gpt2 import FAMILY as GPT2
 from circuit_breaking.models.families.granite import FAMILY as GRANITE
 from circuit_breaking.models.families.llama import FAMILIES as LLAMA
 from circuit_breaking.models.families.neox import FAMILY as NEOX
+from circuit_breaking.models.families.olmo2 import FAMILY as OLMO2
 from circuit_breaking.models.families.phi3 import FAMILY as PHI3
-from circuit_breaking.models.families.spec import Family, ModelSpec
+from circuit_breaking.models.families.spec import Family, Head, ModelSpec
 
 KNOWN = ("torch", "transformers")  # libraries whose modules a model is made of
 
 # the registry: Hugging Face `model_type` -> family
-FAMILIES: dict[str, Family] = {family.model_type: family for family in (GPT2, NEOX, *LLAMA, *GEMMA, GRANITE, PHI3)}
+FAMILIES: dict[str, Family] = {
+    family.model_type: family for family in (GPT2, NEOX, *LLAMA, *GEMMA, GRANITE, PHI3, OLMO2)
+}
 
 
 def family_of(config: PreTrainedConfig | None, what: str) -> Family:
@@ -51,13 +54,13 @@ def graph_of(config: PreTrainedConfig, split_qkv: bool = False) -> EdgeGraph:
     return EdgeGraph(config.num_hidden_layers, config.num_attention_heads, split_qkv, family.parallel(config))
 
 
-def has_plain_head(hf: nn.Module) -> bool:
-    """Whether a model's logits are known to be the product of its last hidden state and its output embedding.
+def head_of(hf: nn.Module) -> Head | None:
+    """How a model's logits are made of its last hidden state and its output embedding.
 
-    Some families scale or cap them (Granite, Gemma 2), and of families without a description it is not known.
+    Some families scale or cap them (Granite, Gemma 2). None for families without a description.
     """
     family = FAMILIES.get(getattr(getattr(hf, "config", None), "model_type", None))
-    return family is not None and family.plain_head(hf.config)
+    return None if family is None else family.head(hf.config)
 
 
 def describe(hf: nn.Module) -> ModelSpec:

@@ -1,30 +1,32 @@
-"""Gemma: like Llama, with norms whose gain is 1 + weight, token embeddings times the square root of D, and GeGLU."""
+"""Gemma 1, 2 and 3: like Llama, with gains of 1 + weight, token embeddings times the square root of D, and GeGLU.
+
+Gemma 2 and 3 have norms after attention and MLP too, and windows in some layers. Gemma 2 caps attention scores and
+logits. Gemma 3 normalises queries and keys, and its two kinds of layers have different rotary positions.
+"""
+
+from dataclasses import replace
+from functools import partial
 
 from torch import nn
 from transformers import PreTrainedConfig
 
-from circuit_breaking.models.families.llama import attention_fields, mlp_fields
-from circuit_breaking.models.families.spec import Family, LayerSpec, ModelSpec, NormSpec
+from circuit_breaking.models.families.llama import attention_fields, describe_model, mlp_fields
+from circuit_breaking.models.families.spec import Family, Head, LayerSpec, ModelSpec, NormSpec, refuse_layer_types
 
 
 def describe(hf: nn.Module) -> ModelSpec:
-    """Describe a Gemma."""
-    config, body = hf.config, hf.model
-    return ModelSpec(
-        family=config.model_type,
-        embedding=body.embed_tokens.weight,
-        embedding_scale=embedding_scale(body.embed_tokens),
-        rotary=body.rotary_emb,
-        layers=[describe_layer(layer, config) for layer in body.layers],
-        final_norm=norm(body.norm),
-        unembedding=hf.lm_head.weight,
-        unembedding_bias=hf.lm_head.bias,
-        max_positions=config.max_position_embeddings,
+    """Describe a Gemma of one of these families."""
+    embedding = hf.model.embed_tokens
+    return replace(
+        describe_model(hf, LAYERS[hf.config.model_type], norm),
+        # rounded to the type of the weights, as Hugging Face's module rounds it
+        embedding_scale=float(embedding.embed_scale.to(embedding.weight.dtype)),
+        head=head(hf.config),
     )
 
 
-def describe_layer(layer: nn.Module, config: PreTrainedConfig) -> LayerSpec:
-    """Describe one layer."""
+def describe_layer(layer: nn.Module, config: PreTrainedConfig, index: int) -> LayerSpec:
+    """Describe one layer of a Gemma 1."""
     return LayerSpec(
         layer=layer,
         attention_norm=norm(layer.input_layernorm),
@@ -34,9 +36,24 @@ def describe_layer(layer: nn.Module, config: PreTrainedConfig) -> LayerSpec:
     )
 
 
-def embedding_scale(embedding: nn.Module) -> float:
-    """The factor of the token embeddings, rounded to the type of the weights as Hugging Face's module rounds it."""
-    return float(embedding.embed_scale.to(embedding.weight.dtype))
+def describe_layer_2(layer: nn.Module, config: PreTrainedConfig, index: int, third: bool = False) -> LayerSpec:
+    """Describe one layer of a Gemma 2, or of a Gemma 3, whose code ignores `attn_logit_softcapping`."""
+    kind = config.layer_types[index]
+    return LayerSpec(
+        layer=layer,
+        attention_norm=norm(layer.input_layernorm),
+        attention_out_norm=norm(layer.post_attention_layernorm),
+        mlp_norm=norm(layer.pre_feedforward_layernorm),
+        mlp_out_norm=norm(layer.post_feedforward_layernorm),
+        softcap=None if third else config.attn_logit_softcapping,
+        window=config.sliding_window if kind == "sliding_attention" else None,
+        rotary_kind=kind if third else None,
+        **attention_fields(layer.self_attn, config, norm),
+        **mlp_fields(layer.mlp, config.hidden_activation),
+    )
+
+
+LAYERS = {"gemma": describe_layer, "gemma2": describe_layer_2, "gemma3_text": partial(describe_layer_2, third=True)}
 
 
 def norm(module: nn.Module) -> NormSpec:
@@ -50,7 +67,15 @@ def refuse(config: PreTrainedConfig) -> str | None:
             f"this {config.model_type} model has use_bidirectional_attention, and the graph describes causal "
             "attention. Use a causal model."
         )
-    return None
+    return None if config.model_type == "gemma" else refuse_layer_types(config)
 
 
-FAMILIES = [Family("gemma", "GemmaForCausalLM", "layers", describe, refuse=refuse)]
+def head(config: PreTrainedConfig) -> Head:
+    return Head(softcap=getattr(config, "final_logit_softcapping", None))
+
+
+FAMILIES = [
+    Family("gemma", "GemmaForCausalLM", "layers", describe, refuse=refuse),
+    Family("gemma2", "Gemma2ForCausalLM", "layers", describe, refuse=refuse, head=head),
+    Family("gemma3_text", "Gemma3ForCausalLM", "layers", describe, refuse=refuse, head=head),
+]

@@ -6,7 +6,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from circuit_breaking.models.families.llama import describe as describe_llama
-from circuit_breaking.models.families.spec import Family, ModelSpec
+from circuit_breaking.models.families.spec import Family, Head, ModelSpec
 
 
 def describe(hf: nn.Module) -> ModelSpec:
@@ -16,7 +16,7 @@ def describe(hf: nn.Module) -> ModelSpec:
         plain,
         embedding_scale=config.embedding_multiplier,
         layers=[replace(layer, multiplier=config.residual_multiplier) for layer in plain.layers],
-        logit_divisor=config.logits_scaling,
+        head=head(config),
     )
 
 
@@ -28,8 +28,8 @@ def refuse(config: PreTrainedConfig) -> str | None:
     return None
 
 
-def plain_head(config: PreTrainedConfig) -> bool:
-    return config.logits_scaling == 1
+def head(config: PreTrainedConfig) -> Head:
+    return Head(divisor=config.logits_scaling)
 
 
-FAMILY = Family("granite", "GraniteForCausalLM", "layers", describe, refuse=refuse, plain_head=plain_head)
+FAMILY = Family("granite", "GraniteForCausalLM", "layers", describe, refuse=refuse, head=head)

@@ -20,10 +20,16 @@ from circuit_breaking.models.families.spec import (
 )
 
 MakeNorm = Callable[[nn.Module], NormSpec]
+DescribeLayer = Callable[[nn.Module, PreTrainedConfig, int], LayerSpec]  # of a layer with its number
 
 
 def describe(hf: nn.Module) -> ModelSpec:
     """Describe a model of one of these families."""
+    return describe_model(hf, describe_layer, norm)
+
+
+def describe_model(hf: nn.Module, describe_layer: DescribeLayer, norm: MakeNorm) -> ModelSpec:
+    """Describe a model whose modules outside its layers have the names that they have in Llama, as in many families."""
     config, body = hf.config, hf.model
     return ModelSpec(
         family=config.model_type,

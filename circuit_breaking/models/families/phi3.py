@@ -3,26 +3,16 @@
 from torch import nn
 from transformers import PreTrainedConfig
 
-from circuit_breaking.models.families.llama import norm
+from circuit_breaking.models.families.llama import describe_model, norm
 from circuit_breaking.models.families.spec import Family, LayerSpec, ModelSpec, columns, linear, projection
 
 
 def describe(hf: nn.Module) -> ModelSpec:
     """Describe a Phi-3. Its rotary module applies the factors for long texts (LongRoPE) where a text is long."""
-    config, body = hf.config, hf.model
-    return ModelSpec(
-        family="phi3",
-        embedding=body.embed_tokens.weight,
-        rotary=body.rotary_emb,
-        layers=[describe_layer(layer, config) for layer in body.layers],
-        final_norm=norm(body.norm),
-        unembedding=hf.lm_head.weight,
-        unembedding_bias=hf.lm_head.bias,
-        max_positions=config.max_position_embeddings,
-    )
+    return describe_model(hf, describe_layer, norm)
 
 
-def describe_layer(layer: nn.Module, config: PreTrainedConfig) -> LayerSpec:
+def describe_layer(layer: nn.Module, config: PreTrainedConfig, index: int) -> LayerSpec:
     """Describe one layer. The columns of `qkv_proj` are all queries, then all keys, then all values."""
     attention, mlp, hidden = layer.self_attn, layer.mlp, config.intermediate_size
     heads, key_heads, width = config.num_attention_heads, config.num_key_value_heads, attention.head_dim

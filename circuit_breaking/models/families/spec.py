@@ -23,7 +23,8 @@ from circuit_breaking.graph import EdgeGraph
 class NormSpec:
     """A norm over the last dimension.
 
-    `kind` is `"layer"` (LayerNorm), `"rms"` (RMSNorm) or `"rms_offset"` (RMSNorm whose gain is 1 + weight).
+    `kind` is `"layer"` (LayerNorm), `"rms"` (RMSNorm), `"rms_offset"` (RMSNorm whose gain is 1 + weight) or `"none"`
+    (`NO_NORM`).
     """
 
     kind: str
@@ -44,6 +45,9 @@ class NormSpec:
     def bias(self) -> Tensor | None:
         """The bias of a LayerNorm, [D]."""
         return getattr(self.module, "bias", None)
+
+
+NO_NORM = NormSpec("none", nn.Identity(), 0.0)  # where a layer reads its stream as it is
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,8 @@ class LayerSpec:
 
     A head computes softmax(scale · q kᵀ) v, with q, k and v from norm(read), and writes through its rows of `out`. The
     MLP computes down(act(up(x))), or down(act(gate(x)) · up(x)) where it has a gate, with x = norm(read). What both
-    write is multiplied by `multiplier`.
+    write is multiplied by `multiplier`. Where a norm comes after them, a head writes its share of the normed sum of all
+    heads: they are divided by the same number.
 
     A field with a default is an option. A consumer lists the options that it supports, and `check_supported` refuses a
     model that sets another one.
@@ -102,6 +107,11 @@ class LayerSpec:
     gate: LinearSpec | None = None  # [D, F]
     query_norm: NormSpec | None = None  # of each head's query, before positions are applied
     key_norm: NormSpec | None = None
+    norms_all_heads: bool = False  # the norms of queries and keys are over all heads of the layer together
+    softcap: float | None = None  # c: scores become c · tanh(scores / c)
+    attention_out_norm: NormSpec | None = None  # of the sum of what all heads write
+    mlp_out_norm: NormSpec | None = None  # of what the MLP writes
+    rotary_kind: str | None = None  # third argument of `rotary`, where layers differ in their rotary positions
     multiplier: float = 1.0  # factor of what heads and MLP write
     window: int | None = None  # a token attends to this many tokens at most, itself included; None: to all before it
 
@@ -128,9 +138,31 @@ class LayerSpec:
     @property
     def norms(self) -> list[NormSpec]:
         """All norms of the layer."""
-        return [
-            norm for norm in (self.attention_norm, self.mlp_norm, self.query_norm, self.key_norm) if norm is not None
-        ]
+        before, inside = (self.attention_norm, self.mlp_norm), (self.query_norm, self.key_norm)
+        after = self.attention_out_norm, self.mlp_out_norm
+        return [norm for norm in (*before, *inside, *after) if norm is not None]
+
+
+@dataclass(frozen=True)
+class Head:
+    """What is done to the product of hidden states and unembedding to get logits: division, and then a cap."""
+
+    divisor: float = 1.0
+    softcap: float | None = None  # c: logits x become c · tanh(x / c)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the product itself are the logits."""
+        return self == PLAIN_HEAD
+
+    def logits(self, product: Tensor) -> Tensor:
+        """The logits."""
+        if self.divisor != 1:
+            product = product / self.divisor
+        return product if self.softcap is None else self.softcap * torch.tanh(product / self.softcap)
+
+
+PLAIN_HEAD = Head()
 
 
 @dataclass(frozen=True)
@@ -147,7 +179,7 @@ class ModelSpec:
     embedding_scale: float = 1.0  # factor of the token embeddings
     rotary: nn.Module | None = None  # Hugging Face's module, which knows all kinds of scaling: (x, ids) -> (cos, sin)
     unembedding_bias: Tensor | None = None  # [V]
-    logit_divisor: float = 1.0  # logits are divided by it
+    head: Head = PLAIN_HEAD  # how logits are made
     parallel: bool = False  # attention and MLP of a layer read the same residual stream
 
     @property
@@ -159,6 +191,11 @@ class ModelSpec:
     def width(self) -> int:
         """Width of the residual stream, D."""
         return self.embedding.shape[1]
+
+    @property
+    def rotary_kinds(self) -> list[str | None]:
+        """The kinds of rotary positions, each once; [None] if layers do not differ."""
+        return list(dict.fromkeys(layer.rotary_kind for layer in self.layers))
 
     @property
     def rotary_by_length(self) -> bool:
@@ -183,8 +220,8 @@ class Family:
     # from the configuration alone: are attention and MLP parallel, and which option, if any, cannot be described
     parallel: Callable[[PreTrainedConfig], bool] = lambda config: False
     refuse: Callable[[PreTrainedConfig], str | None] = lambda config: None
-    # likewise: are logits the product of the last hidden state and the output embedding, neither scaled nor capped
-    plain_head: Callable[[PreTrainedConfig], bool] = lambda config: True
+    # likewise: how logits are made of the product of the last hidden state and the output embedding
+    head: Callable[[PreTrainedConfig], Head] = lambda config: PLAIN_HEAD
 
 
 def linear(module: nn.Module) -> LinearSpec:
@@ -228,7 +265,7 @@ def _options(spec: ModelSpec) -> Iterator[str]:
     for part in (spec, *spec.layers):
         for field in fields(part):
             value = getattr(part, field.name)
-            same = value == field.default if isinstance(value, int | float | str) else value is field.default
+            same = value == field.default if isinstance(value, int | float | str | Head) else value is field.default
             if field.default is not MISSING and not same:
                 yield field.name
 
