@@ -52,7 +52,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from circuit_breaking.engine.mask import load_mask, lowest_cut
+from circuit_breaking.engine.mask import load_mask, lowest_cut, read_mask_record
 from circuit_breaking.evaluation.controls import random_edges
 from circuit_breaking.figures.indirect_objects import draw_comparison
 from circuit_breaking.ioi.experiment import Experiment, open_experiment
@@ -113,7 +113,13 @@ def ranked(experiment: Experiment) -> Tensor:
     """What each edge that a run's mask cuts is worth: its share of how much better the objective gets when they are all
     cut (integrated gradients between the whole model and the mask); -inf for the others: [E]."""
     settings, model = experiment.settings, experiment.model
-    load_mask(settings.out / settings.learned / MASK, model)
+    path = settings.out / settings.learned / MASK
+    if (theirs := read_mask_record(path).ablate_from) != settings.ablate_from:
+        raise UserError(
+            f"{path} was made with ablate_from {theirs}, and the other methods have {settings.ablate_from}. "
+            f"Set ablate_from to {theirs}, or train that mask again."
+        )
+    load_mask(path, model)
     model.mask.round_()
     mask = model.mask.weights.detach().clone()
     starts = range(0, settings.num_attribution, 20)

@@ -17,13 +17,15 @@ from typing import ClassVar
 from circuit_breaking.errors import UserError
 from circuit_breaking.evaluation.settings import ScorerSettings
 from circuit_breaking.runs.cli import read_settings, run_script
-from circuit_breaking.runs.config import check_counts
-from circuit_breaking.runs.settings import Float32ModelSettings, SeedSettings
+from circuit_breaking.runs.config import check_counts, check_not_negative
+from circuit_breaking.runs.settings import AblateFromSettings, Float32ModelSettings, SeedSettings
 from circuit_breaking.toxicity.settings import ToxicRunSettings, ToxicTextSettings, require_data
 
 
 @dataclass
-class Settings(ToxicTextSettings, Float32ModelSettings, ScorerSettings, ToxicRunSettings, SeedSettings):
+class Settings(
+    ToxicTextSettings, Float32ModelSettings, AblateFromSettings, ScorerSettings, ToxicRunSettings, SeedSettings
+):
     MOST_USED: ClassVar = (
         "model",
         "budgets",
@@ -56,6 +58,7 @@ class Settings(ToxicTextSettings, Float32ModelSettings, ScorerSettings, ToxicRun
     threads: int = 1  # CPU threads of each part; the shipped model gains nothing from more
 
     def check(self) -> None:
+        check_not_negative(self, "ablate_from")
         check_counts(self, "seeds", "workers", "threads", "num_texts", "num_prompts", "num_control", "steps")
         if self.examined_budget not in self.budgets:
             raise UserError(
@@ -102,6 +105,7 @@ def stages(settings: Settings) -> list[list[Part]]:
     masks = [
         f"--stable-budget={settings.examined_budget}", f"--seeds={settings.seeds}",
         f"--random-seeds={settings.random_seeds}", f"--large-refine-rounds={settings.large_refine_rounds}",
+        f"--ablate-from={settings.ablate_from}",
     ]  # fmt: skip
     learned = sorted({*settings.learned_budgets, settings.examined_budget})
     budgets = {ablation: learned if ablation == "optimal" else settings.budgets for ablation in ABLATIONS}

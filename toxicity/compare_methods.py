@@ -17,15 +17,15 @@ from typing import Any, ClassVar
 
 from circuit_breaking.errors import UserError
 from circuit_breaking.runs.cli import read_settings, run_script
-from circuit_breaking.runs.config import check_counts, resolve_defaults
-from circuit_breaking.runs.settings import ModelSettings, SeedSettings
+from circuit_breaking.runs.config import check_ablate_from, check_counts, resolve_defaults
+from circuit_breaking.runs.settings import AblateFromSettings, ModelSettings, SeedSettings
 from circuit_breaking.toxicity.settings import ToxicDataSettings, ToxicRunSettings, default_data, require_data
 from circuit_breaking.training.config import MaskConfig
 from circuit_breaking.training.methods import METHODS
 
 
 @dataclass
-class Settings(ToxicDataSettings, ModelSettings, ToxicRunSettings, SeedSettings):
+class Settings(ToxicDataSettings, ModelSettings, AblateFromSettings, ToxicRunSettings, SeedSettings):
     MOST_USED: ClassVar = (
         "model", "budgets", "methods", "alone", "seeds", "random_seeds", "means", "num_texts", "run", "seed", "device",
     )  # fmt: skip
@@ -46,6 +46,7 @@ class Settings(ToxicDataSettings, ModelSettings, ToxicRunSettings, SeedSettings)
 
     def check(self) -> None:
         check_counts(self, "seeds", "length", "num_texts")
+        check_ablate_from(self)
         if self.random_seeds < 0:
             raise UserError(f"random_seeds is {self.random_seeds}; it cannot be negative.")
         if not self.budgets or min(self.budgets) < 1:
@@ -87,8 +88,8 @@ from circuit_breaking.training.mask_trainer import train_mask
 RANDOM = "random"
 # settings that a mask depends on, besides its own budget, seed and training; others may differ in a run that is resumed
 MADE_BY = (
-    "model", "means", "toxic_train", "toxic_test", "ordinary", "text_column", "length", "examples", "split_qkv",
-    "device", "dtype",
+    "model", "means", "ablate_from", "toxic_train", "toxic_test", "ordinary", "text_column", "length", "examples",
+    "split_qkv", "device", "dtype",
 )  # fmt: skip
 
 
@@ -133,6 +134,7 @@ def main(settings: Settings) -> None:
         )  # fmt: skip
 
     model = load_model(settings.model, settings.split_qkv, settings.device, settings.dtype)
+    model.ablate_from = settings.ablate_from
     inputs = [*texts(settings.seed).files, *files_of(settings.model)]
     if settings.means is not None:
         load_means(settings.means, model)

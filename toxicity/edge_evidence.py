@@ -68,7 +68,7 @@ def main(settings: Settings) -> None:
             bar.set_postfix_str(one.name)
             examined[one.name] = {
                 "ablation": one.about["ablation"],
-                **leave_one_out(hf, one.edges, one.means, texts, settings.batch_size, settings.seed, bar.update),
+                **leave_one_out(one, hf, texts, settings.batch_size, settings.seed, bar.update),
             }
     inputs = {path for one in (*masks, *similar) for path in (one.file, one.means_file)}
     inputs |= {settings.toxic_test, *files_of(settings.model)}

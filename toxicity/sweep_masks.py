@@ -18,8 +18,8 @@ from typing import Any, ClassVar
 
 from circuit_breaking.errors import UserError
 from circuit_breaking.runs.cli import read_settings, run_script
-from circuit_breaking.runs.config import check_counts, resolve_defaults
-from circuit_breaking.runs.settings import ModelSettings, ResumeSettings
+from circuit_breaking.runs.config import check_ablate_from, check_counts, resolve_defaults
+from circuit_breaking.runs.settings import AblateFromSettings, ModelSettings, ResumeSettings
 from circuit_breaking.toxicity.settings import ToxicDataSettings, ToxicRunSettings, default_data, require_data
 from circuit_breaking.training.config import MaskConfig
 from circuit_breaking.training.methods import GIVEN
@@ -28,7 +28,7 @@ ABLATIONS = ("zero", "mean", "optimal")  # kinds of ablation value; "optimal" is
 
 
 @dataclass
-class Settings(ToxicDataSettings, ModelSettings, ToxicRunSettings, ResumeSettings):
+class Settings(ToxicDataSettings, ModelSettings, AblateFromSettings, ToxicRunSettings, ResumeSettings):
     MOST_USED: ClassVar = (
         "model", "budgets", "ablations", "stable_budget", "seeds", "random_seeds", "examples", "run", "seed", "device",
     )  # fmt: skip
@@ -50,6 +50,7 @@ class Settings(ToxicDataSettings, ModelSettings, ToxicRunSettings, ResumeSetting
 
     def check(self) -> None:
         check_counts(self, "mean_texts", "length", "validation")
+        check_ablate_from(self)
         for name in ("seeds", "random_seeds", "stable_budget"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} is {getattr(self, name)}; it cannot be negative.")
@@ -135,6 +136,7 @@ class Sweep:
         self.splits: dict[int, Splits] = {}  # by the seed of the choice and order of texts
         first = self.texts(settings.seed)
         self.model = load_model(settings.model, settings.split_qkv, settings.device, settings.dtype)
+        self.model.ablate_from = settings.ablate_from
         self.provenance = provenance(settings, [*first.files, *files_of(settings.model)], texts=first.about)
         self.averages = None if set(settings.ablations) == {"zero"} else self.folder / "means_ordinary.safetensors"
         self.shared: dict[Path, dict[str, Any]] = {}  # what phases cost that masks share and that are done, by folder

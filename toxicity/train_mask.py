@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from circuit_breaking.runs.cli import read_settings, run_script
-from circuit_breaking.runs.config import check_counts, resolve_defaults
-from circuit_breaking.runs.settings import ModelSettings, ResumeSettings
+from circuit_breaking.runs.config import check_ablate_from, check_counts, resolve_defaults
+from circuit_breaking.runs.settings import AblateFromSettings, ModelSettings, ResumeSettings
 from circuit_breaking.toxicity.settings import ToxicDataSettings, ToxicRunSettings, default_data, require_data
 from circuit_breaking.training.config import MaskConfig, check_mask
 
 
 @dataclass
-class Settings(MaskConfig, ToxicDataSettings, ModelSettings, ToxicRunSettings, ResumeSettings):
+class Settings(MaskConfig, ToxicDataSettings, ModelSettings, AblateFromSettings, ToxicRunSettings, ResumeSettings):
     MOST_USED: ClassVar = (
         "model", "max_edges", "alpha", "means", "examples", "relax_steps", "anneal_steps", "refine_rounds", "lr", "run",
         "seed", "device",
@@ -38,6 +38,7 @@ class Settings(MaskConfig, ToxicDataSettings, ModelSettings, ToxicRunSettings, R
     def check(self) -> None:
         check_mask(self)
         check_counts(self, "length", "test_texts")
+        check_ablate_from(self)
         require_data(self)
 
 
@@ -90,6 +91,7 @@ def main(settings: Settings) -> None:
         tokenizer, settings.toxic_train, settings.toxic_test, settings.length, settings.examples or None, settings.seed
     )
     model = load_model(settings.model, settings.split_qkv, settings.device, settings.dtype)
+    model.ablate_from = settings.ablate_from
     check_mask(settings, len(model.graph))  # before anything is written
     inputs = [settings.toxic_train, settings.toxic_test, *files_of(settings.model)]
     if settings.means is not None:

@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from circuit_breaking.ablation.ablate import ablate
+from circuit_breaking.ablation.ablate import Ablation, ablate
 from circuit_breaking.ablation.saved import ablation_file, load_ablated, read_ablated
 from circuit_breaking.engine.ablation_values import load_means, read_means, read_value
 from circuit_breaking.engine.load import load_model
@@ -68,13 +69,17 @@ class ComparedModel:
         path = self.folder / ("model.safetensors" if self.kind == "finetuned" else MASK)
         return path if path.is_file() else ablation_file(self.folder)
 
+    def cut(self, hf: PreTrainedModel, edges: list[str] | None = None) -> Ablation:
+        """Cut this model's edges in `hf`, or only some of them, as in the training of the mask."""
+        return ablate(hf, self.edges if edges is None else edges, self.means, self.ablate_from)
+
     @contextmanager
     def load(self, hf: nn.Module) -> Iterator[nn.Module]:
         """The model, while the block lasts; `hf`, the original, is lent to those that cut edges in it."""
         if self.kind == "finetuned":
             yield load_hf_model(self.folder, hf.device, hf.dtype)
         elif self.edges:
-            with ablate(hf, self.edges, self.means, self.ablate_from):
+            with self.cut(hf):
                 yield hf
         else:
             yield hf

@@ -1,7 +1,4 @@
-"""Evidence for each cut edge: the effect of restoring it or of cutting it alone, and how stable the choice of edges is.
-
-Shapes: P nodes that write (heads, MLPs, embedding), D width of the residual stream.
-"""
+"""Evidence for each cut edge: the effect of restoring it or of cutting it alone; and how stable the choice is."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -10,9 +7,8 @@ from math import comb
 from typing import Any
 
 import numpy as np
-from torch import Tensor, nn
+from torch import nn
 
-from circuit_breaking.ablation.ablate import ablate
 from circuit_breaking.evaluation.bootstrap import Sums, estimate
 from circuit_breaking.evaluation.compared_models import ComparedModel
 from circuit_breaking.evaluation.measure import text_losses
@@ -20,9 +16,8 @@ from circuit_breaking.models.tokens import TokenBatch
 
 
 def leave_one_out(
+    compared: ComparedModel,
     hf: nn.Module,
-    edges: list[str],
-    means: Tensor | None,
     texts: Mapping[str, TokenBatch],
     batch_size: int = 32,
     seed: int = 0,
@@ -31,13 +26,12 @@ def leave_one_out(
     """Measure how each cut edge changes the loss on each set of texts.
 
     Args:
+        compared: the model of a mask.
         hf: the original model.
-        edges: names of the edges of a mask.
-        means: ablation values [P, D]; None for zero ablation.
         texts: sets of texts by name.
         batch_size: texts per forward pass.
         seed: of the bootstrap resamples.
-        tick: called after each pass over all texts; there are 2 + 2 * len(edges) passes.
+        tick: called after each pass over all texts; there are 2 + 2 * len(compared.edges) passes.
 
     Returns:
         A JSON-able report. `together` holds, by set of texts, the change of the loss when all edges are cut. `edges`
@@ -47,7 +41,7 @@ def leave_one_out(
     """
 
     def losses(cut: list[str]) -> dict[str, Sums]:
-        with ablate(hf, cut, means):
+        with compared.cut(hf, cut):
             found = {name: text_losses(hf, batch, batch_size) for name, batch in texts.items()}
         tick()
         return found
@@ -55,6 +49,7 @@ def leave_one_out(
     def change(after: dict[str, Sums], before: dict[str, Sums]) -> dict[str, Any]:
         return {name: estimate(*after[name], seed, before[name])["change"] for name in texts}
 
+    edges = compared.edges
     original, together = losses([]), losses(edges)
     rows = []
     for edge in edges:

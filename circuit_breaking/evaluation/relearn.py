@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from circuit_breaking.ablation.ablate import ablate
 from circuit_breaking.errors import UserError
 from circuit_breaking.evaluation.bootstrap import estimate
 from circuit_breaking.evaluation.compared_models import ComparedModel
@@ -60,12 +59,12 @@ def relearn(
     with fused_activations(model):
         for step in range(max(settings.checks) + 1):
             if step in settings.checks:
-                with ablate(model, compared.edges, compared.means):
+                with compared.cut(model):
                     rows.append({"step": step, **measure(model)})
             if step == max(settings.checks):
                 break
             batch = task.draw(min(settings.batch_size, len(examples)))
-            with ablate(model, compared.edges, compared.means):
+            with compared.cut(model):
                 loss = trainable_prediction_losses(model, batch)[0].mean()
                 optimizer.zero_grad()
                 loss.backward()

@@ -82,6 +82,7 @@ def open_experiment(settings: IOIMaskSettings) -> Experiment:
     model = load_model(
         settings.model, settings.split_qkv, settings.device, settings.dtype, settings.gradient_checkpointing
     )
+    model.ablate_from = settings.ablate_from
     if settings.means is not None:
         load_means(settings.means, model)
     inputs = [settings.train, settings.test, settings.means, Path(settings.ordinary), *files_of(settings.model)]

@@ -56,6 +56,16 @@ def check_device(device: str) -> None:
         raise UserError(f"device {device!r} is none of auto, cpu, cuda, cuda:<number> and mps.")
 
 
+def check_ablate_from(settings: Any) -> None:
+    """Raise a `UserError` if `ablate_from` is negative, or so high that no cut acts in texts of `length` tokens."""
+    check_not_negative(settings, "ablate_from")
+    if settings.ablate_from >= settings.length > 1:  # texts of one token are refused for another reason
+        raise UserError(
+            f"ablate_from is {settings.ablate_from}, so no cut acts in the {settings.length} tokens of a text that are "
+            "used. Give a lower one, or a higher length."
+        )
+
+
 def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
     """Raise a `UserError` for a value that is not one of the choices; `name` says what it is a choice of."""
     choices = tuple(choices)

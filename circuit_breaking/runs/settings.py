@@ -40,6 +40,15 @@ class ModelSettings(Float32ModelSettings, ComputeSettings):
 
 
 @dataclass
+class AblateFromSettings:
+    """Where in a text cuts act."""
+
+    TITLE: ClassVar[str] = "model"
+
+    ablate_from: int = 1  # first position at which cuts act; 1 leaves the first token alone, an attention sink
+
+
+@dataclass
 class OrdinaryTextSettings:
     """The ordinary text, which the model should still predict."""
 

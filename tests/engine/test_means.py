@@ -119,15 +119,21 @@ def settings(folder, **changes):
 
 
 @pytest.mark.parametrize("texts", ["ordinary", "toxic"])
-@pytest.mark.parametrize("kind", ["zero", "mean", "position"])
-def test_the_script_writes_means_of_training_texts(folder, tmp_path, capsys, kind, texts):
+@pytest.mark.parametrize("kind, ablate_from", [("zero", 1), ("mean", 1), ("mean", 0), ("position", 1), ("position", 2)])
+def test_the_script_writes_means_of_training_texts(folder, tmp_path, capsys, kind, ablate_from, texts):
     path = tmp_path / "means.safetensors"
-    script.main(settings(folder, kind=kind, texts=texts, out=path, length=9))
+    given = {} if ablate_from == 1 else {"ablate_from": ablate_from}  # 1 is the default
+    script.main(settings(folder, kind=kind, texts=texts, out=path, length=9, **given))
     said = "zeros" if kind == "zero" else f"{kind} of 20 {texts} texts"
     assert said in capsys.readouterr().out
     model = load_model(str(folder / "model"), device="cpu")
+    model.ablate_from = ablate_from
     record = load_means(path, model)
-    assert record.provenance["settings"]["kind"] == kind and record.num_texts == (0 if kind == "zero" else 20)
+    assert (
+        record.ablate_from == ablate_from
+        and record.provenance["settings"]["kind"] == kind
+        and record.num_texts == (0 if kind == "zero" else 20)
+    )
     assert record.model == str(folder / "model") and len(record.provenance["inputs"]) == (1 if kind == "zero" else 2)
     tokenizer = script.load_tokenizer(str(folder / "model"))
     # every fifth ordinary text is held out
@@ -149,6 +155,8 @@ BAD = {
     "nothing to predict": ({"length": 1}, "at least 2"),
     "longer than the model": ({"length": 900, "ordinary": "long.txt"}, "positions"),
     "no texts asked for": ({"num_texts": 0}, "num_texts is 0"),
+    "no cut acts": ({"length": 9, "ablate_from": 9}, "no cut acts in the 9 tokens"),
+    "a negative position": ({"ablate_from": -1}, "it cannot be negative"),
     "no such type": ({"dtype": "float16"}, "not one of"),
 }
 

@@ -129,7 +129,7 @@ def test_leave_one_out_against_plain_runs():
         ("toxic", [[5, 9, 3], [8, 8], [1, 2, 3, 4]]), ("ordinary", [[7, 7, 7], [30, 20, 10]]),
     )}  # fmt: skip
     untouched = copy.deepcopy(hf)
-    report = leave_one_out(hf, EDGES, None, texts, batch_size=2)
+    report = leave_one_out(ComparedModel("mask", edges=EDGES), hf, texts, batch_size=2)
     json.dumps(report, allow_nan=False)
 
     def loss(name, cut):

@@ -138,6 +138,9 @@ def test_methods_are_compared(data, runs, tmp_path):
         <= set(CutEdges.read(runs / "run" / "edges.json").edges)
     )
     assert again["learned"][0]["logit_difference"] < 1  # one edge carries most of it here
+    assert read_tensors(runs / "run" / "mask.safetensors")[1]["ablate_from"] == 1
+    with pytest.raises(UserError, match="made with ablate_from 1, and the other methods have 0"):
+        start("compare", data, runs, budgets=(1,), learned="run", ablate_from=0, **options)
 
 
 def test_original_masks_and_fine_tuned_are_measured_alike(data, runs, capsys):
@@ -173,7 +176,10 @@ def test_means_of_prompts_by_template_position(data, tmp_path):
     assert by_position.shape == (30, *plain["means"].shape)
     longest = max(row["positions"]["end"] for row in read_jsonl(data / "two_abc_train.jsonl")) + 1
     torch.testing.assert_close(by_position[longest], plain["means"], atol=1e-5, rtol=1e-5)
-    assert (by_position[0] - plain["means"]).abs().max() > 0.1
+    assert (by_position[1] - plain["means"]).abs().max() > 0.1
+    torch.testing.assert_close(by_position[0], plain["means"], atol=1e-5, rtol=1e-5)  # the first position is left out
+    every, about = means(kind="position", length=30, ablate_from=0)
+    assert about["ablate_from"] == 0 and (every["means"][0] - plain["means"]).abs().max() > 0.1
     assert means(kind="position", texts="ordinary", length=12)[0]["means"].shape[0] == 12
     assert float(means(kind="zero")[0]["means"].abs().max()) == 0
     with pytest.raises(UserError, match="names at other positions in template 0"):
