@@ -42,6 +42,14 @@ class AblatedModel:
         if kwargs.get("is_main_process", True) and not card.exists():
             write_text(card, model_card(Path(save_directory).name, record, self.config))
 
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse what `generate_batch` is made with, unless no edge is cut."""
+        if self.edge_cuts.edges:
+            raise UserError(
+                "generate_batch (continuous batching) does not support cut edges. Use generate with a padded batch."
+            )
+        return super().init_continuous_batching(*args, **kwargs)
+
     def _upload_modified_files(self, working_dir: str | PathLike, repo_id: str, *args: Any, **kwargs: Any) -> Any:
         card = Path(working_dir) / CARD
         if not card.exists() or GENERIC in card.read_text(encoding="utf-8"):  # not somebody's own card

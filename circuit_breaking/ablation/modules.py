@@ -27,6 +27,7 @@ Shapes: D width, H heads, K head width, F width of the MLP, C carried outputs, S
 units (blocks of K columns) of a projection's output, n the reads of heads and the stream, N tokens.
 """
 
+from collections.abc import Sequence
 from functools import cache
 from types import MethodType
 
@@ -39,6 +40,7 @@ from circuit_breaking.errors import UserError
 PREFIX = "edge_cuts_"  # of everything that is added to a module
 ABLATED = f"{PREFIX}ablated"  # keyword under which layers are told at which positions cuts act
 MARK = "edge_cuts_key"  # of a KV cache
+PLAIN_TENSORS = (nn.Parameter, Tensor)  # weights of other classes, such as quantised ones, have no views of heads
 FEW_TOKENS = 128  # up to which the inputs of all units of a projection are gathered for one product
 FEW_HEADS = 3  # up to which a product for each head is faster than one product for all heads
 
@@ -129,6 +131,8 @@ def mark_cache(cache: object, key: str) -> None:
     known = getattr(cache, MARK, None)
     if known == key or torch.compiler.is_compiling():
         return
+    if not hasattr(cache, "get_seq_length"):
+        raise UserError(f"cut edges do not support this KV cache, a {type(cache).__name__}. Use a DynamicCache.")
     if cache.get_seq_length() > 0:
         raise UserError(
             "this KV cache was filled before these edges were cut, so its keys and values are another model's. Start "
@@ -223,25 +227,25 @@ class HeadOutputs:
         if "nothing" in self.edge_cuts_adds:
             pieces["nothing"] = torch.zeros_like(out)
         if self.edge_cuts_heads:
-            single = self._single(z).view(-1, *out.shape)
+            single = [head.view(out.shape) for head in self._single(z)]
             for number, at in enumerate(self.edge_cuts_exports):
                 pieces[number] = single[at]
             if "mlp" in self.edge_cuts_adds:
-                summed = single.index_select(0, self.edge_cuts_summed).sum(0)
+                summed = torch.stack([single[at] for at in self.edge_cuts_summed]).sum(0)
                 pieces["mlp"] = summed if self.edge_cuts_sums_kept else out - summed
         return torch.cat([pieces[name] for name in self.edge_cuts_adds], -1)
 
-    def _single(self, z: Tensor) -> Tensor:
-        """Outputs of single heads [h, N, D]: of those in `heads`, or of all if `every`."""
+    def _single(self, z: Tensor) -> Sequence[Tensor]:
+        """Outputs [N, D] of the heads in `heads`, or of all heads if `every`."""
         n_heads = self.edge_cuts_n_heads
         weight = self.weight.t() if isinstance(self, nn.Linear) else self.weight
         weight = weight.view(n_heads, -1, weight.shape[-1])  # [H, K, D]
         z = z.reshape(-1, n_heads, weight.shape[1]).transpose(0, 1)
         if self.edge_cuts_every:
-            return _product(self.bias, z, weight, beta=1 / n_heads)
-        single = [z[head] @ weight[head] for head in self.edge_cuts_heads]
-        single = torch.stack(single) if len(single) > 1 else single[0].unsqueeze(0)
-        return single if self.bias is None else torch.add(single, self.bias, alpha=1 / n_heads)
+            return _product(self.bias, z, weight, beta=1 / n_heads).unbind(0)
+        if self.bias is None:
+            return [z[head] @ weight[head] for head in self.edge_cuts_heads]
+        return [torch.addmm(self.bias, z[head], weight[head], beta=1 / n_heads) for head in self.edge_cuts_heads]
 
 
 class MLPOutput:
@@ -266,6 +270,12 @@ def check_inside(inside: tuple[tuple[nn.Module, str, nn.Module], ...]) -> None:
                 f"{name} was replaced by a {type(found).__name__} after the edges were cut. Remove the cuts, add and "
                 "merge adapters, and cut the edges again."
             )
+        weight = found._parameters.get("weight")
+        if weight is not None and type(weight) not in PLAIN_TENSORS:
+            raise UserError(
+                f"the weight of {name} became a {type(weight).__name__} after the edges were cut, as in a quantised "
+                "model. Cut edges in the model as it was trained."
+            )
 
 
 @cache
@@ -284,15 +294,13 @@ def install(module: nn.Module, mixin: type, **state: int | Tensor | tuple | None
     Raises:
         UserError: another library has put a `forward` on the module.
     """
-    if "forward" in module.__dict__ and "_old_forward" not in module.__dict__:
+    forward = module.__dict__.get("_old_forward", module.__dict__.get("forward"))
+    if forward is not None and getattr(forward, "__func__", None) is not type(module).forward:
         raise UserError(
             f"a {type(module).__name__} has a forward of its own, from another library, where edges are to be cut. "
             "Cut the edges first, or undo that."
         )
-    module.__class__ = subclass(mixin, type(module))
-    if "_old_forward" in module.__dict__:
-        module.__dict__[f"{PREFIX}old_forward"] = module._old_forward
-        module._old_forward = MethodType(type(module).forward, module)
+    _take_class(module, subclass(mixin, type(module)))
     for name, value in state.items():
         if isinstance(value, Tensor):
             module.register_buffer(PREFIX + name, value, persistent=False)
@@ -302,10 +310,21 @@ def install(module: nn.Module, mixin: type, **state: int | Tensor | tuple | None
 
 def uninstall(module: nn.Module) -> None:
     """Undo `install`."""
-    if f"{PREFIX}old_forward" in module.__dict__:
-        module._old_forward = module.__dict__[f"{PREFIX}old_forward"]
+    hook = module.__dict__.get("_hf_hook")  # of accelerate, which remembers where buffers were
+    for one in (hook, *getattr(hook, "hooks", ())):
+        for name in [name for name in getattr(one, "original_devices", ()) if name.startswith(PREFIX)]:
+            del one.original_devices[name]
     for store in (module._buffers, module.__dict__):
         for name in [name for name in store if name.startswith(PREFIX)]:
             del store[name]
             module._non_persistent_buffers_set.discard(name)
-    module.__class__ = type(module).__mro__[2]
+    _take_class(module, type(module).__mro__[2])
+
+
+def _take_class(module: nn.Module, new: type[nn.Module]) -> None:
+    """Change a module's class, also where accelerate has put the class's forward on the module itself."""
+    old = type(module).forward
+    module.__class__ = new
+    for name in ("forward", "_old_forward"):
+        if getattr(module.__dict__.get(name), "__func__", None) is old:
+            module.__dict__[name] = MethodType(new.forward, module)

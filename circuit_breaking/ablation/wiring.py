@@ -184,7 +184,7 @@ class LayerWiring:
             "heads": tuple(heads),
             "every": every,
             "exports": tuple(at.index(head) for head in plan.export_heads),
-            "summed": self._long([at.index(head) for head in summed]),
+            "summed": tuple(at.index(head) for head in summed),
             "sums_kept": sums_kept,
             "adds": tuple(for_mlp if name == "mlp" else name for name in self.parts.attention_adds),
         }
