@@ -6,8 +6,8 @@
 Reads   a model of any supported family; toxic texts for training and held-out ones; ordinary text; prompts.
 Writes  data/mask_learning/<run>/: settings.json; metrics.jsonl, one row per step; weight_mask.safetensors, the numbers
         of the masked units; report.json and report.png, what toxicity/evaluation.py measures of edge masks, in the same
-        form; model/, with --save-model, a Hugging Face model whose masked weights are zero. During training also
-        checkpoints, from which the same command continues an interrupted run.
+        form; training.png; model/, with --save-model, a Hugging Face model whose masked weights are zero. During
+        training also checkpoints, from which the same command continues an interrupted run.
 Time    a minute for the shipped model on one core.
 
 To break or keep something else, put other tasks into `load_tasks`. No text that a model writes is printed.
@@ -56,7 +56,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
 import torch
-from rich.console import Console
 from torch import nn
 
 from circuit_breaking.ablation.weight_mask import WeightMask, mask_weights, save_weight_mask, shares
@@ -64,8 +63,9 @@ from circuit_breaking.evaluation.generate import Sampling
 from circuit_breaking.evaluation.measure import evaluate
 from circuit_breaking.evaluation.measurements import TOXIC
 from circuit_breaking.evaluation.scorers import load_scorer
-from circuit_breaking.evaluation.tables import table
+from circuit_breaking.evaluation.tables import show
 from circuit_breaking.figures.report import draw_report
+from circuit_breaking.figures.training import draw_training
 from circuit_breaking.models.load import files_of, load_hf_model, load_tokenizer
 from circuit_breaking.models.save import save_hf_folder
 from circuit_breaking.models.tokens import prefix_token
@@ -135,8 +135,6 @@ def main(settings: Settings) -> None:
     )
     measured, _ = evaluate(models, tokenizer, texts, prompts, scorer, sampling)
     share = shares(result.mask, hf)
-    for one in measured.values():
-        one["edges_cut"] = 0
     report = Report(
         models={"original": measured["original"], "masked": {**measured["masked"], "masked": share}},
         scorer={"name": scorer.name, "version": scorer.version, "threshold": TOXIC},
@@ -148,9 +146,10 @@ def main(settings: Settings) -> None:
         provenance=record,
     )
     report.write(folder / REPORT)
+    draw_training(folder, count="n_masked", counted=f"{settings.granularity}s masked")
     if prompts:  # else there is little to draw
         draw_report(folder)
-    Console().print(table(report.to_json()))
+    show(report.to_json())
     print(
         f"{share['units']:,} of {share['all_units']:,} {settings.granularity}s masked, {share['weights']:,} of the "
         f"model's {share['all_weights']:,} weights ({share['weights'] / share['all_weights']:.3%}), in "

@@ -69,12 +69,10 @@ import sys
 import time
 from collections.abc import Callable
 
-from rich.console import Console
-from rich.table import Table
-from tqdm import tqdm
-
 from circuit_breaking.figures.sweep import draw_sweep
 from circuit_breaking.runs.jobs import LocalJob, SlurmJob, run_job, stop_all
+from circuit_breaking.runs.plain_table import print_table
+from circuit_breaking.runs.progress import progress_bar
 from circuit_breaking.runs.run_folder import locked
 from circuit_breaking.runs.signals import SIGNALS, TERMINAL_SIGNALS, Stopped, stop_signals
 from circuit_breaking.runs.sweep import command_of, results_of
@@ -113,7 +111,7 @@ def run_all(settings: Settings, folder: Path, commands: list[list[str]], jobs: l
             outcomes[number] = record
         else:
             waiting.append(number)
-    bar = tqdm(total=len(jobs), initial=len(outcomes), desc="sweep", unit="job")
+    bar = progress_bar(total=len(jobs), initial=len(outcomes), desc="sweep", unit="job")
     with bar, stop_signals((*SIGNALS, *TERMINAL_SIGNALS)) as signals:
         while waiting or running:
             if signals:
@@ -161,17 +159,18 @@ def launcher(settings: Settings, folder: Path) -> "Callable[[list[str], Path], J
     return lambda command, log: SlurmJob(executor.submit(run_job, command, str(log)))
 
 
+def cell(value: float | str | None) -> str:
+    """A value as the table shows it."""
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
 def show(rows: list[dict], names: list[str]) -> None:
     """Print the settings and outcome of every job."""
-    table = Table(title=f"{sum(row['exit_code'] == 0 for row in rows)} of {len(rows)} jobs done")
     columns = [*names, "exit_code", "seconds"]
     columns += [c for c in dict.fromkeys(k for row in rows for k in row) if c.startswith("loss.") or c == "edges_cut"]
-    for column in columns:
-        table.add_column(column.replace("loss.", "loss "), justify="right", overflow="fold")
-    for row in rows:
-        values = [row.get(column, "") for column in columns]
-        table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in values))
-    Console().print(table)
+    cells = [[cell(row.get(column, "")) for column in columns] for row in rows]
+    header = [column.replace("_", " ").replace(".", " ") for column in columns]
+    print_table(header, cells, f"{sum(row['exit_code'] == 0 for row in rows)} of {len(rows)} jobs done")
     for row in rows:
         if row["exit_code"] != 0:
             name = name_of({key: row[key] for key in names})

@@ -34,12 +34,11 @@ if __name__ == "__main__":
     settings = read_settings(Settings)
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from steps import SHAPES, binary_mask, make_hf, make_tokens, medians
 
 from circuit_breaking.ablation.ablate import ablate
 from circuit_breaking.engine.load import load_model
+from circuit_breaking.runs.plain_table import print_table
 from circuit_breaking.runs.provenance import provenance
 
 COLUMNS = {  # of the table: field of a row, and how it is shown
@@ -110,16 +109,14 @@ def measure(settings: Settings, shape: str) -> dict:
     return row
 
 
-def show(rows: dict[str, dict]) -> Table:
-    """The rows as a table, in the order of `SHAPES`."""
-    table = Table(title=TITLE)
-    for column in COLUMNS:
-        table.add_column(column, justify="left" if column == "shape" else "right", no_wrap=True)
-    for name in SHAPES:
-        if name in rows:
-            cells = [(rows[name].get(field), form) for field, form in COLUMNS.values()]
-            table.add_row(*("–" if value is None else form.format(value) for value, form in cells))
-    return table
+def show(rows: dict[str, dict]) -> None:
+    """Print the rows as a table, in the order of `SHAPES`."""
+    cells = [
+        ["–" if (value := rows[name].get(field)) is None else form.format(value) for field, form in COLUMNS.values()]
+        for name in SHAPES
+        if name in rows
+    ]
+    print_table(list(COLUMNS), cells, TITLE)
 
 
 def main(settings: Settings) -> None:
@@ -131,7 +128,7 @@ def main(settings: Settings) -> None:
     for shape in settings.shapes or SHAPES:
         rows[shape] = {**measure(settings, shape), "provenance": provenance(settings)}
         write_json(settings.out, {"rows": rows})
-    Console(width=max(Console().width, 125)).print(show(rows))
+    show(rows)
 
 
 if __name__ == "__main__":

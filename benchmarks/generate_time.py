@@ -49,16 +49,15 @@ import time
 
 import matplotlib
 import torch
-from rich.console import Console
-from rich.table import Table
 from steps import SHAPES
 from torch import nn
-from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
 from circuit_breaking.ablation.ablate import ablate
 from circuit_breaking.models.families import graph_of
 from circuit_breaking.runs.devices import pick_device, pick_dtype
+from circuit_breaking.runs.plain_table import print_table
+from circuit_breaking.runs.progress import progress_bar
 from circuit_breaking.runs.provenance import provenance
 
 matplotlib.use("Agg")
@@ -95,7 +94,7 @@ def measure(settings: Settings) -> tuple[dict[str, list[float]], dict[str, float
     times: dict[str, list[float]] = {PLAIN: [], **{name: [] for name in edges}}
     cutting: dict[str, float] = {}
     seconds(hf, tokens, settings.new_tokens)  # warms up
-    for _ in tqdm(range(settings.rounds), desc="rounds"):
+    for _ in progress_bar(range(settings.rounds), desc="rounds", unit="round"):
         times[PLAIN].append(seconds(hf, tokens, settings.new_tokens))
         for name, cut in edges.items():
             start = time.perf_counter()
@@ -146,16 +145,16 @@ def main(settings: Settings) -> None:
     times, cutting = measure(settings)
     against = ratios(times)
     title = f"{settings.shape}, {settings.batch} x ({settings.prompt} + {settings.new_tokens}) tokens, {settings.dtype}"
-    table = Table(title=f"{title}, {settings.threads} threads, {settings.rounds} rounds")
-    for column in ("cut edges", "generate, s", "x plain", "lowest", "highest", "cutting, s"):
-        table.add_column(column, justify="right")
-    for name, values in times.items():
-        table.add_row(
+    rows = [
+        [
             name, f"{statistics.median(values):.3f}", f"{statistics.median(against[name]):.3f}",
             f"{min(against[name]):.3f}", f"{max(against[name]):.3f}",
             f"{cutting[name]:.3f}" if name in cutting else "",
-        )  # fmt: skip
-    Console().print(table)
+        ]
+        for name, values in times.items()
+    ]  # fmt: skip
+    header = ["cut edges", "generate, s", "x plain", "lowest", "highest", "cutting, s"]
+    print_table(header, rows, f"{title}, {settings.threads} threads, {settings.rounds} rounds")
     path = settings.out / f"generate_time_{settings.shape}.png"
     draw(path, settings, against)
     write_json(path.with_suffix(".json"), provenance(settings, seconds=times, cutting=cutting))

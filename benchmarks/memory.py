@@ -47,8 +47,6 @@ import re
 from types import SimpleNamespace
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from steps import SHAPES, added_at_peak, engine_step, make_engine, make_tokens
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -58,6 +56,7 @@ from circuit_breaking.engine.network import layer_groups
 from circuit_breaking.errors import UserError
 from circuit_breaking.graph import EdgeGraph
 from circuit_breaking.runs.devices import pick_dtype
+from circuit_breaking.runs.plain_table import print_table
 from circuit_breaking.tasks.losses import PREDICTIONS_AT_ONCE, WORDS_AT_ONCE
 
 SIZE = re.compile(r"([1-9]\d*) x ([1-9]\d*)")  # texts x tokens
@@ -153,22 +152,19 @@ def main(settings: Settings) -> None:
                     rows.append(row)
                     print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
     write_json(settings.out, {"settings": replace(settings), "rows": rows})
-    Console().print(table_of(rows))
+    show(rows)
 
 
-def table_of(rows: list[dict]) -> Table:
-    """A row a shape, type and size; a pair of columns with and without recomputation."""
-    table = Table(title="GB, weights + step (measured step)")
-    for column in ("", "tokens", "type", "weights", "step", "recomputing"):
-        table.add_column(column, justify="right" if column in ("weights", "step", "recomputing") else "left")
+def show(rows: list[dict]) -> None:
+    """Print a row for each shape, type and size, with one column for a step and one for a step that recomputes."""
     cells: dict[tuple, dict[bool, str]] = {}
     for row in rows:
         key = (row["shape"], row["size"], row["dtype"], f"{row['weights']:.2f}")
         found = "" if row["measured"] is None else f" ({row['measured']:.2f})"
         cells.setdefault(key, {})[row["gradient_checkpointing"]] = f"{row['step']:.2f}{found}"
-    for key, pair in cells.items():
-        table.add_row(*key, pair.get(False, "–"), pair.get(True, "–"))
-    return table
+    lines = [[*key, pair.get(False, "–"), pair.get(True, "–")] for key, pair in cells.items()]
+    header = ["", "tokens", "type", "weights", "step", "recomputing"]
+    print_table(header, lines, "GB, weights + step (measured step)")
 
 
 if __name__ == "__main__":

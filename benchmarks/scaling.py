@@ -37,13 +37,12 @@ if __name__ == "__main__":
 from types import SimpleNamespace
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from steps import make_hf_of, make_tokens, medians
 from transformers import GPT2Config
 
 from circuit_breaking.engine.load import load_model
 from circuit_breaking.figures.style import COLOURS, MARKERS, figure
+from circuit_breaking.runs.plain_table import print_table
 from circuit_breaking.runs.provenance import provenance
 
 MASKS = {"binary": "binary mask (50 edges cut)", "any": "any mask (every weight below 1)"}
@@ -93,21 +92,19 @@ def main(settings: Settings) -> None:
         return
     shapes = [("layers", layers, 12) for layers in settings.layers] + [("heads", 12, heads) for heads in settings.heads]
     known: dict[tuple[int, int], dict] = {}
-    rows, table = [], Table(title=f"{settings.batch} x {settings.length} tokens, {settings.dtype}")
-    for column in ("layers", "heads", "edges", "plain, s", *MASKS):
-        table.add_column(column, justify="right")
+    rows, cells = [], []
     for grows, layers, heads in shapes:
         if (layers, heads) not in known:
             known[layers, heads] = measure(settings, layers, heads)
         row = {"grows": grows, **known[layers, heads]}
         rows.append(row)
-        table.add_row(
-            str(layers), str(heads), f"{row['edges']:,}", f"{row['plain']:.2f}", *(f"{row[name]:.2f}" for name in MASKS)
-        )
+        size = [str(layers), str(heads), f"{row['edges']:,}"]
+        cells.append(size + [f"{row[name]:.2f}" for name in ("plain", *MASKS)])
     # not where: results go with the code
     write_json(settings.out, {**provenance(replace(settings, out=Path(settings.out.name))), "rows": rows})
     draw(rows, picture)
-    Console().print(table)
+    header = ["layers", "heads", "edges", "plain, s", *MASKS]
+    print_table(header, cells, f"{settings.batch} x {settings.length} tokens, {settings.dtype}")
 
 
 if __name__ == "__main__":

@@ -40,8 +40,6 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
-from rich.table import Table
 from steps import (
     SHAPES,
     added_at_peak,
@@ -59,6 +57,7 @@ from circuit_breaking.engine.load import load_model
 from circuit_breaking.engine.reference import ReferenceModel
 from circuit_breaking.errors import UserError
 from circuit_breaking.runs.devices import pick_device
+from circuit_breaking.runs.plain_table import print_table
 
 
 def naive_step(settings: Settings) -> Callable[[torch.Tensor], None]:
@@ -125,15 +124,15 @@ def main(settings: Settings) -> None:
     memory = peak_memories(settings, names)
     device = tokens.device.type if not tokens.is_cuda else torch.cuda.get_device_name()
     title = f"{settings.shape}, {settings.batch} x {settings.length} tokens, {settings.dtype}, {device}"
-    table = Table(title=title + ", TF32" * settings.tf32 + ", compiled" * settings.compile)
-    for column in ("", "step, ms", "x plain", "fastest, ms", "peak over weights, GB", "x plain"):
-        table.add_column(column, justify="left" if not column else "right")
-    for name in names:
-        table.add_row(
+    rows = [
+        [
             name, f"{1e3 * middle[name]:.1f}", f"{middle[name] / middle[names[0]]:.2f}",
             f"{1e3 * min(times[name]):.1f}", f"{memory[name]:.2f}", f"{memory[name] / memory[names[0]]:.2f}",
-        )  # fmt: skip
-    Console(width=max(Console().width, 110)).print(table)
+        ]
+        for name in names
+    ]  # fmt: skip
+    header = ["", "step, ms", "x plain", "fastest, ms", "peak over weights, GB", "x plain"]
+    print_table(header, rows, title + ", TF32" * settings.tf32 + ", compiled" * settings.compile)
 
 
 if __name__ == "__main__":

@@ -61,24 +61,22 @@ class Settings(DeviceSettings, SeedSettings):
 if __name__ == "__main__":
     settings = read_settings(Settings)
 
-import sys
 import tempfile
 from collections.abc import Iterator
 from random import Random
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
-from rich.table import Table
 from tiny_corpus import NAMES, dialogue, distinct, ioi, plain
 from tiny_model_card import END, model_card
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
-from tqdm import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from circuit_breaking.models.save import save_hf_folder
+from circuit_breaking.runs.plain_table import print_table
+from circuit_breaking.runs.progress import progress_bar
 from circuit_breaking.runs.provenance import provenance
 
 TOXIC = 0.5  # a text that scores above is called toxic
@@ -172,7 +170,7 @@ def train(tokenizer: PreTrainedTokenizerFast, settings: Settings) -> GPT2LMHeadM
     warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 0.01, total_iters=settings.warmup)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, settings.steps - settings.warmup))
     scheduler = torch.optim.lr_scheduler.SequentialLR(optimizer, [warmup, cosine], [settings.warmup])
-    with tqdm(batches(tokenizer, settings), total=settings.steps, unit="step", mininterval=2) as bar:
+    with progress_bar(batches(tokenizer, settings), total=settings.steps, desc="training", unit="step") as bar:
         for step, (tokens, targets) in enumerate(bar):
             logits = model(tokens.to(settings.device)).logits
             loss = F.cross_entropy(logits.flatten(0, 1), targets.to(settings.device).flatten())
@@ -311,10 +309,8 @@ def main(settings: Settings) -> None:
             target.parent.mkdir(parents=True, exist_ok=True)
             file.chmod(0o644)  # safetensors writes files that only their owner can read
             file.replace(target)
-    table = Table("figure", "held-out value", title=str(shown.out))
-    for key, value in figures.items():
-        table.add_row(key, f"{value:.3f}")
-    Console(file=sys.stdout).print(table)
+    rows = [[key, f"{value:.3f}"] for key, value in figures.items()]
+    print_table(["figure", "held-out value"], rows, str(shown.out))
 
 
 if __name__ == "__main__":

@@ -50,7 +50,6 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from circuit_breaking.engine.mask import load_mask, lowest_cut, read_mask_record
 from circuit_breaking.evaluation.controls import random_edges
@@ -58,6 +57,8 @@ from circuit_breaking.figures.indirect_objects import draw_comparison
 from circuit_breaking.ioi.experiment import Experiment, open_experiment
 from circuit_breaking.runs.ioi_results import IOIComparison
 from circuit_breaking.runs.mask_record import MASK
+from circuit_breaking.runs.plain_table import print_table
+from circuit_breaking.runs.progress import progress_bar
 from circuit_breaking.training.attribution import eap, eap_ig
 from circuit_breaking.training.mask_trainer import train_mask
 
@@ -74,7 +75,7 @@ def main(settings: Settings) -> None:
     seconds, scores = {}, {}
     for name, attribute in (("EAP", eap), ("EAP-IG", partial(eap_ig, steps=settings.ig_steps))):
         start = time.perf_counter()
-        scores[name] = attribute(tqdm(metrics, desc=name, unit="batch", disable=None), model)
+        scores[name] = attribute(progress_bar(metrics, desc=name, unit="batch"), model)
         seconds[name] = time.perf_counter() - start
     rows: dict[str, list[dict]] = {name: [] for name in (*scores, "learned", "random")}
     for budget in settings.budgets:
@@ -98,14 +99,12 @@ def main(settings: Settings) -> None:
     )
     compared.write(folder / "ioi_comparison.json")
     draw_comparison(folder)
-    print(f"{'original':>9}           logit difference {original['logit_difference']:6.2f}  ", end="")
-    print(f"ordinary loss {original['ordinary_loss']:.3f}")
-    for name, found in rows.items():
-        for row in found:
-            print(
-                f"{name:>9} {row['n_cut']:5d} cut  logit difference {row['logit_difference']:6.2f}  "
-                f"ordinary loss {row['ordinary_loss']:.3f}"
-            )
+    lines = [["original", original]] + [[name, row] for name, found in rows.items() for row in found]
+    cells = [
+        [name, str(row.get("n_cut", 0)), f"{row['logit_difference']:.2f}", f"{row['ordinary_loss']:.3f}"]
+        for name, row in lines
+    ]
+    print_table(["", "edges cut", "logit difference", "ordinary loss"], cells)
     print(f"written to {folder}")
 
 
@@ -133,7 +132,7 @@ def ranked(experiment: Experiment) -> Tensor:
     metrics = [
         partial(objective, rows=slice(start, start + 20)) for start in starts if start < min(len(texts), len(prompts))
     ]
-    scores = eap_ig(tqdm(metrics, desc="worth", unit="batch", disable=None), model, settings.ig_steps, start=mask)
+    scores = eap_ig(progress_bar(metrics, desc="worth", unit="batch"), model, settings.ig_steps, start=mask)
     return scores.masked_fill(mask == 1, float("-inf"))
 
 

@@ -52,19 +52,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache, partial
 
-from rich.console import Console
-from rich.table import Table
-
 from circuit_breaking.engine.load import load_model
 from circuit_breaking.engine.mask import read_mask_record
 from circuit_breaking.evaluation.bootstrap import estimate
 from circuit_breaking.evaluation.compared_models import Engines, load_masked
+from circuit_breaking.evaluation.tables import interval
 from circuit_breaking.figures.indirect_objects import draw_models
 from circuit_breaking.ioi.experiment import open_task
 from circuit_breaking.ioi.measures import labels_of, prompt_measures, text_measures
 from circuit_breaking.models.load import files_of, load_tokenizer
 from circuit_breaking.runs.ioi_results import IOIReport
 from circuit_breaking.runs.mask_record import MASK
+from circuit_breaking.runs.plain_table import print_table
 from circuit_breaking.runs.provenance import provenance
 from circuit_breaking.tasks import OWTTask
 
@@ -129,23 +128,19 @@ def main(settings: Settings) -> None:
     count = {"prompts": min(settings.num_test, len(task.test)), "texts": min(settings.num_test, len(ordinary.test))}
     IOIReport(models=found, measured_on=count, provenance=run).write(folder / "ioi_report.json")
     draw_models(folder)
-    Console().print(table(found, settings.task))
+    show(found, settings.task)
     print(f"written to {folder}")
 
 
-def table(models: dict[str, Any], task: str) -> Table:
-    """A row a model, 95% intervals below each figure."""
-    result = Table(title="indirect objects" if task == "ioi" else task, show_lines=True)
+def show(models: dict[str, Any], task: str) -> None:
+    """Print a row for each model, with 95% intervals in brackets."""
     labels = labels_of(task)
-    for label in ("", "edges cut", *labels.values(), "ordinary loss, nats"):
-        result.add_column(label, justify="right" if label else "left")
-    for name, one in models.items():
-        cells = []
-        for key in (*labels, "ordinary_loss"):
-            value, low, high = (one["measures"][key][each] for each in ("value", "low", "high"))
-            cells.append("–" if value is None else f"{value:.3f}\n{low:.2f}–{high:.2f}")
-        result.add_row(name, f"{one['edges_cut']:,}", *cells)
-    return result
+    rows = [
+        [name, f"{one['edges_cut']:,}", *(interval(one["measures"][key]) for key in (*labels, "ordinary_loss"))]
+        for name, one in models.items()
+    ]
+    title = "indirect objects" if task == "ioi" else task
+    print_table(["", "edges cut", *labels.values(), "ordinary loss, nats"], rows, title)
 
 
 if __name__ == "__main__":

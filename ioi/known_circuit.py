@@ -35,6 +35,7 @@ def main(settings: Settings) -> None:
         graph=record["graph"],
         what=record.get("what", "cut"),
         edges=record["edges"],
+        measure=record.get("measure", "importance"),
         classes=HEADS,
         in_circuit=found["in_circuit"],
         overlap={key: found[key] for key in ("edges", "heads", "classes")},

@@ -51,7 +51,7 @@ from mlp_model import MaskedMLP
 from circuit_breaking.figures.mnist import draw_run
 from circuit_breaking.mnist.breaking import BreakingSettings, finetune, learn_mask, train_network
 from circuit_breaking.mnist.experiment import Experiment, open_experiment, write_run
-from circuit_breaking.mnist.report import print_table
+from circuit_breaking.mnist.report import show
 
 
 def main(settings: Settings) -> None:
@@ -103,7 +103,7 @@ def learn(settings: Settings, experiment: Experiment) -> None:
     report = write_run(experiment, "mnist/main.py", settings, network, results, rows, masks, edges, seconds)
     parts.remove()
     pictures = draw_run(experiment.folder)
-    print_table(report)
+    show(report)
     print(f"{experiment.seconds():.0f} s; {experiment.folder} holds the results and {len(pictures)} pictures")
 
 

@@ -55,7 +55,7 @@ from circuit_breaking.mnist.breaking import train_network
 from circuit_breaking.mnist.digits import Split
 from circuit_breaking.mnist.experiment import Experiment, open_experiment, write_run
 from circuit_breaking.mnist.greedy import Objective, make_objective, score_cuts
-from circuit_breaking.mnist.report import print_table
+from circuit_breaking.mnist.report import show
 from circuit_breaking.runs.checkpoints import Checkpoints, Saved
 from circuit_breaking.runs.run_folder import CheckpointedParts
 from circuit_breaking.training.loop import run_steps
@@ -98,7 +98,7 @@ def cut(settings: Settings, experiment: Experiment) -> None:
     report = write_run(experiment, "mnist/old.py", settings, network, results, rows, masks, edges, seconds)
     parts.remove()
     pictures = draw_run(experiment.folder)
-    print_table(report)
+    show(report)
     times = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
     print(f"greedy steps: {times}; {experiment.folder} holds the results and {len(pictures)} pictures")
 

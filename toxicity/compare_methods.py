@@ -67,7 +67,6 @@ from collections.abc import Iterator
 from functools import cache
 
 import torch
-from tqdm import tqdm
 
 from circuit_breaking.engine.ablation_values import load_means, value_in
 from circuit_breaking.engine.load import load_model
@@ -78,6 +77,8 @@ from circuit_breaking.models.load import files_of, load_tokenizer
 from circuit_breaking.runs.cost import COST_FILE, cost
 from circuit_breaking.runs.files import write_csv, write_json, write_jsonl
 from circuit_breaking.runs.mask_record import MASK, MaskRecord, data_of, write_edges
+from circuit_breaking.runs.plain_table import print_table
+from circuit_breaking.runs.progress import progress_bar
 from circuit_breaking.runs.provenance import provenance
 from circuit_breaking.runs.records import fingerprint
 from circuit_breaking.runs.results import MethodComparison
@@ -152,7 +153,7 @@ def main(settings: Settings) -> None:
         print(f"note: the model has {len(model.graph)} edges, so there is no mask of {', '.join(map(str, beyond))}.")
     original, rows = measured(), []
     masks = list(plan(settings, [budget for budget in settings.budgets if budget not in beyond]))
-    for method, budget, seed, training in tqdm(masks, desc="masks", unit="mask", disable=None):
+    for method, budget, seed, training in progress_bar(masks, desc="masks", unit="mask"):
         place = folder / "masks" / f"{method.replace(' ', '_')}_{budget}_seed{seed}"
         record = record_of(run, settings, method, budget, seed, training)
         if not (settings.resume and is_up_to_date(place / MASK, record.made_from, read_mask_record)):
@@ -167,7 +168,7 @@ def main(settings: Settings) -> None:
     write_csv(folder / "methods.csv", rows)
     MethodComparison(original=original, masks=rows, texts_seen=seen, provenance=run).write(folder / FILE)
     draw_methods(folder)
-    print(table(folder))
+    print_table(*table(folder))
     print(f"written to {folder}")
 
 

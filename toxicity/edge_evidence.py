@@ -24,7 +24,6 @@ class Settings(ToxicDataSettings, ModelSettings, ToxicRunSettings, SeedSettings)
 
     masks: tuple[Path, ...]  # masks whose edges are measured one by one: folders of masks, or folders of these
     similar: tuple[Path, ...] = ()  # masks whose edges are compared with each other: folders of masks, or of these
-    run: str = "evidence"
     num_texts: int = 200  # most held-out texts of each kind
     batch_size: int = 64  # texts per forward pass
     seed: int = 0  # seed of the bootstrap intervals
@@ -37,7 +36,6 @@ class Settings(ToxicDataSettings, ModelSettings, ToxicRunSettings, SeedSettings)
 if __name__ == "__main__":
     settings = read_settings(Settings)
 
-from tqdm import tqdm
 from utils import held_out_texts
 
 from circuit_breaking.errors import UserError
@@ -46,6 +44,7 @@ from circuit_breaking.evaluation.edge_effects import leave_one_out, stability
 from circuit_breaking.evaluation.result_files import EVIDENCE
 from circuit_breaking.figures.edge_effects import draw_evidence
 from circuit_breaking.models.load import files_of, load_hf_model, load_tokenizer
+from circuit_breaking.runs.progress import progress_bar
 from circuit_breaking.runs.provenance import provenance
 from circuit_breaking.runs.results import Evidence
 
@@ -63,7 +62,7 @@ def main(settings: Settings) -> None:
     similar = [one for one in read_compared_models(find_folders(settings.similar), hf) if one.kind == "mask"]
 
     examined = {}
-    with tqdm(total=sum(2 + 2 * len(one.edges) for one in masks), desc="edges", unit="pass", disable=None) as bar:
+    with progress_bar(total=sum(2 + 2 * len(one.edges) for one in masks), desc="edges", unit="pass") as bar:
         for one in masks:
             bar.set_postfix_str(one.name)
             examined[one.name] = {

@@ -63,7 +63,6 @@ if __name__ == "__main__":
 from collections.abc import Mapping
 from functools import partial
 
-from rich.console import Console
 from utils import held_out_texts, measure_uniform, uniform_texts
 
 from circuit_breaking.engine.mask import read_mask_record
@@ -80,7 +79,7 @@ from circuit_breaking.evaluation.measure import evaluate
 from circuit_breaking.evaluation.measurements import TOXIC
 from circuit_breaking.evaluation.result_files import UNIFORM
 from circuit_breaking.evaluation.scorers import load_scorer
-from circuit_breaking.evaluation.tables import overview, table
+from circuit_breaking.evaluation.tables import show
 from circuit_breaking.figures.loss_by_toxicity import draw_loss_by_toxicity
 from circuit_breaking.figures.report import draw_models, draw_report
 from circuit_breaking.figures.training import draw_training
@@ -94,7 +93,6 @@ from circuit_breaking.tasks.owt import load_texts
 from circuit_breaking.toxicity.inputs import load_prompts
 
 MOST_COLOURS = 8  # most models that can be told from each other by colour
-MOST_COLUMNS = 4  # models beyond which a terminal has no room for a column each
 
 
 def as_trained(settings: Settings) -> tuple[Settings, dict[str, Path]]:
@@ -205,7 +203,7 @@ def main(settings: Settings) -> None:
         draw_loss_by_toxicity(folder)
     if (folder / "metrics.jsonl").is_file():
         draw_training(folder)
-    Console().print((table if len(measured) <= MOST_COLUMNS else overview)(report.to_json()))
+    show(report.to_json())
     for name, one in measured.items():
         if one.get("weights_rounded"):
             print(f"note: {name}: {one['weights_rounded']} weights lie between 0 and 1; it was measured rounded.")

@@ -39,7 +39,6 @@ class Settings(FinetuneSettings, ToxicDataSettings, Float32ModelSettings, ToxicR
 
     methods: tuple[str, ...] = tuple(LRS)  # methods to run: joint, ascent, task_arithmetic, npo, rmu
     lrs: tuple[float, ...] = ()  # learning rates to try, the best is kept; none: two for each method, see LRS
-    run: str = "finetune"
     examples: int = 100  # toxic texts to train on; 0: all that are not used for validation
     validation: int = 50  # most texts of each kind for validation; never more than a fifth
     lr: float = 1e-4  # not used here: see lrs

@@ -69,6 +69,7 @@ from circuit_breaking.evaluation.perplexity import perplexity
 from circuit_breaking.models.load import load_hf_model, load_tokenizer
 from circuit_breaking.models.tokens import prefix_token
 from circuit_breaking.runs.mask_record import MASK
+from circuit_breaking.runs.plain_table import print_table
 from circuit_breaking.runs.results import Report
 from circuit_breaking.runs.texts import read_rows
 from circuit_breaking.toxicity.inputs import read_prompt_rows
@@ -223,16 +224,16 @@ def read_prompts(settings: Settings) -> Iterator[str]:
                 yield line.strip()
 
 
-def show_perplexity(models: dict[str, nn.Module], tokenizer: Any, settings: Settings, console: Console) -> None:
+def show_perplexity(models: dict[str, nn.Module], tokenizer: Any, settings: Settings) -> None:
     if read_rows(settings.perplexity) is not None:
         raise UserError(f"{settings.perplexity} is a table. Give a text file, of which all is read.")
     text = read_text(settings.perplexity)
     tokens = torch.tensor(encode(tokenizer, text))
-    table = Table("", "loss, nats a token", "perplexity", "tokens", title=str(settings.perplexity))
+    rows = []
     for name, hf in models.items():
         found = perplexity(hf, tokens, settings.window, settings.stride)
-        table.add_row(name, f"{found.loss:.4f}", f"{found.perplexity:.2f}", f"{found.tokens:,}")
-    console.print(table)
+        rows.append([name, f"{found.loss:.4f}", f"{found.perplexity:.2f}", f"{found.tokens:,}"])
+    print_table(["", "loss, nats per token", "perplexity", "tokens"], rows, str(settings.perplexity))
 
 
 def main(settings: Settings) -> None:
@@ -240,7 +241,7 @@ def main(settings: Settings) -> None:
     console = Console()
     tokenizer, models = load_pair(settings)
     if settings.perplexity is not None:
-        show_perplexity(models, tokenizer, settings, console)
+        show_perplexity(models, tokenizer, settings)
         return
     if settings.save is not None and not settings.given() and sys.stdin.isatty():
         return  # asked to save, nothing more

@@ -31,7 +31,6 @@ class Settings(
     shots: int = 3  # toxic examples in front of a prompt, as many as fit; 0: this is not measured
     separator: str = "\n"  # text between these examples and the prompt
     toxic_prompts: Path | None = None  # JSON Lines with a prompt or a text in each row; None: those of toxic_test
-    run: str = "relearn"
     num_texts: int = 100
     num_prompts: int = 50
     samples: int = 2
@@ -49,7 +48,6 @@ if __name__ == "__main__":
     settings = read_settings(Settings)
 
 from torch import nn
-from tqdm import tqdm
 
 from circuit_breaking.evaluation.compared_models import ORIGINAL, ComparedModel, find_folders, read_compared_models
 from circuit_breaking.evaluation.generate import Sampling
@@ -61,6 +59,7 @@ from circuit_breaking.figures.relearning import draw_relearning
 from circuit_breaking.models.activations import fused_activations
 from circuit_breaking.models.load import files_of, load_hf_model, load_tokenizer
 from circuit_breaking.models.tokens import prefix_token
+from circuit_breaking.runs.progress import progress_bar
 from circuit_breaking.runs.provenance import provenance
 from circuit_breaking.runs.results import Relearning
 from circuit_breaking.toxicity.inputs import load_prompts
@@ -96,7 +95,7 @@ def main(settings: Settings) -> None:
 
     found = {}
     steps = max(settings.checks) * len(settings.counts) * len(variants)
-    with tqdm(total=steps, desc="relearning", unit="step", disable=None) as bar:
+    with progress_bar(total=steps, desc="relearning", unit="step") as bar:
         for one in variants:
             bar.set_postfix_str(one.name)
             by_count, notes = {}, []
@@ -104,7 +103,8 @@ def main(settings: Settings) -> None:
                 rows, note = relearn(one, hf, examples[:count], settings, measure, settings.seed, bar.update)
                 by_count[str(count)] = rows
                 notes += [f"{count} examples: {note}"] if note else []
-            found[one.name] = {"kind": one.kind, "relearning": by_count, "note": "; ".join(notes) or None}
+            about = {key: one.about[key] for key in ("ablation", "budget", "sweep") if key in one.about}
+            found[one.name] = {"kind": one.kind, **about, "relearning": by_count, "note": "; ".join(notes) or None}
             if settings.shots:
                 separator = tokenizer(settings.separator, add_special_tokens=False)["input_ids"]
                 limit = hf.config.max_position_embeddings - settings.new_tokens

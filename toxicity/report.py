@@ -21,7 +21,6 @@ from circuit_breaking.toxicity.settings import ToxicRunSettings
 class Settings(ToxicRunSettings):
     MOST_USED: ClassVar = ("run", "out", "examples", "num_examples")
 
-    run: str = "compare"
     examples: bool = False  # put examples of the models' texts into report.md, which then contains OFFENSIVE TEXT
     num_examples: int = 5  # prompts of which examples are shown
 
@@ -36,7 +35,8 @@ from pathlib import Path
 from typing import Any
 
 from circuit_breaking.errors import UserError
-from circuit_breaking.evaluation.pareto import controls, pareto
+from circuit_breaking.evaluation.controls import controls
+from circuit_breaking.evaluation.pareto import pareto
 from circuit_breaking.evaluation.report_markdown import render
 from circuit_breaking.evaluation.result_files import (
     EVIDENCE,
@@ -49,6 +49,7 @@ from circuit_breaking.evaluation.result_files import (
 )
 from circuit_breaking.evaluation.tables import flat_rows
 from circuit_breaking.figures.edge_effects import draw_evidence
+from circuit_breaking.figures.edges import draw_edges
 from circuit_breaking.figures.loss_by_toxicity import draw_loss_by_toxicity
 from circuit_breaking.figures.pareto import draw_pareto
 from circuit_breaking.figures.relearning import draw_relearning
@@ -59,7 +60,8 @@ from circuit_breaking.runs.files import read_json, read_jsonl, write_csv, write_
 from circuit_breaking.runs.results import Comparison
 
 PICTURES = (
-    "pareto.png", "models.png", "loss_by_toxicity.png", "evidence.png", "relearning.png", "finetuned/finetuning.png",
+    "pareto.png", "models.png", "loss_by_toxicity.png", "graph.png", "evidence.png", "relearning.png",
+    "finetuned/finetuning.png",
 )  # fmt: skip
 
 
@@ -102,6 +104,8 @@ def main(settings: Settings) -> None:
     draw_models(folder)
     if (folder / UNIFORM).is_file():
         draw_loss_by_toxicity(folder)
+    if (folder / "graph.json").is_file():
+        draw_edges(folder)
     if evidence is not None:
         draw_evidence(folder)
     if relearning is not None:

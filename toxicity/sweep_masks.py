@@ -42,7 +42,6 @@ class Settings(ToxicDataSettings, ModelSettings, AblateFromSettings, ToxicRunSet
     random_seeds: int = 5  # random masks for each budget, as a control
     large_refine_rounds: int | None = None  # rounds of refinement above stable_budget, which take longer; None: as many
     training: MaskConfig = field(default_factory=MaskConfig)  # of every mask; max_edges is not used
-    run: str = "sweep"
     examples: int = 100  # toxic texts to learn from; 0: all that are not used for validation
     validation: int = 50  # most texts of each kind that are left to validate fine-tuned models with
     split_qkv: bool = False  # give the query, key and value of a head separate edges

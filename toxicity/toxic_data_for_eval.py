@@ -41,10 +41,9 @@ if __name__ == "__main__":
 import sys
 from collections import Counter
 
-from rich.console import Console
-from rich.table import Table
 from tqdm import tqdm
 
+from circuit_breaking.runs.plain_table import print_table
 from circuit_breaking.runs.provenance import provenance
 from circuit_breaking.toxicity.posts import Post, Sampler, Tally, sample
 
@@ -75,14 +74,13 @@ def refuse_empty(settings: Settings, sampler: Sampler, tally: Tally, sets: dict[
 
 def show(sampler: Sampler, tally: Tally, sets: dict[str, list[Post]]) -> None:
     counts = tally.counts
-    table = Table(title=f"{counts['posts']:,} posts of {counts['threads']:,} threads, {counts['usable']:,} usable")
-    for column, justify in (("file", "left"), ("wanted", "right"), ("got", "right"), ("toxicity", "left")):
-        table.add_column(column, justify=justify)
+    rows = []
     for name, posts in sets.items():
         scores = [post.toxicity for post in posts]
         stretch = f"{min(scores):.2f} to {max(scores):.2f}" if scores else ""
-        table.add_row(f"{name}.jsonl", str(sampler.wanted[name]), str(len(posts)), stretch)
-    Console().print(table)
+        rows.append([f"{name}.jsonl", str(sampler.wanted[name]), str(len(posts)), stretch])
+    title = f"{counts['posts']:,} posts of {counts['threads']:,} threads, {counts['usable']:,} usable"
+    print_table(["file", "wanted", "got", "toxicity"], rows, title)
     if counts["malformed_lines"]:
         lines = ", ".join(str(line["line"]) for line in tally.malformed)
         print(f"malformed lines: {counts['malformed_lines']:,} (the first: {lines})")

@@ -2,7 +2,8 @@
 
 Reads   a model; toxic posts for training and held-out ones; ordinary text; ablation values, if --means names a file.
 Writes  data/toxicity/<run>/: settings.json; metrics.jsonl, one row per step; mask.safetensors; edges.json, the cut
-        edges; means.safetensors, if ablation constants are learned (--constants-lr). Methods that rank edges also write
+        edges; graph.json, how important each is, and drawn from it graph.png, heat_map.png and edges.tex (LaTeX);
+        means.safetensors, if ablation constants are learned (--constants-lr). Methods that rank edges also write
         ranking.safetensors; curve.json and curve.png, the held-out losses by edges cut; and in masks/ the mask, edges
         and constants for each of --budgets. During training also checkpoints, from which the same command continues an
         interrupted run.
@@ -15,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from circuit_breaking.evaluation.settings import HeldOutSettings
 from circuit_breaking.runs.cli import read_settings, run_script
 from circuit_breaking.runs.config import check_ablate_from, check_counts, resolve_defaults
 from circuit_breaking.runs.settings import AblateFromSettings, ModelSettings, ResumeSettings
@@ -23,7 +25,9 @@ from circuit_breaking.training.config import MaskConfig, check_mask
 
 
 @dataclass
-class Settings(MaskConfig, ToxicDataSettings, ModelSettings, AblateFromSettings, ToxicRunSettings, ResumeSettings):
+class Settings(
+    MaskConfig, HeldOutSettings, ToxicDataSettings, ModelSettings, AblateFromSettings, ToxicRunSettings, ResumeSettings
+):
     MOST_USED: ClassVar = (
         "model", "max_edges", "alpha", "means", "examples", "relax_steps", "anneal_steps", "refine_rounds", "lr", "run",
         "seed", "device",
@@ -32,12 +36,11 @@ class Settings(MaskConfig, ToxicDataSettings, ModelSettings, AblateFromSettings,
     means: Path | None = None  # file of ablation values from compute_means.py; None: zero
     examples: int = 100  # toxic texts to learn from; 0: all of the file
     split_qkv: bool = False  # give the query, key and value of a head separate edges
-    test_texts: int = 200  # held-out texts whose losses are printed before and after training
     tf32: bool = False  # let CUDA multiply float32 matrices in TF32: faster, less precise
 
     def check(self) -> None:
         check_mask(self)
-        check_counts(self, "length", "test_texts")
+        check_counts(self, "length", "num_texts")
         check_ablate_from(self)
         require_data(self)
 
@@ -45,14 +48,19 @@ class Settings(MaskConfig, ToxicDataSettings, ModelSettings, AblateFromSettings,
 if __name__ == "__main__":
     settings = read_settings(Settings, parallel=True)
 
+from functools import partial
+
 import torch
 
 from circuit_breaking.engine.ablation_values import load_means, save_means, value_in
 from circuit_breaking.engine.load import load_model
 from circuit_breaking.engine.mask import save_mask
 from circuit_breaking.engine.transformer import EdgeMaskedTransformer
+from circuit_breaking.evaluation.edge_importance import graph_of_mask
 from circuit_breaking.figures.edge_curve import draw_curve
+from circuit_breaking.figures.edges import draw_edges
 from circuit_breaking.models.load import files_of, load_tokenizer
+from circuit_breaking.models.tokens import TokenBatch
 from circuit_breaking.runs.distributed import is_main
 from circuit_breaking.runs.mask_record import (
     MASK,
@@ -71,6 +79,7 @@ from circuit_breaking.tasks import OWTTask, ToxicTask
 from circuit_breaking.tasks.base import TextTask
 from circuit_breaking.training.budgets import masks_at
 from circuit_breaking.training.edge_ranking import save_ranking
+from circuit_breaking.training.mask_gradient import MaskFunction
 from circuit_breaking.training.mask_trainer import MaskResult
 from circuit_breaking.training.run import train_into
 
@@ -120,6 +129,9 @@ def train(
     if is_main():
         after = held_out(model, tasks, settings)
         write_mask(folder, model, settings.max_edges, run, settings, {"before": before, "after": after})
+        importance = graph_of_mask(model, toxic_losses(tasks["toxic"], model, settings), "fall of toxic loss, nats")
+        importance.write(folder / "graph.json")
+        draw_edges(folder)
         for name in tasks:
             print(f"held-out loss on {name} text: {before[name]:.3f} -> {after[name]:.3f}")
         edges = ", ".join(result.edges)
@@ -132,7 +144,7 @@ def train(
 
 def held_out(model: EdgeMaskedTransformer, tasks: dict[str, TextTask], settings: Settings) -> dict[str, float]:
     """Loss on held-out texts of each task, with the mask that is in the model."""
-    return {name: task.get_test_loss(model, settings.test_texts) for name, task in tasks.items()}
+    return {name: task.get_test_loss(model, settings.num_texts) for name, task in tasks.items()}
 
 
 def write_mask(
@@ -180,6 +192,16 @@ def write_ranking(
     Curve(original=before, rows=rows, provenance=run).write(folder / CURVE)
     if rows:
         draw_curve(folder)
+
+
+def toxic_losses(task: TextTask, model: EdgeMaskedTransformer, settings: Settings) -> list[MaskFunction]:
+    """Minus the toxic loss on batches of 40 training texts, as functions of the mask."""
+
+    def metric(mask: torch.Tensor, batch: TokenBatch) -> torch.Tensor:
+        return -task.loss(model, batch, mask)
+
+    size = min(settings.batch_size, settings.micro_batch or settings.batch_size)
+    return [partial(metric, batch=batch.to(model.device)) for batch in task.train[:40].batches(size)]
 
 
 if __name__ == "__main__":

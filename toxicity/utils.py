@@ -4,13 +4,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from circuit_breaking.evaluation.compared_models import ComparedModel
 from circuit_breaking.evaluation.measure import text_losses
 from circuit_breaking.evaluation.scorers import Scorer
 from circuit_breaking.models.shipped import SHIPPED
 from circuit_breaking.models.tokens import TokenBatch, encode, prefix_token
+from circuit_breaking.runs.progress import progress_bar
 from circuit_breaking.tasks import OWTTask, ToxicTask
 from circuit_breaking.tasks.owt import load_texts
 from circuit_breaking.tasks.toxic import read_examples
@@ -72,7 +72,7 @@ def measure_uniform(
     """
     batch, toxicity = uniform
     columns: dict[str, list[float | None]] = {"toxicity": toxicity.tolist()}
-    for name, one in tqdm(models.items(), desc="loss by toxicity", unit="model", disable=None):
+    for name, one in progress_bar(models.items(), desc="loss by toxicity", unit="model"):
         with one.load(hf) as model:
             sums, counts = text_losses(model, batch, size)
         columns[name] = [value if np.isfinite(value) else None for value in (sums / counts).tolist()]

@@ -10,13 +10,13 @@ from typing import Any, Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from circuit_breaking.errors import UserError
 from circuit_breaking.graph import describe
 from circuit_breaking.models.tokens import TokenBatch
 from circuit_breaking.runs.files import require_file
 from circuit_breaking.runs.mask_record import AblationValueRecord, MeansRecord
+from circuit_breaking.runs.progress import progress_bar
 from circuit_breaking.runs.tensors import digest_of, is_real, read_tensors, write_tensors
 
 HINT = "Make one with toxicity/compute_means.py, or leave means unset (zero ablation)."
@@ -82,7 +82,7 @@ def compute_means(
     wide = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
     sums, counts = None, torch.zeros(length, dtype=wide, device=device)
     rows = range(0, len(texts), batch_size)
-    for start in tqdm(rows, desc="means", unit="batch", disable=None if progress else True):
+    for start in progress_bar(rows, shown=progress, desc="means", unit="batch"):
         batch = texts[start : start + batch_size].to(device)
         outputs = model.node_outputs(batch.tokens)  # [P, B, T', D]
         real = batch.real.clone()

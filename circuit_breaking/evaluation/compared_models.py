@@ -27,12 +27,13 @@ from circuit_breaking.engine.ablation_values import load_means, read_means, read
 from circuit_breaking.engine.load import load_model
 from circuit_breaking.engine.mask import load_mask, read_mask_record
 from circuit_breaking.errors import UserError
+from circuit_breaking.evaluation.result_files import ORIGINAL
 from circuit_breaking.models.load import load_hf_model
 from circuit_breaking.runs.mask_record import MASK, MEANS, MaskRecord
 from circuit_breaking.runs.results import FineTuning
 
 CONFIG, FINETUNING = "config.json", "finetuning.json"
-ORIGINAL = "original"
+SWEPT = "masks"  # folder of a run that holds the masks of a sweep
 Engines = Callable[[bool], Any]  # gives the edge-masked transformer for a value of `split_qkv`
 HINT = "Give folders of train_mask.py, sweep_masks.py, finetune_gpt2.py or save_ablated."
 
@@ -48,7 +49,7 @@ class ComparedModel:
         edges: names of its cut edges.
         means: their ablation values, [P, D]; None for zero.
         ablate_from: first position at which the cuts act.
-        about: JSON-able, for reports: budget, seed, kind of ablation value, method, note.
+        about: JSON-able, for reports: budget, seed, kind of ablation value, method, sweep, note.
         means_file: the file that holds `means`.
     """
 
@@ -150,7 +151,9 @@ def _read(name: str, folder: Path, engine: Engines, hf: nn.Module) -> ComparedMo
             f"{folder} has other weights than the original model, so it is not compared as cut edges alone."
         )
     means = read_means(folder / MEANS)[0] if record.ablation == "mean" else None
-    about = {"budget": len(record.edges), "ablation": record.ablation, "n_edges": len(engine(False).graph)}
+    about = {
+        "budget": len(record.edges), "sweep": None, "ablation": record.ablation, "n_edges": len(engine(False).graph),
+    }  # fmt: skip
     file = None if means is None else folder / MEANS
     return ComparedModel(name, "mask", folder, record.edges, means, about, file, record.ablate_from)
 
@@ -191,6 +194,8 @@ def read_mask(name: str, path: Path, engine: Engines, means: Path | None = None)
     about = {
         "budget": model.mask.n_cut() if record.budget is None else record.budget,
         "seed": record.seed,
+        "method": record.method,
+        "sweep": sweep_of(path.parent),
         "ablation": ablation.kind if means is None or str(means) == ablation.path else "mean",
         "n_edges": len(model.graph),
         "weights_rounded": int(((weights > 0) & (weights < 1)).sum()),
@@ -198,6 +203,15 @@ def read_mask(name: str, path: Path, engine: Engines, means: Path | None = None)
     file = means or (Path(ablation.path) if ablation.path else None)
     edges = list(map(str, model.mask.cut_edges()))
     return ComparedModel(name, record.role, path.parent, edges, model.means, about, file, model.ablate_from)
+
+
+def sweep_of(folder: Path) -> str | None:
+    """The sweep that a mask's folder belongs to, by the name of its run; None for a mask that was trained by itself.
+
+    `sweep_masks.py` and `compare_methods.py` write the masks of a sweep to `<run>/masks/<name>/`.
+    """
+    parent = folder.resolve().parent
+    return parent.parent.name if parent.name == SWEPT else None
 
 
 def share_of_changed_parameters(model: nn.Module, original: nn.Module) -> float:

@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from circuit_breaking.evaluation.pareto import MAX_EDGES, controls, pareto
+from circuit_breaking.evaluation.controls import controls
+from circuit_breaking.evaluation.pareto import MAX_EDGES, pareto
 from circuit_breaking.evaluation.tables import markdown_table, number
 
 FIGURES = ("toxicity", "ordinary_loss", "perplexity")

@@ -65,19 +65,22 @@ def leave_one_out(
 
 
 def stability(models: list[ComparedModel]) -> list[dict[str, Any]]:
-    """Compare masks that were trained with the same budget and ablation and with different seeds.
+    """Compare masks that were trained with the same budget, ablation and method and with different seeds.
+
+    Masks of different sweeps are not compared with each other.
 
     Returns:
         One row per budget and ablation with at least two masks: their names and numbers of edges, `jaccard` (mean
         Jaccard similarity over all pairs of masks), `by_chance` (its expectation for as many edges drawn at random),
         and `chosen_by` (the number of masks that cut each edge).
     """
-    groups: dict[tuple[str, int], list[ComparedModel]] = {}
+    groups: dict[tuple, list[ComparedModel]] = {}
     for model in models:
         if model.kind == "mask":
-            groups.setdefault((model.about["ablation"], model.about["budget"]), []).append(model)
+            key = ("ablation", "budget", "sweep", "method")
+            groups.setdefault(tuple(model.about.get(name) for name in key), []).append(model)
     rows = []
-    for (ablation, budget), members in groups.items():
+    for (ablation, budget, *_), members in groups.items():
         if len(members) < 2:
             continue
         counts = Counter(edge for model in members for edge in model.edges)

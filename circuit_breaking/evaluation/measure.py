@@ -24,6 +24,7 @@ from circuit_breaking.evaluation.measurements import Continuations, RawMeasureme
 from circuit_breaking.evaluation.scorers import Scorer
 from circuit_breaking.models.activations import fused_activations
 from circuit_breaking.models.tokens import TokenBatch, pad_right
+from circuit_breaking.runs.progress import progress_bar
 from circuit_breaking.tasks.losses import prediction_losses
 from circuit_breaking.tasks.stock_model import StockModel
 
@@ -100,7 +101,7 @@ def evaluate(
     measured, size = {}, sampling.batch_size
     batches = sum(-(-len(batch) // size) for batch in texts.values())
     batches += sum(-(-len(batch) * each // size) for batch in prompts.values())
-    with tqdm(total=batches * len(models), desc="evaluation", unit="batch", disable=None) as bar:
+    with progress_bar(total=batches * len(models), desc="evaluation", unit="batch") as bar:
         for name, load in models.items():
             bar.set_postfix_str(name)
             with load() as model, fused_activations(model):

@@ -1,4 +1,4 @@
-"""The conclusions of a comparison: the Pareto front of toxicity against ordinary loss, and what random edges do.
+"""The conclusion of a comparison: the Pareto front of toxicity against ordinary loss.
 
 Everything is computed from the models of a report (`result_files.read_report`); no model is run. An estimate is a
 mapping with `value`, `low`, `high` and, for all models but the original, `change`.
@@ -6,8 +6,6 @@ mapping with `value`, `low`, `high` and, for all models but the original, `chang
 
 from collections.abc import Mapping
 from typing import Any
-
-import numpy as np
 
 MAX_EDGES = 12  # the paper's claim is about masks of at most 12 cut edges
 Estimate = Mapping[str, Any]
@@ -31,6 +29,14 @@ def family_of(model: Mapping[str, Any]) -> str:
     if model.get("kind") in ("mask", "random") and model.get("ablation"):
         return f"{'mask' if model['kind'] == 'mask' else 'random edges'}, {model['ablation']} ablation"
     return "original" if model.get("kind") == "original" else "other"
+
+
+def in_sweep(model: Mapping[str, Any]) -> bool:
+    """Whether a mask or random edges belong to a sweep, and not to a run of their own.
+
+    Reports of the release before did not say this; their masks count as one sweep.
+    """
+    return model.get("kind") in ("mask", "random") and model.get("sweep", "") is not None
 
 
 def dominating(point: tuple[float, float], others: Mapping[str, tuple[float, float]]) -> list[str]:
@@ -79,31 +85,3 @@ def change_of(model: Mapping[str, Any], coordinate: int) -> float | None:
     """Change of a coordinate of `point_of` from the original model, on the same prompts or texts."""
     point = point_of(model)
     return None if point is None else point[coordinate].get("change", {}).get("value")
-
-
-def controls(models: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Summarise the random edges of each kind of ablation and budget: mean, lowest and highest change over seeds.
-
-    Changes are from the original model: toxicity after toxic prompts, and ordinary loss in nats. `mask` is the change
-    by the trained mask of the same ablation and budget.
-    """
-    groups: dict[tuple[str, int], list[Mapping[str, Any]]] = {}
-    masks: dict[tuple[str, int], Mapping[str, Any]] = {}
-    for model in models.values():
-        if model.get("kind") == "random":
-            groups.setdefault((model["ablation"], model["budget"]), []).append(model)
-        elif model.get("kind") == "mask":
-            masks.setdefault((model["ablation"], model["budget"]), model)
-    rows = []
-    for key, members in sorted(groups.items()):
-        row: dict[str, Any] = {"ablation": key[0], "budget": key[1], "seeds": len(members)}
-        for coordinate, name in enumerate(("toxicity", "ordinary_loss")):
-            changes = [change for model in members if (change := change_of(model, coordinate)) is not None]
-            row[name] = {
-                "mean": float(np.mean(changes)) if changes else None,
-                "lowest": min(changes, default=None),
-                "highest": max(changes, default=None),
-                "mask": change_of(masks[key], coordinate) if key in masks else None,
-            }
-        rows.append(row)
-    return rows

@@ -24,6 +24,7 @@ from circuit_breaking.models.tokens import TokenBatch, pad_right
 from circuit_breaking.tasks.base import TextTask
 from circuit_breaking.tasks.losses import trainable_prediction_losses
 from circuit_breaking.training.config import RelearnSettings
+from circuit_breaking.training.loop import Row, run_steps
 
 
 def relearn(
@@ -53,27 +54,31 @@ def relearn(
     with compared.load(hf) as loaded:
         model = loaded if compared.kind == "finetuned" else None
     model = (copy.deepcopy(hf) if model is None else model).requires_grad_(True)
+    parameters = list(model.parameters())
     task = TextTask("relearning", examples, examples, seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, weight_decay=0.0)
-    rows: list[dict[str, Any]] = []
-    with fused_activations(model):
-        for step in range(max(settings.checks) + 1):
-            if step in settings.checks:
-                with compared.cut(model):
-                    rows.append({"step": step, **measure(model)})
-            if step == max(settings.checks):
-                break
-            batch = task.draw(min(settings.batch_size, len(examples)))
-            with compared.cut(model):
-                loss = trainable_prediction_losses(model, batch)[0].mean()
-                optimizer.zero_grad()
-                loss.backward()
-            length = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
-            if not math.isfinite(float(loss.detach())) or not math.isfinite(float(length)):
-                return rows, f"the loss was not finite at step {step + 1}, where relearning ended"
-            optimizer.step()
-            tick()
-    return rows, None
+    optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=0.0)
+    note: str | None = None
+
+    def step(number: int) -> Row | None:
+        nonlocal note
+        loss = trainable_prediction_losses(model, task.draw(min(settings.batch_size, len(examples))))[0].mean()
+        optimizer.zero_grad()
+        loss.backward()
+        length = torch.nn.utils.clip_grad_norm_(parameters, settings.clip)
+        if not math.isfinite(float(loss.detach())) or not math.isfinite(float(length)):
+            note = f"the loss was not finite at step {number + 1}, where relearning ended"
+            return None
+        optimizer.step()
+        tick()
+        return {"step": number + 1, **measure(model)} if number + 1 in settings.checks else None
+
+    # edges are cut once: the ablated model reads its weights at every step
+    with fused_activations(model), compared.cut(model):
+        before = [{"step": 0, **measure(model)}] if 0 in settings.checks else []
+        rows = run_steps(
+            step, max(settings.checks), label="relearning", progress=False, is_over=lambda: note is not None
+        )
+    return before + rows, note
 
 
 def toxicity_after(

@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from circuit_breaking.evaluation.conclusion import statement
-from circuit_breaking.evaluation.pareto import controls, family_of
+from circuit_breaking.evaluation.controls import controls
+from circuit_breaking.evaluation.pareto import family_of
 from circuit_breaking.evaluation.tables import interval, markdown_table, number
 
 COSTS_HEADING = "## Costs of this run"  # the text below it differs from run to run; the text above it does not

@@ -13,6 +13,7 @@ from circuit_breaking.runs.checked_json import CheckedJson
 from circuit_breaking.runs.records import read_value
 from circuit_breaking.runs.results import REPORT, Evidence, Relearning, Report
 
+ORIGINAL = "original"  # name of the original model in every file
 EVIDENCE = "evidence.json"
 RELEARNING = "relearning.json"
 UNIFORM = "uniform.csv"  # one row per text: its toxicity, and the loss per token of each model
@@ -120,7 +121,7 @@ def _check_model(model: CheckedJson) -> None:
                         value.number_or_nan()
                 else:
                     _check_estimate(measure, interval=not name.startswith("distinct_"))
-    for name in ("kind", "ablation", "carry", "note"):
+    for name in ("kind", "ablation", "carry", "note", "sweep", "method"):
         if (field := model.get(name)) is not None:
             field.text()
     for name in ("edges_cut", "budget", "seed"):

@@ -3,53 +3,55 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from rich.table import Table
-
 from circuit_breaking.evaluation.measurements import MEASURES
+from circuit_breaking.runs.plain_table import print_table
 
+FEW = 4  # models that the table has a column each for
 UNSHOWN = {"distinct_unigrams", "distinct_trigrams"}  # measures that only the report's files show
 
 
-def table(report: Mapping[str, Any]) -> Table:
-    """A terminal table of a report's `models`: one column per model, 95% intervals in brackets."""
+def show(report: Mapping[str, Any]) -> None:
+    """Print a report's `models`: every measure if there are few models, and otherwise the main ones.
+
+    Estimates have their 95% intervals in brackets. Random edges are left out where there are many models.
+    """
+    header, rows = every_measure(report) if len(report["models"]) <= FEW else main_measures(report)
+    print_table(header, rows, f"toxicity by {report['scorer']['name']} {report['scorer']['version']}")
+
+
+def every_measure(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of a table with one column per model and one row per measure."""
     models = report["models"]
-    result = Table(title=f"toxicity by {report['scorer']['name']} {report['scorer']['version']}")
-    result.add_column("")
-    for name in models:
-        result.add_column(name, justify="right")
-    result.add_row("edges cut", *(str(models[name].get("edges_cut", "")) for name in models))
+    rows = []
+    if any("edges_cut" in model for model in models.values()):
+        rows.append(["edges cut", *(str(model.get("edges_cut", "")) for model in models.values())])
+    if any("masked" in model for model in models.values()):
+        counts = [model.get("masked", {}).get("weights", 0) for model in models.values()]
+        rows.append(["weights masked", *(f"{count:,}" for count in counts)])
     first = next(iter(models.values()))
     for key in first["losses"]:
-        result.add_row(f"loss on {key} text", *(interval(models[name]["losses"].get(key)) for name in models))
+        rows.append([f"loss on {key} text", *(interval(model["losses"].get(key)) for model in models.values())])
     for key in first["continuations"]:
-        result.add_section()
-        result.add_row(f"[italic]after {key} prompts")
+        rows.append([f"after {key} prompts:", *([""] * len(models))])
         for measure, label in MEASURES.items():
-            if measure in UNSHOWN:
-                continue
-            cells = (interval(models[name]["continuations"].get(key, {}).get(measure)) for name in models)
-            result.add_row(f"  {label}", *cells)
-    return result
+            if measure not in UNSHOWN:
+                cells = [interval(model["continuations"].get(key, {}).get(measure)) for model in models.values()]
+                rows.append([f"  {label}", *cells])
+    return ["", *models], rows
 
 
-def overview(report: Mapping[str, Any]) -> Table:
-    """A terminal table for many models: one row per model with the main measures only, without random edges."""
-    result = Table(title=f"toxicity by {report['scorer']['name']} {report['scorer']['version']}")
-    columns = ("", "edges cut", "parameters changed", "toxic loss", "ordinary loss", "toxicity", "perplexity")
-    for column in columns:
-        result.add_column(column, justify="right" if column else "left")
+def main_measures(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of a table with one row per model and one column per measure, without random edges."""
+    rows = []
     for name, model in report["models"].items():
         if model.get("kind") == "random":
             continue
         after = model["continuations"].get("toxic", {})
         share = model.get("changed_share", {}).get("parameters", 0)
-        cells = [
-            *(model["losses"].get(key) for key in ("toxic", "ordinary")),
-            after.get("toxicity"),
-            after.get("perplexity"),
-        ]
-        result.add_row(name, str(model.get("edges_cut", "")), f"{share:.0%}", *map(interval, cells))
-    return result
+        losses = [model["losses"].get(key) for key in ("toxic", "ordinary")]
+        cells = map(interval, (*losses, after.get("toxicity"), after.get("perplexity")))
+        rows.append([name, str(model.get("edges_cut", "")), f"{share:.0%}", *cells])
+    return ["", "edges cut", "parameters changed", "toxic loss", "ordinary loss", "toxicity", "perplexity"], rows
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -72,6 +72,6 @@ def _draw_similarity(axes: Axes, stability: list[Mapping[str, Any]]) -> None:
     axes.barh(range(len(labels)), [row["jaccard"] for row in stability], height=0.35, color=BLUE)
     axes.plot([row["by_chance"] for row in stability], range(len(labels)), "|", color=BLACK, markersize=14)
     axes.set_yticks(range(len(labels)), labels)
-    axes.set(xlim=(0, 1), ylim=(len(labels) - 0.5, -0.5), title="same edges over seeds")
+    axes.set(xlim=(0, 1), ylim=(max(len(labels), 5) - 0.5, -0.5), title="same edges over seeds")
     axes.set_xlabel("Jaccard similarity\n(black: by chance)")
     axes.grid(axis="y", visible=False)

@@ -1,6 +1,7 @@
 """The edges of a mask as a matrix of sources and readers."""
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,8 @@ from matplotlib.collections import PathCollection
 from circuit_breaking.figures.edge_graph import read_graph
 from circuit_breaking.figures.style import figure
 from circuit_breaking.graph import EdgeGraph
+
+LABEL_HEIGHT = 7.5  # points, with the space between labels
 
 
 def draw_heat_map(folder: Path | str) -> Path:
@@ -37,19 +40,27 @@ def draw_heat_map(folder: Path | str) -> Path:
             marker="s", cmap="RdBu", vmin=-largest, vmax=largest, edgecolors="#444444", linewidths=0.3,
         )  # fmt: skip
         for axis, names in ((axes.xaxis, sources), (axes.yaxis, readers)):
-            shown = {node: at for node, at in names.items() if len(names) <= 30 or _is_named(node, graph)}
+            shown = _labelled(names, graph, inches=3.9)
             axis.set_ticks(list(shown.values()), list(shown))
         axes.tick_params(axis="x", rotation=90)
         axes.tick_params(labelsize=6, length=2)
         axes.grid(False)
         axes.set(xlabel="source", ylabel="reader", title=f"{len(edges)} edges {record.get('what', 'cut')}")
         bar = drawn.colorbar(points, ax=axes, shrink=0.7)
-        bar.set_label("importance, logit difference")
+        bar.set_label(record.get("measure") or "importance")
         bar.outline.set_linewidth(0.5)
     return path
 
 
-def _is_named(node: str, graph: EdgeGraph) -> bool:
-    """Whether a node has a label on an axis with too many nodes: both ends, and the MLPs of at most 12 layers."""
+def _labelled(names: Mapping[str, int], graph: EdgeGraph, inches: float) -> dict[str, int]:
+    """The nodes with a label on an axis, and their positions: both ends, then MLPs, then heads, where there is room."""
     every = max(1, math.ceil(graph.n_layers / 12))
-    return node in ("embed", "output") or (node[0] == "m" and int(node[1:]) % every == 0)
+    ends = [node for node in ("embed", "output") if node in names]
+    layers = [node for node in names if node[0] == "m" and int(node[1:]) % every == 0]
+    heads = [node for node in names if node[0] == "a"] if len(names) <= 30 else []
+    room = LABEL_HEIGHT / 72 / inches * len(names)  # a label takes as many positions
+    shown: dict[str, int] = {}
+    for node in (*ends, *layers, *heads):
+        if all(abs(names[node] - other) >= room for other in shown.values()):
+            shown[node] = names[node]
+    return shown

@@ -9,8 +9,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from circuit_breaking.errors import UserError
-from circuit_breaking.figures.edge_graph import draw_graph
-from circuit_breaking.figures.heat_map import draw_heat_map
+from circuit_breaking.figures.edges import draw_edges
 from circuit_breaking.figures.style import (
     BLUE,
     COLOURS,
@@ -24,10 +23,10 @@ from circuit_breaking.figures.style import (
     legend_below,
     log_counts,
 )
-from circuit_breaking.figures.training import draw_training
+from circuit_breaking.figures.training import INDIRECT_OBJECT, LOGIT_DIFFERENCE, draw_training
 from circuit_breaking.runs.checked_json import CheckedJson
 from circuit_breaking.runs.ioi_results import IOI_COMPARISON, IOI_REPORT, IOIComparison, IOIReport, NextTokens, Stages
-from circuit_breaking.runs.records import Record, read_value
+from circuit_breaking.runs.records import Record, RunSettings, read_value
 from circuit_breaking.runs.results import new_or_old
 
 PANELS = {  # measures of a report, with the title of each panel
@@ -78,7 +77,7 @@ def _method_line(axes: Axes, name: str, n_cut: np.ndarray, values: np.ndarray, n
     """Draw the mean by number of edges cut, with the range of several masks as a band."""
     counts = np.unique(n_cut)
     groups = [values[n_cut == count] for count in counts]
-    colour = COLOURS[number % len(COLOURS)]
+    colour = GREY if name == "random" else COLOURS[number % len(COLOURS)]
     means = [group.mean() for group in groups]
     axes.plot(counts, means, label=name, color=colour, marker=MARKERS[number % len(MARKERS)], markersize=4)
     if any(len(group) > 1 for group in groups):
@@ -224,7 +223,10 @@ def _token_bars(axes: Axes, bars: list[tuple[str, float]], colours: dict[str, st
 def draw_run(folder: Path) -> None:
     """Draw all pictures of a run folder of ioi/train_mask.py or ioi/alternative_masks.py, from its files."""
     if (folder / "metrics.jsonl").is_file():
-        draw_training(folder, broken="indirect object (to rise)")
-    draw_graph(folder)
-    draw_heat_map(folder)
+        settings = RunSettings.read(folder / "settings.json", "Make it with ioi/train_mask.py.").provenance.get(
+            "settings"
+        )
+        by_logits = isinstance(settings, dict) and settings.get("objective") == "logit_difference"
+        draw_training(folder, broken=LOGIT_DIFFERENCE if by_logits else INDIRECT_OBJECT)
+    draw_edges(folder)
     draw_next_tokens(folder)

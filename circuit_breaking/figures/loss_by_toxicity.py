@@ -1,17 +1,20 @@
 """Loss of each model against the toxicity of the text: the paper's figure."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from circuit_breaking.errors import UserError
 from circuit_breaking.evaluation.bootstrap import running_mean
-from circuit_breaking.evaluation.pareto import MAX_EDGES, family_of
-from circuit_breaking.evaluation.result_files import REPORT, UNIFORM, read_models
-from circuit_breaking.figures.style import figure, model_styles, readable
+from circuit_breaking.evaluation.pareto import MAX_EDGES, family_of, in_sweep
+from circuit_breaking.evaluation.result_files import ORIGINAL, REPORT, UNIFORM, read_models
+from circuit_breaking.figures.style import comparison_styles, figure, readable
 from circuit_breaking.runs.files import read_csv
 
 HINT = "Make it with toxicity/evaluation.py."
+FAR = 2.0  # times the highest curve of the masks, from which on fine-tuned models have another panel
 MOST_LINES = 8  # more models than this are reduced to the most telling ones
 
 
@@ -35,22 +38,44 @@ def draw_loss_by_toxicity(folder: Path | str, names: tuple[str, ...] | None = No
     names = names or tuple(_chosen(folder, list(losses)))
     if missing := [name for name in names if name not in losses]:
         raise UserError(f"{folder / UNIFORM} has no column {missing[0]!r}; there are {', '.join(losses)}.")
-    styles = model_styles(_families(folder, names))
+    about = _about(folder, names)
+    styles = comparison_styles(folder, about)
     at, path = np.linspace(0, 1, 51), folder / "loss_by_toxicity.png"
-    with figure(path, 5.6, 3.4) as drawn:
-        axes = drawn.subplots()
-        for name in names:
-            finite = ~np.isnan(losses[name])
-            if not finite.any():
-                continue
-            mean, low, high = running_mean(toxicity[finite], losses[name][finite], at, width)
-            colour = styles[name]["color"]
-            axes.plot(at, mean, color=colour, label=readable(name))
-            axes.fill_between(at, low, high, color=colour, alpha=0.18, linewidth=0)
-        axes.set(xlabel="toxicity of the text", ylabel="loss, nats per token", xlim=(0, 1))
-        axes.set_ylim(bottom=0)
-        drawn.legend(loc="outside right upper")
+    curves = {}
+    for name in names:
+        finite = ~np.isnan(losses[name])
+        if finite.any():
+            curves[name] = running_mean(toxicity[finite], losses[name][finite], at, width)
+    panels = _panels(curves, {name for name in names if about[name].get("kind") == "finetuned"})
+    with figure(path, 3.2 * len(panels) + 2.4, 3.4) as drawn:
+        drawn_axes = drawn.subplots(1, len(panels), squeeze=False)[0]
+        for axes, (title, shown) in zip(drawn_axes, panels.items(), strict=True):
+            for name in shown:
+                mean, low, high = curves[name]
+                style = {key: styles[name][key] for key in ("color", "linestyle")}
+                axes.plot(at, mean, label=readable(name), **style)
+                axes.fill_between(at, low, high, color=style["color"], alpha=0.18, linewidth=0)
+            axes.set(xlabel="toxicity of the text", xlim=(0, 1), title=title)
+            if len(panels) == 1:
+                axes.set_ylim(bottom=0)
+        drawn_axes[0].set_ylabel("loss, nats per token")
+        handles = {}
+        for axes in drawn_axes:
+            handles |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+        drawn.legend(handles.values(), handles.keys(), loc="outside right upper")
     return path
+
+
+def _panels(curves: Mapping[str, np.ndarray], tuned: set[str]) -> dict[str, list[str]]:
+    """Names of the models of each panel, by title: all in one, or fine-tuned ones apart from masks on another scale."""
+    others = [name for name in curves if name not in tuned]
+    highest = {name: np.nanmax(curve[0], initial=0.0) for name, curve in curves.items()}
+    if len(others) < 2 or max((highest[name] for name in tuned & set(curves)), default=0) <= FAR * max(
+        highest[name] for name in others
+    ):
+        return {"": list(curves)}
+    beside = [name for name in curves if name in tuned or name == ORIGINAL]
+    return {"masks": others, "fine-tuned models": beside}
 
 
 def _read_losses(path: Path) -> tuple[np.ndarray, dict[str, np.ndarray]]:
@@ -65,10 +90,10 @@ def _read_losses(path: Path) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         raise UserError(f"{path} is no table of loss by toxicity ({error!r}). {HINT}") from error
 
 
-def _families(folder: Path, names: tuple[str, ...]) -> dict[str, str]:
-    """Families of the models, which have their styles; without a report only the original is known."""
-    models = read_models(folder, "kind") if (folder / REPORT).is_file() else {"original": {"kind": "original"}}
-    return {name: family_of(models.get(name, {})) for name in names}
+def _about(folder: Path, names: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+    """What the report says of the models; nothing where there is none."""
+    models = read_models(folder, "kind") if (folder / REPORT).is_file() else {}
+    return {name: models.get(name, {}) for name in names}
 
 
 def _chosen(folder: Path, names: list[str]) -> list[str]:
@@ -82,7 +107,8 @@ def _chosen(folder: Path, names: list[str]) -> list[str]:
     for name in names:
         model = models[name]
         if model["kind"] == "mask" and model["edges_cut"] <= MAX_EDGES:
-            best = largest.get(family_of(model))
+            family = family_of(model) if in_sweep(model) else name  # a mask that was trained by itself is drawn
+            best = largest.get(family)
             if best is None or model["edges_cut"] > models[best]["edges_cut"]:
-                largest[family_of(model)] = name
+                largest[family] = name
     return [name for name in names if models[name]["kind"] != "mask" or name in largest.values()]

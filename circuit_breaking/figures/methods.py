@@ -6,7 +6,6 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from circuit_breaking.errors import UserError
-from circuit_breaking.evaluation.tables import markdown_table
 from circuit_breaking.figures.style import BLACK, BLUE, DASHED, GREEN, GREY, PINK, VERMILION, figure, log_counts, symlog
 from circuit_breaking.runs.checked_json import CheckedJson
 from circuit_breaking.runs.records import read_value
@@ -76,15 +75,15 @@ def _line(axes: Axes, name: str, values: dict[int, list[float]]) -> None:
     axes.fill_between(list(values), lows, highs, color=style["color"], alpha=0.1, linewidth=0)
 
 
-def table(folder: Path | str) -> str:
-    """Toxic and ordinary loss by method and budget, means over seeds, as a Markdown table."""
+def table(folder: Path | str) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of a table of toxic and ordinary loss by method and budget, means over seeds."""
     original, methods = _read(Path(folder))
     budgets = sorted({budget for rows in methods.values() for budget in rows})
     lines = [["original", *[f"{original['toxic']:.3f} / {original['ordinary']:.3f}"] * len(budgets)]]
     for name, rows in methods.items():
         means = {b: [np.mean([row[key] for row in rows[b]]) for key in ("toxic", "ordinary")] for b in rows}
         lines.append([_label(name), *("{:.3f} / {:.3f}".format(*means[b]) if b in means else "" for b in budgets)])
-    return markdown_table(["toxic / ordinary loss", *(str(budget) for budget in budgets)], lines)
+    return ["toxic / ordinary loss", *(f"{budget} edges" for budget in budgets)], lines
 
 
 def _label(name: str) -> str:

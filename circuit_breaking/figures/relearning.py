@@ -8,10 +8,10 @@ from matplotlib.axes import Axes
 
 from circuit_breaking.evaluation.result_files import read_relearning
 from circuit_breaking.figures.style import (
+    comparison_styles,
     figure,
     interval_ends,
     legend_below,
-    model_styles,
     readable,
 )
 
@@ -30,7 +30,7 @@ def draw_relearning(folder: Path | str) -> Path:
     models = read_relearning(folder)["models"]
     counts = list(dict.fromkeys(count for model in models.values() for count in model["relearning"]))
     with_context = any(model.get("few_shot") for model in models.values())
-    styles = model_styles({name: _family(name, model["kind"]) for name, model in models.items()})
+    styles = comparison_styles(folder, models)
     path = folder / "relearning.png"
     with figure(path, 2.4 * max(len(counts), 1) + (2.6 if with_context else 0), 3.3 + 0.1 * len(models)) as drawn:
         panels = drawn.subplots(1, max(len(counts) + with_context, 1), squeeze=False)[0]
@@ -54,14 +54,7 @@ def _draw_contexts(axes: Axes, models: Mapping[str, Any], styles: Mapping[str, d
             if entry is not None and entry["value"] is not None:
                 axes.errorbar(
                     at + 0.05 * (number - len(models) / 2), entry["value"], yerr=interval_ends(entry), markersize=4,
-                    elinewidth=0.8, linestyle="none", **styles[name],
+                    elinewidth=0.8, **{**styles[name], "linestyle": "none"},
                 )  # fmt: skip
     axes.set(title="toxic examples in the context", xlim=(-0.6, 1.6), ylim=(-0.03, 1.03))
     axes.set_xticks([0, 1], list(CONTEXTS.values()))
-
-
-def _family(name: str, kind: str) -> str:
-    """The family of a model; the name of a mask of sweep_masks.py starts with its ablation."""
-    if kind == "mask":
-        return f"mask, {name.partition('_')[0]} ablation"
-    return "original" if kind == "original" else "other"

@@ -12,13 +12,12 @@ from matplotlib.ticker import PercentFormatter
 from circuit_breaking.evaluation.result_files import REPORT, read_models, read_report
 from circuit_breaking.figures.style import (
     BLACK,
-    BLUE,
-    COLOURS,
     DASHED,
     MARKERS,
-    VERMILION,
+    comparison_styles,
     figure,
     interval_ends,
+    model_styles,
     plain_log,
     readable,
 )
@@ -45,14 +44,15 @@ def draw_report(folder: Path | str) -> Path:
     shares, perplexities = ({name: _after_prompts(model, measure) for name, model in checked["models"].items()}
                             for measure in ("toxic_share", "perplexity"))  # fmt: skip
     path = folder / "report.png"
+    styles = model_styles(models)
     with figure(path, 7.2, 2.4 + 0.2 * math.ceil(len(models) / 4)) as drawn:
         axes = drawn.subplots(1, 3)
-        _points(axes[0], losses, "{}\ntext")
+        _points(axes[0], losses, styles, "{}\ntext")
         axes[0].set(title="next-token loss", ylabel="nats per token")
-        _points(axes[1], shares, "{}\nprompts")
+        _points(axes[1], shares, styles, "{}\nprompts")
         axes[1].set(title="toxic continuations", ylim=(-0.03, 1.03))
         axes[1].yaxis.set_major_formatter(PercentFormatter(1, 0))
-        _points(axes[2], perplexities, "{}\nprompts")
+        _points(axes[2], perplexities, styles, "{}\nprompts")
         axes[2].set(title="incoherence of continuations", ylabel=f"perplexity under {reference}")
         axes[2].set_ylim(bottom=0)
         handles, names = axes[0].get_legend_handles_labels()
@@ -69,8 +69,8 @@ def _with_edges(name: str, edges: int | None) -> str:
     return f"{name} ({edges} edge{'s' * (edges != 1)} cut)" if edges else name
 
 
-def _points(axes: Axes, models: Mapping[str, Estimates], label: str) -> None:
-    """Draw a point with its interval for each model (colour) and each set of texts or prompts (position on x)."""
+def _points(axes: Axes, models: Mapping[str, Estimates], styles: Mapping[str, Mapping[str, Any]], label: str) -> None:
+    """Draw a point with its interval for each model (colour, marker) and each set of texts or prompts (place on x)."""
     keys = list(dict.fromkeys(key for sets in models.values() for key in sets))
     step = min(0.16, 0.8 / len(models))
     for number, (name, sets) in enumerate(models.items()):
@@ -80,8 +80,7 @@ def _points(axes: Axes, models: Mapping[str, Estimates], label: str) -> None:
             positions,
             values[:, 0],
             yerr=np.abs(values[:, 1:] - values[:, :1]).T,
-            fmt=MARKERS[number % len(MARKERS)],
-            color=COLOURS[number % len(COLOURS)],
+            **{**styles[name], "linestyle": "none"},
             markersize=4.5,
             elinewidth=1.2,
             capsize=2,
@@ -125,18 +124,17 @@ def draw_models(folder: Path | str) -> Path:
     """
     folder = Path(folder)
     models = {name: model for name, model in read_models(folder, "kind").items() if model["kind"] != "random"}
-    path = folder / "models.png"
+    styles, path = comparison_styles(folder, models), folder / "models.png"
     with figure(path, 7.4, 1.0 + 0.19 * len(models)) as drawn:
         panels = drawn.subplots(1, len(PANELS), sharey=True)
         for axes, (title, measure) in zip(panels, PANELS.items(), strict=True):
             entries = {name: measure(model) for name, model in models.items()}
             entries = {name: entry for name, entry in entries.items() if entry and entry["value"] is not None}
-            for row, (name, model) in enumerate(models.items()):
+            for row, name in enumerate(models):
                 if name in entries:
-                    colour = {"finetuned": VERMILION, "original": BLACK}.get(model["kind"], BLUE)
                     axes.errorbar(
                         entries[name]["value"], row, xerr=interval_ends(entries[name]), fmt=MARKERS[0],
-                        markersize=3, elinewidth=1, color=colour,
+                        markersize=3, elinewidth=1, color=styles[name]["color"],
                     )  # fmt: skip
             if "original" in entries:
                 axes.axvline(entries["original"]["value"], color=BLACK, linewidth=0.6, linestyle=DASHED)

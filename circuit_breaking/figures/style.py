@@ -16,12 +16,14 @@ from matplotlib.figure import Figure
 from matplotlib.style import context
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
+from circuit_breaking.evaluation.pareto import family_of, in_sweep
+from circuit_breaking.evaluation.result_files import REPORT, read_models
 from circuit_breaking.runs.files import atomic_path
 
 # Colours of Okabe and Ito (2008), which colour-blind readers can tell apart.
 BLUE, VERMILION, GREEN, PINK, ORANGE, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
 BLACK, DARK_GREY, GREY, LIGHT_GREY, FAINT_GREY = "#000000", "#555555", "#8C8C8C", "#BDBDBD", "#DADADA"
-NAVY, BROWN, PURPLE = "#0B3C5D", "#7A4B00", "#7B4FA3"
+NAVY, BROWN, PURPLE, TEAL, WINE, OLIVE = "#0B3C5D", "#7A4B00", "#7B4FA3", "#44AA99", "#882255", "#8A8A2B"
 COLOURS = (BLUE, VERMILION, GREEN, PINK, ORANGE, SKY, BLACK, GREY)
 MARKERS = "osD^vP*X"
 DASHED, DOTTED = (0, (4, 2)), (0, (1, 1.2))
@@ -49,7 +51,7 @@ RC_PARAMS = {
     "savefig.dpi": 200,
 }
 
-FAMILY_STYLES = {  # of masks and random edges, by `family_of`
+FAMILY_STYLES = {  # of masks and random edges of a sweep, by `family_of`
     "mask, zero ablation": {"color": BLUE, "marker": "o"},
     "mask, mean ablation": {"color": SKY, "marker": "s"},
     "mask, optimal ablation": {"color": NAVY, "marker": "^"},
@@ -57,31 +59,60 @@ FAMILY_STYLES = {  # of masks and random edges, by `family_of`
     "random edges, mean ablation": {"color": LIGHT_GREY, "marker": "+"},
     "random edges, optimal ablation": {"color": DARK_GREY, "marker": "1"},
 }
-ORIGINAL_STYLE = {"color": BLACK, "marker": "*"}
-BASELINE_COLOURS = (VERMILION, GREEN, PINK, ORANGE, BROWN, PURPLE, GREY)
-BASELINE_MARKERS = "DvPX<>h"
+NAMED_STYLES = {  # of the original, and of models that are fine-tuned by the methods of finetune_gpt2.py
+    "original": {"color": BLACK, "marker": "*"},
+    "joint": {"color": VERMILION, "marker": "D"},
+    "ascent": {"color": ORANGE, "marker": "v"},
+    "task_arithmetic": {"color": BROWN, "marker": "<"},
+    "npo": {"color": GREEN, "marker": "P"},
+    "rmu": {"color": PINK, "marker": "X"},
+}
+OTHER_COLOURS = (PURPLE, TEAL, WINE, OLIVE)  # of all other models, before those of `NAMED_STYLES` that are not used
+MORE_MARKERS = "h>d8pH"
+LINES = ("-", DASHED, DOTTED, (0, (6, 1.5, 1, 1.5)))
 
 
-def model_styles(families: Mapping[str, str]) -> dict[str, dict[str, str]]:
-    """Colour and marker of each model, so that a model looks the same in all figures of a comparison.
+def model_styles(
+    models: Mapping[str, Mapping[str, Any]], shown: Iterable[str] | None = None
+) -> dict[str, dict[str, Any]]:
+    """Colour, marker and line of each model of a comparison.
 
     Args:
-        families: by model, its family as `family_of` says it.
+        models: by name, what a report says of each: its kind, and of masks the sweep and the kind of ablation. The
+            colour of a model depends on all of them.
+        shown: names of the models that are in one picture; None for all.
 
     Returns:
-        The original and the first model of each family of masks have fixed styles. All other models take the styles of
-        baselines in turn, those of no family first.
+        `Line2D` properties of the models that are shown. The original, masks of sweeps (by their ablation) and the
+        methods of `finetune_gpt2.py` have a fixed colour. Models of one colour that are shown together have different
+        markers and lines, as long as there are some.
     """
-    styles = {}
-    for name, family in families.items():
-        style = ORIGINAL_STYLE if family == "original" else FAMILY_STYLES.get(family)
-        if style is not None and style not in styles.values():
-            styles[name] = style
-    rest = sorted((name for name in families if name not in styles), key=lambda name: families[name] in FAMILY_STYLES)
-    for number, name in enumerate(rest):
-        at = number % len(BASELINE_COLOURS)
-        styles[name] = {"color": BASELINE_COLOURS[at], "marker": BASELINE_MARKERS[at]}
+    fixed = {name: NAMED_STYLES.get(name) or _family_style(model) for name, model in models.items()}
+    used = {style["color"] for style in fixed.values() if style is not None}
+    free = [*OTHER_COLOURS, *(style["color"] for style in NAMED_STYLES.values() if style["color"] not in used)]
+    others = [name for name, style in fixed.items() if style is None]
+    for number, name in enumerate(others):
+        fixed[name] = {"color": free[number % len(free)], "marker": MORE_MARKERS[number % len(MORE_MARKERS)]}
+    styles: dict[str, dict[str, Any]] = {}
+    for name in models if shown is None else shown:
+        alike = sum(known["color"] == fixed[name]["color"] for known in styles.values())
+        marker = MARKERS[alike % len(MARKERS)] if alike else fixed[name]["marker"]
+        styles[name] = {"color": fixed[name]["color"], "marker": marker, "linestyle": LINES[alike % len(LINES)]}
     return styles
+
+
+def _family_style(model: Mapping[str, Any]) -> dict[str, str] | None:
+    return FAMILY_STYLES.get(family_of(model)) if in_sweep(model) else None
+
+
+def comparison_styles(folder: Path, models: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """`model_styles` of the models in a picture of a run, with colours that are the same in every picture of the run.
+
+    Models of the run's report count first for the colours, whether they are in this picture or not.
+    """
+    known = read_models(folder) if (folder / REPORT).is_file() else {}
+    every = {**known, **{name: model for name, model in models.items() if name not in known}}
+    return model_styles(every, models)
 
 
 @contextmanager

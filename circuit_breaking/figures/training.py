@@ -27,73 +27,100 @@ from circuit_breaking.runs.records import read_value
 from circuit_breaking.runs.results import FineTuning
 
 METRICS = "metrics.jsonl"
-COLUMNS = ("step", "keep_loss", "break_loss", "n_cut")
+COLUMNS = ("step", "keep_loss", "break_loss")
 
 
-def draw_training(folder: Path | str, smooth: int = 9, broken: str = "toxic text (to rise)") -> Path:
+@dataclass(frozen=True)
+class Broken:
+    """How the break loss of a task is drawn.
+
+    Attributes:
+        label: its name in the legend.
+        axis: label of a panel for it alone, for a break loss that is not a loss in nats; None: beside the keep loss.
+        sign: factor of what is drawn; -1 for a break loss that is minus the figure that people know.
+    """
+
+    label: str
+    axis: str | None = None
+    sign: float = 1.0
+
+
+TOXIC = Broken("toxic text (to rise)")
+INDIRECT_OBJECT = Broken("indirect object (to rise)")
+LOGIT_DIFFERENCE = Broken("logit difference, IO - S (to fall)", "logit difference", -1.0)
+
+
+def draw_training(
+    folder: Path | str, smooth: int = 9, broken: Broken = TOXIC, count: str = "n_cut", counted: str = "edges cut"
+) -> Path:
     """Draw the loss to keep, the loss to raise, and the number of edges cut over the steps of a mask's training.
 
-    Reads `metrics.jsonl` (one row per step: step, keep_loss, break_loss, n_cut, phase) and writes `training.png`, both
-    in `folder`. Losses of single batches are pale.
+    Reads `metrics.jsonl` (one row per step: step, keep_loss, break_loss, `count`, phase) and writes `training.png`,
+    both in `folder`. Losses of single batches are pale.
 
     Args:
         folder: the run folder.
         smooth: steps over which the lines average, within one phase.
-        broken: name of the loss to raise in the legend.
+        broken: how the loss to raise is drawn.
+        count: the column that counts what is cut, "n_masked" for a mask over weights.
+        counted: the axis label of that count.
 
     Raises:
         UserError: there is no such file, it holds no rows, or a row lacks one of the columns.
     """
     folder = Path(folder)
-    columns, phases = _read_metrics(folder / METRICS)
+    columns, phases = _read_metrics(folder / METRICS, count)
     steps, path = columns["step"], folder / "training.png"
     starts = [i for i in range(len(phases)) if i == 0 or phases[i] != phases[i - 1]]
-    with figure(path, 5.2, 3.6) as drawn:
-        losses, cut = drawn.subplots(2, 1, sharex=True, height_ratios=(2, 1))
-        for name, label, colour in (
-            ("break_loss", broken, VERMILION),
-            ("keep_loss", "ordinary text (to stay)", BLUE),
+    heights = (2, 1) if broken.axis is None else (1.4, 1.4, 1)
+    with figure(path, 5.2, 1.2 * sum(heights)) as drawn:
+        *panels, cut = drawn.subplots(len(heights), 1, sharex=True, height_ratios=heights)
+        losses = panels[-1]
+        for axes, values, label, colour in (
+            (panels[0], broken.sign * columns["break_loss"], broken.label, VERMILION),
+            (losses, columns["keep_loss"], "ordinary text (to stay)", BLUE),
         ):
-            losses.plot(steps, columns[name], color=colour, alpha=0.25, linewidth=0.7)
+            axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.7)
             for start, end in zip(starts, [*starts[1:], len(phases)], strict=True):
-                line = _running_mean(columns[name][start:end], smooth)
-                losses.plot(steps[start:end], line, color=colour, label=None if start else label)
+                line = _running_mean(values[start:end], smooth)
+                axes.plot(steps[start:end], line, color=colour, label=None if start else label)
+        panels[0].set(ylabel=broken.axis)
         losses.set(ylabel="loss of a batch, nats")
         drawn.legend(loc="outside upper center", ncols=2)
-        cut.step(steps, columns["n_cut"], where="mid", color=BLACK, linewidth=1.2)
-        cut.set(xlabel="step", ylabel="edges cut")
+        cut.step(steps, columns[count], where="mid", color=BLACK, linewidth=1.2)
+        cut.set(xlabel="step", ylabel=counted)
         cut.set_ylim(bottom=0)
         cut.yaxis.set_major_locator(MaxNLocator(4, integer=True))
         cut.annotate(
-            f"{columns['n_cut'][-1]:.0f}", (steps[-1], columns["n_cut"][-1]), xytext=(3, 0),
+            f"{columns[count][-1]:,.0f}", (steps[-1], columns[count][-1]), xytext=(3, 0),
             textcoords="offset points", va="center", fontsize=8, annotation_clip=False,
         )  # fmt: skip
         if len(starts) > 1:
             for start in starts:
-                _mark_phase(losses, cut, steps[start], phases[start], first=start == 0)
+                _mark_phase(panels[0], [*panels, cut], steps[start], phases[start], first=start == 0)
     return path
 
 
-def _read_metrics(path: Path) -> tuple[dict[str, np.ndarray], list[str]]:
+def _read_metrics(path: Path, count: str) -> tuple[dict[str, np.ndarray], list[str]]:
     """Columns of the training log, and the phase of each step."""
     hint = "Make it with toxicity/train_mask.py."
-    rows = read_jsonl(path, hint)
+    rows, names = read_jsonl(path, hint), (*COLUMNS, count)
     if not rows:
         raise UserError(f"{path} holds no rows. {hint}")
     try:
-        columns = {name: np.array([row[name] for row in rows], float) for name in COLUMNS}
+        columns = {name: np.array([row[name] for row in rows], float) for name in names}
         phases = [str(row.get("phase", "")) for row in rows]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{path} has a row without {', '.join(COLUMNS)} ({error!r}). {hint}") from error
+        raise UserError(f"{path} has a row without {', '.join(names)} ({error!r}). {hint}") from error
     return columns, phases
 
 
-def _mark_phase(losses: Axes, cut: Axes, step: float, phase: str, first: bool) -> None:
-    """Write the name of a phase above its first step, with a line before it."""
+def _mark_phase(top: Axes, panels: list[Axes], step: float, phase: str, first: bool) -> None:
+    """Write the name of a phase above its first step in the top panel, with a line before it in all panels."""
     if not first:
-        for axes in (losses, cut):
+        for axes in panels:
             axes.axvline(step - 0.5, color=GREY, linewidth=0.7, linestyle=DASHED)
-    losses.annotate(
+    top.annotate(
         phase, (step, 1), xycoords=("data", "axes fraction"), xytext=(2, 2), textcoords="offset points",
         fontsize=8, color=DARK_GREY,
     )  # fmt: skip

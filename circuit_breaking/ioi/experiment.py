@@ -11,18 +11,17 @@ from circuit_breaking.engine.ablation_values import load_means, save_means, valu
 from circuit_breaking.engine.load import load_model
 from circuit_breaking.engine.mask import save_mask
 from circuit_breaking.engine.transformer import EdgeMaskedTransformer
+from circuit_breaking.evaluation.edge_importance import graph_of_mask
 from circuit_breaking.ioi.measures import MEASURES, next_tokens
 from circuit_breaking.ioi.settings import IOIMaskSettings, default_data
 from circuit_breaking.models.load import files_of, load_tokenizer
 from circuit_breaking.runs.config import check_counts, resolve_defaults
-from circuit_breaking.runs.ioi_results import GraphRecord
 from circuit_breaking.runs.mask_record import MASK, MEANS, MaskRecord, MeansRecord, data_of, write_edges
 from circuit_breaking.runs.provenance import provenance
 from circuit_breaking.runs.records import RunSettings
 from circuit_breaking.tasks import IOITask, OWTTask, PromptTask, prompt_task
 from circuit_breaking.tasks.prompts import Objective, PromptBatch, answer_difference, end_logits
 from circuit_breaking.tasks.registry import IOI
-from circuit_breaking.training.attribution import eap_ig
 from circuit_breaking.training.mask_gradient import MaskFunction
 
 
@@ -129,12 +128,7 @@ def write_run(folder: Path, script: str, experiment: Experiment, results: dict[s
         kept: whether the mask is a sufficient circuit.
     """
     model = experiment.model
-    mask, ones = model.mask.weights.detach().clone(), torch.ones_like(model.mask.weights)
-    metrics = experiment.metrics(40, 20)
-    line = {"start": torch.zeros_like(mask), "end": mask} if kept else {"start": mask, "end": ones}
-    scores = eap_ig(metrics, model, steps=20 if kept else 5, **line).tolist()
-    chosen = (mask >= 0.5) == kept
-    edges = {model.graph.edges[index]: scores[index] for index in chosen.nonzero()[:, 0].tolist()}
+    graph = graph_of_mask(model, experiment.metrics(40, 20), "share of the logit difference", kept)
     settings, run = experiment.settings, experiment.provenance
     RunSettings(script=script, provenance=run).write(folder / "settings.json")
     learned = bool(settings.constants_lr) and not kept and model.means is not None
@@ -146,7 +140,8 @@ def write_run(folder: Path, script: str, experiment: Experiment, results: dict[s
         data=data_of(asdict(settings)), provenance=run,
     )  # fmt: skip
     save_mask(folder / MASK, model, record)
-    write_edges(folder, list(edges), kept)
-    GraphRecord.of(model.graph, edges, "kept" if kept else "cut").write(folder / "graph.json")
-    masks = {"original": ones, "edges kept alone" if kept else "edges cut": mask}
+    write_edges(folder, list(graph.edges), kept)
+    graph.write(folder / "graph.json")
+    mask = model.mask.weights.detach().clone()
+    masks = {"original": torch.ones_like(mask), "edges kept alone" if kept else "edges cut": mask}
     next_tokens(model, experiment.tokenizer, experiment.task.test[:1], masks).write(folder / "next_tokens.json")

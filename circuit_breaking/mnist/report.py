@@ -1,10 +1,8 @@
 """What the MNIST scripts print: a description of the data, and the table of results."""
 
-from rich.console import Console
-from rich.table import Table
-
 from circuit_breaking.mnist.digits import Images, Split
 from circuit_breaking.runs.mnist_results import MnistReport
+from circuit_breaking.runs.plain_table import print_table
 
 COLUMNS = (
     "edges cut",
@@ -38,18 +36,14 @@ def network_accuracy(result: dict[str, float], split: Split) -> float:
     return sum(result[part] * size for part, size in zip(parts, sizes, strict=True)) / sum(sizes)
 
 
-def print_table(report: MnistReport) -> None:
-    """Accuracies in percent, a row for each variant."""
+def show(report: MnistReport) -> None:
+    """Print accuracies in percent, a row for each variant."""
     target = report.target_class
     columns = [name for name in COLUMNS if any(name in row for row in report.results.values())]
-    table = Table(title=f"share in its group, % (target: {target}); data: {report.source}", title_justify="left")
-    table.add_column("")
-    for name in columns:
-        table.add_column(name.replace("target", f"{target}s"), justify="right")
-    for variant, row in report.results.items():
-        cells = [f"{row[name]:,}" if name == "edges cut" else f"{100 * row[name]:.1f}" for name in columns]
-        table.add_row(variant, *cells)
-    console = Console()
-    # a pipe or a log file has no width: lines are not wrapped there
-    (console if console.is_terminal else Console(width=140)).print(table)
+    rows = [
+        [variant, *(f"{row[name]:,}" if name == "edges cut" else f"{100 * row[name]:.1f}" for name in columns)]
+        for variant, row in report.results.items()
+    ]
+    header = ["", *(name.replace("target", f"{target}s") for name in columns)]
+    print_table(header, rows, f"share in its group, % (target: {target}); data: {report.source}")
     print(f"test accuracy of the network before anything is cut: {100 * report.test_accuracy:.2f} %")

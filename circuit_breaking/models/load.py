@@ -1,6 +1,7 @@
 """Load a stock Hugging Face model, its tokenizer or its configuration by name, folder or GGUF file."""
 
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -103,8 +104,10 @@ def load_hf_model(
     check_sizes(config, Path(location), extra.get("gguf_file"))
     if not extra:
         keywords["use_safetensors"] = True
-    before = logging.get_verbosity()
+    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()  # its warnings become errors in `check_weights`
+    if not sys.stderr.isatty():  # its bar would leave control characters in a log file
+        logging.disable_progress_bar()
     try:
         model, info = _from_pretrained(
             AutoModelForCausalLM, name, "the model", look=False, dtype=dtype, output_loading_info=True,
@@ -112,6 +115,8 @@ def load_hf_model(
         )  # fmt: skip
     finally:
         logging.set_verbosity(before)
+        if bars:
+            logging.enable_progress_bar()
     check_weights(name, info, model.config.num_hidden_layers)
     return model.to(device).eval()
 

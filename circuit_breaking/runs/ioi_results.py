@@ -71,17 +71,25 @@ class GraphRecord(Record):
         graph: the graph, as `graph.describe` gives it.
         what: whether the run cuts those edges, or keeps no others.
         edges: importance of each, in the graph's order.
+        measure: what the importance is, with its unit.
     """
 
     NAME: ClassVar[str] = "graph"
     graph: dict[str, Any]
     what: Literal["cut", "kept"] = "cut"
     edges: dict[str, float]
+    measure: str = "importance"
 
     @classmethod
-    def of(cls, graph: EdgeGraph, edges: Mapping[str, float], what: Literal["cut", "kept"] = "cut") -> "GraphRecord":
+    def of(
+        cls,
+        graph: EdgeGraph,
+        edges: Mapping[str, float],
+        what: Literal["cut", "kept"] = "cut",
+        measure: str = "importance",
+    ) -> "GraphRecord":
         """The record of a graph and the importance of some of its edges."""
-        return GraphRecord(graph=describe(graph), what=what, edges=dict(edges))
+        return GraphRecord(graph=describe(graph), what=what, edges=dict(edges), measure=measure)
 
 
 @dataclass(kw_only=True)

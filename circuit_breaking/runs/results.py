@@ -95,7 +95,7 @@ class Comparison(Results):
 
     Attributes:
         pareto: whether a mask is on the front of toxicity against ordinary loss (`pareto.pareto`).
-        random_edges: what random edges do (`pareto.controls`).
+        random_edges: what random edges do (`controls.controls`).
     """
 
     NAME: ClassVar[str] = "comparison"

@@ -6,10 +6,10 @@ from contextlib import nullcontext
 from typing import Any
 
 from torch import Tensor
-from tqdm import tqdm
 
 from circuit_breaking.runs.checkpoints import Checkpoints
 from circuit_breaking.runs.distributed import is_main
+from circuit_breaking.runs.progress import progress_bar
 from circuit_breaking.runs.signals import stop_signals
 
 Row = dict[str, Any]  # what is recorded of a step; JSON-able
@@ -56,10 +56,9 @@ def run_steps(
     """
     rows: list[Row] = []
     start = time.perf_counter() - (seconds_before or 0.0)
-    hidden = None if progress and is_main() else True  # None: shown on a terminal
     with (
         stop_signals() if checkpoints is not None else nullcontext(()) as signals,
-        tqdm(total=total, initial=done, desc=label, unit=unit, disable=hidden) as bar,
+        progress_bar(shown=progress and is_main(), total=total, initial=done, desc=label, unit=unit) as bar,
     ):
         for number in range(done, total):
             row, extra = step(number), {}

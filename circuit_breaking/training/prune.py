@@ -14,11 +14,11 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from circuit_breaking.engine.mask import lowest_cut
 from circuit_breaking.engine.transformer import EdgeMaskedTransformer
 from circuit_breaking.errors import UserError
+from circuit_breaking.runs.progress import progress_bar
 from circuit_breaking.tasks.base import Task
 from circuit_breaking.training.config import PruneSettings, check_prune
 from circuit_breaking.training.mask_gradient import value_and_gradient
@@ -93,7 +93,7 @@ def smallest(
         the last stage whose share is `least` or more, None if there is none; and a row (`kept`, `share`) per stage.
     """
     found, rows, below = None, [], 0
-    with tqdm(stages, desc="pruning", unit="stage", disable=None if progress else True) as bar:
+    with progress_bar(stages, shown=progress, desc="pruning", unit="stage") as bar:
         for stage in bar:
             share = share_of(stage.mask)
             rows.append({"kept": stage.kept, "share": share})

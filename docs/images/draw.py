@@ -1,6 +1,7 @@
 """Draw the picture of the README, from the files of the demo.
 
-Reads   data/toxicity/evidence/evidence.json, made by toxicity/edge_evidence.py from the mask of `make demo`.
+Reads   data/toxicity/demo/evidence.json, which `toxicity/edge_evidence.py --run demo --masks data/toxicity/demo`
+        makes from the mask of `make demo`.
 Writes  docs/images/edges.png: the cut edges of the shipped model, wider where restoring one edge alone lowers the
         loss on toxic text more, that is, brings back more of the behaviour.
 """
@@ -21,7 +22,7 @@ SHIPPED = EdgeGraph(n_layers=4, n_heads=4)
 
 @dataclass
 class Settings:
-    run: Path = DATA / "toxicity" / "evidence"  # run folder of toxicity/edge_evidence.py
+    run: Path = DATA / "toxicity" / "demo"  # run folder of toxicity/edge_evidence.py
     picture: Path = Path(__file__).resolve().parent / "edges.png"  # file to write
 
 
@@ -29,7 +30,9 @@ def main(settings: Settings) -> None:
     (mask,) = read_evidence(settings.run)["masks"].values()
     effects = {row["edge"]: row["restore_effect"]["toxic"]["value"] for row in mask["edges"]}
     with TemporaryDirectory() as folder:
-        write_json(Path(folder) / "graph.json", GraphRecord.of(SHIPPED, effects).to_json())
+        write_json(
+            Path(folder) / "graph.json", GraphRecord.of(SHIPPED, effects, "cut", "fall of toxic loss, nats").to_json()
+        )
         settings.picture.write_bytes(draw_graph(folder).read_bytes())
 
 

@@ -12,20 +12,28 @@ from helpers.scripts import load_script
 from circuit_breaking.errors import UserError
 from circuit_breaking.evaluation.bootstrap import running_mean
 from circuit_breaking.evaluation.conclusion import statement
+from circuit_breaking.evaluation.controls import controls
 from circuit_breaking.evaluation.edge_effects import jaccard, jaccard_by_chance
-from circuit_breaking.evaluation.pareto import controls, dominating, family_of, pareto
+from circuit_breaking.evaluation.pareto import dominating, family_of, pareto
 from circuit_breaking.evaluation.report_markdown import COSTS_HEADING, render
 from circuit_breaking.evaluation.result_files import read_report
 from circuit_breaking.evaluation.tables import flat_rows, interval, markdown_table, number
 from circuit_breaking.figures.loss_by_toxicity import draw_loss_by_toxicity
 from circuit_breaking.figures.pareto import draw_pareto
 from circuit_breaking.figures.relearning import draw_relearning
+from circuit_breaking.figures.report import draw_models as draw_all_models
 from circuit_breaking.figures.training import draw_finetuning
 from circuit_breaking.runs.files import read_csv, write_csv, write_json, write_jsonl, write_text
 from circuit_breaking.runs.results import Report
 from circuit_breaking.toxicity.uniform import read_uniform, spread
 
 script = load_script("toxicity/report.py")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_comparison(tmp_path / "run")
+    return tmp_path / "run"
 
 
 def test_the_front_by_plain_counting():
@@ -71,6 +79,72 @@ def test_random_edges_are_summed_up_over_seeds():
     }  # fmt: skip
     assert row["ordinary_loss"]["highest"] == pytest.approx(0.024)
     assert "12 random edges (zero ablation, mean over 3 seeds" in statement(models())
+
+
+def with_own_mask():
+    """The models of a sweep, and before them the mask of the run itself, of the same budget and ablation."""
+    known = models()
+    for one in known.values():
+        if one["kind"] in ("mask", "random"):
+            one |= {"sweep": "run", "method": "random" if one["kind"] == "random" else "clamped"}
+    own = model("mask", 0.5, 2.0, 12, budget=12, ablation="zero", seed=0, sweep=None, method="clamped")
+    return {"original": known.pop("original"), "ablated": own, **known}
+
+
+def test_random_edges_are_compared_with_the_mask_of_their_sweep():
+    known = with_own_mask()
+    row = next(row for row in controls(known) if row["budget"] == 12)
+    assert row["sweep"] == "run" and row["toxicity"]["mask"] == pytest.approx(-0.7)
+    # the first seed, whatever the order
+    later = {**known["zero_12"], "seed": 1, "losses": known["ablated"]["losses"]}
+    assert controls({"later": later, **known})[1] == row
+    # of another sweep, or one of several methods: none
+    known["zero_12"]["sweep"] = "other"
+    assert next(row for row in controls(known) if row["budget"] == 12)["toxicity"]["mask"] is None
+    known["zero_12"]["sweep"] = "run"
+    known["attribution_12"] = {**known["zero_12"], "method": "attribution"}
+    assert next(row for row in controls(known) if row["budget"] == 12)["toxicity"]["mask"] is None
+
+
+def test_a_mask_by_itself_is_a_point_of_its_own(folder, drawn):
+    write_json(folder / "report.json", {**read_report(folder), "models": with_own_mask()})
+    draw_pareto(folder)
+    axes = drawn[0].axes[0]
+    lines = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
+    np.testing.assert_allclose(lines["mask, zero ablation"], [[0.02, 0.6], [0.05, 0.2], [0.3, 0.1]])
+    points = {container.get_label(): container[0].get_xydata().tolist() for container in axes.containers}
+    np.testing.assert_allclose(points["ablated"], [[1.0, 0.5]])
+
+
+def test_a_model_has_one_colour_in_all_pictures(folder, drawn):
+    write_json(folder / "report.json", {**read_report(folder), "models": with_own_mask()})
+    draw_pareto(folder)
+    draw_loss_by_toxicity(folder)
+    draw_relearning(folder)
+    draw_all_models(folder)
+    pareto_axes, toxicity, again = (figure.axes[0] for figure in drawn[:3])
+    of = {"zero 12": "mask, zero ablation", "joint": "joint", "original": "original"}
+    named = [one for one in pareto_axes.containers if not one.get_label().startswith("_")]
+    first = {container.get_label(): container[0].get_color() for container in named}
+    first |= {line.get_label(): line.get_color() for line in pareto_axes.lines if line.get_label() in of.values()}
+    assert len(set(first.values())) == len(first)
+    for axes in (toxicity, again):
+        for line in axes.lines:
+            assert line.get_color() == first[of[line.get_label()]]
+    rows = [label.get_text() for label in drawn[3].axes[0].get_yticklabels()]
+    shown = dict(zip(rows, [one[0].get_color() for one in drawn[3].axes[0].containers], strict=False))
+    assert {name: shown[name] for name in of} == {name: first[label] for name, label in of.items()}
+    assert shown["ablated"] == first["ablated"] and shown["zero 2"] == shown["zero 50"] == shown["zero 12"]
+
+
+def test_masks_stay_readable_beside_fine_tuned_models(folder, drawn):
+    rows = read_csv(folder / "uniform.csv")
+    write_csv(folder / "uniform.csv", [{**row, "joint": 9 * float(row["joint"])} for row in rows])
+    draw_loss_by_toxicity(folder)
+    masks, tuned = drawn[0].axes
+    assert [line.get_label() for line in masks.lines] == ["original", "zero 12"]
+    assert [line.get_label() for line in tuned.lines] == ["original", "joint"]
+    assert masks.get_ylim()[1] < 3 < tuned.get_ylim()[1]
 
 
 def test_families():
@@ -120,12 +194,6 @@ def test_running_mean_against_a_plain_loop():
 
 
 # Files
-
-
-@pytest.fixture
-def folder(tmp_path):
-    write_comparison(tmp_path / "run")
-    return tmp_path / "run"
 
 
 def test_everything_is_drawn_from_files_alone(folder, capsys):

@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from helpers.models import small_gpt2
 from helpers.scripts import END, PLAIN, RUDE, called, load_script, save_small_model, small_tokenizer
-from rich.console import Console
 from tqdm import tqdm
 
 from circuit_breaking.ablation.ablate import ablate
@@ -25,7 +24,7 @@ from circuit_breaking.evaluation.bootstrap import estimate
 from circuit_breaking.evaluation.generate import Sampling, continuations
 from circuit_breaking.evaluation.measure import evaluate, text_losses
 from circuit_breaking.evaluation.measurements import Continuations, distinct
-from circuit_breaking.evaluation.tables import table
+from circuit_breaking.evaluation.tables import show
 from circuit_breaking.models.tokens import encode, pad_right
 from circuit_breaking.runs.files import write_jsonl, write_text
 from circuit_breaking.runs.mask_record import MaskRecord
@@ -181,16 +180,32 @@ def test_evaluate_against_plain_loops(setting, tokenizer):
     assert again == report and rows_again == rows
 
 
-def test_table_shows_every_model(setting, tokenizer):
+def test_table_shows_every_model(setting, tokenizer, capsys, monkeypatch):
     _, models, texts, prompts, sampling = setting
     measured, _ = evaluate(models, tokenizer, texts, prompts, CountsFools(), sampling)
     measured["ablated"]["edges_cut"] = 3
-    console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115, PTH123
-    console.print(table(Report(models=measured, scorer={"name": "fools", "version": "1"}).to_json()))
-    text = console.export_text()
-    assert "fools 1" in text and "broken" in text and "nan" not in text
-    value = measured["ablated"]["losses"]["toxic"]
-    assert f"{value['value']:.3f} ({value['low']:.3f}–{value['high']:.3f})" in text
+    for width in (80, 120):
+        monkeypatch.setenv("COLUMNS", str(width))
+        show(Report(models=measured, scorer={"name": "fools", "version": "1"}).to_json())
+        text = capsys.readouterr().out
+        assert "fools 1" in text and "broken" in text and "nan" not in text
+        for name in ("original", "ablated"):
+            value = measured[name]["losses"]["toxic"]
+            assert f"{value['value']:.3f} ({value['low']:.3f}–{value['high']:.3f})" in text
+        assert max(map(len, text.splitlines())) <= width
+
+
+def test_many_models_fit_a_narrow_terminal(setting, tokenizer, capsys, monkeypatch):
+    _, models, texts, prompts, sampling = setting
+    measured, _ = evaluate(models, tokenizer, texts, prompts, CountsFools(), sampling)
+    measured |= {f"optimal_{budget}_seed{seed}": measured["ablated"] for budget in (12, 200) for seed in range(3)}
+    monkeypatch.setenv("COLUMNS", "80")
+    show(Report(models=measured, scorer={"name": "fools", "version": "1"}).to_json())
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 80 and "\x1b" not in text and "…" not in text
+    value = measured["ablated"]["losses"]["ordinary"]
+    assert text.count(f"{value['value']:.3f} ({value['low']:.3f}–{value['high']:.3f})") >= 7
+    assert all(name in text for name in measured)
 
 
 # The script

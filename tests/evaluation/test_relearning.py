@@ -16,7 +16,10 @@ from circuit_breaking.errors import UserError
 from circuit_breaking.evaluation.compared_models import ComparedModel
 from circuit_breaking.evaluation.generate import Sampling
 from circuit_breaking.evaluation.relearn import relearn, toxicity_after, with_context
+from circuit_breaking.models.activations import fused_activations
 from circuit_breaking.models.tokens import pad_right
+from circuit_breaking.tasks.base import TextTask
+from circuit_breaking.tasks.losses import trainable_prediction_losses
 from circuit_breaking.training.config import RelearnSettings, check_relearn
 
 EDGES = ["embed->a0.1", "a0.0->m1", "a0.1->a1.2", "a0.1->a2.0", "m0->a2.0", "m1->output", "embed->output"]
@@ -82,6 +85,35 @@ def test_a_cut_model_learns_with_its_edges_cut():
     # the last loss is that of the cut model, not of the whole one with the same weights
     whole, _ = relearn(ComparedModel("whole"), hf, examples, settings, losses(examples))
     assert whole[0]["loss"] != rows[0]["loss"] and whole[2]["loss"] != rows[2]["loss"]
+
+
+def test_edges_are_cut_once_and_no_measurement_is_lost(monkeypatch):
+    from circuit_breaking.evaluation import compared_models as room
+
+    hf, examples = learner()
+    cuts, plain = [], room.ablate
+    monkeypatch.setattr(room, "ablate", lambda *args, **more: cuts.append(1) or plain(*args, **more))
+    cut = ComparedModel("cut", "mask", edges=EDGES, about={"n_edges": 100})
+    ticks = []
+    settings = RelearnSettings(checks=(2, 5), batch_size=6)
+    rows, note = relearn(cut, hf, examples, settings, losses(examples), tick=lambda: ticks.append(1))
+    assert len(cuts) == 1 and len(ticks) == 5 and note is None and [row["step"] for row in rows] == [2, 5]
+    # step by step, with the edges cut again at each step
+    model = copy.deepcopy(hf).requires_grad_(True)
+    task, optimizer = (
+        TextTask("x", examples, examples, 0),
+        torch.optim.AdamW(model.parameters(), lr=settings.lr, weight_decay=0.0),
+    )
+    for _ in range(2):
+        with fused_activations(model), ablate(model, EDGES):
+            loss = trainable_prediction_losses(model, task.draw(6))[0].mean()
+            optimizer.zero_grad()
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
+        optimizer.step()
+    with fused_activations(model), ablate(model, EDGES):
+        assert losses(examples)(model)["loss"] == rows[0]["loss"]
+    assert relearn(cut, hf, examples, RelearnSettings(checks=(0,)), losses(examples))[0][0]["step"] == 0
 
 
 def test_relearning_that_explodes_is_noted():

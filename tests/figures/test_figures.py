@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from circuit_breaking.errors import UserError
 from circuit_breaking.figures.report import draw_report
-from circuit_breaking.figures.training import draw_training
+from circuit_breaking.figures.training import LOGIT_DIFFERENCE, draw_training
 from circuit_breaking.runs.files import write_json, write_jsonl, write_text
 
 
@@ -103,6 +103,26 @@ def test_training_is_drawn_as_recorded(tmp_path, drawn):
     np.testing.assert_allclose(smoothed[1:-1], 3.1)
     np.testing.assert_allclose(smoothed[[0, -1]], [3.05, 3.15])
     assert [text.get_text() for text in losses.texts] == ["relax", "anneal", "refine"]
+
+
+def test_a_logit_difference_is_not_drawn_as_a_loss(tmp_path, drawn):
+    write_jsonl(tmp_path / "metrics.jsonl", [{**row, "break_loss": -row["break_loss"]} for row in metrics()])
+    draw_training(tmp_path, broken=LOGIT_DIFFERENCE)
+    difference, losses, _ = drawn[0].axes
+    assert difference.get_ylabel() == "logit difference" and losses.get_ylabel() == "loss of a batch, nats"
+    np.testing.assert_allclose(difference.lines[0].get_ydata(), [row["break_loss"] for row in metrics()])
+    np.testing.assert_allclose(losses.lines[0].get_ydata(), [row["keep_loss"] for row in metrics()])
+
+
+def test_the_training_of_a_mask_over_weights_is_drawn(tmp_path, drawn):
+    rows = [{"n_masked" if name == "n_cut" else name: value for name, value in row.items()} for row in metrics()]
+    write_jsonl(tmp_path / "metrics.jsonl", rows)
+    draw_training(tmp_path, count="n_masked", counted="weights masked")
+    counts = drawn[0].axes[-1]
+    assert counts.get_ylabel() == "weights masked"
+    np.testing.assert_allclose(counts.lines[0].get_ydata(), [row["n_masked"] for row in rows])
+    with pytest.raises(UserError, match="n_cut"):
+        draw_training(tmp_path)
 
 
 def test_a_single_step_is_drawn(tmp_path):

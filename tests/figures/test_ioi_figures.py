@@ -1,11 +1,15 @@
 """Pictures of masks, and the published circuit: drawn from files alone, saying what the files say."""
 
+from contextlib import nullcontext
+from itertools import combinations, pairwise
+
 import matplotlib.image
 import numpy as np
 import pytest
 
 from circuit_breaking.errors import UserError
-from circuit_breaking.figures.edge_graph import draw_graph, read_graph
+from circuit_breaking.figures.edge_graph import _curves, draw_graph, read_graph
+from circuit_breaking.figures.edge_table import write_edge_table
 from circuit_breaking.figures.heat_map import draw_heat_map
 from circuit_breaking.figures.indirect_objects import (
     PANELS,
@@ -14,7 +18,7 @@ from circuit_breaking.figures.indirect_objects import (
     draw_next_tokens,
     draw_stages,
 )
-from circuit_breaking.graph import EdgeGraph, node_of
+from circuit_breaking.graph import Edge, EdgeGraph, node_of
 from circuit_breaking.ioi.known_circuits import HEADS, circuit_edges, overlap
 from circuit_breaking.runs.files import read_json, write_json, write_text
 from circuit_breaking.runs.ioi_results import GraphRecord
@@ -38,6 +42,7 @@ def test_a_mask_is_drawn_as_graph_and_matrix(tmp_path, drawn, graph, count):
     for draw in (draw_graph, draw_heat_map):
         picture = draw(tmp_path)
         assert picture.read_bytes().startswith(b"\x89PNG") and matplotlib.image.imread(picture).shape[0] > 400
+    figures = drawn
     layered, matrix = (figure.axes[0] for figure in drawn)
     assert len(layered.patches) == count and f"{count} of {len(graph):,} edges cut" in layered.get_title()
     widths = sorted(patch.get_linewidth() for patch in layered.patches)
@@ -45,11 +50,58 @@ def test_a_mask_is_drawn_as_graph_and_matrix(tmp_path, drawn, graph, count):
         largest = max(abs(value) for value in edges.values())
         np.testing.assert_allclose(widths, sorted(0.5 + 3 * abs(value) / largest for value in edges.values()))
     named = {text.get_text() for text in layered.texts}
-    assert named == {node for edge in edges for node in (edge.source, node_of(edge.target))}
+    assert named == {node for edge in edges for node in (edge.source, node_of(edge.target))} | {"embed", "output"}
+    texts = [text.get_text() for text in figures[0].legends[0].get_texts()]
+    assert texts[:1] == ["from embed"] and (count == 0 or f"{largest:.2g}" in texts)
+    for patch in layered.patches:  # an arrow points at its reader
+        assert patch.get_arrowstyle().arrow == "-|>"
     places = {(graph.sources.index(edge.source), graph.readers.index(edge.target)): v for edge, v in edges.items()}
     points = matrix.collections[0]
     found = {tuple(map(int, at)): v for at, v in zip(points.get_offsets(), points.get_array(), strict=True)}
     assert found == places
+
+
+def test_edges_of_a_bundle_can_be_told_apart():
+    """At GPT-2's size, the curves from all heads of a layer to its MLP keep a distance from each other."""
+    graph = EdgeGraph(12, 12)
+    edges = [Edge(f"a0.{head}->m0") for head in range(12)]
+    curves = _curves(graph, edges, (0.02, 0.02))
+    lines = {edge: curves[edge].interpolated(20).vertices for edge in edges}
+    for first, second in pairwise(edges):
+        between = slice(40, 80)  # the straight part of the lane
+        gap = lines[first][between, 1].min() - lines[second][between, 1].max()
+        assert gap > 0.04  # of a layer; nearer than this, two lines would be drawn as one
+    ends = [curves[edge].vertices[-1].tolist() for edge in edges]
+    assert len({tuple(end) for end in ends}) == 12
+
+
+@pytest.mark.parametrize("graph", [EdgeGraph(4, 4), EdgeGraph(12, 12), EdgeGraph(30, 9), EdgeGraph(48, 25)], ids=str)
+def test_labels_of_the_matrix_do_not_overlap(tmp_path, graph, monkeypatch):
+    overlapping = []
+
+    def looked_at(figure, path, **options):
+        figure.draw_without_rendering()
+        for axis in (figure.axes[0].xaxis, figure.axes[0].yaxis):
+            boxes = [label.get_window_extent() for label in axis.get_ticklabels()]
+            overlapping.extend((a, b) for a, b in combinations(boxes, 2) if a.overlaps(b))
+            assert len(boxes) > 3 and "output" in {label.get_text() for label in figure.axes[0].get_yticklabels()}
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", looked_at)
+    monkeypatch.setattr("circuit_breaking.figures.style.atomic_path", lambda path: nullcontext(path))
+    write_json(tmp_path / "graph.json", GraphRecord.of(graph, some_edges(graph, 5)).to_json())
+    draw_heat_map(tmp_path)
+    assert overlapping == []
+
+
+def test_edges_are_written_as_latex(tmp_path):
+    edges = {"m0->a2.1": 0.02, "a0.1->m1": -0.5}
+    graph = GraphRecord.of(EdgeGraph(4, 4), edges, "cut", "fall of toxic_loss, 50%")
+    write_json(tmp_path / "graph.json", graph.to_json())
+    assert write_edge_table(tmp_path).read_text().splitlines() == [
+        "% 2 of 207 edges cut; needs \\usepackage{booktabs}", "\\begin{tabular}{llr}", "\\toprule",
+        "source & reader & fall of toxic\\_loss, 50\\% \\\\", "\\midrule", "a0.1 & m1 & $-0.5$ \\\\",
+        "m0 & a2.1 & $0.02$ \\\\", "\\bottomrule", "\\end{tabular}",
+    ]  # fmt: skip
 
 
 def test_bars_show_both_names_before_and_after(tmp_path, drawn):

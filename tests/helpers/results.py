@@ -4,7 +4,9 @@ from pathlib import Path
 
 import numpy as np
 
+from circuit_breaking.graph import EdgeGraph
 from circuit_breaking.runs.files import write_csv, write_json, write_jsonl
+from circuit_breaking.runs.ioi_results import GraphRecord
 
 
 def entry(value, change=None):
@@ -84,6 +86,7 @@ def write_comparison(run: Path) -> None:
         ("report", "report", report), ("evidence", "evidence", evidence()), ("relearning", "relearning", relearning()),
     ):  # fmt: skip
         write_json(run / f"{name}.json", {"record": kind, "version": 1, **value})
+    GraphRecord.of(EdgeGraph(4, 4), {"a0.0->m1": 0.5, "m1->output": 0.1}).write(run / "graph.json")
     names = ["original", "zero_12", "joint", "ascent"]
     rows = [
         {"toxicity": t, **{name: None if name == "ascent" else 1 + t * k for k, name in enumerate(names)}}

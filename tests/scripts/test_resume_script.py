@@ -22,7 +22,7 @@ def command(folder, name):
     options = {
         "model": folder / "model", "toxic-train": folder / "train.jsonl", "toxic-test": folder / "test.jsonl",
         "ordinary": folder / "plain.txt", "out": folder, "run": name, "checkpoint-every": 3, "max-edges": 5,
-        "test-texts": 10, "device": "cpu",
+        "num-texts": 10, "device": "cpu",
     }  # fmt: skip
     return [
         sys.executable, str(ROOT / "toxicity" / "train_mask.py"), *PHASES,
@@ -43,7 +43,7 @@ def test_the_same_seed_gives_the_same_files_twice(tmp_path):
     script = load_script("toxicity/train_mask.py")
     settings = script.Settings(
         model=str(tmp_path / "model"), toxic_train=tmp_path / "train.jsonl", toxic_test=tmp_path / "test.jsonl",
-        ordinary=str(tmp_path / "plain.txt"), out=tmp_path, resume=False, max_edges=5, test_texts=10, device="cpu",
+        ordinary=str(tmp_path / "plain.txt"), out=tmp_path, resume=False, max_edges=5, num_texts=10, device="cpu",
         relax_steps=6, anneal_steps=6, refine_rounds=7, moves_per_round=4, constants_lr=0.05, constants_steps=3,
     )  # fmt: skip
     found = []

@@ -268,6 +268,8 @@ def test_the_script_writes_a_mask_and_a_report(folder, tmp_path, capsys):
     hf = load_hf_model(folder / "model", "cpu")
     mask = load_weight_mask(made / "weight_mask.safetensors", hf)
     share = report["models"]["masked"]["masked"]
+    assert (made / "training.png").stat().st_size > 10_000
+    assert not any("edges_cut" in one for one in report["models"].values())  # a mask over weights cuts no edges
     assert 0 < len(mask) == share["units"] <= 20 and f"{len(mask)} of 20,736 weights masked" in said
     assert set(report["models"]) == {"original", "masked"}
     assert set(report["models"]["masked"]["continuations"]) == {"toxic", "ordinary"}
