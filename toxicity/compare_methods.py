@@ -7,8 +7,9 @@ Writes  data/toxicity/<run>/: methods.json and methods.csv, one row per mask (bu
 Time    17 seconds per mask for the shipped model on one core, half an hour for the defaults.
 
 A method finds edges, and refinement changes them one by one by their measured effects. `alone` is the method without
-refinement; it trains for more steps in exchange, so that it sees the same number of texts. The same command continues
-an interrupted run with the masks that are missing.
+refinement; it trains for more steps in exchange, so that it sees the same number of texts. Methods that rank edges,
+`ranking` and `ugs`, are trained once for all budgets when they are alone. The same command continues an interrupted run
+with the masks that are missing.
 """
 
 from dataclasses import asdict, dataclass, field, replace
@@ -84,7 +85,9 @@ from circuit_breaking.runs.records import fingerprint
 from circuit_breaking.runs.results import MethodComparison
 from circuit_breaking.runs.run_folder import is_up_to_date
 from circuit_breaking.toxicity.splits import Splits, load_splits
-from circuit_breaking.training.mask_trainer import train_mask
+from circuit_breaking.training.mask_trainer import MaskResult, train_mask
+from circuit_breaking.training.methods import method_class
+from circuit_breaking.training.methods.base import LearnedScores
 
 RANDOM = "random"
 # settings that a mask depends on, besides its own budget, seed and training; others may differ in a run that is resumed
@@ -108,14 +111,22 @@ def unrefined(training: MaskConfig) -> MaskConfig:
     return replace(training, refine_rounds=0, relax_steps=relax + share, anneal_steps=anneal + more - share)
 
 
+def for_all_budgets(training: MaskConfig) -> bool:
+    """Whether one training ranks the edges for every budget. Refinement changes the mask of one budget."""
+    return training.refine_rounds == 0 and issubclass(method_class(training.method), LearnedScores)
+
+
 def plan(settings: Settings, budgets: list[int]) -> Iterator[tuple[str, int, int, MaskConfig | None]]:
     """(method, budget, seed, training) of every mask; random ones are not trained."""
     ways = {method: replace(settings.training, method=method) for method in settings.methods}
     ways |= {f"{method} alone": unrefined(replace(settings.training, method=method)) for method in settings.alone}
     for method, training in ways.items():
         for budget in budgets:
+            of_budget = replace(training, max_edges=budget)
+            if for_all_budgets(training):
+                of_budget = replace(training, max_edges=max(budgets), budgets=tuple(budgets))
             for number in range(settings.seeds):
-                yield method, budget, settings.seed + number, replace(training, max_edges=budget)
+                yield method, budget, settings.seed + number, of_budget
     for budget in budgets:
         for number in range(settings.random_seeds):
             yield RANDOM, budget, settings.seed + number, None
@@ -152,12 +163,17 @@ def main(settings: Settings) -> None:
     if beyond := [budget for budget in settings.budgets if budget > len(model.graph)]:
         print(f"note: the model has {len(model.graph)} edges, so there is no mask of {', '.join(map(str, beyond))}.")
     original, rows = measured(), []
+    rankings: dict[tuple[str, int], tuple[MaskResult, dict[str, Any]]] = {}  # and what they cost, by method and seed
     masks = list(plan(settings, [budget for budget in settings.budgets if budget not in beyond]))
     for method, budget, seed, training in progress_bar(masks, desc="masks", unit="mask"):
         place = folder / "masks" / f"{method.replace(' ', '_')}_{budget}_seed{seed}"
         record = record_of(run, settings, method, budget, seed, training)
         if not (settings.resume and is_up_to_date(place / MASK, record.made_from, read_mask_record)):
-            make(place, model, texts(seed).tasks(seed), budget, seed, training)
+            if training is None:
+                model.mask.reset_()
+                model.mask.cut_(random_edges(model.graph, budget, seed))
+            else:
+                make(place, model, texts(seed).tasks(seed), budget, seed, training, rankings)
             write_edges(place, model.mask.cut_edges())
             save_mask(place / MASK, model, record)  # last: it says that the folder is complete
         load_mask(place / MASK, model)
@@ -186,15 +202,25 @@ def record_of(
     )  # fmt: skip
 
 
-def make(folder: Path, model: Any, tasks: tuple[Any, Any], budget: int, seed: int, training: MaskConfig | None) -> None:
-    """Put a mask into the model, trained or drawn, and what training left into a folder."""
-    if training is None:
-        model.mask.reset_()
-        model.mask.cut_(random_edges(model.graph, budget, seed))
-        return
-    torch.manual_seed(seed)
-    with cost(model.device) as spent:
-        result = train_mask(model, *tasks, training, progress=False)
+def make(
+    folder: Path, model: Any, tasks: tuple[Any, Any], budget: int, seed: int, training: MaskConfig,
+    rankings: dict[tuple[str, int], tuple[MaskResult, dict[str, Any]]],
+) -> None:  # fmt: skip
+    """Put a trained mask into the model, and what training left into a folder.
+
+    A ranking for all budgets is trained once and kept in `rankings`.
+    """
+    key, shared = (training.method, seed), for_all_budgets(training)
+    if shared and key in rankings:
+        result, spent = rankings[key]
+    else:
+        torch.manual_seed(seed)
+        with cost(model.device) as spent:
+            result = train_mask(model, *tasks, training, progress=False)
+    if shared:
+        rankings[key] = result, spent
+        with torch.no_grad():
+            model.mask.weights.copy_(result.at(budget))
     write_jsonl(folder / "metrics.jsonl", result.history)
     write_json(folder / COST_FILE, spent)
 

@@ -23,7 +23,7 @@ import torch
 from circuit_breaking.training.methods.base import LearnedScores, StepResult
 from circuit_breaking.training.soft_top_k import soft_top_k
 
-FIRST_SHARE, LAST_SHARE = 0.12, 0.002  # τ log(C) at the beginning and at the end, as a share of the number of steps
+FIRST_SHARE, LAST_SHARE = 0.12, 0.004  # τ log(C) at the beginning and at the end, as a share of the number of steps
 BEYOND = 1.2  # K, as a multiple of the largest budget that is asked for
 LAST_RATE = 0.02  # learning rate of the last step; that of the first is 1
 BETAS = 0.9, 0.99  # of Adam
