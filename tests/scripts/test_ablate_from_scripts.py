@@ -37,7 +37,7 @@ def settings(script, data, **changes):
 
 
 def trained(data, **changes):
-    how = settings(train, data, toxic_test=data / "test.jsonl", out=data, max_edges=4, test_texts=4, **QUICK, **changes)
+    how = settings(train, data, toxic_test=data / "test.jsonl", out=data, max_edges=4, num_texts=4, **QUICK, **changes)
     train.main(how)
     return data / how.run
 

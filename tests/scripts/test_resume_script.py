@@ -62,7 +62,7 @@ def test_a_ranking_is_written_with_masks_of_all_budgets_and_their_curve(tmp_path
     script = load_script("toxicity/train_mask.py")
     settings = script.Settings(
         model=str(tmp_path / "model"), toxic_train=tmp_path / "train.jsonl", toxic_test=tmp_path / "test.jsonl",
-        ordinary=str(tmp_path / "plain.txt"), out=tmp_path, max_edges=5, test_texts=10, device="cpu", method="ranking",
+        ordinary=str(tmp_path / "plain.txt"), out=tmp_path, max_edges=5, num_texts=10, device="cpu", method="ranking",
         relax_steps=4, anneal_steps=4, refine_rounds=0, constants_lr=constants_lr, constants_steps=2,
         budgets=(2, 9, 999_999),
     )  # fmt: skip
