@@ -22,6 +22,7 @@ from circuit_breaking.runs import cost
 from circuit_breaking.runs.devices import pick_device, pick_dtype
 from circuit_breaking.tasks.losses import cross_entropy_of_hidden
 
+THREE_LAYERS = {"num_hidden_layers": 3, "vocab_size": 32000}
 # name -> family (Hugging Face's `model_type`) and its configuration, where that differs from the family's default
 SHAPES_OF = {
     "tiny": ("gpt2", {
@@ -54,6 +55,32 @@ SHAPES_OF = {
     "qwen3-0.6b": ("qwen3", {
         "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8, "hidden_size": 1024,
         "head_dim": 128, "intermediate_size": 3072, "vocab_size": 151936, "tie_word_embeddings": True,
+    }),
+    "gemma-3-270m": ("gemma3_text", {
+        "num_hidden_layers": 18, "num_attention_heads": 4, "num_key_value_heads": 1, "hidden_size": 640,
+        "head_dim": 256, "intermediate_size": 2048, "vocab_size": 262144, "sliding_window": 512,
+    }),
+    # the true layers of larger models, three of them, with a vocabulary of 32,000
+    "gemma-2b, 3 layers": ("gemma", {
+        **THREE_LAYERS, "num_attention_heads": 8, "num_key_value_heads": 1, "hidden_size": 2048, "head_dim": 256,
+        "intermediate_size": 16384,
+    }),
+    "gemma-2-2b, 3 layers": ("gemma2", {
+        **THREE_LAYERS, "num_attention_heads": 8, "num_key_value_heads": 4, "hidden_size": 2304, "head_dim": 256,
+        "intermediate_size": 9216,
+    }),
+    "olmo-2-1b, 3 layers": ("olmo2", {
+        **THREE_LAYERS, "num_attention_heads": 16, "num_key_value_heads": 16, "hidden_size": 2048,
+        "intermediate_size": 8192, "rms_norm_eps": 1e-6,
+    }),
+    "granite-3.3-2b, 3 layers": ("granite", {
+        **THREE_LAYERS, "num_attention_heads": 32, "num_key_value_heads": 8, "hidden_size": 2048,
+        "intermediate_size": 8192, "embedding_multiplier": 12.0, "attention_multiplier": 0.015625,
+        "residual_multiplier": 0.22, "logits_scaling": 8.0,
+    }),
+    "phi-3.5-mini, 3 layers": ("phi3", {
+        **THREE_LAYERS, "num_attention_heads": 32, "num_key_value_heads": 32, "hidden_size": 3072,
+        "intermediate_size": 8192, "pad_token_id": 0,
     }),
 }  # fmt: skip
 SHAPES = {name: AutoConfig.for_model(family, **options) for name, (family, options) in SHAPES_OF.items()}
@@ -141,7 +168,9 @@ def engine_step(model: EdgeMaskedTransformer, mask: torch.Tensor, compiled: bool
     def step(tokens: torch.Tensor) -> None:
         hidden = forward(tokens, mask=mask)[:, :-1].flatten(0, 1)
         targets = tokens[:, 1:].flatten()
-        cross_entropy_of_hidden(hidden, model.unembedding, model.unembedding_bias, targets).mean().backward()
+        cross_entropy_of_hidden(
+            hidden, model.unembedding, model.unembedding_bias, targets, model.head
+        ).mean().backward()
 
     return step
 

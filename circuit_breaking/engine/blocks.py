@@ -1,7 +1,8 @@
 """The computations of one layer, built from its description: what heads and MLP compute from what they read.
 
 Shapes: B batch, T position, N tokens = B * T, H query heads, G key heads, D model width, K head width, F MLP width,
-R readers of the layer's heads: H, or 3H with `split_qkv`, where a head's query, key and value read separately.
+R readers of the layer's heads: H, or 3H with `split_qkv`, where a head's query, key and value read separately, r
+rotated components of a head.
 
 A block stops before its two output projections, `w_o` and `w_down`. The masked pass applies those, straight into its
 stack of node outputs, so that nothing is copied and autograd saves nothing for them. The pass also calls `qkv`, the
@@ -12,10 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from circuit_breaking.engine.attention import attend, rotate_halves
 from circuit_breaking.engine.network import Rotary
-from circuit_breaking.engine.norms import NORMS, Norm, NormedProjection, PlainProjection
-from circuit_breaking.engine.output_norms import OutputNorm
+from circuit_breaking.engine.norms import NORMS, Norm, NormedProjection, OutputNorm, PlainProjection
 from circuit_breaking.models.activations import activation
 from circuit_breaking.models.families.spec import LayerSpec, LinearSpec, ModelSpec, ProjectionSpec, check_supported
 
@@ -164,3 +163,42 @@ def by_reader(parts: list[Tensor], split_qkv: bool) -> Tensor:
 def bias_of(one: LinearSpec) -> Tensor:
     """The bias of a linear module [out], zeros where it has none."""
     return one.weight.new_zeros(one.weight.shape[1]) if one.bias is None else one.bias.detach()
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None = None, softcap: float | None = None
+) -> Tensor:
+    """The attention-weighted values of every head: [B, H, T, K].
+
+    Args:
+        q, k, v: queries, keys and values, [B, H, T, K].
+        scale: factor of the attention scores.
+        window: how many tokens a token attends to at most, itself included; None for all before it.
+        softcap: c, if scores are capped to c · tanh(scores / c).
+    """
+    length = q.shape[2]
+    if softcap is not None:  # which no fused kernel computes
+        scores = softcap * torch.tanh(q @ k.transpose(-1, -2) * (scale / softcap))
+        scores = scores.masked_fill(~visible(length, window, q.device), float("-inf"))
+        return scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype) @ v
+    if window is None or window >= length:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible(length, window, q.device), scale=scale)
+
+
+def visible(length: int, window: int | None, device: torch.device) -> Tensor:
+    """Which tokens (columns) a token (row) attends to: bool [T, T]."""
+    causal = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+    return causal if window is None else causal.triu(1 - window)
+
+
+def rotate_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Apply rotary position embedding (Su et al. 2021) in Llama's layout to x [..., T, K], with cos and sin [T, r].
+
+    Only the first r components are rotated (r < K in GPT-NeoX).
+    """
+    turned = x[..., : cos.shape[-1]]
+    first, second = turned.chunk(2, -1)
+    # OLMo 2 has its tables in float32 whatever the model's type, and rotates in that
+    turned = (turned * cos + torch.cat((-second, first), -1) * sin).to(x.dtype)
+    return turned if turned.shape == x.shape else torch.cat((turned, x[..., cos.shape[-1] :]), -1)

@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from circuit_breaking.engine.network import Network, PassBuffers, PassInputs, Workspace, fill_rows
-from circuit_breaking.engine.output_norms import OutputNorm
+from circuit_breaking.engine.norms import OutputNorm
 from circuit_breaking.engine.prefix_cache import PrefixCache
 from circuit_breaking.engine.reads import DenseReads, MaskedReads, RunningSumReads, SparseMask, product_is_small
 from circuit_breaking.graph import LayerSlice

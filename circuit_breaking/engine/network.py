@@ -11,8 +11,7 @@ from typing import Protocol, Self
 from torch import Tensor
 
 from circuit_breaking.engine.ablation_values import AblationValues
-from circuit_breaking.engine.norms import NormedProjection, PlainProjection
-from circuit_breaking.engine.output_norms import OutputNorm
+from circuit_breaking.engine.norms import NormedProjection, OutputNorm, PlainProjection
 from circuit_breaking.graph import EdgeGraph, LayerSlice
 
 Rotary = tuple[Tensor, Tensor]  # cos and sin [kinds, T, r] of the rotary position embedding, r <= K

@@ -1,6 +1,6 @@
-"""Norms with a fast backward, alone and together with the projection that follows.
+"""Norms with a fast backward: alone, with the projection that follows, and after the nodes of a layer.
 
-Shapes: R readers, N tokens, D width, K width of what one reader projects to.
+Shapes: R readers, N tokens, D width, K width of what one reader projects to, n nodes that write, F width of their z.
 
 Every reader normalises its own residual stream, so the norms before attention touch as much memory as all the rest of a
 layer. Here a norm and its projection are one step that works in place: only the stream is saved, and its gradient
@@ -155,3 +155,46 @@ class NormedProjection(nn.Module):
         operands = x, along, (gradient * inverse).to(x.dtype), self.weight.transpose(1, 2)
         for part, factor, *product in zip(*(one.split(at_once) for one in operands), strict=True):
             part.mul_(factor).baddbmm_(*product)
+
+
+class OutputNorm(nn.Module):
+    """An RMSNorm after attention or the MLP, of what n nodes write: the heads of a layer, or its MLP (Gemma 2, OLMo 2).
+
+    Node h writes its share of the normed sum, so that the shares add up to it. With y_h = z_h W_h + b / n,
+
+        x_h = g y_h / σ,    s = Σ_h y_h,    σ² = mean of squares of s + eps
+
+    All heads of a layer share the divisor σ, and gradients flow through it:
+
+        ∂L/∂y_h = g G_h / σ - s c / (D σ³),    G_h = ∂L/∂x_h,    c = Σ_h y_h · (g G_h)
+    """
+
+    def __init__(self, spec: NormSpec) -> None:
+        super().__init__()
+        self.eps = spec.eps
+        self.register_buffer("gain", spec.gain(spec.weight.dtype))  # [D]
+
+    def write(self, out: Tensor, z: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """Set `out` [n, N, D] to the outputs x_h of the nodes.
+
+        Args:
+            out: where the outputs go.
+            z: [n, N, F]; weight: [n, F, D]; bias: a node's share of it, b / n, [D].
+
+        Returns:
+            Their sum before the norm, s [N, D].
+        """
+        torch.baddbmm(bias, z, weight, out=out)
+        total = out.sum(0)
+        out.mul_(inverse_size(total, self.eps).to(out.dtype)).mul_(self.gain)
+        return total
+
+    def grad_z(self, gradient: Tensor, z: Tensor, weight: Tensor, bias: Tensor, total: Tensor) -> Tensor:
+        """∂L/∂z [n, N, F] from ∂L/∂x_h [n, N, D], which is overwritten; the others as in `write`."""
+        inverse, back = inverse_size(total, self.eps), weight.transpose(1, 2)
+        at_sum = gradient.mul_(self.gain)  # g G_h
+        grad = torch.bmm(at_sum, back)
+        along = torch.linalg.vecdot(grad, z).sum(0) + at_sum.sum(0) @ bias  # c, [N]
+        factor = (along[:, None] * inverse.pow(3) / total.shape[1]).to(total.dtype)
+        through_sum = torch.bmm((total * factor).expand(len(z), -1, -1), back)
+        return grad.mul_(inverse.to(grad.dtype)).sub_(through_sum)

@@ -283,11 +283,12 @@ def test_gradients_of_every_family(family):
 
 
 def test_a_kind_of_attention_that_is_not_known_is_refused():
-    hf = small_qwen2()
-    hf.config.layer_types = ["full_attention", "chunked_attention", "full_attention"]
-    for use in (load_model, lambda one: graph_of(one.config)):
-        with pytest.raises(UserError, match="layer_types names 'chunked_attention'"):
-            use(hf)
+    for make in (small_qwen2, small_qwen3, small_gemma2, small_gemma3):
+        hf = make()
+        hf.config.layer_types = ["full_attention", "chunked_attention", "full_attention"]
+        for use in (load_model, lambda one: graph_of(one.config)):
+            with pytest.raises(UserError, match="layer_types names 'chunked_attention'"):
+                use(hf)
 
 
 def test_a_family_that_is_not_known_is_refused():
