@@ -76,10 +76,10 @@ def test_the_picture_of_the_readme_is_drawn_as_the_page_says(tmp_path):
     out = f"--out={tmp_path}"
     steps = [f"--{name}=2" for name in ("max-edges", "relax-steps", "anneal-steps", "refine-rounds", "num-texts")]
     assert called("toxicity/train_mask.py", out, "--run=demo", *steps).returncode == 0
-    evidence = called("toxicity/edge_evidence.py", f"--masks={tmp_path / 'demo'}", out, "--num-texts=4")
+    evidence = called("toxicity/edge_evidence.py", "--run=demo", f"--masks={tmp_path / 'demo'}", out, "--num-texts=4")
     assert evidence.returncode == 0
     script = load_script("docs/images/draw.py")
-    script.main(script.Settings(tmp_path / "evidence", tmp_path / "edges.png"))
+    script.main(script.Settings(tmp_path / "demo", tmp_path / "edges.png"))
     assert (tmp_path / "edges.png").read_bytes().startswith(b"\x89PNG")
 
 
