@@ -1,4 +1,4 @@
-"""Time and memory of one mask-training step: the engine, plain Hugging Face, and the naive formulation.
+"""Time and memory of one mask-training step: the engine, plain Hugging Face, and the reference.
 
 A step is a forward pass over the batch and a backward pass from its next-token loss: to the mask for the edge-masked
 models, to the embeddings for the plain one. The variants take turns, so that other work on the machine slows all of
@@ -20,14 +20,14 @@ from circuit_breaking.runs.cli import read_settings, run_script
 @dataclass
 class Settings(StepSettings):
     MOST_USED: ClassVar = (
-        "shape", "batch", "length", "rounds", "split_qkv", "naive", "cut", "threads", "device", "dtype",
+        "shape", "batch", "length", "rounds", "split_qkv", "reference", "cut", "threads", "device", "dtype",
     )  # fmt: skip
 
     shape: str = "gpt2"  # shape of the model: gpt2, gpt2-medium, pythia-160m, smollm2-135m, ..., see steps.SHAPES
     split_qkv: bool = False  # a mask for each head's query, key and value
     gradient_checkpointing: bool = False  # recompute parts of each layer in the engine's backward pass: less memory
     compile: bool = False  # use torch.compile for the plain model and the engine; compiling is not timed
-    naive: bool = True  # also time the naive formulation, which is slow and takes a lot of memory
+    reference: bool = True  # also time the reference (engine/reference.py), which is slow and takes a lot of memory
     tf32: bool = False  # let CUDA multiply float32 matrices in TF32, in all variants
 
 
@@ -60,7 +60,7 @@ from circuit_breaking.runs.devices import pick_device
 from circuit_breaking.runs.plain_table import print_table
 
 
-def naive_step(settings: Settings) -> Callable[[torch.Tensor], None]:
+def reference_step(settings: Settings) -> Callable[[torch.Tensor], None]:
     hf = make_hf(settings)
     model = ReferenceModel(hf, settings.split_qkv)
     n_edges = len(load_model(hf, settings.split_qkv, settings.device).mask.weights)
@@ -83,11 +83,12 @@ def dense_step(settings: Settings) -> Callable[[torch.Tensor], None]:
     return engine_step(model, dense_mask(len(model.graph)), settings.compile)
 
 
+REFERENCE = "reference"
 STEPS = {
     "plain Hugging Face": lambda settings: plain_step(make_hf(settings), settings.compile),
     "engine, binary mask": binary_step,
     "engine, any mask": dense_step,
-    "naive formulation": naive_step,
+    REFERENCE: reference_step,
 }
 
 
@@ -116,7 +117,7 @@ def main(settings: Settings) -> None:
     torch.set_num_threads(settings.threads)
     torch.backends.cuda.matmul.allow_tf32 = settings.tf32
     tokens = make_tokens(settings)
-    names = [name for name in STEPS if settings.naive or name != "naive formulation"]
+    names = [name for name in STEPS if settings.reference or name != REFERENCE]
     steps = {name: STEPS[name](settings) for name in names}
     times = times_of(steps, tokens, settings.rounds)
     del steps

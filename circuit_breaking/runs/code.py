@@ -1,5 +1,6 @@
 """Which code runs: hashes of its source files, so that a run is resumed by the code that began it."""
 
+import ast
 import dataclasses
 import hashlib
 import sys
@@ -18,16 +19,15 @@ _computed: dict[str, dict[str, str]] = {}  # `source_hashes` by `code_hash`
 def source_hashes(settings: Any = None) -> dict[str, str]:
     """SHA-256 of each source file that may take part in a run, by its path from the root of the repository.
 
-    These are the files of this package, the script, and the modules in the script's folder that it has imported. A file
-    outside the repository has its full path.
+    These are the files of this package, the script, and the modules in the script's folder that it imports, directly or
+    through each other. A file outside the repository has its full path.
 
     Args:
         settings: the script's settings; the script is the file that defines their class. If that is unknown, it is the
             file that Python was started with.
     """
     script = _script_of(settings)
-    beside = _imported_from(script.parent) if script is not None else []
-    files = {*_package_files(), *beside, *([script] if script is not None else [])}
+    files = {*_package_files(), *(_with_imported(script) if script is not None else ())}
     return {_name(path): _sha256(path) for path in sorted(files)}
 
 
@@ -64,11 +64,22 @@ def _script_of(settings: Any) -> Path | None:
     return None  # a notebook that defines its settings itself, or an interactive session
 
 
-def _imported_from(folder: Path) -> list[Path]:
-    """Files of the modules that are imported now and lie directly in a folder."""
-    files = [getattr(module, "__file__", None) for module in list(sys.modules.values())]
-    paths = [Path(file).resolve() for file in files if isinstance(file, str) and file.endswith(".py")]
-    return [path for path in paths if path.parent == folder]
+@cache
+def _with_imported(script: Path) -> frozenset[Path]:
+    """A script and the modules in its folder that its source imports, directly or through each other.
+
+    By the source and not by what is loaded: other scripts may have been imported in the same process.
+    """
+    found, waiting = set(), {script}
+    while waiting:
+        path = waiting.pop()
+        found.add(path)
+        for node in ast.walk(ast.parse(path.read_bytes())):
+            names = [one.name for one in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            beside = (script.parent / f"{name.partition('.')[0]}.py" for name in names)
+            waiting |= {one for one in beside if one.is_file() and one not in found}
+    return frozenset(found)
 
 
 @cache

@@ -256,8 +256,10 @@ def test_notebooks_run_from_top_to_bottom(data, tmp_path, name, changes):
     settings.source += (
         f"\nfrom dataclasses import replace\nfrom pathlib import Path\nsettings = replace(settings, {given})"
     )
-    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(path.parent)}}).execute()
-    assert any(tmp_path.iterdir())
+    elsewhere = tmp_path / "elsewhere"  # a notebook finds its scripts from any folder
+    elsewhere.mkdir()
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(elsewhere)}}).execute()
+    assert len(list(tmp_path.iterdir())) > 1
 
 
 def test_scripts_work_for_other_tasks(tmp_path):

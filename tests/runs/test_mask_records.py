@@ -3,6 +3,7 @@
 import pytest
 import torch
 from helpers.models import small_gpt2
+from helpers.records import EDGES, SHAPE
 
 from circuit_breaking.ablation.saved import load_ablated, read_ablated, save_ablated
 from circuit_breaking.ablation.weight_mask import (
@@ -32,9 +33,6 @@ from circuit_breaking.runs.mask_record import (
 from circuit_breaking.runs.records import note_old
 from circuit_breaking.runs.sweep import results_of
 from circuit_breaking.runs.tensors import digest_of, read_tensors, write_tensors
-
-EDGES = ["embed->a1.0", "a0.1->m1"]
-SHAPE = describe(EdgeGraph(3, 3))
 
 
 @pytest.fixture(autouse=True)

@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from helpers.models import small_gpt2
+from helpers.records import EDGES, SHAPE
 
 from circuit_breaking.ablation.config import EdgeAblation
 from circuit_breaking.ablation.old_format import AblatedModelRecord
@@ -17,7 +18,7 @@ from circuit_breaking.engine.mask import read_mask_record, save_mask
 from circuit_breaking.errors import UserError
 from circuit_breaking.evaluation.controls import random_edges
 from circuit_breaking.evaluation.result_files import read_evidence, read_report
-from circuit_breaking.graph import EdgeGraph, describe
+from circuit_breaking.graph import EdgeGraph
 from circuit_breaking.runs.files import read_json, write_json
 from circuit_breaking.runs.ioi_results import (
     Covering,
@@ -28,13 +29,7 @@ from circuit_breaking.runs.ioi_results import (
     NextTokens,
     Stages,
 )
-from circuit_breaking.runs.mask_record import (
-    AblationValueRecord,
-    CutEdges,
-    KeptEdges,
-    MaskRecord,
-    MeansRecord,
-)
+from circuit_breaking.runs.mask_record import AblationValueRecord, CutEdges, KeptEdges, MaskRecord, MeansRecord
 from circuit_breaking.runs.mnist_results import EdgesByMask, MnistMasks, MnistReport, NetworkRecord
 from circuit_breaking.runs.records import RunSettings, fingerprint, note_old
 from circuit_breaking.runs.results import Comparison, Evidence, FineTuning, MethodComparison, Relearning, Report
@@ -42,8 +37,6 @@ from circuit_breaking.runs.run_folder import is_up_to_date
 from circuit_breaking.runs.sweep import results_of
 from circuit_breaking.runs.tensors import read_tensors, write_tensors
 
-EDGES = ["embed->a1.0", "a0.1->m1"]
-SHAPE = describe(EdgeGraph(3, 3))
 RUN = {"settings": {"lr": 0.1}, "inputs": {"x": "00"}, "git_commit": None}
 GRAPH = {"graph": SHAPE, "what": "kept", "edges": {"embed->a1.0": 0.5}}
 RECORDS = [

@@ -34,13 +34,13 @@ def edit(tmp_path, monkeypatch):
     def editing(name, text):
         path = tmp_path / name
         path.write_text(path.read_text() + text if path.is_file() else text)
-        code._sha256.cache_clear()
-        code._package_files.cache_clear()
+        for cached in (code._sha256, code._package_files, code._with_imported):
+            cached.cache_clear()
 
     editing("circuit_breaking/graph.py", "EDGES = 1\n")
     yield editing
-    code._sha256.cache_clear()
-    code._package_files.cache_clear()
+    for cached in (code._sha256, code._package_files, code._with_imported):
+        cached.cache_clear()
 
 
 def test_every_edit_is_another_code(edit, tmp_path, monkeypatch):
@@ -48,18 +48,17 @@ def test_every_edit_is_another_code(edit, tmp_path, monkeypatch):
     monkeypatch.setattr(Settings, "__module__", "stub")
     (tmp_path / "toxicity").mkdir()
     sys.modules["stub"].__file__ = str(tmp_path / "toxicity" / "stub.py")
-    monkeypatch.setitem(sys.modules, "utils", type(sys)("utils"))
-    sys.modules["utils"].__file__ = str(tmp_path / "toxicity" / "utils.py")
-    edit("toxicity/stub.py", "a = 1\n")
-    edit("toxicity/utils.py", "b = 1\n")
+    edit("toxicity/stub.py", "import os, circuit_breaking.graph\ndef main():\n    from utils import b\n")
+    edit("toxicity/utils.py", "import more.names\nb = 1\n")
+    edit("toxicity/more.py", "import utils\n")
     edit("toxicity/another_script.py", "c = 1\n")
     seen, before = [code_hash(Settings())], source_hashes(Settings())
-    assert {"circuit_breaking/graph.py", "toxicity/stub.py", "toxicity/utils.py"} < set(before)
+    assert {"circuit_breaking/graph.py", "toxicity/stub.py", "toxicity/utils.py", "toxicity/more.py"} < set(before)
     for name, text in (
         ("circuit_breaking/graph.py", "EDGES = 2\n"),  # two edits that were not committed
         ("circuit_breaking/graph.py", "EDGES = 3\n"),
         ("circuit_breaking/tasks/new.py", ""),
-        ("toxicity/stub.py", "a = 2\n"),
+        ("toxicity/stub.py", "# edited\n"),
         ("toxicity/utils.py", "b = 2\n"),
     ):
         edit(name, text)
