@@ -15,6 +15,7 @@ another class, a subclass of their own, in place:
     q, k, v       project each head from the read that is its own (`UnitProjection`)
     out, down     add to the stream, and each head and MLP that later layers need to its part (`HeadOutputs`,
                   `MLPOutput`)
+    dropouts      of what these add drop the same elements in every part (`SharedDropout`)
 
 A pass keeps its state nowhere but in the tensors that modules hand to each other. So an ablated model is right in
 threads and replicas and under gradient checkpointing. `torch.compile` checks the classes of modules before it reuses a
@@ -283,6 +284,19 @@ def subclass(mixin: type, base: type[nn.Module]) -> type[nn.Module]:
     # under the name of its base, by which transformers looks some things up
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "stands_for": base}
     return type(base.__name__, (mixin, base), names)
+
+
+class SharedDropout:
+    """Dropout of what attention or the MLP adds, the same in every part: [..., S * D] -> [..., S * D].
+
+    With other elements dropped in the stream than in the output of a node, a cut would leave their difference.
+    """
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        if not (self.training and self.p):
+            return hidden_states
+        parts = hidden_states.unflatten(-1, (-1, self.edge_cuts_d))
+        return (parts * super().forward(torch.ones_like(parts[..., :1, :]))).flatten(-2)
 
 
 def install(module: nn.Module, mixin: type, **state: int | Tensor | tuple | None) -> None:

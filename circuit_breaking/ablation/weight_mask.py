@@ -65,7 +65,7 @@ UNITS = {"weight": _every_weight, "neuron": _neurons, "head": _heads}
 OPTIONS = {  # of a description, those that leave a mask's meaning as it is
     "gate", "query_norm", "key_norm", "norms_all_heads", "softcap", "attention_out_norm", "mlp_out_norm",
     "rotary_kind", "multiplier", "window", "positions", "embedding_scale", "rotary", "unembedding_bias",
-    "head", "parallel",
+    "head", "parallel", "dropouts",
 }  # fmt: skip
 NORMS = {"layer", "rms", "rms_offset", "none"}
 

@@ -18,6 +18,7 @@ from circuit_breaking.ablation.modules import (
     MLPOutput,
     OutputNorm,
     ReaderNorm,
+    SharedDropout,
     UnitProjection,
 )
 from circuit_breaking.ablation.plan import LayerPlan, Plan, Read, read_constants, read_matrix
@@ -31,7 +32,7 @@ State = dict[str, int | Tensor | tuple | None]
 OPTIONS = (
     "gate", "query_norm", "key_norm", "norms_all_heads", "softcap", "attention_out_norm", "mlp_out_norm",
     "rotary_kind", "multiplier", "window", "positions", "embedding_scale", "rotary", "unembedding_bias",
-    "head", "parallel",
+    "head", "parallel", "dropouts",
 )  # fmt: skip
 NORMS = ("layer", "rms", "rms_offset", "none")
 
@@ -134,6 +135,7 @@ class LayerWiring:
         for after in (layer.attention_out_norm, layer.mlp_out_norm):
             if after is not None:
                 changes.append((after.module, SharedNorm, norm | written_out(after)))
+        changes += [(dropout, SharedDropout, {"d": d}) for dropout in layer.dropouts]
         changed = {module for module, *_ in changes}
         inside = tuple(
             (parent, name, child)

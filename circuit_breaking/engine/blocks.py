@@ -21,7 +21,7 @@ from circuit_breaking.models.families.spec import LayerSpec, LinearSpec, ModelSp
 OPTIONS = {  # of a description, those that the engine supports
     "gate", "query_norm", "key_norm", "norms_all_heads", "softcap", "attention_out_norm", "mlp_out_norm",
     "rotary_kind", "multiplier", "window", "positions", "embedding_scale", "rotary", "unembedding_bias",
-    "head", "parallel",
+    "head", "parallel", "dropouts",
 }  # fmt: skip
 
 

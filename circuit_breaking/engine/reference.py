@@ -35,7 +35,7 @@ from circuit_breaking.models.families.spec import LayerSpec, ModelSpec, NormSpec
 OPTIONS = {  # of a description, those that are computed here
     "gate", "query_norm", "key_norm", "norms_all_heads", "softcap", "attention_out_norm", "mlp_out_norm",
     "rotary_kind", "multiplier", "window", "positions", "embedding_scale", "rotary", "unembedding_bias",
-    "head", "parallel",
+    "head", "parallel", "dropouts",
 }  # fmt: skip
 Rotary = tuple[Tensor, Tensor] | None  # cos and sin [1, T, r]
 

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 import torch
-from helpers.models import small_gpt2, small_llama, small_neox
+from helpers.models import small_gpt2, small_llama, small_neox, small_phi3
 from test_ablated import some_edges
 from transformers import DynamicCache
 
@@ -143,6 +143,29 @@ def test_gradient_checkpointing_gives_the_same_gradients(family, reentrant):
     assert len(expected) == len(found) == len(list(plain.parameters()))
     for one, other in zip(found, expected, strict=True):
         assert one.equal(other)
+
+
+@pytest.mark.parametrize("node", ["a0.1", "m0"])
+@pytest.mark.parametrize("make", [small_gpt2, small_neox, small_phi3])
+def test_dropout_leaves_nothing_of_a_node_whose_edges_are_all_cut(make, node):
+    hf = make()
+    for module in hf.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.3
+    layer = describe(hf.train()).layers[0]
+    weight = layer.w_o[1] if node == "a0.1" else layer.down.weight
+
+    def run() -> torch.Tensor:
+        torch.manual_seed(0)
+        return hf(TOKENS, use_cache=False).logits.detach()
+
+    whole = run()
+    edges = [edge for edge in describe(hf).graph().edges if edge.startswith(f"{node}->")]
+    with ablate(hf, edges):
+        cut = run()
+        weight.data.mul_(3)
+        torch.testing.assert_close(run(), cut, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(run(), whole, atol=1e-2)
 
 
 def test_gradients_are_those_of_the_function(family):

@@ -45,6 +45,7 @@ def describe_layer(layer: nn.Module, config: PreTrainedConfig, index: int) -> La
         activation=config.activation_function,
         up=linear(mlp.c_fc),
         down=linear(mlp.c_proj),
+        dropouts=(attention.resid_dropout, mlp.dropout),
     )
 
 

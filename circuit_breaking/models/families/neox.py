@@ -41,6 +41,7 @@ def describe_layer(layer: nn.Module, config: PreTrainedConfig) -> LayerSpec:
         activation=config.hidden_act,
         up=linear(mlp.dense_h_to_4h),
         down=linear(mlp.dense_4h_to_h),
+        dropouts=(layer.post_attention_dropout, layer.post_mlp_dropout),
     )
 
 

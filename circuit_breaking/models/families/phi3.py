@@ -33,6 +33,7 @@ def describe_layer(layer: nn.Module, config: PreTrainedConfig, index: int) -> La
         gate=columns(gate_up, 0, hidden),
         up=columns(gate_up, hidden, 2 * hidden),
         down=linear(mlp.down_proj),
+        dropouts=(layer.resid_attn_dropout, layer.resid_mlp_dropout),
     )
 
 

@@ -114,6 +114,7 @@ class LayerSpec:
     rotary_kind: str | None = None  # third argument of `rotary`, where layers differ in their rotary positions
     multiplier: float = 1.0  # factor of what heads and MLP write
     window: int | None = None  # a token attends to this many tokens at most, itself included; None: to all before it
+    dropouts: tuple[nn.Module, ...] = ()  # of what attention and MLP write, in training
 
     @property
     def n_heads(self) -> int:
