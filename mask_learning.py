@@ -72,7 +72,7 @@ from circuit_breaking.models.tokens import prefix_token
 from circuit_breaking.runs.provenance import provenance
 from circuit_breaking.runs.records import RunSettings
 from circuit_breaking.runs.results import REPORT, Report
-from circuit_breaking.runs.run_folder import recorded
+from circuit_breaking.runs.run_folder import METRICS, recorded
 from circuit_breaking.tasks import OWTTask, ToxicTask
 from circuit_breaking.tasks.owt import load_texts
 from circuit_breaking.toxicity.inputs import load_prompts
@@ -146,7 +146,8 @@ def main(settings: Settings) -> None:
         provenance=record,
     )
     report.write(folder / REPORT)
-    draw_training(folder, count="n_masked", counted=f"{settings.granularity}s masked")
+    if (folder / METRICS).stat().st_size:  # no step was made if nothing may be masked
+        draw_training(folder, count="n_masked", counted=f"{settings.granularity}s masked")
     if prompts:  # else there is little to draw
         draw_report(folder)
     show(report.to_json())

@@ -58,8 +58,9 @@ class Ablation:
         if hasattr(self._model, ATTRIBUTE):
             raise UserError("this model has cut edges already. Remove those first, or cut all edges in one call.")
         setattr(self._model, ATTRIBUTE, self)
-        self._model.__class__ = subclass(AblatedModel, type(self._model))
-        self._model.name_or_path = self.saved_as
+        if self.edges:
+            self._model.__class__ = subclass(AblatedModel, type(self._model))
+            self._model.name_or_path = self.saved_as
         try:
             for module, mixin, state in self._wiring.modules:
                 install(module, mixin, **state)
@@ -84,7 +85,7 @@ class Ablation:
                 attention.num_key_value_heads //= share
         if getattr(self._model, ATTRIBUTE, None) is self:
             delattr(self._model, ATTRIBUTE)
-            self._model.__class__ = type(self._model).stands_for
+            self._model.__class__ = getattr(type(self._model), "stands_for", type(self._model))
             self._model.name_or_path = self._whole_name
 
     def __enter__(self) -> Self:

@@ -43,12 +43,10 @@ class AblatedModel:
             write_text(card, model_card(Path(save_directory).name, record, self.config))
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
-        """Refuse what `generate_batch` is made with, unless no edge is cut."""
-        if self.edge_cuts.edges:
-            raise UserError(
-                "generate_batch (continuous batching) does not support cut edges. Use generate with a padded batch."
-            )
-        return super().init_continuous_batching(*args, **kwargs)
+        """Refuse what `generate_batch` is made with."""
+        raise UserError(
+            "generate_batch (continuous batching) does not support cut edges. Use generate with a padded batch."
+        )
 
     def _upload_modified_files(self, working_dir: str | PathLike, repo_id: str, *args: Any, **kwargs: Any) -> Any:
         card = Path(working_dir) / CARD
@@ -60,7 +58,8 @@ class AblatedModel:
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> PreTrainedModel:
         """As of `AutoModelForCausalLM`: whether edges are cut is up to what is loaded, not to this class."""
-        return AutoModelForCausalLM.from_pretrained(*args, **kwargs)
+        kwargs.pop("use_safetensors", None)  # no other format is read
+        return AutoModelForCausalLM.from_pretrained(*args, use_safetensors=True, **kwargs)
 
 
 def record_of(hf: PreTrainedModel, whole: PreTrainedConfig) -> EdgeAblation:

@@ -76,9 +76,9 @@ def say_device(device: str, chosen: torch.device) -> None:
         return
     name = torch.cuda.get_device_name(chosen) if chosen.type == "cuda" else ""
     several = f", in {world().size} processes" if world().size > 1 else ""
-    print(f"device: {chosen.type}{name and f' ({name})'}{several}", file=sys.stderr)
+    print(f"device: {chosen.type}{name and f' ({name})'}{several}", file=sys.stderr, flush=True)
     if device == "auto" and chosen.type == "cpu" and has_nvidia_gpu():
-        print(f"note: {why_no_cuda()}", file=sys.stderr)
+        print(f"note: {why_no_cuda()}", file=sys.stderr, flush=True)
 
 
 def has_nvidia_gpu() -> bool:

@@ -43,7 +43,7 @@ import circuit_breaking, sys, torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 for line in sys.stdin:
-    hf = AutoModelForCausalLM.from_pretrained(line.rstrip())
+    hf = AutoModelForCausalLM.from_pretrained(line.rstrip(), use_safetensors=True)
     with torch.no_grad():
         save_file({"logits": hf(torch.arange(1, 10)[None]).logits}, line.rstrip() + ".logits")
     print("done", flush=True)
@@ -75,19 +75,22 @@ def test_auto_classes_and_load_ablated_give_the_same(family, tmp_path, with_mean
     with ablate(hf, edges, means):
         cut = logits(hf)
     save_ablated(tmp_path / "one", hf, edges, means, {"data": "mild insults"})
-    auto, ours = AutoModelForCausalLM.from_pretrained(tmp_path / "one"), load_ablated(tmp_path / "one", "cpu")
+    auto, ours = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / "one", use_safetensors=True),
+        load_ablated(tmp_path / "one", "cpu"),
+    )
     for model in (auto, ours):
         assert logits(model).equal(cut) and not model.training and isinstance(model, AblatedModel)
         assert model.edge_cuts.edges == edges and model.edge_cuts.about == {"data": "mild insults"}
         assert with_means == (model.edge_cuts.means is not None)
     auto.save_pretrained(tmp_path / "two")
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "two")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "two", use_safetensors=True)
     assert logits(again).equal(cut)
     assert read_ablated(tmp_path / "two").about == {"data": "mild insults"}
     again.edge_cuts.remove()
     assert logits(again).equal(whole) and type(again) is type(hf)
     again.save_pretrained(tmp_path / "whole")
-    assert logits(AutoModelForCausalLM.from_pretrained(tmp_path / "whole")).equal(whole)
+    assert logits(AutoModelForCausalLM.from_pretrained(tmp_path / "whole", use_safetensors=True)).equal(whole)
 
 
 def test_a_new_process_gives_the_same(tmp_path, elsewhere):
@@ -141,7 +144,10 @@ def test_the_first_position_of_the_cuts_is_kept(tmp_path):
         hf.save_pretrained(tmp_path / "one")
     save_ablated(tmp_path / "two", hf, edges, means, ablate_from=2)
     for name in ("one", "two"):
-        for model in (AutoModelForCausalLM.from_pretrained(tmp_path / name), load_ablated(tmp_path / name, "cpu")):
+        for model in (
+            AutoModelForCausalLM.from_pretrained(tmp_path / name, use_safetensors=True),
+            load_ablated(tmp_path / name, "cpu"),
+        ):
             assert model.edge_cuts.ablate_from == 2 and logits(model).equal(cut)
         assert read_ablated(tmp_path / name).ablate_from == 2
         assert "cut from position 2 on" in (tmp_path / name / "README.md").read_text()
@@ -189,7 +195,7 @@ def test_a_folder_that_names_its_base(tmp_path):
     hf = load_hf_model("tiny", "cpu")
     with ablate(hf, ["m1->m2"]):
         cut = logits(hf)
-    auto = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    auto = AutoModelForCausalLM.from_pretrained(tmp_path / "model", use_safetensors=True)
     assert logits(auto).equal(cut) and logits(load_ablated(tmp_path / "model", "cpu")).equal(cut)
     auto.save_pretrained(tmp_path / "full")  # with weights
     assert (tmp_path / "full" / "model.safetensors").exists()
@@ -256,7 +262,7 @@ def test_what_is_pushed_keeps_its_cuts(hub, tmp_path, how, elsewhere):
             hf.push_to_hub("user/repo")
         else:
             hf.save_pretrained(tmp_path / "here", push_to_hub=True, repo_id="user/repo")
-    assert logits(AutoModelForCausalLM.from_pretrained(hub / "user/repo")).equal(cut)
+    assert logits(AutoModelForCausalLM.from_pretrained(hub / "user/repo", use_safetensors=True)).equal(cut)
     assert logits(load_ablated("user/repo", "cpu")).equal(cut)
     card = (hub / "user/repo/README.md").read_text()
     assert card.startswith("---\nlibrary_name: transformers\n") and edges[0] in card and "- edge-ablation" in card

@@ -19,6 +19,7 @@ from circuit_breaking.models.load import load_hf_model
 MODELS = [small_gpt2, small_neox, small_llama]
 UP = {"gpt2": ["c_fc"], "gpt_neox": ["dense_h_to_4h"], "llama": ["gate_proj", "up_proj"]}  # read what the MLP reads
 ATTENTION = {"gpt2": ["c_attn"], "gpt_neox": ["query_key_value"], "llama": ["q_proj", "v_proj"]}
+load_adapter = AutoPeftModelForCausalLM.from_pretrained  # of safetensors that the test has written
 MERGE = "[Mm]erge adapters"
 
 
@@ -124,10 +125,10 @@ def test_a_saved_adapter_does_not_name_the_whole_model(tmp_path):
     cut = load_ablated(tmp_path / "cut", "cpu")
     lora(cut, UP["llama"]).save_pretrained(tmp_path / "adapter")  # which names the class of the base model
     with pytest.raises(Exception, match="This model has cut edges"):
-        AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+        load_adapter(tmp_path / "adapter")
     adapted = lora(load_ablated(tmp_path / "cut", "cpu"), UP["llama"], task_type="CAUSAL_LM")
     adapted.save_pretrained(tmp_path / "adapter")
-    again = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
+    again = load_adapter(tmp_path / "adapter").eval()
     assert isinstance(again, PeftModel) and again.base_model.model.edge_cuts.edges == edges
     with torch.no_grad():
         torch.testing.assert_close(again(TOKENS).logits, adapted(TOKENS).logits)

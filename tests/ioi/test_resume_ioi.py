@@ -53,7 +53,7 @@ COVERING = {"kind": "covering", "masks": 2, "max_edges": 3, "broken": 9.0, "chec
 def undrawn():
     """Pictures take most of the time and are not looked at here."""
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("draw_graph", "draw_heat_map", "draw_next_tokens", "draw_training"):
+        for name in ("draw_edges", "draw_next_tokens", "draw_training"):
             patch.setattr(f"circuit_breaking.figures.indirect_objects.{name}", lambda *args, **kwargs: None)
         yield
 

@@ -98,6 +98,7 @@ def test_means_for_another_position_are_refused(data):
 def test_masks_of_a_sweep_have_it_too(data):
     given = {"toxic_test": data / "test.jsonl", "out": data, "budgets": (3,), "seeds": 1, "random_seeds": 1}
     given |= {"ablations": ("mean",), "validation": 4, "ablate_from": 2, "examples": 8, "stable_budget": 0}
+    given["run"] = "sweep"
     sweep.main(settings(sweep, data, **given, training=sweep.MaskConfig(**QUICK)))
     masks = sorted((data / "sweep" / "masks").iterdir())
     assert [read_mask_record(mask / "mask.safetensors").ablate_from for mask in masks] == [2, 2]

@@ -40,7 +40,7 @@ def given(data, out, **changes):  # noqa: F811
         "model": str(data / "model"), "toxic_train": data / "train.jsonl", "toxic_test": data / "test.jsonl",
         "ordinary": str(data / "plain.txt"), "out": out, "training": QUICK, "budgets": (2, 4), "stable_budget": 2,
         "seeds": 2, "random_seeds": 1, "ablations": ("optimal", "mean"), "mean_texts": 20, "device": "cpu",
-        "checkpoint_every": 3, **changes,
+        "checkpoint_every": 3, "run": "sweep", **changes,
     }  # fmt: skip
 
 
@@ -105,6 +105,7 @@ def test_sharing_a_phase_changes_nothing(data, whole):  # noqa: F811
         settings = sweep.Settings(**given(data, None))
         splits = sweep.read_texts(settings, load_tokenizer(settings.model), seed)
         model = load_model(settings.model, device="cpu")
+        model.ablate_from = settings.ablate_from
         model.means = compute_means(model, splits.ordinary["train"][:20])
         torch.manual_seed(seed)
         how = replace(QUICK, max_edges=int(budget), constants_lr=settings.learned_lr if ablation == "optimal" else 0.0)

@@ -66,8 +66,8 @@ def test_integrated_gradients_add_up_to_the_change_of_the_metric(family, kind):
     model.means = means_of(model, kind)
     metric, ones = difference(model), torch.ones(len(model.graph), dtype=torch.float64)
     change = float(metric(ones) - metric(torch.zeros_like(ones)))
-    errors = [abs(float(eap_ig([metric], model, steps).sum()) - change) for steps in (4, 80)]
-    assert abs(change) > 0.05 and errors[1] < 1e-3 * abs(change) and errors[1] < errors[0]
+    errors = [abs(float(eap_ig([metric], model, steps).sum()) - change) for steps in (4, 120)]
+    assert abs(change) > 0.03 and errors[1] < 1e-3 * abs(change) and errors[1] < errors[0]
 
 
 @pytest.mark.parametrize(("steps", "most"), [(20, 0.01), (30, 0.005)])

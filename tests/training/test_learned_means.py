@@ -115,7 +115,7 @@ def test_the_script_saves_what_it_learned(tmp_path):
     edges = model.mask.cut_edges()
     assert edges and model.means.abs().sum() > 0
     hf = load_hf_model(tmp_path / "model", "cpu")
-    with ablate(hf, edges, model.means), torch.no_grad():
+    with ablate(hf, edges, model.means, model.ablate_from), torch.no_grad():
         torch.testing.assert_close(hf(TOKENS).logits, model(TOKENS), atol=2e-5, rtol=1e-5)
 
 
