@@ -63,7 +63,8 @@ def positions_of(given: Mapping[str, Any]) -> Tensor:
 
 def cache_of(given: Mapping[str, Any]) -> Any:
     """The KV cache among the arguments of a model, or None."""
-    return next((given[name] for name in CACHE_NAMES if given.get(name) is not None), None)
+    names = tuple(given)  # outputs of transformers warn where they are asked for a name that they know by another one
+    return next((given[name] for name in CACHE_NAMES if name in names and given[name] is not None), None)
 
 
 def _cached(given: Mapping[str, Any]) -> int | Tensor:
