@@ -17,6 +17,17 @@ from helpers.models import SMALL, small
 torch.set_num_threads(1)  # small models: more threads only wait for each other
 
 
+IN_SHORT = ("gpt2", "gpt_neox", "llama", "mistral", "qwen2", "qwen3")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Tests marked `seconds_per_family` run for the families of `IN_SHORT`; `make test-slow` runs the others."""
+    for item in items:
+        if item.get_closest_marker("seconds_per_family") and item.callspec.params["family"] not in IN_SHORT:
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(params=SMALL)
 def family(request):
     """A function that makes a small random model, for every registered family in turn."""

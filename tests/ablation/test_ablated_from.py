@@ -17,6 +17,9 @@ from circuit_breaking.models.families import describe
 TOKENS = torch.randint(1, 50, (2, 9), generator=torch.Generator().manual_seed(3))
 KEYWORDS = {"max_new_tokens": 7, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
 FAMILIES = pytest.mark.parametrize("make", [small_gpt2, small_neox, small_llama])
+COMPILED = pytest.mark.parametrize(
+    "make", [small_gpt2, *(pytest.param(make, marks=pytest.mark.slow) for make in (small_neox, small_llama))]
+)
 STARTS = pytest.mark.parametrize("ablate_from", [0, 1, 3])
 KINDS = pytest.mark.parametrize("kind", ["zero", "mean"])
 
@@ -200,7 +203,7 @@ def test_a_cache_of_another_ablate_from_is_refused():
 # Other people's code
 
 
-@FAMILIES
+@COMPILED
 def test_compiled(make):
     hf = make()
     edges, whole = edges_of(hf), logits(hf, use_cache=False)

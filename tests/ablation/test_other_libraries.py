@@ -12,6 +12,9 @@ from circuit_breaking.engine.load import load_model
 from circuit_breaking.errors import UserError
 
 FAMILIES = pytest.mark.parametrize("make", [small_gpt2, small_neox, small_llama])
+COMPILED = pytest.mark.parametrize(
+    "make", [small_gpt2, *(pytest.param(make, marks=pytest.mark.slow) for make in (small_neox, small_llama))]
+)
 
 
 @FAMILIES
@@ -139,7 +142,7 @@ def test_generate_compiles_decoding_with_a_static_cache(make, ablate_from):
     torch._dynamo.reset()
 
 
-@FAMILIES
+@COMPILED
 def test_one_cut_after_another_in_a_compiled_model(make):
     hf = make()
     torch._dynamo.reset()

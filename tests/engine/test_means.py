@@ -56,6 +56,7 @@ def test_padding_tokens_do_not_matter(family):
     assert torch.equal(compute_means(model, pad_right(ROWS, 0)), compute_means(model, pad_right(ROWS, 33)))
 
 
+@pytest.mark.seconds_per_family
 def test_sums_are_kept_in_float64(family):
     """One large output among many small ones: float32 sums would lose the small ones."""
     model = load_model(family(), device="cpu")
