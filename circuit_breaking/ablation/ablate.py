@@ -85,8 +85,9 @@ class Ablation:
                 attention.num_key_value_heads //= share
         if getattr(self._model, ATTRIBUTE, None) is self:
             delattr(self._model, ATTRIBUTE)
-            self._model.__class__ = getattr(type(self._model), "stands_for", type(self._model))
-            self._model.name_or_path = self._whole_name
+            if isinstance(self._model, AblatedModel):
+                self._model.__class__ = type(self._model).stands_for
+                self._model.name_or_path = self._whole_name
 
     def __enter__(self) -> Self:
         if getattr(self._model, ATTRIBUTE, None) is not self:

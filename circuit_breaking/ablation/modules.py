@@ -148,12 +148,10 @@ def own_parts(module: nn.Module, hidden_states: Tensor) -> Tensor:
     With `ablate_from`, they are all the stream before that position.
     """
     d, first, count = module.edge_cuts_d, module.edge_cuts_first, module.edge_cuts_count
-    mine, ablated = (
-        hidden_states[..., first * d : (first + count) * d].unflatten(-1, (count, d)),
-        module.edge_cuts_ablated,
-    )
+    mine = hidden_states[..., first * d : (first + count) * d].unflatten(-1, (count, d))
+    ablated, stream = module.edge_cuts_ablated, module.edge_cuts_stream
     if ablated is not None:
-        parts, stream = hidden_states.unflatten(-1, (-1, d)), module.edge_cuts_stream
+        parts = hidden_states.unflatten(-1, (-1, d))
         mine = torch.where(parts[..., ablated : ablated + 1, :] != 0, mine, parts[..., stream : stream + 1, :])
     return mine
 
@@ -332,7 +330,7 @@ def uninstall(module: nn.Module) -> None:
         for name in [name for name in store if name.startswith(PREFIX)]:
             del store[name]
             module._non_persistent_buffers_set.discard(name)
-    _take_class(module, type(module).__mro__[2])
+    _take_class(module, type(module).stands_for)
 
 
 def _take_class(module: nn.Module, new: type[nn.Module]) -> None:

@@ -12,7 +12,7 @@ from circuit_breaking.runs.records import Record
 VERSION_1 = "edge-ablated model, version 1"  # in `edges.json`, before records had versions
 ABLATION, EDGES = "ablation.json", "edges.json"
 BASE = "base"
-DATA_ONLY = {".json", ".safetensors", ".txt", ".jinja", ".model", ".md"}  # what may lie in `base/`
+DATA_ONLY = {".json", ".safetensors", ".txt", ".jinja", ".model", ".md"}  # what may lie in an ablated model's folder
 
 
 @dataclass(kw_only=True)

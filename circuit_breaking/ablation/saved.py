@@ -19,7 +19,7 @@ from circuit_breaking.ablation.ablate import _check_means, _ends
 from circuit_breaking.ablation.ablated_model import CARD, hub_name, save_with_cuts
 from circuit_breaking.ablation.card import model_card
 from circuit_breaking.ablation.config import FIELD, HINT, MODEL_TYPE, AblatedConfig, EdgeAblation
-from circuit_breaking.ablation.pretrained import check_fits, cut
+from circuit_breaking.ablation.pretrained import AGAIN, check_fits, cut
 from circuit_breaking.engine.ablation_values import read_means
 from circuit_breaking.engine.arguments import check_ablate_from
 from circuit_breaking.errors import UserError, one_line
@@ -30,9 +30,6 @@ from circuit_breaking.models.save import CONFIG, save_tokenizer, staged_folder
 from circuit_breaking.runs.files import finite, read_json, write_text
 from circuit_breaking.runs.hub import hub_answers
 from circuit_breaking.runs.mask_record import MEANS
-
-FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model", "*.md"]  # of a repository on the hub: data alone
-AGAIN = "Save the ablated model again."
 
 
 @dataclass(frozen=True)
@@ -240,8 +237,9 @@ def _local(folder: Path | str, revision: str | None) -> Path:
         return path
     from huggingface_hub import snapshot_download
 
+    patterns = [f"*{suffix}" for suffix in sorted(old_format.DATA_ONLY)]
     try:
-        return Path(snapshot_download(str(folder), revision=revision, allow_patterns=FILES))
+        return Path(snapshot_download(str(folder), revision=revision, allow_patterns=patterns))
     except Exception as error:  # of many kinds; all mean that there is nothing to load
         raise UserError(
             f"{folder} is neither a folder nor an ablated model on the Hugging Face hub that can be reached "
