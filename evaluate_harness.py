@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from circuit_breaking.errors import UserError
-from circuit_breaking.runs.cli import read_settings, run_script
+from circuit_breaking.runs.cli import one_sentence, read_settings, run_script
 from circuit_breaking.runs.config import check_counts
 from circuit_breaking.runs.files import DATA
 from circuit_breaking.runs.settings import ComputeSettings, SeedSettings
@@ -45,22 +45,22 @@ class Settings(ComputeSettings, SeedSettings):
 if __name__ == "__main__":
     settings = read_settings(Settings)
 
-from rich.console import Console
-from rich.table import Table
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from circuit_breaking.ablation.saved import is_ablated, load_ablated, read_ablated
 from circuit_breaking.models.load import load_hf_model, load_tokenizer
 from circuit_breaking.runs.files import finite, write_json
+from circuit_breaking.runs.plain_table import print_table
 from circuit_breaking.runs.provenance import provenance
 
-try:
-    import lm_eval
-    from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
-except ImportError as error:
-    raise UserError('lm-eval is missing. Install it: pip install -e ".[harness]"') from error
+with one_sentence():
+    try:
+        import lm_eval
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise UserError('lm-eval is missing. Install it: pip install -e ".[harness]"') from error
 
 
 def load(settings: Settings) -> tuple[nn.Module, PreTrainedTokenizerBase]:
@@ -81,13 +81,15 @@ def task_manager(settings: Settings) -> TaskManager:
     return TaskManager(include_path=path)
 
 
-def evaluate(hf: nn.Module, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> dict[str, Any]:
+def evaluate(
+    hf: nn.Module, tokenizer: PreTrainedTokenizerBase, settings: Settings, manager: TaskManager
+) -> dict[str, Any]:
     """lm-eval's results of one model: scores by task and metric, versions of tasks, samples counted."""
     try:
         found = lm_eval.simple_evaluate(
             model=HFLM(pretrained=hf, tokenizer=tokenizer, batch_size=settings.batch_size),
             tasks=list(settings.tasks),
-            task_manager=task_manager(settings),
+            task_manager=manager,
             num_fewshot=None if settings.num_fewshot < 0 else settings.num_fewshot,
             limit=settings.limit or None,
             random_seed=settings.seed,
@@ -105,18 +107,19 @@ def evaluate(hf: nn.Module, tokenizer: PreTrainedTokenizerBase, settings: Settin
 def main(settings: Settings) -> None:
     settings.check()
     hf, tokenizer = load(settings)
-    results = {}
+    results, manager = {}, task_manager(settings)
     cuts = getattr(hf, "edge_cuts", None)
-    results["model" if cuts is None else "ablated"] = evaluate(hf, tokenizer, settings)
+    results["model" if cuts is None else "ablated"] = evaluate(hf, tokenizer, settings, manager)
     if cuts is not None and settings.original:
         cuts.remove()
-        results["original"] = evaluate(hf, tokenizer, settings)
-    table = Table("task", "metric", *results, title=settings.model)
-    for task, scores in next(iter(results.values()))["results"].items():
-        for metric, value in scores.items():
-            if isinstance(value, float) and "stderr" not in metric:
-                table.add_row(task, metric, *(f"{one['results'][task][metric]:.4f}" for one in results.values()))
-    Console().print(table)
+        results["original"] = evaluate(hf, tokenizer, settings, manager)
+    rows = [
+        [task, metric, *(f"{one['results'][task][metric]:.4f}" for one in results.values())]
+        for task, scores in next(iter(results.values()))["results"].items()
+        for metric, value in scores.items()
+        if isinstance(value, float) and "stderr" not in metric
+    ]
+    print_table(["task", "metric", *results], rows, settings.model)
     path = settings.out / settings.run / "harness.json"
     edges = None if cuts is None else list(map(str, cuts.edges))
     write_json(path, finite({"models": results, "edges": edges, "provenance": provenance(settings)}))

@@ -39,7 +39,7 @@ class Settings(ToxicDataSettings, ModelSettings, AblateFromSettings, ToxicRunSet
     training: MaskConfig = field(default_factory=MaskConfig)  # of every mask; max_edges and method are not used
     means: Path | None = None  # file of ablation values from compute_means.py; None: zero
     run: str = "methods"
-    resume: bool = True  # keep masks of a run with the same settings and data; the code is not compared
+    resume: bool = True  # keep masks of a run with the same settings, data and code
     examples: int = 100  # toxic texts to learn from; 0: all of the file
     num_texts: int = 500  # most held-out texts of each kind
     split_qkv: bool = False  # give the query, key and value of a head separate edges

@@ -26,7 +26,7 @@ from circuit_breaking.engine.network import Network, PassInputs, Rotary, Workspa
 from circuit_breaking.engine.norms import Norm
 from circuit_breaking.engine.prefix_cache import PrefixCache
 from circuit_breaking.errors import UserError
-from circuit_breaking.models.families import describe
+from circuit_breaking.models.families import describe, require_plain
 from circuit_breaking.runs.devices import without_autocast
 
 
@@ -80,6 +80,7 @@ class EdgeMaskedTransformer(nn.Module):
     def __init__(self, hf: nn.Module, split_qkv: bool = False, gradient_checkpointing: bool = False) -> None:
         super().__init__()
         self.gradient_checkpointing = gradient_checkpointing
+        require_plain(hf)
         spec = describe(hf)
         self.graph = spec.graph(split_qkv)
         self.blocks = make_blocks(spec, split_qkv)

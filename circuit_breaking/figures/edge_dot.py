@@ -1,6 +1,7 @@
-"""Edges as text for other programs: a LaTeX table, and a graph for Graphviz.
+"""Edges as a graph for Graphviz.
 
-from circuit_breaking.figures.circuit_text import to_dot
+from circuit_breaking.figures.edge_dot import to_dot
+from circuit_breaking.runs.files import write_text
 write_text("circuit.dot", to_dot(edges, scores))        # then: dot -Tsvg circuit.dot > circuit.svg
 """
 

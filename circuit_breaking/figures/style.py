@@ -96,8 +96,9 @@ def model_styles(
     styles: dict[str, dict[str, Any]] = {}
     for name in models if shown is None else shown:
         alike = sum(known["color"] == fixed[name]["color"] for known in styles.values())
-        marker = MARKERS[alike % len(MARKERS)] if alike else fixed[name]["marker"]
-        styles[name] = {"color": fixed[name]["color"], "marker": marker, "linestyle": LINES[alike % len(LINES)]}
+        color, own = fixed[name]["color"], fixed[name]["marker"]
+        markers = [own, *(marker for marker in MARKERS if marker != own)]
+        styles[name] = {"color": color, "marker": markers[alike % len(markers)], "linestyle": LINES[alike % len(LINES)]}
     return styles
 
 

@@ -11,6 +11,7 @@
 
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -63,8 +64,12 @@ def read_edges_to_cut(path: Path | str, graph: EdgeGraph | None = None) -> list[
 
     Args, raises: as `read_circuit`. `edges.json` of a run, which names them, needs no graph.
     """
-    if graph is None and Path(path).suffix == ".json" and not is_eap_graph(value := read_json(path, HINT)):
-        return [Edge(edge) for edge in CutEdges.from_json(value, path, HINT).edges]
+    if graph is None and Path(path).suffix == ".json":
+        value = None
+        with suppress(UserError):  # a graph of EAP-IG may be larger than other files and hold NaN
+            value = read_json(path, HINT)
+        if value is not None and not is_eap_graph(value):
+            return [Edge(edge) for edge in CutEdges.from_json(value, path, HINT).edges]
     return read_circuit(path, graph).cut_edges()
 
 

@@ -87,7 +87,7 @@ def draw_examples(
     drawn, patience = generate(tokenizer, random.Random(f"{name} {seed}"), name), PATIENCE
     seen: set[str] = set()
     found: list[tuple[Example, EncodedExample]] = []
-    while len(found) < count and patience:
+    while len(found) < max(count, FEWEST) and patience:
         new = {
             example.text: example
             for example in islice(drawn, min(CHUNK, max(25, 2 * (count - len(found)))))
@@ -106,10 +106,8 @@ def draw_examples(
     return found[:count]
 
 
-def single_words(
-    tokenizer: "PreTrainedTokenizerBase", words: list[str], least: int, name: str, space: str = " "
-) -> list[str]:
-    """Those of some words that are a single token after a space (or another prefix).
+def single_words(tokenizer: "PreTrainedTokenizerBase", words: list[str], least: int, name: str) -> list[str]:
+    """Those of some words that are a single token after a space.
 
     Raises:
         UserError: there are fewer than `least`.
@@ -119,7 +117,7 @@ def single_words(
     before = len(tokens_of(tokenizer, ["a"])[0])
     found = [
         word
-        for word, tokens in zip(words, tokens_of(tokenizer, [f"a{space}{word}" for word in words]), strict=True)
+        for word, tokens in zip(words, tokens_of(tokenizer, [f"a {word}" for word in words]), strict=True)
         if len(tokens) == before + 1
     ]
     if len(found) < least:

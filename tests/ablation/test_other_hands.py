@@ -12,6 +12,7 @@ from transformers import DynamicCache
 from circuit_breaking.ablation.ablate import ablate
 from circuit_breaking.ablation.weight_mask import WeightMask, find_matrices, mask_weights
 from circuit_breaking.engine.load import load_model
+from circuit_breaking.engine.transformer import EdgeMaskedTransformer
 from circuit_breaking.errors import UserError
 from circuit_breaking.models.families import describe
 
@@ -252,8 +253,10 @@ def test_a_module_that_is_replaced_after_the_cut_is_refused():
 
 def test_the_engine_refuses_what_its_weights_do_not_say():
     hf = small_gpt2()
-    with ablate(hf, ["m0->m1"]), pytest.raises(UserError, match="has cut edges"):
-        load_model(hf, device="cpu")
+    with ablate(hf, ["m0->m1"]):
+        for make in (lambda: load_model(hf, device="cpu"), lambda: EdgeMaskedTransformer(hf)):
+            with pytest.raises(UserError, match="has cut edges"):
+                make()
     handle = hf.transformer.h[0].mlp.register_forward_hook(lambda *args: None)
     with pytest.raises(UserError, match=r"a hook is registered on transformer\.h\.0\.mlp"):
         load_model(hf, device="cpu")

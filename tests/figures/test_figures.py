@@ -9,8 +9,15 @@ from matplotlib.figure import Figure
 
 from circuit_breaking.errors import UserError
 from circuit_breaking.figures.report import draw_report
+from circuit_breaking.figures.style import model_styles
 from circuit_breaking.figures.training import LOGIT_DIFFERENCE, draw_training
 from circuit_breaking.runs.files import write_json, write_jsonl, write_text
+
+
+def test_models_of_one_colour_have_different_markers():
+    masks = {str(at): {"kind": "mask", "ablation": "mean", "sweep": "masks"} for at in range(6)}
+    styles = model_styles(masks).values()
+    assert len({style["color"] for style in styles}) == 1 and len({style["marker"] for style in styles}) == 6
 
 
 def entry(value, width=0.1):

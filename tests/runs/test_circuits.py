@@ -68,8 +68,10 @@ def test_node_flags_and_scores_of_a_file_come_back(tmp_path):
     value["nodes"]["a0.h1"] = {"in_graph": True, "score": 0.5}
     value["nodes"]["m0"]["score"] = float("nan")
     (tmp_path / "hand.json").write_text(json.dumps(value))
-    write_circuit(tmp_path / "back.json", read_circuit(tmp_path / "hand.json"))
+    read = read_circuit(tmp_path / "hand.json")
+    write_circuit(tmp_path / "back.json", read)
     assert (tmp_path / "back.json").read_text() == (tmp_path / "hand.json").read_text()
+    assert read_edges_to_cut(tmp_path / "hand.json") == read.cut_edges()
 
 
 def test_the_edges_of_a_file_are_cut(tmp_path):
