@@ -46,21 +46,21 @@ if __name__ == "__main__":
     settings = read_settings(Settings)
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
-from tqdm import tqdm
 
 from circuit_breaking.evaluation.faithfulness import Curve, faithfulness_curve, mean_of
 from circuit_breaking.ioi.experiment import Experiment, difference_on, open_experiment
 from circuit_breaking.runs.circuit_files import read_circuit, write_circuit
 from circuit_breaking.runs.circuits import Circuit
 from circuit_breaking.runs.ioi_results import Faithfulness
+from circuit_breaking.runs.plain_table import print_table
+from circuit_breaking.runs.progress import progress_bar
 from circuit_breaking.training.attribution import eap, eap_ig
+from circuit_breaking.training.mask_gradient import MaskFunction
 
 BATCH = 20  # prompts of a forward pass
 
@@ -107,7 +107,7 @@ def main(settings: Settings) -> None:
         provenance=experiment.provenance,
     )
     result.write(folder / "faithfulness.json")
-    Console().print(table(result))
+    show(result)
     print(f"written to {folder}")
 
 
@@ -115,8 +115,8 @@ def attributed(experiment: Experiment) -> list[tuple[str, Callable[[], Tensor]]]
     """Ways to score edges: name, and a function that returns the scores [E]."""
     settings, model = experiment.settings, experiment.model
 
-    def over(name: str) -> tqdm:
-        return tqdm(experiment.metrics(settings.num_attribution, BATCH), desc=name, unit="batch", disable=None)
+    def over(name: str) -> Iterable[MaskFunction]:
+        return progress_bar(experiment.metrics(settings.num_attribution, BATCH), desc=name, unit="batch")
 
     def drawn() -> Tensor:
         return torch.rand(len(model.graph), generator=torch.Generator().manual_seed(settings.seed))
@@ -127,20 +127,15 @@ def attributed(experiment: Experiment) -> list[tuple[str, Callable[[], Tensor]]]
     return [*ways, ("random", drawn)]
 
 
-def table(result: Faithfulness) -> Table:
-    """A column for each circuit: CPR, CMD, the seconds that scoring took, and the faithfulness at each size."""
+def show(result: Faithfulness) -> None:
+    """Print a column for each circuit: CPR, CMD, the seconds that scoring took, and the faithfulness at each size."""
     circuits = list(result.circuits.values())
-    shown = Table(title=f"faithfulness, {result.task}, {result.n_edges:,} edges")
-    for label in ("", *result.circuits):
-        shown.add_column(label, justify="right" if label else "left")
-    for key in ("cpr", "cmd"):
-        shown.add_row(key.upper(), *(f"{one[key]:.3f}" for one in circuits))
-    shown.add_row("seconds", *("–" if one["seconds"] is None else f"{one['seconds']:.1f}" for one in circuits))
-    shown.add_section()
+    rows = [[key.upper(), *(f"{one[key]:.3f}" for one in circuits)] for key in ("cpr", "cmd")]
+    rows.append(["seconds", *("–" if one["seconds"] is None else f"{one['seconds']:.1f}" for one in circuits)])
     for at, fraction in enumerate(circuits[0]["curves"]["cpr"]["fractions"]):
         values = (one["curves"]["cpr"]["faithfulness"][at] for one in circuits)
-        shown.add_row(f"{fraction:.1%} of the edges", *(f"{value:.2f}" for value in values))
-    return shown
+        rows.append([f"{fraction:.1%} of the edges", *(f"{value:.2f}" for value in values)])
+    print_table(["", *result.circuits], rows, f"faithfulness, {result.task}, {result.n_edges:,} edges")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """The model card of an ablated model: what is cut, how the edges were found, on what data, results."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +23,7 @@ def model_card(title: str, record: EdgeAblation, base: PreTrainedConfig, license
         base: configuration of the whole model.
         license_name: of the base model, None where it is not known.
     """
-    graph = graph_of(base)
-    if any(edge.rpartition(".")[2] in QKV for edge in record.edges):
-        graph = replace(graph, split_qkv=True)
+    graph = graph_of(base, split_qkv=any(edge.rpartition(".")[2] in QKV for edge in record.edges))
     source = f"[{record.base_model}](https://huggingface.co/{record.base_model})" if record.base_model else ""
     model = source or record.weights or f"A model of type `{record.base_model_type}`"
     carried = "the mean output of its source" if record.ablation == "mean" else "nothing (zero ablation)"

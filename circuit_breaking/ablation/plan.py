@@ -119,8 +119,7 @@ class LayerPlan:
     @property
     def is_plain(self) -> bool:
         """Whether there is nothing to do."""
-        cut = self.reads or self.mlp_read or self.mlp_cut_heads
-        return not (self.carried_in or self.carried_out or cut)
+        return not (self.carried_in or self.carried_out or self.changes_modules)
 
     @property
     def changes_modules(self) -> bool:

@@ -79,8 +79,9 @@ def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
 
 def check_fits(found: PreTrainedConfig, config: AblatedConfig, name: str | PathLike) -> None:
     """Raise a `UserError` if the weights that an ablated model names are a model of another shape."""
+    base = config.base_config
     for key in ("model_type", "num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size"):
-        here, there = getattr(found, key, None), getattr(config.base_config, key, None)
+        here, there = getattr(found, key, None), getattr(base, key, None)
         if here != there:
             raise UserError(
                 f"{name} was made for a model with {key} {there}, and {config.record.weights} has {here}. Save the "

@@ -174,10 +174,10 @@ class LayerWiring:
         """Which heads are computed one by one: those that later layers need, and the cut ones of the MLP's read or the
         kept ones, whichever are fewer."""
         plan, n_heads = self.plan, self.spec.n_heads
-        cut, kept = plan.mlp_cut_heads, [head for head in range(n_heads) if head not in plan.mlp_cut_heads]
-        sums_kept = len(kept) < len(cut)
-        summed = kept if sums_kept else cut
-        for_mlp = "mlp" if summed else "nothing" if sums_kept else "all"
+        cut = frozenset(plan.mlp_cut_heads)
+        read = Read(cut, frozenset(range(n_heads)) - cut)  # of this layer's heads
+        summed = sorted(read.needs)
+        for_mlp = "mlp" if summed else "nothing" if read.sums_kept else "all"
         heads = sorted({*plan.export_heads, *summed})
         every = len(heads) > FEW_HEADS
         at = list(range(n_heads)) if every else heads
@@ -187,7 +187,7 @@ class LayerWiring:
             "every": every,
             "exports": tuple(at.index(head) for head in plan.export_heads),
             "summed": tuple(at.index(head) for head in summed),
-            "sums_kept": sums_kept,
+            "sums_kept": read.sums_kept,
             "adds": tuple(for_mlp if name == "mlp" else name for name in self.parts.attention_adds),
         }
 

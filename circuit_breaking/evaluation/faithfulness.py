@@ -26,11 +26,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from circuit_breaking.errors import UserError
-from circuit_breaking.graph import on_a_path
 from circuit_breaking.runs.circuits import Circuit
+from circuit_breaking.runs.progress import progress_bar
 from circuit_breaking.training.mask_gradient import MaskFunction
 
 MIB_FRACTIONS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)  # of the edges, in MIB's curves
@@ -140,10 +139,9 @@ def faithfulness_curve(
 
     nothing = torch.zeros_like(circuit.kept)
     counts, values = [], []
-    for fraction in tqdm(fractions, desc=progress, unit="size", disable=None if progress else True):
-        kept = circuit.top(int(fraction * len(circuit.graph)), absolute).kept
-        if prune:
-            kept = on_a_path(circuit.graph, kept)
+    for fraction in progress_bar(fractions, shown=bool(progress), desc=progress, unit="size"):
+        chosen = circuit.top(int(fraction * len(circuit.graph)), absolute)
+        kept = (chosen.pruned() if prune else chosen).kept
         counts.append(int(kept.sum()))
         values.append(measure(kept))
     return Curve(fractions, tuple(counts), tuple(values), measure(~nothing), measure(nothing))

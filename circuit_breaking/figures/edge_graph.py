@@ -173,15 +173,7 @@ def _curves(graph: EdgeGraph, edges: Iterable[Edge], point: tuple[float, float])
         point: data units of a point, across and up.
     """
     positions, across, up = layout(graph), point[0], point[1]
-    leaving, arriving = {}, {}
-    for edge in edges:
-        source, reader = _ends_of(edge)
-        leaving.setdefault(source, []).append(edge)
-        arriving.setdefault(reader, []).append(edge)
-    starts = {edge: _beside(found, at) for found in leaving.values() for at, edge in enumerate(
-        sorted(found, key=lambda edge: (positions[_ends_of(edge)[1]][0], edge)))}  # fmt: skip
-    ends = {edge: _beside(found, at) for found in arriving.values() for at, edge in enumerate(
-        sorted(found, key=lambda edge: (positions[_ends_of(edge)[0]][0], edge)))}  # fmt: skip
+    starts, ends = (_places(edges, positions, end) for end in (0, 1))
     curves = {}
     for edge in edges:
         source, reader = _ends_of(edge)
@@ -196,9 +188,16 @@ def _curves(graph: EdgeGraph, edges: Iterable[Edge], point: tuple[float, float])
     return curves
 
 
-def _beside(edges: list[Edge], at: int) -> float:
-    """Place of an edge of several at a node, from -1 to 1."""
-    return (at + 0.5) / len(edges) * 2 - 1
+def _places(edges: Iterable[Edge], positions: Mapping[str, tuple[float, float]], end: int) -> dict[Edge, float]:
+    """Place of each edge among those that meet at its source (`end` 0) or at its reader (1), from -1 to 1."""
+    meeting: dict[str, list[Edge]] = {}
+    for edge in edges:
+        meeting.setdefault(_ends_of(edge)[end], []).append(edge)
+    places = {}
+    for found in meeting.values():
+        found.sort(key=lambda edge: (positions[_ends_of(edge)[1 - end]][0], edge))
+        places |= {edge: (at + 0.5) / len(found) * 2 - 1 for at, edge in enumerate(found)}
+    return places
 
 
 def _layer_of(head: str) -> str:

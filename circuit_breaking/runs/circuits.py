@@ -118,11 +118,11 @@ class Circuit:
         return replace(self, graph=graph, kept=joined[0].bool(), scores=joined[1] if len(joined) > 1 else None)
 
 
-def circuit_of(graph: EdgeGraph, edges: Iterable[str], scores: Tensor | None = None, cut: bool = False) -> Circuit:
+def circuit_of(graph: EdgeGraph, edges: Iterable[str], cut: bool = False) -> Circuit:
     """The circuit that consists of the named edges or, with `cut`, of all others."""
     kept = torch.full((len(graph),), cut)
     kept[[graph.index(edge) for edge in edges]] = not cut
-    return Circuit(graph, kept, scores)
+    return Circuit(graph, kept)
 
 
 def highest(scores: Tensor, count: int, absolute: bool = False) -> Tensor:

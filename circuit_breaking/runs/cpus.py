@@ -33,7 +33,7 @@ def cpu_limit() -> int | None:
 
     None if there is no limit. A quota of 1.5 CPUs counts as 1 thread.
     """
-    limits = [limit for limit in _quotas() if limit]
+    limits = _quotas()
     if (asked := os.environ.get("SLURM_CPUS_PER_TASK", "")).isdecimal():
         limits.append(int(asked))
     return max(1, int(min(limits))) if limits else None

@@ -19,7 +19,17 @@ from circuit_breaking.runs.devices import without_autocast
 WORDS_AT_ONCE = PREDICTIONS_AT_ONCE = 1 << 12
 
 
-class _ChunkedCrossEntropy(torch.autograd.Function):
+class _SavedGradient(torch.autograd.Function):
+    """A loss of each prediction, of which `forward` saves the gradient in its first argument, the hidden state."""
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, weights: Tensor):
+        (gradient,) = ctx.saved_tensors
+        return gradient * weights[:, None].to(gradient.dtype), *[None] * (len(ctx.needs_input_grad) - 1)
+
+
+class _ChunkedCrossEntropy(_SavedGradient):
     """Cross entropy over chunks of the vocabulary, with a running maximum and sum, as in FlashAttention over keys.
 
     All predictions use one chunk of the unembedding while it is in the cache. This is much faster than chunks of
@@ -42,12 +52,6 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 losses[part] = losses_of_part(hidden[part], unembedding, bias, targets[part], losses.dtype, at, softcap)
         ctx.save_for_backward(gradient)
         return losses
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, weights: Tensor):
-        (gradient,) = ctx.saved_tensors
-        return gradient * weights[:, None].to(gradient.dtype), None, None, None, None
 
 
 def losses_of_part(
@@ -138,7 +142,7 @@ def prediction_losses(model: CausalModel, batch: TokenBatch, mask: Tensor | None
     return cross_entropy_of_hidden(hidden, model.unembedding, model.unembedding_bias, targets, model.head)
 
 
-class _Divergence(torch.autograd.Function):
+class _Divergence(_SavedGradient):
     """KL divergence of predictions, over a few predictions at a time: the logits of all are never in memory at once."""
 
     @staticmethod
@@ -160,12 +164,6 @@ class _Divergence(torch.autograd.Function):
                     gradient[part] = (here.exp_() - probabilities).to(hidden.dtype) @ unembedding
         ctx.save_for_backward(gradient)
         return divergences
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, weights: Tensor):
-        (gradient,) = ctx.saved_tensors
-        return gradient * weights[:, None].to(gradient.dtype), None, None, None
 
 
 def prediction_divergences(model: CausalModel, batch: TokenBatch, mask: Tensor) -> Tensor:

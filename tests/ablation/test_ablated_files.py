@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from helpers.models import small_gpt2, small_llama
+from helpers.records import damage_record
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, PreTrainedTokenizerFast
 
@@ -157,19 +158,11 @@ def test_damaged_and_foreign_folders(tmp_path):
     def with_record(message, **changes):
         with_config(message, edge_ablation={**good["edge_ablation"], **changes})
 
-    with_record("config.json holds a record of 'other'", record="other")
-    with_record("is version 2 of the format", version=2)
-    with_record("is version None of the format", version=None)
-    with_record("holds a record of 'kept edges'", record="kept edges")
-    with_record("holds 'more', which the format does not have", more=1)
-    with_record("damaged: its 'edges' is not list", edges="m0->m1")
-    with_record("damaged: its 'edges' is not list", edges=[1])
+    damage_record(with_record, "config.json ")
     with_record("damaged", weights=3)
-    with_record("damaged", ablation="something")
     with_record("base_model_type 'nothing' is unknown", base_model_type="nothing")
     with_record("base_model_type 'edge_ablated' is unknown", base_model_type="edge_ablated")
     with_record("type 'bert'.* is not supported", base_model_type="bert")
-    with_record("no edge 'm9->m1'", edges=["m9->m1"])
     with_record("neither a local folder", weights="/no/such/folder")
     with_record("made for a model with num_hidden_layers 3, and tiny has 4", weights="tiny")
     with_config("describes no saved ablated model", edge_ablation=None)

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from helpers.models import small_gpt2, small_neox
+from helpers.records import damage_record
 
 from circuit_breaking.ablation.ablate import ablate
 from circuit_breaking.ablation.old_format import AblatedModelRecord, shape_of
@@ -59,16 +60,8 @@ def test_damaged_folders_of_older_releases(tmp_path):
         with pytest.raises(UserError, match=message):
             load_ablated(folder, "cpu")
 
-    with_record("holds a record of 'other'", record="other")
-    with_record("is version 2 of the format", version=2)
-    with_record("is version None of the format", version=None)
-    with_record("holds a record of 'kept edges'", record="kept edges")
-    with_record("holds 'more', which the format does not have", more=1)
-    with_record("damaged: its 'edges' is not list", edges="m0->m1")
-    with_record("damaged: its 'edges' is not list", edges=[1])
+    damage_record(with_record)
     with_record("damaged", base=3)
-    with_record("damaged", ablation="something")
-    with_record("no edge 'm9->m1'", edges=["m9->m1"])
     with_record("for a model of shape", shape={})
     with_record("neither a local folder", base="/no/such/folder")
     (folder / "ablation.json").write_text("[]")

@@ -5,9 +5,9 @@ import torch
 from helpers.masks import TOKENS, make_masks, make_means
 from helpers.models import small_gpt2, small_llama, small_neox
 from helpers.tasks import make_task
-from test_replays import passes_of, pretend
+from test_replays import passes_of, pretend_captures
 
-from circuit_breaking.engine import cuda_graphs, masked_pass, network
+from circuit_breaking.engine import network
 from circuit_breaking.engine.ablation_values import compute_means
 from circuit_breaking.engine.load import load_model
 from circuit_breaking.engine.reference import ReferenceModel
@@ -139,12 +139,7 @@ def test_cached_prefixes_follow_a_change():
 @pytest.mark.parametrize("kind", ["zero", "learned", "position"])
 def test_captured_passes_are_those_of_their_ablate_from(kind, monkeypatch):
     """Of one size of batch, with different values in turn (CUDA graphs are pretended, see `test_replays.py`)."""
-    monkeypatch.setattr(cuda_graphs, "capture", pretend)
-    monkeypatch.setattr(cuda_graphs, "memory_of", lambda device: 10**9)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
-    for module in (masked_pass, cuda_graphs):
-        monkeypatch.setattr(module, "product_is_small", lambda network, tokens: True)
+    pretend_captures(monkeypatch)
     replayed, launched = exact(small_gpt2()), exact(small_gpt2())
     launched.cuda_graphs.enabled = False
     for ablate_from in (1, 0, 3, 1, 99):

@@ -39,15 +39,20 @@ def pretend(parts, device, pool):
     return [Pretended(*pair) for pair in zip(parts, results, strict=True)], results
 
 
+def pretend_captures(monkeypatch):
+    """Let passes be recorded without a GPU."""
+    monkeypatch.setattr(cuda_graphs, "capture", pretend)
+    monkeypatch.setattr(cuda_graphs, "memory_of", lambda device: 10**9)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
+    for module in (masked_pass, cuda_graphs):
+        monkeypatch.setattr(module, "product_is_small", lambda network, tokens: True)
+
+
 @pytest.fixture(autouse=True)
 def recorded(monkeypatch):
     if DEVICE == "cpu":
-        monkeypatch.setattr(cuda_graphs, "capture", pretend)
-        monkeypatch.setattr(cuda_graphs, "memory_of", lambda device: 10**9)
-        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-        monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
-        for module in (masked_pass, cuda_graphs):
-            monkeypatch.setattr(module, "product_is_small", lambda network, tokens: True)
+        pretend_captures(monkeypatch)
 
 
 def passes_of(model, kind):

@@ -4,12 +4,13 @@ import torch
 
 from circuit_breaking.engine.load import load_model
 from circuit_breaking.models.tokens import TokenBatch
-from circuit_breaking.tasks import IOITask, TextTask
-from circuit_breaking.tasks.prompts import PromptBatch
+from circuit_breaking.tasks import TextTask
+from circuit_breaking.tasks.prompts import PromptBatch, PromptTask
 from circuit_breaking.training.config import MaskConfig
 from circuit_breaking.training.mask_trainer import train_mask
 from helpers.models import small_gpt2
 
+FEW = {"n_layer": 2, "n_head": 2, "n_embd": 16}
 QUICK = {
     "relax_steps": 6,
     "anneal_steps": 5,
@@ -18,6 +19,11 @@ QUICK = {
     "refine_batch_size": 4,
     "constants_steps": 2,
 }
+
+
+def small():
+    """The engine of a model with few edges."""
+    return load_model(small_gpt2(**FEW), device="cpu")
 
 
 def make_task(name, seed):
@@ -37,13 +43,7 @@ def make_prompts(name, seed, objective):
     generator = torch.Generator().manual_seed(seed)
     io, subject = torch.randint(0, 50, (2, 12), generator=generator)
     lengths = torch.randint(3, 9, (12,), generator=generator)
-    task = IOITask.__new__(IOITask)
     batch = PromptBatch(
         torch.randint(0, 50, (12, 8), generator=generator), lengths, right=io[:, None], wrong=subject[:, None]
     )
-    TextTask.__init__(task, name, batch, batch, seed)
-    task.objective = objective
-    return task
-
-
-FEW = {"n_layer": 2, "n_head": 2, "n_embd": 16}
+    return PromptTask(name, batch, batch, seed, objective)

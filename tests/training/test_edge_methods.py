@@ -3,10 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from helpers.models import small_gpt2
-from helpers.tasks import make_task, run
+from helpers.tasks import make_task, run, small
 
-from circuit_breaking.engine.load import load_model
 from circuit_breaking.engine.mask import load_mask, save_mask
 from circuit_breaking.errors import UserError
 from circuit_breaking.training.attribution import eap, eap_ig
@@ -15,13 +13,8 @@ from circuit_breaking.training.gates import HardConcrete, falling_count
 from circuit_breaking.training.methods import METHODS
 from circuit_breaking.training.methods.clamped import ClampedWeights
 
-FEW = {"n_layer": 2, "n_head": 2, "n_embd": 16}
 ALL = 26  # edges of that model
 TOKENS = torch.arange(6)[None]
-
-
-def small():
-    return load_model(small_gpt2(**FEW), device="cpu")
 
 
 @pytest.mark.parametrize("alpha", [0.2, 9.0])  # with the second, more edges are worth cutting than may be

@@ -4,10 +4,8 @@ import math
 
 import pytest
 import torch
-from helpers.models import small_gpt2
-from helpers.tasks import make_task, run
+from helpers.tasks import make_task, run, small
 
-from circuit_breaking.engine.load import load_model
 from circuit_breaking.errors import UserError
 from circuit_breaking.graph import EdgeGraph, describe
 from circuit_breaking.runs.ranking_record import RankingRecord
@@ -19,12 +17,7 @@ from circuit_breaking.training.mask_trainer import train_mask
 from circuit_breaking.training.methods.ranking import EdgeScores
 from circuit_breaking.training.soft_top_k import soft_top_k, threshold
 
-FEW = {"n_layer": 2, "n_head": 2, "n_embd": 16}
 ALL = 26  # edges of that model
-
-
-def small():
-    return load_model(small_gpt2(**FEW), device="cpu")
 
 
 def random_scores(count, dtype=torch.float64):

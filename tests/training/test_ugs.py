@@ -2,21 +2,14 @@
 
 import pytest
 import torch
-from helpers.models import small_gpt2
-from helpers.tasks import make_task
+from helpers.tasks import make_task, small
 
-from circuit_breaking.engine.load import load_model
 from circuit_breaking.training.config import MaskConfig
 from circuit_breaking.training.edge_ranking import EdgeRanking
 from circuit_breaking.training.mask_trainer import train_mask
 from circuit_breaking.training.methods.ugs import UniformGradientSampling, sample_masks
 
 MANY = 200_000
-FEW = {"n_layer": 2, "n_head": 2, "n_embd": 16}
-
-
-def small():
-    return load_model(small_gpt2(**FEW), device="cpu")
 
 
 @pytest.mark.parametrize("kept", [0.02, 0.3, 0.5, 0.9])
