@@ -31,8 +31,8 @@ from circuit_breaking.runs.results import new_or_old
 
 PANELS = {  # measures of a report, with the title of each panel
     "logit_difference": "logit difference",
-    "accuracy": "right answer first, share",
-    "probability": "probability of the answer",
+    "accuracy": "right answer first",
+    "probability": "answer probability",
     "ordinary_loss": "ordinary loss, nats",
 }
 COMPARED = {"logit_difference": "logit difference, right - wrong", "ordinary_loss": "loss on ordinary text, nats"}
