@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import replace
 from hashlib import sha256
 from inspect import signature
+from pathlib import Path
 from typing import Self
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from circuit_breaking.ablation.ablated_model import AblatedModel, hub_name
+from circuit_breaking.ablation.cuts_of_file import read_cuts
 from circuit_breaking.ablation.modules import AblatedBody, install, subclass, uninstall
 from circuit_breaking.ablation.plan import plan_cuts
 from circuit_breaking.ablation.wiring import Wiring, wire
@@ -130,7 +132,9 @@ def _check_means(means: Tensor, nodes: int, width: int) -> None:
     check_means(means, nodes, width)
 
 
-def ablate(hf: PreTrainedModel, edges: Iterable[str], means: Tensor | None = None, ablate_from: int = 0) -> Ablation:
+def ablate(
+    hf: PreTrainedModel, edges: Iterable[str] | Path | str, means: Tensor | None = None, ablate_from: int | None = None
+) -> Ablation:
     """Cut edges in a stock Hugging Face model, in place.
 
     The logits are those of `EdgeMaskedTransformer` with 0 at these edges and 1 elsewhere. Gradients reach all weights,
@@ -142,25 +146,33 @@ def ablate(hf: PreTrainedModel, edges: Iterable[str], means: Tensor | None = Non
 
     Args:
         hf: the model, changed in place until `remove()` or the end of the `with` block.
-        edges: names, `"a0.3->m5"`, or `"m0->a3.7.q"` for a head's query, key or value alone. Both kinds may mix.
-        means: ablation values, [P, D] in the order of `graph.sources`; None for zero ablation.
+        edges: names, `"a0.3->m5"`, or `"m0->a3.7.q"` for a head's query, key or value alone. Both kinds may mix. Or the
+            file of a circuit, of which all edges outside are cut: a graph of EAP-IG (`.json`), a table (`.csv`,
+            `.parquet`), or `mask.safetensors`, `edges.json` or `kept_edges.json` of a run (`runs.circuit_files`).
+        means: ablation values, [P, D] in the order of `graph.sources`. None: those that a mask's file names; else zero.
         ablate_from: first position at which cuts act; before it every reader reads everything, as in the whole model.
             Positions are counted from each text's own first token: padding on the left does not count, tokens in a KV
-            cache do. Give 1 to leave the first token alone, where many models have an attention sink.
+            cache do. Give 1 to leave the first token alone, where many models have an attention sink. None: that of a
+            mask's file; else 0.
 
     Returns:
         The `Ablation`: its `remove()` restores the model bit for bit.
 
     Raises:
-        UserError: an edge does not exist, the means do not fit or are per position, or the model is of an unknown
-            family (see `models.families`), quantised, has adapters that are not merged, or has cut edges already.
+        UserError: an edge does not exist, a file is missing, damaged or of a graph of another shape, the means do not
+            fit or are per position, or the model is of an unknown family (see `models.families`), quantised, has
+            adapters that are not merged, or has cut edges already.
     """
-    check_ablate_from(ablate_from)
+    if ablate_from is not None:
+        check_ablate_from(ablate_from)
     spec = describe(hf)
     require_loaded(hf)
     graph = spec.graph()
-    if isinstance(edges, str):
+    if isinstance(edges, str) and "->" in edges:
         raise UserError(f"edges are a list of names, not one text. Write [{str(edges)!r}].")
+    if isinstance(edges, Path | str):
+        edges, means, ablate_from = read_cuts(edges, graph, means, ablate_from)
+    ablate_from = ablate_from or 0
     edges = list(dict.fromkeys(Edge(edge) for edge in edges))
     ends = [_ends(graph, edge) for edge in edges]
     if means is not None:

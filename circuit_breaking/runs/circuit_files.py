@@ -45,24 +45,36 @@ def read_circuit(path: Path | str, graph: EdgeGraph | None = None) -> Circuit:
     Raises:
         UserError: the file is missing, damaged or of another form, or its graph is not that of the model.
     """
-    path = Path(path)
-    if path.suffix in (".pt", ".pth", ".pkl"):
-        raise UserError(f"{path} {NO_PICKLE}")
-    if path.suffix in TABLES:
-        found = _from_table(path)
-    elif path.suffix == ".safetensors":
-        found = _from_mask(path)
-    elif path.suffix == ".json":
-        found = _from_json(path, graph)
-    else:
-        raise UserError(f"{path} is of no known form. {HINT}")
+    found = _read(Path(path), graph)
     return found if graph is None else found.of_graph(graph)
 
 
-def read_edges_to_cut(path: Path | str, graph: EdgeGraph | None = None) -> list[Edge]:
-    """Names of the edges to cut, for `ablate`: those outside the circuit in a file, in the graph's order.
+def _read(path: Path, graph: EdgeGraph | None) -> Circuit:
+    """The circuit in a file, in the graph of the file."""
+    if path.suffix in (".pt", ".pth", ".pkl"):
+        raise UserError(f"{path} {NO_PICKLE}")
+    if path.suffix in TABLES:
+        return _from_table(path)
+    if path.suffix == ".safetensors":
+        return _from_mask(path)
+    if path.suffix == ".json":
+        return _from_json(path, graph)
+    raise UserError(f"{path} is of no known form. {HINT}")
 
-    Args, raises: as `read_circuit`. `edges.json` of a run, which names them, needs no graph.
+
+def read_edges_to_cut(path: Path | str, graph: EdgeGraph | None = None) -> list[Edge]:
+    """Names of the edges outside the circuit in a file, which `ablate` cuts, in the order of the file's graph.
+
+    Edges have the names of the file: those into a head's query, key and value are separate where the file has them so.
+    `edges.json` of a run, which names the edges to cut, needs no graph.
+
+    Args:
+        path: the file.
+        graph: the graph of the model, with or without separate queries, keys and values; needed for `kept_edges.json`.
+
+    Raises:
+        UserError: as `read_circuit`; or the file has scores and does not say which edges are in the circuit: it
+            includes all or none of them.
     """
     if graph is None and Path(path).suffix == ".json":
         value = None
@@ -70,7 +82,15 @@ def read_edges_to_cut(path: Path | str, graph: EdgeGraph | None = None) -> list[
             value = read_json(path, HINT)
         if value is not None and not is_eap_graph(value):
             return [Edge(edge) for edge in CutEdges.from_json(value, path, HINT).edges]
-    return read_circuit(path, graph).cut_edges()
+    found = _read(Path(path), graph)
+    if graph is not None:
+        found.of_graph(replace(graph, split_qkv=graph.split_qkv or found.graph.split_qkv))  # refuses another shape
+    if found.scores is not None and len(found.kept.unique()) < 2:
+        raise UserError(
+            f"{path} has scores, and {'all' if found.kept.any() else 'none'} of its edges are in the circuit. Choose "
+            "edges by score: circuit = read_circuit(file).top(100), then write_circuit or circuit.cut_edges()."
+        )
+    return found.cut_edges()
 
 
 def write_circuit(path: Path | str, circuit: Circuit, d_model: int | None = None) -> None:
