@@ -133,7 +133,7 @@ def _check_means(means: Tensor, nodes: int, width: int) -> None:
 
 
 def ablate(
-    hf: PreTrainedModel, edges: Iterable[str] | Path | str, means: Tensor | None = None, ablate_from: int | None = None
+    hf: PreTrainedModel, edges: Iterable[str] | Path | str, means: Tensor | None = None, ablate_from: int = 0
 ) -> Ablation:
     """Cut edges in a stock Hugging Face model, in place.
 
@@ -152,8 +152,8 @@ def ablate(
         means: ablation values, [P, D] in the order of `graph.sources`. None: those that a mask's file names; else zero.
         ablate_from: first position at which cuts act; before it every reader reads everything, as in the whole model.
             Positions are counted from each text's own first token: padding on the left does not count, tokens in a KV
-            cache do. Give 1 to leave the first token alone, where many models have an attention sink. None: that of a
-            mask's file; else 0.
+            cache do. Give 1 to leave the first token alone, where many models have an attention sink. The file
+            of a mask says its own, and another one given beside it is refused.
 
     Returns:
         The `Ablation`: its `remove()` restores the model bit for bit.
@@ -163,8 +163,7 @@ def ablate(
             fit or are per position, or the model is of an unknown family (see `models.families`), quantised, has
             adapters that are not merged, or has cut edges already.
     """
-    if ablate_from is not None:
-        check_ablate_from(ablate_from)
+    check_ablate_from(ablate_from)
     spec = describe(hf)
     require_loaded(hf)
     graph = spec.graph()
@@ -172,7 +171,6 @@ def ablate(
         raise UserError(f"edges are a list of names, not one text. Write [{str(edges)!r}].")
     if isinstance(edges, Path | str):
         edges, means, ablate_from = read_cuts(edges, graph, means, ablate_from)
-    ablate_from = ablate_from or 0
     edges = list(dict.fromkeys(Edge(edge) for edge in edges))
     ends = [_ends(graph, edge) for edge in edges]
     if means is not None:

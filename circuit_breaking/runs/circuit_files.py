@@ -63,10 +63,10 @@ def _read(path: Path, graph: EdgeGraph | None) -> Circuit:
 
 
 def read_edges_to_cut(path: Path | str, graph: EdgeGraph | None = None) -> list[Edge]:
-    """Names of the edges outside the circuit in a file, which `ablate` cuts, in the order of the file's graph.
+    """Names of the edges outside the circuit in a file, which `ablate` cuts, in the graph's order.
 
-    Edges have the names of the file: those into a head's query, key and value are separate where the file has them so.
-    `edges.json` of a run, which names the edges to cut, needs no graph.
+    Edges into a head's query, key and value are named as one edge if the model's graph has one and the file treats the
+    three alike. `edges.json` of a run, which names the edges to cut, needs no graph.
 
     Args:
         path: the file.
@@ -83,13 +83,15 @@ def read_edges_to_cut(path: Path | str, graph: EdgeGraph | None = None) -> list[
         if value is not None and not is_eap_graph(value):
             return [Edge(edge) for edge in CutEdges.from_json(value, path, HINT).edges]
     found = _read(Path(path), graph)
-    if graph is not None:
-        found.of_graph(replace(graph, split_qkv=graph.split_qkv or found.graph.split_qkv))  # refuses another shape
     if found.scores is not None and len(found.kept.unique()) < 2:
         raise UserError(
             f"{path} has scores, and {'all' if found.kept.any() else 'none'} of its edges are in the circuit. Choose "
             "edges by score: circuit = read_circuit(file).top(100), then write_circuit or circuit.cut_edges()."
         )
+    if graph is not None:
+        found.of_graph(replace(graph, split_qkv=found.graph.split_qkv))  # refuses another shape
+        with suppress(UserError):  # the three edges into a head differ
+            found = replace(found, scores=None).of_graph(graph)
     return found.cut_edges()
 
 

@@ -65,8 +65,8 @@ def test_a_mask_brings_what_its_cut_edges_carry_and_where_they_act(tmp_path, spl
     assert torch.equal(logits(hf, tmp_path / "mask.safetensors"), logits(hf, edges, means, 2))
     other = means + 1
     assert torch.equal(logits(hf, tmp_path / "mask.safetensors", means=other), logits(hf, edges, other, 2))
-    with pytest.raises(UserError, match="were made with ablate_from 2, and are needed for 0"):
-        ablate(hf, tmp_path / "mask.safetensors", ablate_from=0)
+    with pytest.raises(UserError, match="was made with ablate_from 2, and 1 is given"):
+        ablate(hf, tmp_path / "mask.safetensors", ablate_from=1)
     save_means(tmp_path / "means.safetensors", model, other)
     with pytest.raises(UserError, match="holds other means than those"):
         ablate(hf, tmp_path / "mask.safetensors")
