@@ -18,6 +18,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -215,11 +216,14 @@ def sweep_of(folder: Path) -> str | None:
 
 
 def share_of_changed_parameters(model: nn.Module, original: nn.Module) -> float:
-    """Share of a model's parameters (tied ones once) that are not bit for bit those of another."""
-    theirs = dict(original.named_parameters())
+    """Share of a model's parameters (tied ones once) that are not bit for bit those of another.
+
+    Biases that the other one does not have count as zeros there.
+    """
+    theirs = dict(original.named_parameters(remove_duplicate=False))
     changed, total = 0, 0
     for name, parameter in model.named_parameters():
-        other: Tensor = theirs[name]
+        other: Tensor = theirs.get(name, torch.zeros(()))
         changed += int((parameter != other.to(parameter.device, parameter.dtype)).sum())
         total += parameter.numel()
     return changed / total

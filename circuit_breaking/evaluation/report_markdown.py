@@ -7,6 +7,7 @@ from circuit_breaking.evaluation.conclusion import statement
 from circuit_breaking.evaluation.controls import controls
 from circuit_breaking.evaluation.pareto import family_of
 from circuit_breaking.evaluation.tables import interval, markdown_table, number
+from circuit_breaking.runs.results import choice_in_words
 
 COSTS_HEADING = "## Costs of this run"  # the text below it differs from run to run; the text above it does not
 EFFECTS = ("restore_effect", "single_cut_effect")
@@ -94,10 +95,7 @@ def _made_by(model: Mapping[str, Any]) -> str:
     """The family of a mask; of a fine-tuned model, the settings of the checkpoint that was kept."""
     if family_of(model) != "other":
         return family_of(model)
-    chosen = model.get("chosen") or {}
-    settings = [f"lr {chosen['lr']:g}, step {chosen['step']}"] if chosen else []
-    settings += [f"scale {chosen['scale']:g}"] if chosen.get("scale") is not None else []
-    return ", ".join(settings) or model["kind"]
+    return choice_in_words(model.get("chosen") or {}) or model["kind"]
 
 
 def _continuations(models: Mapping[str, Any]) -> str:

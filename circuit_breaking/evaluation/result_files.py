@@ -132,8 +132,10 @@ def _check_model(model: CheckedJson) -> None:
             for _, share in field.items():
                 share.number()
     if (chosen := model.get("chosen")) is not None:
-        chosen["lr"].number()
         chosen["step"].integer()
+        for name in ("lr", "layer", "scale"):
+            if (value := chosen.get(name)) is not None:
+                value.number()
 
 
 def _check_estimate(entry: CheckedJson, interval: bool = True) -> None:

@@ -134,7 +134,10 @@ def _running_mean(values: np.ndarray, width: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Losses of one checkpoint of fine-tuning on validation texts, in nats; NaN where one was not finite."""
+    """Losses of one checkpoint of fine-tuning on validation texts, in nats; NaN where one was not finite.
+
+    `lr` is NaN for the candidates of a method without training, and `step` is then the number of a candidate.
+    """
 
     lr: float
     step: int
@@ -144,6 +147,8 @@ class Checkpoint:
 
 def draw_finetuning(folder: Path | str) -> Path:
     """Draw the losses of each checkpoint of fine-tuning by step: one column per method, one colour per learning rate.
+
+    Methods that choose among candidates have a dot for each.
 
     Reads `<method>/metrics.jsonl` and `<method>/finetuning.json`, and writes `finetuning.png`. The star marks the
     checkpoint that was kept.
@@ -155,7 +160,7 @@ def draw_finetuning(folder: Path | str) -> Path:
     methods = [_read_finetuning(path.parent) for path in sorted(folder.glob("*/finetuning.json"))]
     if not methods:
         raise UserError(f"{folder} holds no fine-tuned models. Make some with toxicity/finetune_gpt2.py.")
-    rates = sorted({row.lr for _, rows, _ in methods for row in rows})
+    rates = sorted({row.lr for _, rows, _ in methods for row in rows if not math.isnan(row.lr)})
     path = folder / "finetuning.png"
     with figure(path, 1.2 + 1.5 * len(methods), 3.4) as drawn:
         axes = drawn.subplots(2, len(methods), sharex="col", sharey="row", squeeze=False)
@@ -167,9 +172,15 @@ def draw_finetuning(folder: Path | str) -> Path:
                         [row.step for row in mine], [getattr(row, text) for row in mine],
                         color=COLOURS[number % 6], linewidth=1, label=f"lr {lr:g}",
                     )  # fmt: skip
+                untrained = [row for row in rows if math.isnan(row.lr)]
+                if untrained:
+                    panel.plot(
+                        [row.step for row in untrained], [getattr(row, text) for row in untrained], "o",
+                        color=DARK_GREY, markersize=2.5,
+                    )  # fmt: skip
                 panel.plot(kept.step, getattr(kept, text), "*", color=BLACK, markersize=7, label="kept")
             axes[0, column].set_title(readable(name))
-            axes[1, column].set_xlabel("step")
+            axes[1, column].set_xlabel("candidate" if untrained else "step")
         axes[0, 0].set_ylabel("toxic loss, nats")
         axes[1, 0].set_ylabel("ordinary loss, nats")
         legend_below(drawn, axes[0, 0])
@@ -187,4 +198,5 @@ def _read_finetuning(folder: Path) -> tuple[str, list[Checkpoint], Checkpoint]:
 
 def _checkpoint(row: CheckedJson) -> Checkpoint:
     losses = row["toxic"].number_or_nan(), row["ordinary"].number_or_nan()
-    return Checkpoint(row["lr"].number(), row["step"].integer(), *losses)
+    lr = row.get("lr")
+    return Checkpoint(math.nan if lr is None else lr.number(), row["step"].integer(), *losses)

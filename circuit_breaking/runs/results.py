@@ -1,5 +1,6 @@
 """Records of results: what the toxicity scripts write, and figures and reports are made from."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -125,8 +126,9 @@ class FineTuning(Results):
 
     Attributes:
         method, about: name of the method, and what it does in a sentence.
-        chosen: the checkpoint that was kept: learning rate, step, losses.
+        chosen: the checkpoint that was kept: learning rate, step, losses; or the candidate: layer, scale, losses.
         note: what a reader should know, None if there is nothing.
+        texts: texts of both kinds that training read with the chosen learning rate, each counted whenever it was read.
         finetuning: settings of the method.
         lrs: learning rates that were tried.
         made_from: as for `MaskRecord`.
@@ -137,9 +139,16 @@ class FineTuning(Results):
     about: str | None = None
     chosen: dict[str, Any] | None = None
     note: str | None = None
+    texts: int | None = None
     finetuning: dict[str, Any] = field(default_factory=dict)
     lrs: list[float] = field(default_factory=list)
     made_from: str | None = None
+
+
+def choice_in_words(chosen: Mapping[str, Any]) -> str:
+    """What was chosen for a fine-tuned model, such as "lr 0.0001, step 30", or "layer 2, scale 4" of a candidate."""
+    names = ("lr", "step", "scale") if "lr" in chosen else ("layer", "scale")
+    return ", ".join(f"{name} {chosen[name]:g}" for name in names if chosen.get(name) is not None)
 
 
 def new_or_old(folder: Path, name: str, old_name: str, hint: str = CHECK) -> Path:

@@ -99,7 +99,7 @@ class WeightMaskSettings:
 
 @dataclass
 class LossSettings:
-    """Settings of the losses of fine-tuning methods (`training.unlearning`)."""
+    """Settings of the losses of fine-tuning methods (`training.baselines`)."""
 
     TITLE: ClassVar[str] = "fine-tuning"
 
@@ -110,6 +110,8 @@ class LossSettings:
     rmu_layer: int = -1  # rmu: layer whose output is steered, from 0; -1: the one at half the depth
     rmu_steer: float = 5.0  # rmu: length of the target, in mean lengths of the activations
     rmu_retain: float = 100.0  # rmu: weight of leaving ordinary activations as they were
+    lora_rank: int = 16  # lora_npo and rerouting: rank of the adapters
+    rerouting_layers: tuple[int, ...] = ()  # layers, from 1, after which toxic text is rerouted; none: two of all
 
 
 @dataclass
@@ -126,7 +128,7 @@ class FinetuneSettings(LossSettings):
     check_every: int = 10  # steps between validations
     patience: int = 5  # validations without a better score after which training stops
     alpha: float = 0.2  # weight of the toxic loss in the validation score; the mask's alpha
-    scales: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # task_arithmetic: multiples of the change to subtract
+    scales: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # task_arithmetic, steering: multiples to subtract
     seed: int = 0  # of the order of texts
 
 
@@ -223,9 +225,9 @@ def weight_budget(settings: WeightMaskSettings, n_units: int) -> int:
 
 def check_finetune(settings: FinetuneSettings) -> None:
     """Raise a `UserError` for settings that make no sense."""
-    check_positive(settings, "steps", "lr", "batch_size", "check_every", "patience", "clip", "npo_beta")
+    check_positive(settings, "steps", "lr", "batch_size", "check_every", "patience", "clip", "npo_beta", "lora_rank")
     if not settings.scales:
-        raise UserError("scales is empty; give at least one for task_arithmetic.")
+        raise UserError("scales is empty; give at least one for task_arithmetic and steering.")
 
 
 def check_prune(settings: PruneSettings) -> None:

@@ -1,12 +1,14 @@
-"""Fine-tune a Hugging Face model by one of the methods of `unlearning.METHODS`.
+"""Remove a behaviour from a Hugging Face model by one of the methods of `baselines.METHODS`.
 
 A method trains on batches of toxic and ordinary text. Every few steps the model is measured on validation texts, which
 are neither trained on nor reported. The best weights are kept, and training stops when no validation has been better
 for a while. The score is the objective of masks, ordinary loss - alpha · toxic loss, for every method alike. A loss
-that is not finite ends the run; the best weights before it are kept.
+that is not finite ends the run; the best weights before it are kept. A method without a loss has a few candidates
+instead, of which the best on validation texts is kept (`baselines.search`).
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -24,17 +26,12 @@ from circuit_breaking.runs.checkpoints import (
     training_state,
 )
 from circuit_breaking.tasks.base import TextTask
-from circuit_breaking.tasks.losses import trainable_prediction_losses
+from circuit_breaking.training.baselines import METHODS, baseline
+from circuit_breaking.training.baselines.base import Edit, Method, Weights, candidates, start
+from circuit_breaking.training.baselines.search import Search
+from circuit_breaking.training.baselines.validation import Validation, load_weights
 from circuit_breaking.training.config import FinetuneSettings, check_finetune
 from circuit_breaking.training.loop import run_steps
-from circuit_breaking.training.unlearning import (
-    METHODS,
-    Method,
-    State,
-    Weights,
-    candidates,
-    start,
-)
 
 
 @dataclass
@@ -44,8 +41,10 @@ class Finetuned:
     Attributes:
         method: name of the method.
         settings: the settings of the run.
-        best: the row of the best validation: step, scale, score, and the validation losses. Step 0 is the original.
+        best: the row of the best validation: step, scale, score, and the validation losses. Step 0 is the original. Of
+            a method with candidates, `step` is the number of one, and what tells it from others is there too.
         history: the row of every validation.
+        texts: number of texts of both kinds that training read, each counted whenever it was read.
         note: None, or why the run ended early.
     """
 
@@ -54,6 +53,7 @@ class Finetuned:
     best: dict[str, Any]
     history: list[dict[str, Any]] = field(default_factory=list)
     note: str | None = None
+    texts: int = 0
 
 
 def finetune(
@@ -66,7 +66,7 @@ def finetune(
     checkpoints: Checkpoints | None = None,
     resume_from: Saved | None = None,
 ) -> Finetuned:
-    """Fine-tune `model` in place by a method of `METHODS`, and leave the best weights in it.
+    """Change `model` in place by a method of `METHODS`, and leave the best weights in it.
 
     Dropout stays off, so that all methods, masks included, change the same function.
 
@@ -89,15 +89,17 @@ def finetune(
     check_finetune(settings)
     if method not in METHODS:
         raise UserError(f"there is no method {method!r}; choose from {', '.join(METHODS)}.")
-    run = _Run(model.eval(), METHODS[method], toxic, ordinary, settings)
+    chosen = baseline(method)
+    run = (Search if isinstance(chosen, Edit) else _Run)(model.eval(), chosen, toxic, ordinary, settings)
     if resume_from is None:
-        run.history.append(run.check(0))
+        run.begin()
     else:
         run.restore(resume_from)
     run_steps(
         run.advance,
-        run.done if run.ended else settings.steps,
+        run.done if run.ended else run.steps,
         label=method,
+        unit=run.unit,
         done=run.done,
         progress=progress,
         describe=run.describe,
@@ -112,20 +114,23 @@ def finetune(
         note = "; ".join(filter(None, [note, "no checkpoint was better than the original, which is what is left"]))
     elif note:
         note += f"; the checkpoint of step {run.best['step']} is kept"
-    return Finetuned(method, settings, run.best, run.history, note)
+    return Finetuned(method, settings, run.best, run.history, note, run.texts)
 
 
 class _Run:
     """State of a run: `advance` runs one step; `state_tensors`, `values` and `restore` let it continue."""
 
+    unit = "step"
+
     def __init__(
         self, model: nn.Module, method: Method, toxic: TextTask, ordinary: TextTask, settings: FinetuneSettings
     ) -> None:
-        self.method, self.settings = method, settings
+        self.method, self.settings, self.steps = method, settings, settings.steps
         self.tasks = {"toxic": toxic, "ordinary": ordinary}
-        self.state: State = start(method, model, settings, settings.seed)
-        self.model = model
-        self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.state, self.adapters = start(method, model, settings, settings.seed)
+        self.model, self.validate = model, Validation(toxic, ordinary, self.state.cap, settings.alpha)
+        own = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.trained = own if self.adapters is None else self.adapters.factors
         self.kept: Weights = self._weights()
         self.before: Weights = self.kept if method.subtracts else {}  # which needs the original to the end
         self.best: dict[str, Any] = {}
@@ -135,13 +140,21 @@ class _Run:
         self.history: list[dict[str, Any]] = []
         self.optimizer = torch.optim.AdamW(self.trained.values(), lr=settings.lr, weight_decay=0.0)
 
+    def begin(self) -> None:
+        """Measure the original model."""
+        self.history.append(self.check(0))
+
+    @property
+    def texts(self) -> int:
+        """Texts of both kinds that the steps so far read."""
+        return 2 * self.settings.batch_size * self.done
+
     def _weights(self) -> Weights:
         return {name: parameter.detach().clone() for name, parameter in self.trained.items()}
 
-    @torch.no_grad()
-    def _load(self, weights: Weights) -> None:
-        for name, parameter in self.trained.items():
-            parameter.copy_(weights[name])
+    def _call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Call a function of the model with its adapters, if it has any."""
+        return function(*arguments) if self.adapters is None else self.adapters.call(function, *arguments)
 
     def state_tensors(self) -> dict[str, Tensor]:
         """The tensors that the next steps depend on, except for the original; after the last step, the best weights."""
@@ -196,7 +209,9 @@ class _Run:
     def step(self, number: int) -> float | None:
         """A step of the optimizer. Returns the loss, or None, without a step, if it or its gradient is not finite."""
         settings = self.settings
-        loss = self.method.loss(self.state, *(task.draw(settings.batch_size) for task in self.tasks.values()))
+        self.state.progress = number / settings.steps
+        batches = [task.draw(settings.batch_size) for task in self.tasks.values()]
+        loss = self._call(self.method.loss, self.state, *batches)
         value = float(loss.detach())
         if not math.isfinite(value):
             return None
@@ -215,8 +230,8 @@ class _Run:
         now, rows = self._weights(), []
         for scale, weights in candidates(self.method, self.before, now, self.settings.scales):
             if scale is not None:
-                self._load(weights)
-            row = {"step": step, "scale": scale, **self._validate()}
+                load_weights(self.trained, weights)
+            row = {"step": step, "scale": scale, **self._call(self.validate, self.model)}
             rows.append(row)
             if row["score"] is not None and (not self.best or row["score"] < self.best["score"] - 1e-6):
                 # `weights` are new tensors: a copy of the model's, or scaled ones
@@ -224,38 +239,29 @@ class _Run:
             if step == 0:
                 break
         if self.method.subtracts:
-            self._load(now)
+            load_weights(self.trained, now)
         self.stale += 1
         finite = [row for row in rows if row["score"] is not None]
         return min(finite, key=lambda row: row["score"]) if finite else rows[0]
 
-    @torch.no_grad()
-    def _validate(self) -> dict[str, float | None]:
-        losses = {}
-        for name, cap in (("toxic", self.state.cap), ("ordinary", math.inf)):
-            found = [
-                trainable_prediction_losses(self.model, batch)[0].clamp(max=cap)
-                for batch in self.tasks[name].test.batches(32)
-            ]
-            losses[name] = float(torch.cat(found).double().mean())
-        # `clamp` lets a NaN through
-        score = losses["ordinary"] - self.settings.alpha * losses["toxic"]
-        finite = math.isfinite(score)
-        return {**(losses if finite else dict.fromkeys(losses)), "score": score if finite else None}
-
     def finish(self) -> None:
         """Leave the best weights in the model, frozen."""
-        self._load(self.kept)
+        load_weights(self.trained, self.kept)
+        if self.adapters is not None:
+            self.adapters.merge_()
         self.model.requires_grad_(False)
         self.state.original = None
 
 
 def describe(result: Finetuned) -> dict[str, Any]:
     """The record of a fine-tuned model: what was chosen, and the settings."""
+    method = baseline(result.method)
+    trained = {} if isinstance(method, Edit) else {"lr": result.settings.lr, "ratio": result.settings.ratio}
     return {
         "method": result.method,
-        "about": METHODS[result.method].about,
-        "chosen": {"lr": result.settings.lr, "ratio": result.settings.ratio, **result.best},
+        "about": method.about,
+        "chosen": {**trained, **result.best},
         "note": result.note,
+        "texts": result.texts,
         "finetuning": asdict(result.settings),
     }

@@ -11,8 +11,8 @@ from circuit_breaking.engine.load import load_model
 from circuit_breaking.engine.reference import ReferenceModel
 from circuit_breaking.models.families import FAMILIES
 from circuit_breaking.runs.files import ROOT
+from circuit_breaking.training.baselines import METHODS as BASELINES
 from circuit_breaking.training.methods import METHODS as MASK_METHODS
-from circuit_breaking.training.unlearning import METHODS as BASELINES
 
 PAGE = ROOT / "docs" / "extending.md"
 SECTION = r"^## {}\n(.*?)(?=^## |\Z)"

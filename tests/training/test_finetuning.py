@@ -14,10 +14,12 @@ from circuit_breaking.evaluation.compared_models import share_of_changed_paramet
 from circuit_breaking.models.tokens import TokenBatch
 from circuit_breaking.tasks import TextTask
 from circuit_breaking.tasks.losses import trainable_prediction_losses
+from circuit_breaking.training.baselines import METHODS, baseline
+from circuit_breaking.training.baselines.base import Method, start
 from circuit_breaking.training.config import FinetuneSettings, LossSettings
 from circuit_breaking.training.finetune import describe, finetune
-from circuit_breaking.training.unlearning import METHODS, start
 
+TRAINED = [name for name in METHODS if isinstance(baseline(name), Method)]  # test_edits.py has the others
 QUICK = {"steps": 12, "check_every": 3, "batch_size": 4, "lr": 3e-3, "warmup": 2}
 
 
@@ -46,8 +48,8 @@ def loss_by_hand(hf, batch):
 
 
 def loss_of(method, hf, **settings):
-    state = start(METHODS[method], hf, LossSettings(**settings))
-    return METHODS[method].loss(state, texts(1, 5), texts(2, 5)), state
+    state, _ = start(baseline(method), hf, LossSettings(**settings))
+    return baseline(method).loss(state, texts(1, 5), texts(2, 5)), state
 
 
 def test_predictions_are_those_that_count(family):
@@ -73,7 +75,7 @@ def test_losses_by_hand():
 def test_npo_by_hand():
     """-(2/β) E log σ(-β log(π/π_original)) + the ordinary loss, the form of the paper's equation 3."""
     hf = small_gpt2()
-    state = start(METHODS["npo"], hf, LossSettings(npo_beta=0.5, npo_retain=0.7))
+    state, _ = start(baseline("npo"), hf, LossSettings(npo_beta=0.5, npo_retain=0.7))
     original = copy.deepcopy(hf)
     with torch.no_grad():
         for parameter in hf.parameters():
@@ -82,7 +84,7 @@ def test_npo_by_hand():
     log_ratio = torch.tensor(before) - torch.tensor(after)
     assert log_ratio.abs().max() > 0.5
     expected = -2 / 0.5 * F.logsigmoid(-0.5 * log_ratio).mean() + 0.7 * torch.cat(loss_by_hand(hf, texts(2, 5))).mean()
-    torch.testing.assert_close(METHODS["npo"].loss(state, texts(1, 5), texts(2, 5)), expected)
+    torch.testing.assert_close(baseline("npo").loss(state, texts(1, 5), texts(2, 5)), expected)
 
 
 def test_rmu_by_hand(family):
@@ -111,7 +113,7 @@ def test_rmu_by_hand(family):
         loss_of("rmu", hf, rmu_layer=2)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", TRAINED)
 def test_the_best_checkpoint_is_left_and_is_the_best(method):
     before = small_gpt2()
     result, hf = run(method)
@@ -126,7 +128,9 @@ def test_the_best_checkpoint_is_left_and_is_the_best(method):
     assert result.best["score"] == pytest.approx(losses["ordinary"] - 0.2 * losses["toxic"], rel=1e-5)
     assert not any(p.requires_grad for p in hf.parameters()) and not hf.training
     share = share_of_changed_parameters(hf, before)
-    assert (0 < share < 0.3) if method == "rmu" else share > 0.9
+    expected = {"rmu": (0, 0.3), "lora_npo": (0.7, 0.9), "rerouting": (0.7, 0.9)}
+    low, high = expected.get(method, (0.9, 1.0))
+    assert low < share <= high
     again, twin = run(method)
     assert again.history == result.history and all(
         map(torch.equal, hf.state_dict().values(), twin.state_dict().values())

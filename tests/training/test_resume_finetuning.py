@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers.models import small_gpt2
 from helpers.scripts import Killed, die, load_script, save_toxic_data
-from test_finetuning import QUICK, task
+from test_finetuning import QUICK, TRAINED, task
 
 from circuit_breaking.errors import UserError
 from circuit_breaking.runs.checkpoints import NEWEST, Checkpoints
@@ -21,7 +21,6 @@ from circuit_breaking.runs.signals import Stopped
 from circuit_breaking.training import finetune as finetuning
 from circuit_breaking.training.config import FinetuneSettings
 from circuit_breaking.training.finetune import finetune
-from circuit_breaking.training.unlearning import METHODS
 
 toxicity = load_script("toxicity/finetune_gpt2.py")
 
@@ -48,7 +47,7 @@ def same(first, second):
     return weights and vars(first[1]) == vars(second[1])
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", TRAINED)
 @pytest.mark.parametrize("die_at", [1, 3, 5, 8, 12])
 def test_a_killed_run_comes_out_the_same(tmp_path, monkeypatch, method, die_at):
     expected = run(monkeypatch, method)
