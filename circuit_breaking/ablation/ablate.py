@@ -21,7 +21,8 @@ from transformers import PreTrainedModel
 
 from circuit_breaking.ablation.ablated_model import AblatedModel, hub_name
 from circuit_breaking.ablation.cuts_of_file import read_cuts
-from circuit_breaking.ablation.modules import AblatedBody, install, subclass, uninstall
+from circuit_breaking.ablation.install import install, subclass, uninstall
+from circuit_breaking.ablation.modules import AblatedBody
 from circuit_breaking.ablation.plan import plan_cuts
 from circuit_breaking.ablation.wiring import Wiring, wire
 from circuit_breaking.engine.ablation_values import check_means

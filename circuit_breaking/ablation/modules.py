@@ -21,6 +21,10 @@ A pass keeps its state nowhere but in the tensors that modules hand to each othe
 threads and replicas and under gradient checkpointing. `torch.compile` checks the classes of modules before it reuses a
 graph, so it sees the cuts and their removal. Weights are read when they are used, so changes of them count.
 
+In models of half precision the hidden state is in float32 from the first node that is carried to the last layer that
+reads one, and norms round what they read. A stream in bfloat16 has lost what is small beside its largest output, so a
+read without that output would be made of rounding errors.
+
 With `ablate_from`, cuts act from that position on. The model without its head (`AblatedBody`) then hands every layer a
 tensor that says where they act, and the layer makes it one more part, by which norms choose between read and stream.
 
@@ -29,19 +33,17 @@ units (blocks of K columns) of a projection's output, n the reads of heads and t
 """
 
 from collections.abc import Sequence
-from functools import cache
-from types import MethodType
 
 import torch
 from torch import Tensor, nn
 
+from circuit_breaking.ablation.install import PREFIX, check_inside
 from circuit_breaking.ablation.positions import ablated_positions, cache_of
 from circuit_breaking.errors import UserError
 
-PREFIX = "edge_cuts_"  # of everything that is added to a module
 ABLATED = f"{PREFIX}ablated"  # keyword under which layers are told at which positions cuts act
 MARK = "edge_cuts_key"  # of a KV cache
-PLAIN_TENSORS = (nn.Parameter, Tensor)  # weights of other classes, such as quantised ones, have no views of heads
+HALF = (torch.bfloat16, torch.float16)
 FEW_TOKENS = 128  # up to which the inputs of all units of a projection are gathered for one product
 FEW_HEADS = 3  # up to which a product for each head is faster than one product for all heads
 
@@ -56,6 +58,11 @@ def _combine(matrix: Tensor, constants: Tensor | None, parts: Tensor) -> Tensor:
     return sums if constants is None else sums + constants.to(sums.dtype)
 
 
+def wide(x: Tensor) -> Tensor:
+    """x in float32 if it is in half precision."""
+    return x.float() if x.dtype in HALF else x
+
+
 class AblatedLayer:
     """A layer that reads and carries node outputs: [..., (1 + C_in) * D] -> [..., (1 + C_out) * D]."""
 
@@ -64,6 +71,7 @@ class AblatedLayer:
         ablated = kwargs.pop(ABLATED, None)
         if self.edge_cuts_limited:
             ablated = self._as_part(ablated, hidden_states)
+        hidden_states = wide(hidden_states)
         if self.edge_cuts_needs_embed:  # which is the stream here
             hidden_states = torch.cat([hidden_states, hidden_states], -1)
         out = super().forward(self._enter(hidden_states, ablated), *args, **kwargs)
@@ -104,7 +112,8 @@ class AblatedLayer:
             pieces.append(parts.index_select(-2, self.edge_cuts_carried).flatten(-2))
         if self.edge_cuts_limited_after:
             pieces.append(ablated)
-        return torch.cat(pieces, -1) if len(pieces) > 1 else pieces[0]
+        after = torch.cat(pieces, -1) if len(pieces) > 1 else pieces[0]
+        return after if self.edge_cuts_wide_after else after.to(self.edge_cuts_matrix.dtype)
 
 
 class AblatedBody:
@@ -123,7 +132,8 @@ class AblatedBody:
         if made is not None and not torch.compiler.is_compiling():
             setattr(made, MARK, self.edge_cuts_key)
         if getattr(out, "hidden_states", None) is not None:
-            out.hidden_states = tuple(hidden[..., : self.edge_cuts_d] for hidden in out.hidden_states)
+            dtype = out.last_hidden_state.dtype
+            out.hidden_states = tuple(hidden[..., : self.edge_cuts_d].to(dtype) for hidden in out.hidden_states)
         return out
 
 
@@ -143,7 +153,7 @@ def mark_cache(cache: object, key: str) -> None:
 
 
 def own_parts(module: nn.Module, hidden_states: Tensor) -> Tensor:
-    """The `count` parts [..., count, D] of the hidden state [..., S * D] that a module reads.
+    """The `count` parts [..., count, D] of the hidden state [..., S * D] that a module reads, in the model's dtype.
 
     With `ablate_from`, they are all the stream before that position.
     """
@@ -153,7 +163,7 @@ def own_parts(module: nn.Module, hidden_states: Tensor) -> Tensor:
     if ablated is not None:
         parts = hidden_states.unflatten(-1, (-1, d))
         mine = torch.where(parts[..., ablated : ablated + 1, :] != 0, mine, parts[..., stream : stream + 1, :])
-    return mine
+    return mine.to(module.edge_cuts_like.dtype)
 
 
 class ReaderNorm:
@@ -162,8 +172,16 @@ class ReaderNorm:
     def forward(self, hidden_states: Tensor) -> Tensor:
         d, first = self.edge_cuts_d, self.edge_cuts_first
         if self.edge_cuts_count == 1 and self.edge_cuts_ablated is None:
-            return super().forward(hidden_states[..., first * d : (first + 1) * d])
+            mine = hidden_states[..., first * d : (first + 1) * d]
+            return super().forward(mine.to(self.edge_cuts_like.dtype))
         return super().forward(own_parts(self, hidden_states)).flatten(-2)
+
+
+class StreamReader:
+    """What reads a stream that may be in float32 where the model is in half precision: [..., D] -> what it computes."""
+
+    def forward(self, hidden_states: Tensor, *args, **kwargs):
+        return super().forward(hidden_states.to(self.edge_cuts_like.dtype), *args, **kwargs)
 
 
 class OutputNorm:
@@ -177,7 +195,7 @@ class OutputNorm:
         read = _combine(self.edge_cuts_matrix, self.edge_cuts_constants, parts).squeeze(-2)
         if self.edge_cuts_limited:
             read = torch.where(parts[..., -1, :] != 0, read, parts[..., 0, :])
-        return super().forward(read)
+        return super().forward(read.to(self.edge_cuts_matrix.dtype))
 
 
 class UnitProjection:
@@ -221,18 +239,33 @@ class HeadOutputs:
     """Attention's output projection: [..., H * K] -> [..., S * D], what attention adds to each part."""
 
     def forward(self, z: Tensor) -> Tensor:
-        out = super().forward(z)
+        if self.edge_cuts_heads and z.dtype in HALF:
+            out, single = self._wide_outputs(z)
+        else:
+            out, single = wide(super().forward(z)), self._single(z) if self.edge_cuts_heads else ()
         pieces: dict[str | int, Tensor] = {"all": out}
         if "nothing" in self.edge_cuts_adds:
             pieces["nothing"] = torch.zeros_like(out)
         if self.edge_cuts_heads:
-            single = [head.view(out.shape) for head in self._single(z)]
+            single = [head.view(out.shape) for head in single]
             for number, at in enumerate(self.edge_cuts_exports):
                 pieces[number] = single[at]
             if "mlp" in self.edge_cuts_adds:
                 summed = torch.stack([single[at] for at in self.edge_cuts_summed]).sum(0)
                 pieces["mlp"] = summed if self.edge_cuts_sums_kept else out - summed
         return torch.cat([pieces[name] for name in self.edge_cuts_adds], -1)
+
+    def _wide_outputs(self, z: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
+        """The output of attention and of its single heads in float32, from z [..., H * K] in half precision.
+
+        The first is the sum of the others and of what the remaining heads write, so that nothing of a head is left in
+        it where that head is subtracted. Two products in half precision would differ by rounding errors of its size.
+        """
+        single = [wide(head) for head in self._single(z)]
+        others = z.unflatten(-1, (self.edge_cuts_n_heads, -1)).index_fill(-2, self.edge_cuts_computed, 0)
+        out = wide(super().forward(others.flatten(-2)))
+        shares = 0 if self.bias is None else self.bias.float() * (len(single) / self.edge_cuts_n_heads)
+        return out - shares + torch.stack(single).sum(0).view(out.shape), single
 
     def _single(self, z: Tensor) -> Sequence[Tensor]:
         """Outputs [N, D] of the heads in `heads`, or of all heads if `every`."""
@@ -251,37 +284,9 @@ class MLPOutput:
     """The MLP's output projection: [..., F] -> [..., S * D], what the MLP adds to each part."""
 
     def forward(self, hidden: Tensor) -> Tensor:
-        out = super().forward(hidden)
+        out = wide(super().forward(hidden))
         zeros = None if all(self.edge_cuts_adds) else torch.zeros_like(out)
         return torch.cat([out if adds else zeros for adds in self.edge_cuts_adds], -1)
-
-
-def check_inside(inside: tuple[tuple[nn.Module, str, nn.Module], ...]) -> None:
-    """Raise a `UserError` if a module that reads or writes for cut edges is not in its place any more.
-
-    Args:
-        inside: each with its parent and its name there.
-    """
-    for parent, name, module in inside:
-        found = parent._modules.get(name)  # much faster than getattr
-        if found is not module:
-            raise UserError(
-                f"{name} was replaced by a {type(found).__name__} after the edges were cut. Remove the cuts, add and "
-                "merge adapters, and cut the edges again."
-            )
-        weight = found._parameters.get("weight")
-        if weight is not None and type(weight) not in PLAIN_TENSORS:
-            raise UserError(
-                f"the weight of {name} became a {type(weight).__name__} after the edges were cut, as in a quantised "
-                "model. Cut edges in the model as it was trained."
-            )
-
-
-@cache
-def subclass(mixin: type, base: type[nn.Module]) -> type[nn.Module]:
-    # under the name of its base, by which transformers looks some things up
-    names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "stands_for": base}
-    return type(base.__name__, (mixin, base), names)
 
 
 class SharedDropout:
@@ -295,48 +300,3 @@ class SharedDropout:
             return hidden_states
         parts = hidden_states.unflatten(-1, (-1, self.edge_cuts_d))
         return (parts * super().forward(torch.ones_like(parts[..., :1, :]))).flatten(-2)
-
-
-def install(module: nn.Module, mixin: type, **state: int | Tensor | tuple | None) -> None:
-    """Give a module a subclass of its class that starts with `mixin`, and the state which that uses.
-
-    Tensors become buffers that move with the module and are not saved. A `forward` that accelerate has put on the
-    module itself, which would come before the class's, is kept and calls the new one.
-
-    Raises:
-        UserError: another library has put a `forward` on the module.
-    """
-    forward = module.__dict__.get("_old_forward", module.__dict__.get("forward"))
-    if forward is not None and getattr(forward, "__func__", None) is not type(module).forward:
-        raise UserError(
-            f"a {type(module).__name__} has a forward of its own, from another library, where edges are to be cut. "
-            "Cut the edges first, or undo that."
-        )
-    _take_class(module, subclass(mixin, type(module)))
-    for name, value in state.items():
-        if isinstance(value, Tensor):
-            module.register_buffer(PREFIX + name, value, persistent=False)
-        else:
-            setattr(module, PREFIX + name, value)
-
-
-def uninstall(module: nn.Module) -> None:
-    """Undo `install`."""
-    hook = module.__dict__.get("_hf_hook")  # of accelerate, which remembers where buffers were
-    for one in (hook, *getattr(hook, "hooks", ())):
-        for name in [name for name in getattr(one, "original_devices", ()) if name.startswith(PREFIX)]:
-            del one.original_devices[name]
-    for store in (module._buffers, module.__dict__):
-        for name in [name for name in store if name.startswith(PREFIX)]:
-            del store[name]
-            module._non_persistent_buffers_set.discard(name)
-    _take_class(module, type(module).stands_for)
-
-
-def _take_class(module: nn.Module, new: type[nn.Module]) -> None:
-    """Change a module's class, also where accelerate has put the class's forward on the module itself."""
-    old = type(module).forward
-    module.__class__ = new
-    for name in ("forward", "_old_forward"):
-        if getattr(module.__dict__.get(name), "__func__", None) is old:
-            module.__dict__[name] = MethodType(new.forward, module)

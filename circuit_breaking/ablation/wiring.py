@@ -19,6 +19,7 @@ from circuit_breaking.ablation.modules import (
     OutputNorm,
     ReaderNorm,
     SharedDropout,
+    StreamReader,
     UnitProjection,
 )
 from circuit_breaking.ablation.plan import LayerPlan, Plan, Read, read_constants, read_matrix
@@ -119,11 +120,14 @@ class LayerWiring:
     def add_to(self, wiring: Wiring) -> None:
         layer, parts, d = self.layer, self.parts, self.spec.width
         whole = getattr(layer.layer, "_orig_mod", layer.layer)  # of a layer that was compiled by itself
+        like = self.like.new_empty(0)
         if not self.plan.changes_modules:
+            for norm, block in ((layer.attention_norm, layer.attention), (layer.mlp_norm, layer.mlp)):
+                wiring.modules.append((block if norm is NO_NORM else norm.module, StreamReader, {"like": like}))
             wiring.modules.append((whole, AblatedLayer, {**self._layer(), "inside": ()}))
             return
         ablated = parts.count - 1 if parts.ablated else None
-        norm = {"d": d, "stream": parts.stream}
+        norm = {"d": d, "stream": parts.stream, "like": like}
         before = {"first": int(parts.mlp_read), "count": parts.reads + 1, "ablated": ablated if parts.reads else None}
         changes: list[tuple[nn.Module, type, State]] = [reader(layer.attention_norm, layer.attention, norm | before)]
         if self.plan.reads:
@@ -162,6 +166,7 @@ class LayerWiring:
             "exports": parts.exports,
             "carries_all": len(carried) == len(plan.carried_in) > 0,
             "carried": self._long(carried),
+            "wide_after": bool(plan.carried_out),
             "limited": parts.ablated or self.limited_after,
             "limited_inside": parts.ablated,
             "limited_after": self.limited_after,
@@ -185,6 +190,7 @@ class LayerWiring:
             "n_heads": n_heads,
             "heads": tuple(heads),
             "every": every,
+            "computed": self._long(at),
             "exports": tuple(at.index(head) for head in plan.export_heads),
             "summed": tuple(at.index(head) for head in summed),
             "sums_kept": read.sums_kept,

@@ -236,7 +236,22 @@ class RunningSumReads(MaskedReads):
     def __init__(self, sparse: SparseMask, *args) -> None:
         super().__init__(*args)
         self.sparse = sparse
-        self.running_sum, self.n_summed = self.nodes.new_zeros(self.nodes.shape[1]), 0
+        # in half precision, the rounding error of a large output would stay in a read that it is subtracted from
+        self.dtype = torch.promote_types(self.nodes.dtype, torch.float32)
+        self.running_sum, self.n_summed = self._zeros(), 0
+
+    def _zeros(self) -> Tensor:
+        return self.nodes.new_zeros(self.nodes.shape[1], dtype=self.dtype)
+
+    def _sums_in(self, out: Tensor) -> Tensor:
+        """Where sums that `out` will hold are made: `out` itself, or memory of the same shape in float32."""
+        return out if out.dtype == self.dtype else torch.empty_like(out, dtype=self.dtype)
+
+    def _add_corrections(self, sums: Tensor, rows: Tensor, added: Tensor, excess: Tensor) -> None:
+        """Add to the named rows of `sums` [k, N * D] the terms `added` [x, N * D] times `excess` [x]; overwrites
+        `added`."""
+        if len(excess):
+            sums.index_add_(0, rows, added.to(self.dtype).mul_(excess[:, None]))
 
     def read_group(self, out: Tensor, first_reader: int, n_nodes: int) -> None:
         pass
@@ -248,32 +263,35 @@ class RunningSumReads(MaskedReads):
         self._read(out, len(self.mask) - 1, len(self.nodes), self.graph.n_layers)
 
     def _read(self, out: Tensor, first_reader: int, n_nodes: int, layer: int) -> None:
-        self.running_sum += self.nodes[self.n_summed : n_nodes].sum(0)
+        self.running_sum += self.nodes[self.n_summed : n_nodes].sum(0, dtype=self.dtype)
         self.n_summed = n_nodes
+        sums = self._sums_in(out)
         if self.mean_sums is None:
-            out.copy_(self.running_sum.expand_as(out))
+            sums.copy_(self.running_sum.expand_as(sums))
         else:
-            self._set_to_means(out, first_reader)
-            out += self.running_sum
+            self._set_to_means(sums, first_reader)
+            sums += self.running_sum
         readers, sources, excess = self.sparse.edges_into(layer)
-        if len(excess):
-            out.index_add_(0, readers - first_reader, self.nodes[sources].mul_(excess[:, None]))
+        self._add_corrections(sums, readers - first_reader, self.nodes[sources], excess)
+        if sums is not out:
+            out.copy_(sums)
 
     def start_backward(self) -> None:
         # from here on the sum of the gradients of all readers that come later
-        self.running_sum, self.n_summed = self.nodes.new_zeros(self.nodes.shape[1]), len(self.mask)
+        self.running_sum, self.n_summed = self._zeros(), len(self.mask)
 
     def grad_group(self, group: list[LayerSlice]) -> None:
         pass
 
     def grad_nodes(self, layer: int, part: LayerSlice, group: list[LayerSlice]) -> Tensor:
         after = part.first_reader + part.n_readers
-        self.running_sum += self.inputs[after : self.n_summed].sum(0)
+        self.running_sum += self.inputs[after : self.n_summed].sum(0, dtype=self.dtype)
         self.n_summed = after
         grad_nodes = self.scratch[: self.graph.n_heads + 1]
-        grad_nodes.copy_(self.running_sum.expand_as(grad_nodes))
+        sums = self._sums_in(grad_nodes)
+        sums.copy_(self.running_sum.expand_as(sums))
         readers, sources, excess = self.sparse.edges_out_of(layer)
-        if len(excess):
-            added = self.inputs[readers].mul_(excess[:, None])
-            grad_nodes.index_add_(0, sources - part.n_earlier_nodes, added)
+        self._add_corrections(sums, sources - part.n_earlier_nodes, self.inputs[readers], excess)
+        if sums is not grad_nodes:
+            grad_nodes.copy_(sums)
         return grad_nodes
