@@ -24,8 +24,7 @@ from circuit_breaking.training.config import check_mask
 @dataclass
 class Settings(IOIMaskSettings, ResumeSettings):
     MOST_USED: ClassVar = (
-        "model", "task", "prompts", "max_edges", "alpha", "means", "objective", "relax_steps", "anneal_steps",
-        "refine_rounds", "run", "seed", "device",
+        "model", "task", "prompts", "max_edges", "steps", "alpha", "means", "objective", "run", "seed", "device",
     )  # fmt: skip
 
 

@@ -44,7 +44,6 @@ class Settings(
     examined_budget: int = 12  # budget of the masks that are examined closely: each edge, several seeds, relearning
     seeds: int = 3  # masks with examined_budget, and number of times that continuations are sampled
     random_seeds: int = 5  # random masks for each budget
-    large_refine_rounds: int = 20  # rounds of refinement for masks above examined_budget; each takes longer
     methods: tuple[str, ...] = ("joint", "ascent", "task_arithmetic", "npo", "rmu")  # ways to fine-tune
     lrs: tuple[float, ...] = ()  # learning rates to try for each of methods; none: those of finetune_gpt2.py
     steps: int = 200  # most steps of fine-tuning
@@ -104,8 +103,7 @@ def stages(settings: Settings) -> list[list[Part]]:
     model = [*common, f"--model={settings.model}", f"--seed={settings.seed}", *data]
     masks = [
         f"--stable-budget={settings.examined_budget}", f"--seeds={settings.seeds}",
-        f"--random-seeds={settings.random_seeds}", f"--large-refine-rounds={settings.large_refine_rounds}",
-        f"--ablate-from={settings.ablate_from}",
+        f"--random-seeds={settings.random_seeds}", f"--ablate-from={settings.ablate_from}",
     ]  # fmt: skip
     learned = sorted({*settings.learned_budgets, settings.examined_budget})
     budgets = {ablation: learned if ablation == "optimal" else settings.budgets for ablation in ABLATIONS}

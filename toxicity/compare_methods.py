@@ -36,7 +36,9 @@ class Settings(ToxicDataSettings, ModelSettings, AblateFromSettings, ToxicRunSet
     alone: tuple[str, ...] = tuple(METHODS)  # methods without refinement
     seeds: int = 3  # masks of each method and budget
     random_seeds: int = 5  # masks of each budget whose edges are drawn at random
-    training: MaskConfig = field(default_factory=MaskConfig)  # of every mask; max_edges and method are not used
+    training: MaskConfig = field(  # of every mask; max_edges and method are not used
+        default_factory=lambda: MaskConfig(steps=200, refine_rounds=60)
+    )
     means: Path | None = None  # file of ablation values from compute_means.py; None: zero
     run: str = "methods"
     resume: bool = True  # keep masks of a run with the same settings, data and code
@@ -99,16 +101,12 @@ MADE_BY = (
 
 def texts_seen(training: MaskConfig) -> int:
     """Texts of each task that training draws, a text drawn twice counted twice."""
-    steps = training.relax_steps + training.anneal_steps
-    return training.batch_size * steps + training.refine_batch_size * training.refine_rounds
+    return training.batch_size * training.steps + training.refine_batch_size * training.refine_rounds
 
 
 def unrefined(training: MaskConfig) -> MaskConfig:
-    """The same without refinement, whose texts are seen in more steps of both phases that find edges."""
-    more = training.refine_batch_size * training.refine_rounds // training.batch_size
-    relax, anneal = training.relax_steps, training.anneal_steps
-    share = round(more * relax / (relax + anneal)) if relax + anneal else more
-    return replace(training, refine_rounds=0, relax_steps=relax + share, anneal_steps=anneal + more - share)
+    """The same without refinement, whose texts are seen in more steps that find edges."""
+    return replace(training, refine_rounds=0, steps=texts_seen(training) // training.batch_size)
 
 
 def for_all_budgets(training: MaskConfig) -> bool:

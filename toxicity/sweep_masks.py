@@ -4,12 +4,13 @@ Reads   a model; toxic posts and ordinary text, the same parts that finetune_gpt
 Writes  data/toxicity/<run>/masks/<ablation>_<budget>[_seed<n>]/: mask.safetensors, edges.json, metrics.jsonl,
         cost.json; means.safetensors, if ablation values are learned. random_<ablation>_<budget>_seed<n>/, without
         metrics: as many edges, drawn at random, as the mask of that budget cuts. means_<texts>.safetensors beside
-        masks/, the ablation values of mean ablation. During training also checkpoints in these folders and relaxed/
-        (the phase that masks share), from which the same command continues an interrupted sweep.
+        masks/, the ablation values of mean ablation. During training also checkpoints in these folders and rankings/
+        (what masks share), from which the same command continues an interrupted sweep.
 Time    half a minute per mask for the shipped model on one core.
 
-The first phase of training does not depend on the budget and is trained once for all budgets. Masks with seeds above 0,
-at one budget, show how stable the choice of edges is. If ablation values are learned, they are learned for random edges
+A ranking of the edges (`--training.method ranking`, the default) is trained once for all budgets up to the largest of
+`--training.budgets`; larger ones have a ranking each. Masks with seeds above 0, at one budget, show how stable the
+choice of edges is. If ablation values are learned, they are learned for random edges
 too, at that budget and in as many steps: the remaining difference is due to the choice of edges.
 """
 
@@ -40,7 +41,6 @@ class Settings(ToxicDataSettings, ModelSettings, AblateFromSettings, ToxicRunSet
     stable_budget: int = 12  # budget whose masks are trained with several seeds; 0: none
     seeds: int = 3  # masks with stable_budget, the first one with the setting seed
     random_seeds: int = 5  # random masks for each budget, as a control
-    large_refine_rounds: int | None = None  # rounds of refinement above stable_budget, which take longer; None: as many
     training: MaskConfig = field(default_factory=MaskConfig)  # of every mask; max_edges is not used
     examples: int = 100  # toxic texts to learn from; 0: all that are not used for validation
     validation: int = 50  # most texts of each kind that are left to validate fine-tuned models with
@@ -85,12 +85,12 @@ from circuit_breaking.runs.records import fingerprint
 from circuit_breaking.runs.run_folder import METRICS, hold, is_up_to_date, resume_key
 from circuit_breaking.runs.signals import stop_signals
 from circuit_breaking.toxicity.splits import Splits, load_splits
-from circuit_breaking.training.methods.base import relax_phase_of
+from circuit_breaking.training.budgets import shared_steps
 from circuit_breaking.training.run import train_into
 
 RANDOM = "random"
 # settings that change no mask by themselves: what they decide for one mask is in `Sweep.key`
-APART = ("budgets", "ablations", "stable_budget", "seeds", "random_seeds", "large_refine_rounds")
+APART = ("budgets", "ablations", "stable_budget", "seeds", "random_seeds")
 
 
 def plan(settings: Settings, n_edges: int) -> Iterator[tuple[str, str, int, int]]:
@@ -113,17 +113,13 @@ def read_texts(settings: Settings, tokenizer: Any, seed: int) -> Splits:
 
 def training_of(settings: Settings, ablation: str, budget: int) -> MaskConfig:
     """How a mask is trained."""
-    how = replace(
-        settings.training, max_edges=budget, constants_lr=settings.learned_lr if ablation == "optimal" else 0.0
-    )
-    fewer = settings.large_refine_rounds
-    return how if fewer is None or budget <= settings.stable_budget else replace(how, refine_rounds=fewer)
+    learned_lr = settings.learned_lr if ablation == "optimal" else 0.0
+    return replace(settings.training, max_edges=budget, constants_lr=learned_lr)
 
 
 def given(training: MaskConfig) -> MaskConfig:
     """How what given edges carry is trained: in as many steps as a mask."""
-    steps = training.relax_steps + training.anneal_steps + training.refine_rounds
-    return replace(training, method=GIVEN, relax_steps=steps, anneal_steps=0, refine_rounds=0)
+    return replace(training, method=GIVEN, steps=training.steps + training.refine_rounds, refine_rounds=0)
 
 
 class Sweep:
@@ -138,7 +134,7 @@ class Sweep:
         self.model.ablate_from = settings.ablate_from
         self.provenance = provenance(settings, [*first.files, *files_of(settings.model)], texts=first.about)
         self.averages = None if set(settings.ablations) == {"zero"} else self.folder / "means_ordinary.safetensors"
-        self.shared: dict[Path, dict[str, Any]] = {}  # what phases cost that masks share and that are done, by folder
+        self.shared: dict[Path, dict[str, Any]] = {}  # what rankings cost that are done, by folder
 
     def texts(self, seed: int) -> Splits:
         """The texts of a seed."""
@@ -181,9 +177,9 @@ class Sweep:
         how = how if edges is None else given(how)
         resume, earlier = self.settings.resume, None
         with hold(place):
-            own, phase = Checkpoints(place, key), relax_phase_of(how)
-            if phase is not None and not (resume and own.load()):
-                earlier, resume = self.relax(ablation, seed, phase, own), True
+            own, first = Checkpoints(place, key), shared_steps(how)
+            if first is not None and not (resume and own.load()):
+                earlier, resume = self.rank(ablation, seed, first, own), True
             spent = self.train(place, ablation, seed, how, key, resume, edges, earlier)
             write_json(place / COST_FILE, spent)
             self.save(place, role, ablation, budget, seed)
@@ -193,13 +189,13 @@ class Sweep:
         return count
 
     def shared_place(self, ablation: str, seed: int) -> Path:
-        """Folder of the relax phase, which the masks of all budgets share."""
-        return self.folder / "relaxed" / f"{ablation}_seed{seed}"
+        """Folder of the ranking, which the masks of several budgets share."""
+        return self.folder / "rankings" / f"{ablation}_seed{seed}"
 
-    def relax(self, ablation: str, seed: int, how: MaskConfig, own: Checkpoints) -> dict[str, Any]:
-        """Start a mask from the end of the shared relax phase, which is trained first if needed. Returns its cost."""
+    def rank(self, ablation: str, seed: int, how: MaskConfig, own: Checkpoints) -> dict[str, Any]:
+        """Start a mask from the shared ranking, which is trained first if needed. Returns what the ranking cost."""
         place = self.shared_place(ablation, seed)
-        key = self.key("relaxed", ablation, 0, seed)
+        key = self.key("ranking", ablation, 0, seed)
         with hold(place):
             if place not in self.shared:
                 spent = self.train(place, ablation, seed, how, key, self.settings.resume)
@@ -270,7 +266,7 @@ def main(settings: Settings) -> None:
     for _, ablation, _, seed in plan(settings, n_edges):  # of an earlier sweep too, which was interrupted
         shutil.rmtree(sweep.shared_place(ablation, seed), ignore_errors=True)
     with suppress(OSError):  # another sweep may be at work there
-        (sweep.folder / "relaxed").rmdir()
+        (sweep.folder / "rankings").rmdir()
     print(f"written to {sweep.folder / 'masks'}")
 
 

@@ -29,7 +29,7 @@ class Settings(
     MaskConfig, HeldOutSettings, ToxicDataSettings, ModelSettings, AblateFromSettings, ToxicRunSettings, ResumeSettings
 ):
     MOST_USED: ClassVar = (
-        "model", "max_edges", "alpha", "means", "examples", "relax_steps", "anneal_steps", "refine_rounds", "lr", "run",
+        "model", "max_edges", "budgets", "steps", "alpha", "batch_size", "means", "constants_lr", "examples", "run",
         "seed", "device",
     )  # fmt: skip
 

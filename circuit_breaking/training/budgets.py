@@ -9,7 +9,19 @@ from circuit_breaking.engine.transformer import EdgeMaskedTransformer
 from circuit_breaking.tasks.base import Task
 from circuit_breaking.training.config import MaskConfig
 from circuit_breaking.training.mask_trainer import MaskResult, train_mask
-from circuit_breaking.training.methods import GIVEN
+from circuit_breaking.training.methods import GIVEN, method_class
+from circuit_breaking.training.methods.ranking import EdgeScores
+
+
+def shared_steps(config: MaskConfig) -> MaskConfig | None:
+    """The same training cut down to the steps that it shares with masks of other budgets; None if there are none.
+
+    A ranking is learned for all budgets up to the largest of `budgets` at once.
+    """
+    shared = issubclass(method_class(config.method), EdgeScores) and config.steps > 0
+    if not shared or config.max_edges > max(config.budgets, default=0):
+        return None
+    return replace(config, max_edges=1, refine_rounds=0, constants_steps=0)
 
 
 def masks_at(
@@ -31,9 +43,7 @@ def masks_at(
         model, break_task, keep_task, settings: as they were given to `train_mask`.
     """
     means, weights = model.means, model.mask.weights.detach().clone()
-    given = replace(
-        settings, method=GIVEN, relax_steps=settings.constants_steps, anneal_steps=0, refine_rounds=0, constants_steps=0
-    )
+    given = replace(settings, method=GIVEN, steps=settings.constants_steps, refine_rounds=0, constants_steps=0)
     try:
         for budget in sorted(set(budgets)):
             if budget > len(result.ranking):

@@ -3,9 +3,8 @@
 Imports neither torch nor transformers, so that a script can print its `--help` and refuse a setting at once.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from circuit_breaking.errors import UserError
 from circuit_breaking.runs.config import check_choice, check_not_negative, check_positive
@@ -17,63 +16,32 @@ WEIGHT_BUDGETS = {"weight": 0.0005, "neuron": 0.04, "head": 0.25}  # default sha
 
 @dataclass
 class MaskConfig:
-    """How an edge mask is trained. Losses are in nats; a step sees `batch_size` texts of each task."""
+    """How an edge mask is trained. Losses are in nats; a step sees `batch_size` texts of each task.
+
+    Temperatures and learning rates of the default method follow from the number of edges and steps (`methods.ranking`).
+    """
 
     TITLE: ClassVar[str] = "mask training"
 
-    method: Literal[tuple(METHODS)] = "clamped"  # how the edges to cut are found, before refinement
     max_edges: int = 12  # most edges that the mask cuts
     budgets: tuple[int, ...] = (1, 2, 5, 12, 25, 50)  # ranking: further numbers of edges that its order should serve
+    steps: int = 440  # steps that find edges
+    batch_size: int = 5  # texts of each task in a step
     alpha: float = 0.2  # weight of the loss that training raises (paper: 0.2); negative: it is lowered instead
     keep_weight: float = 1.0  # weight of the loss that training keeps low; 0: ordinary text does not count
-    keep_loss: Literal["kl", "loss"] = "loss"  # kl: KL(original || ablated), as a loss; loss: the task's own (paper)
+    keep_loss: Literal["kl", "loss"] = "kl"  # kl: KL(original || ablated), as a loss; loss: the task's own (paper)
     break_cap: float = 0.0  # cap on the raised loss of one prediction, nats; 0: log of the vocabulary size
-    relax_steps: int = 100  # steps with continuous mask weights in [0, 1], as in the paper
-    anneal_steps: int = 100  # steps in which the number of cut edges falls to max_edges; added for attribution
-    refine_rounds: int = 60  # rounds of refinement, which cut or restore single edges if that measurably helps
-    batch_size: int = 5  # texts of each task in a step
-    refine_batch_size: int = 20  # texts of each task in a round of refinement
-    micro_batch: int = 0  # texts in a forward pass, if fewer than batch_size: same result, less memory; 0: all
-    gradient_checkpointing: bool = False  # recompute parts of each layer in the backward pass: less memory, more time
-    moves_per_round: int = 8  # most changes that a round of refinement measures
-    lr: float = 0.05  # learning rate of mask weights (AdamW, no weight decay) or of log odds (hard-concrete)
-    edge_penalty: float = 0.0005  # penalty for each cut edge in the relax phase, nats
-    min_gain: float = 0.0  # refinement, attribution: least gain in the objective for which an edge is cut, nats
-    ramp: float = 0.1  # share of the relax phase during which the penalty rises from 0
-    round_every: int = 50  # steps after which the relax phase rounds mask weights to 0 or 1; 0: never
-    anneal_start: float = 3.0  # edges cut when annealing starts, as a multiple of max_edges (or more, if found)
-    measure_new_cuts: bool = False  # clamped: while annealing, cut another edge only if a batch measures a gain
-    init_cut_prob: float = 0.5  # hard-concrete: initial probability that a gate is below 1
-    masks_per_step: int = 5  # ugs: masks that a step samples; they share the texts of the step
+    method: Literal[tuple(METHODS)] = "ranking"  # how the edges to cut are found, before refinement
+    lr: float = 0.05  # clamped, hard-concrete, ugs: learning rate of mask weights or of log odds
+    edge_penalty: float = 0.0005  # clamped, hard-concrete, ugs: penalty for each cut edge, nats
     ig_steps: int = 0  # attribution: points of integrated gradients (EAP-IG); 0: gradient at the whole model (EAP)
+    refine_rounds: int = 0  # rounds of refinement, which cut or restore single edges if that measurably helps
+    refine_batch_size: int = 20  # texts of each task in a round of refinement
     constants_lr: float = 0.0  # learning rate of ablation constants (optimal ablation); 0: they are not learned
     constants_steps: int = 100  # steps at the end in which only the constants are learned
     constants_loss: Literal["keep", "objective"] = "keep"  # loss that ablation constants minimise
-
-
-OLD_NAMES = {
-    "sparsity": "edge_penalty",
-    "refine_price": "min_gain",
-    "chance": "init_cut_prob",
-    "tries": "moves_per_round",
-    "recompute": "gradient_checkpointing",
-    "means_lr": "constants_lr",
-    "means_steps": "constants_steps",
-    "means_goal": "constants_loss",
-    "candidates": "anneal_start",
-}
-REMOVED = ("sift_steps", "explore")
-
-
-def with_new_names(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of an edge mask as `MaskConfig` names them, given those of an earlier version's record.
-
-    `candidates` below 1 also asked for each new cut to be measured, which `measure_new_cuts` does now.
-    """
-    renamed = {OLD_NAMES.get(name, name): value for name, value in settings.items() if name not in REMOVED}
-    if "candidates" in settings:
-        renamed.setdefault("measure_new_cuts", settings["candidates"] < 1)
-    return renamed
+    micro_batch: int = 0  # texts in a forward pass, if fewer than batch_size: same result, less memory; 0: all
+    gradient_checkpointing: bool = False  # recompute parts of each layer in the backward pass: less memory, more time
 
 
 @dataclass
@@ -183,10 +151,10 @@ def check_mask(config: MaskConfig, n_edges: int | None = None, n_allowed: int | 
             "scripts that find edges take another method."
         )
     check_not_negative(
-        config, "max_edges", "relax_steps", "anneal_steps", "refine_rounds", "constants_steps", "round_every",
-        "ig_steps", "micro_batch", "edge_penalty", "constants_lr",
+        config, "max_edges", "steps", "refine_rounds", "constants_steps", "ig_steps", "micro_batch", "edge_penalty",
+        "constants_lr",
     )  # fmt: skip
-    check_positive(config, "masks_per_step", "batch_size", "refine_batch_size", "moves_per_round", "lr", "anneal_start")
+    check_positive(config, "batch_size", "refine_batch_size", "lr")
     if config.budgets and min(config.budgets) < 1:
         raise UserError(f"budgets are {list(config.budgets)}; each must be 1 or more.")
     check_choice("keep_loss", config.keep_loss, ("kl", "loss"))
@@ -196,12 +164,10 @@ def check_mask(config: MaskConfig, n_edges: int | None = None, n_allowed: int | 
             f"ablation constants cannot be learned for a loss of weight {config.keep_weight}. Set constants_loss to "
             "objective, constants_lr to 0, or keep_weight above 0."
         )
-    if not 0 < config.init_cut_prob < 1:
-        raise UserError(f"init_cut_prob is {config.init_cut_prob}; it must be above 0 and below 1.")
-    if config.method == "attribution" and config.ig_steps > config.relax_steps + config.anneal_steps:
+    if config.method == "attribution" and config.ig_steps > config.steps:
         raise UserError(
-            f"ig_steps {config.ig_steps} are more than the {config.relax_steps + config.anneal_steps} steps of "
-            "relax_steps and anneal_steps, of which each takes one gradient. Give more of these, or fewer points."
+            f"ig_steps {config.ig_steps} are more than the {config.steps} steps, of which each takes one gradient. "
+            "Give more steps, or fewer points."
         )
 
 

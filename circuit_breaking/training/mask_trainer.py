@@ -3,8 +3,8 @@
 Minimises  keep_weight · L_keep(m) - alpha · L_break(m) + penalty(m)  over masks m that cut at most `max_edges` edges
 (Li, Davies, Nadeau 2023, section 3.2), in phases:
 
-find       `relax_steps` and `anneal_steps`, used as the method says: a ranking of the edges, clamped weights (the
-           paper's), hard-concrete gates, or attribution (`training.methods`).
+find       `steps` steps of a method: a ranking of the edges, clamped weights (the paper's), hard-concrete gates,
+           uniform gradient sampling, or attribution (`training.methods`).
 refine     Single edges are cut, restored or exchanged by their measured effect on new batches (`training.refine`).
 constants  The edges are fixed, and ablation constants, if they are learned, are trained for them
            (`training.optimal_ablation`).
@@ -163,14 +163,14 @@ class _Trainer:
         self.constants = AblationConstants(model, config.constants_lr) if learns_constants else None
         self.done = 0
         self.phases = [
-            (self._find, config.relax_steps + config.anneal_steps),
+            (self._find, config.steps),
             (self._refine, config.refine_rounds),
             (self._fit_constants, config.constants_steps if self.constants is not None else 0),
         ]
         self.total = sum(steps for _, steps in self.phases) if config.max_edges else 0
         method = method_class(config.method)
         self.method = method(model, config, allowed, self.objective.draw, self._backward)
-        self.refiner = EdgeRefiner(config.max_edges, allowed, config.min_gain, config.moves_per_round)
+        self.refiner = EdgeRefiner(config.max_edges, allowed)
         self.last: StepResult | None = None
         model.mask.reset_()
 
@@ -202,6 +202,8 @@ class _Trainer:
         with torch.no_grad():
             self.weights.copy_(saved.tensors["weights"])
         restore_parts(saved.tensors, self._stateful(), self.weights.device)
+        if saved.step <= self.config.steps:
+            self.method.answer()
 
     def _stateful(self) -> dict[str, Any]:
         """The objects that have a `state`, by their names in checkpoints."""

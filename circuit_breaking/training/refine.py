@@ -30,7 +30,6 @@ class EdgeRefiner:
     Attributes:
         max_edges: the budget; no mask that the search visits exceeds it.
         allowed: bool [E], the edges that may be cut; None if all may be.
-        min_gain: least gain of each cut edge, in units of the objective.
         moves_per_round: most changes that are measured in a round.
         memory: weight of older gradients in their running mean, which averages out the noise of single batches.
         gradient: that running mean [E].
@@ -39,7 +38,6 @@ class EdgeRefiner:
 
     max_edges: int
     allowed: Tensor | None = None
-    min_gain: float = 0.0
     moves_per_round: int = 8
     memory: float = 0.5
     gradient: Tensor | None = None
@@ -81,7 +79,7 @@ class EdgeRefiner:
                 continue  # an earlier change of this round already flipped one of these edges or used the budget
             with torch.no_grad():
                 after = float(objective(candidate))
-            gain = value - after - self.min_gain * int((mask - candidate).sum())
+            gain = value - after
             for edge in flipped:
                 self.correction[edge] += (gain - move.predicted) / len(flipped)
             if gain > 0:
@@ -97,13 +95,13 @@ class EdgeRefiner:
             self.correction = torch.zeros_like(gradient)
         # flipping an edge back would lose what its flip gained
         for edge, gain in self._flipped.items():
-            self.correction[edge] = -gain - float((self.gradient[edge] - self.min_gain) * (2 * mask[edge] - 1))
+            self.correction[edge] = -gain - float(self.gradient[edge] * (2 * mask[edge] - 1))
         self._flipped.clear()
 
     def _gains(self, mask: Tensor) -> Tensor:
         """Predicted gain of flipping each edge, [E]; -inf for edges that may not be cut."""
         # cutting an edge gains F(1) - F(0); the gradient at either end is its first-order estimate
-        gains = (self.gradient - self.min_gain) * (2 * mask - 1) + self.correction
+        gains = self.gradient * (2 * mask - 1) + self.correction
         return gains if self.allowed is None else gains.masked_fill(~self.allowed & (mask == 1), float("-inf"))
 
     def _moves(self, mask: Tensor) -> list[Move]:

@@ -74,7 +74,7 @@ def test_tasks(tmp_path, capsys):
 
 def test_the_picture_of_the_readme_is_drawn_as_the_page_says(tmp_path):
     out = f"--out={tmp_path}"
-    steps = [f"--{name}=2" for name in ("max-edges", "relax-steps", "anneal-steps", "refine-rounds", "num-texts")]
+    steps = [f"--{name}=2" for name in ("max-edges", "steps", "num-texts")]
     assert called("toxicity/train_mask.py", out, "--run=demo", *steps).returncode == 0
     evidence = called("toxicity/edge_evidence.py", "--run=demo", f"--masks={tmp_path / 'demo'}", out, "--num-texts=4")
     assert evidence.returncode == 0

@@ -127,7 +127,7 @@ def test_weight_masks_are_learned_there():
     assert result is not None and all(parameter.device.type == GPU for parameter in hf.parameters())
 
 
-SHORT = ("--relax-steps", 6, "--anneal-steps", 4, "--refine-rounds", 3)
+SHORT = ("--steps", 10, "--refine-rounds", 3)
 SMALL = ("--num-texts", 20, "--num-prompts", 5, "--samples", 1)
 CHAINS = {
     "toxicity": [

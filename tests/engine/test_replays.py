@@ -122,7 +122,7 @@ def test_training_is_the_same_replayed_or_launched():
         model = load_model(small_gpt2(), device=DEVICE, dtype="float64")
         model.cuda_graphs.enabled = on
         torch.manual_seed(0)
-        settings = MaskConfig(**{**QUICK, "relax_steps": 20}, max_edges=7)
+        settings = MaskConfig(**{**QUICK, "steps": 25}, max_edges=7)
         results.append(train_mask(model, make_task("break", 1), make_task("keep", 5), settings, progress=False))
         assert not model.cuda_graphs._kept  # given back
     assert results[0].edges == results[1].edges

@@ -22,8 +22,8 @@ def test_training_and_evaluation_report_the_same_losses(tmp_path, capsys):
     train.main(
         train.Settings(
             model=str(folder / "model"), toxic_train=folder / "train.jsonl", toxic_test=folder / "test.jsonl",
-            ordinary=str(folder / "plain.txt"), out=tmp_path, length=18, num_texts=12, max_edges=3, relax_steps=2,
-            anneal_steps=2, refine_rounds=1, device="cpu",
+            ordinary=str(folder / "plain.txt"), out=tmp_path, length=18, num_texts=12, max_edges=3, steps=4,
+            refine_rounds=1, device="cpu",
         )
     )  # fmt: skip
     printed, run = capsys.readouterr().out, tmp_path / "run"

@@ -12,8 +12,8 @@ from helpers.models import small_gpt2
 
 FEW = {"n_layer": 2, "n_head": 2, "n_embd": 16}
 QUICK = {
-    "relax_steps": 6,
-    "anneal_steps": 5,
+    "steps": 11,
+    "keep_loss": "loss",
     "refine_rounds": 7,
     "batch_size": 3,
     "refine_batch_size": 4,

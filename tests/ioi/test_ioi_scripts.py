@@ -15,7 +15,7 @@ from circuit_breaking.runs.mask_record import CutEdges, KeptEdges
 from circuit_breaking.runs.tensors import read_tensors
 
 pytestmark = pytest.mark.skipif(not (TINY / "config.json").is_file(), reason="the shipped model is not in tiny_gpt2")
-QUICK = {"relax_steps": 3, "anneal_steps": 3, "refine_rounds": 1, "num_test": 20, "device": "cpu"}
+QUICK = {"steps": 6, "refine_rounds": 1, "num_test": 20, "device": "cpu"}
 PICTURES = ["graph.png", "heat_map.png", "next_tokens.png"]
 
 
@@ -32,7 +32,7 @@ def data(tmp_path_factory):
 def runs(data, tmp_path_factory):
     """A folder with one trained run, "run"."""
     out = tmp_path_factory.mktemp("runs")
-    start("train_mask", data, out, relax_steps=60, anneal_steps=60, refine_rounds=15, num_test=100)
+    start("train_mask", data, out, steps=120, refine_rounds=15, num_test=100)
     return out
 
 
@@ -94,7 +94,7 @@ def test_half_of_the_edges_are_sufficient(data, tmp_path, means):
 
 
 def test_necessary_and_outside(data, runs, tmp_path):
-    start("alternative_masks", data, tmp_path, kind="necessary", relax_steps=25, anneal_steps=15)
+    start("alternative_masks", data, tmp_path, kind="necessary", steps=40)
     results = read_tensors(tmp_path / "necessary" / "mask.safetensors")[1]["results"]
     assert results["after"]["logit_difference"] < 0 < results["before"]["logit_difference"]
     frozen = CutEdges.read(runs / "run" / "edges.json").edges
@@ -104,7 +104,7 @@ def test_necessary_and_outside(data, runs, tmp_path):
 
 
 def test_a_cover_is_made_of_masks_without_an_edge_in_common(data, tmp_path):
-    start("alternative_masks", data, tmp_path, kind="covering", masks=3, max_edges=4, relax_steps=20, anneal_steps=20)
+    start("alternative_masks", data, tmp_path, kind="covering", masks=3, max_edges=4, steps=40)
     about = read_json(tmp_path / "covering" / "covering.json")
     seen: list[str] = []
     for number, one in enumerate(about["masks"], 1):

@@ -17,12 +17,11 @@ from circuit_breaking.errors import UserError
 from circuit_breaking.runs.checkpoints import NEWEST, PREVIOUS, Checkpoints
 from circuit_breaking.runs.run_folder import locked
 from circuit_breaking.runs.signals import Stopped, stop_signals
+from circuit_breaking.training.budgets import shared_steps
 from circuit_breaking.training.config import MaskConfig
 from circuit_breaking.training.mask_trainer import train_mask
 from circuit_breaking.training.methods import METHODS
-from circuit_breaking.training.methods.base import relax_phase_of
 
-LOW_START = {"anneal_start": 0.1, "measure_new_cuts": True}
 SETTINGS = MaskConfig(max_edges=6, **QUICK)  # 18 steps in three phases
 
 
@@ -49,30 +48,33 @@ def uninterrupted(*changes):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"method": "clamped"}, {"method": "clamped", **LOW_START}, {"method": "hard-concrete"}]
+    "changes", [{"constants_lr": 0.05}, {"constants_lr": 0.05, "refine_rounds": 0}, {"refine_rounds": 0}]
 )
-def test_masks_of_all_budgets_may_begin_with_one_relax_phase(tmp_path, changes):
-    phase = asdict(relax_phase_of(replace(SETTINGS, **changes, constants_lr=0.05)))
+def test_masks_of_all_budgets_may_begin_with_one_ranking(tmp_path, changes):
+    phase = asdict(shared_steps(replace(SETTINGS, **changes)))
     shared = Checkpoints(tmp_path / "shared", {"shared": True})
     torch.manual_seed(4)
     _, first = run(shared, **phase)
     for budget in (1, 3, 9):
         torch.manual_seed(4)
-        expected, rows = run(max_edges=budget, constants_lr=0.05, **changes)
+        expected, rows = run(max_edges=budget, **changes)
         own = Checkpoints(tmp_path / str(budget), {"budget": budget})
         shared.hand_on(own)
-        found, more = run(own, max_edges=budget, constants_lr=0.05, **changes)
-        assert torch.equal(found, expected) and first + more == rows and len(first) == QUICK["relax_steps"]
+        found, more = run(own, max_edges=budget, **changes)
+        assert torch.equal(found, expected) and first + more == rows and len(first) == QUICK["steps"]
+        assert int((found == 0).sum()) == budget or "refine_rounds" not in changes
 
 
-def test_what_has_no_relax_phase_has_none_to_share():
-    for changes in ({"method": "attribution"}, {"method": "given"}, {"relax_steps": 0}):
-        assert relax_phase_of(replace(SETTINGS, **changes)) is None
+def test_what_depends_on_the_budget_is_not_shared():
+    for method in METHODS:
+        assert (shared_steps(replace(SETTINGS, method=method)) is not None) == (method == "ranking")
+    for changes in ({"method": "given"}, {"steps": 0}, {"max_edges": 51}, {"budgets": ()}):
+        assert shared_steps(replace(SETTINGS, **changes)) is None
 
 
 @pytest.mark.parametrize(
     "changes",
-    [{"method": method} for method in METHODS] + [{"method": "attribution", "ig_steps": 4}, LOW_START],
+    [{"method": method} for method in METHODS] + [{"method": "attribution", "ig_steps": 4}],
 )
 @pytest.mark.parametrize("die_at", range(1, 18))
 def test_a_killed_run_comes_out_the_same(tmp_path, die_at, changes):

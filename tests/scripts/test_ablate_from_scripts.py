@@ -18,7 +18,7 @@ from circuit_breaking.runs.mask_record import CutEdges
 generate, means_script = load_script("toxicity/generate.py"), load_script("toxicity/compute_means.py")
 train, sweep = load_script("toxicity/train_mask.py"), load_script("toxicity/sweep_masks.py")
 TOKENS = torch.randint(1, 50, (2, 9), generator=torch.Generator().manual_seed(0))
-QUICK = {"relax_steps": 3, "anneal_steps": 3, "refine_rounds": 1, "refine_batch_size": 4}
+QUICK = {"steps": 6, "refine_rounds": 1, "refine_batch_size": 4}
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,7 @@ from circuit_breaking.tasks.base import TextTask
 compare = load_script("toxicity/compare.py")
 LENGTH = 50  # the scripts' own
 QUICK = {
-    "relax_steps": 2, "anneal_steps": 3, "refine_rounds": 1, "moves_per_round": 2, "batch_size": 3,
+    "steps": 5, "refine_rounds": 1, "batch_size": 3,
     "refine_batch_size": 3, "constants_steps": 2,
 }  # fmt: skip
 SHORT = [f"--training.{name.replace('_', '-')}={value}" for name, value in QUICK.items()]

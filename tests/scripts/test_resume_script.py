@@ -15,7 +15,7 @@ from circuit_breaking.runs.mask_record import CutEdges
 from circuit_breaking.runs.tensors import read_tensors
 from circuit_breaking.training.edge_ranking import load_ranking
 
-PHASES = ["--relax-steps=40", "--anneal-steps=40", "--refine-rounds=50", "--moves-per-round=4"]
+PHASES = ["--steps=80", "--refine-rounds=50"]
 
 
 def command(folder, name):
@@ -44,7 +44,7 @@ def test_the_same_seed_gives_the_same_files_twice(tmp_path):
     settings = script.Settings(
         model=str(tmp_path / "model"), toxic_train=tmp_path / "train.jsonl", toxic_test=tmp_path / "test.jsonl",
         ordinary=str(tmp_path / "plain.txt"), out=tmp_path, resume=False, max_edges=5, num_texts=10, device="cpu",
-        relax_steps=6, anneal_steps=6, refine_rounds=7, moves_per_round=4, constants_lr=0.05, constants_steps=3,
+        steps=12, refine_rounds=7, constants_lr=0.05, constants_steps=3,
     )  # fmt: skip
     found = []
     for _ in range(2):
@@ -63,7 +63,7 @@ def test_a_ranking_is_written_with_masks_of_all_budgets_and_their_curve(tmp_path
     settings = script.Settings(
         model=str(tmp_path / "model"), toxic_train=tmp_path / "train.jsonl", toxic_test=tmp_path / "test.jsonl",
         ordinary=str(tmp_path / "plain.txt"), out=tmp_path, max_edges=5, num_texts=10, device="cpu", method="ranking",
-        relax_steps=4, anneal_steps=4, refine_rounds=0, constants_lr=constants_lr, constants_steps=2,
+        steps=8, refine_rounds=0, constants_lr=constants_lr, constants_steps=2,
         budgets=(2, 9, 999_999),
     )  # fmt: skip
     script.main(settings)

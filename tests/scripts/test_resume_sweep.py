@@ -24,12 +24,11 @@ from circuit_breaking.training.config import MaskConfig
 
 sweep = load_script("toxicity/sweep_masks.py")
 QUICK = MaskConfig(
-    relax_steps=4, anneal_steps=4, refine_rounds=3, constants_steps=2,
-    moves_per_round=2, batch_size=3, refine_batch_size=3,
+    steps=8, refine_rounds=3, constants_steps=2, batch_size=3, refine_batch_size=3
 )  # fmt: skip
-RELAX, STEPS, CONSTANTS = 4, 11, 2  # steps: of the relax phase that budgets share, of a mask, of ablation constants
+RANK, STEPS, CONSTANTS = 8, 11, 2  # steps: of the ranking that budgets share, of a mask, of ablation constants
 # steps of the trainings of the sweep below, first to last: what is shared, and what masks do behind it; random edges
-SHARED, LEARNED, FIXED = range(RELAX), range(RELAX, STEPS + CONSTANTS), range(RELAX, STEPS)
+SHARED, LEARNED, FIXED = range(RANK), range(RANK, STEPS + CONSTANTS), range(RANK, STEPS)
 TRAININGS = [SHARED, LEARNED, LEARNED, SHARED, LEARNED, SHARED, FIXED, FIXED, SHARED, FIXED, range(STEPS + CONSTANTS)]
 TOTAL = sum(map(len, TRAININGS))
 
@@ -147,7 +146,7 @@ def test_an_interrupted_sweep_leaves_what_a_whole_one_does(data, whole, tmp_path
     assert len(counted) == TOTAL - (kept_of(step - 1) if killed else step)
     counted.clear()
     start(data, tmp_path)
-    assert counted == [] and made(tmp_path) == whole and not (tmp_path / "sweep" / "relaxed").exists()
+    assert counted == [] and made(tmp_path) == whole and not (tmp_path / "sweep" / "rankings").exists()
 
 
 def test_only_what_makes_a_difference_makes_a_mask_again(data, tmp_path, monkeypatch, capsys):  # noqa: F811
@@ -165,8 +164,8 @@ def test_only_what_makes_a_difference_makes_a_mask_again(data, tmp_path, monkeyp
         start(data, tmp_path, **{**few, **changes})
         assert len(counted) == masks * STEPS, changes
     counted.clear()
-    start(data, tmp_path, **{**few, "budgets": (2, 4), "large_refine_rounds": 2}, seed=1)
-    assert len(counted) == STEPS - 1  # that of 4 edges alone, with two rounds of refinement in place of three
+    start(data, tmp_path, **{**few, "budgets": (2, 4)}, seed=1)
+    assert len(counted) == STEPS  # that of 4 edges alone
     (tmp_path / "sweep" / "masks" / "zero_2" / "mask.safetensors").write_bytes(b"no")
     counted.clear()
     start(data, tmp_path, **few, seed=1)

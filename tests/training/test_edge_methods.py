@@ -8,10 +8,8 @@ from helpers.tasks import make_task, run, small
 from circuit_breaking.engine.mask import load_mask, save_mask
 from circuit_breaking.errors import UserError
 from circuit_breaking.training.attribution import eap, eap_ig
-from circuit_breaking.training.config import MaskConfig
 from circuit_breaking.training.gates import HardConcrete, falling_count
 from circuit_breaking.training.methods import METHODS
-from circuit_breaking.training.methods.clamped import ClampedWeights
 
 ALL = 26  # edges of that model
 TOKENS = torch.arange(6)[None]
@@ -86,7 +84,7 @@ def test_the_objective_falls(method):
 
     before = objective()
     run(
-        model, method=method, max_edges=6, alpha=1.0, relax_steps=40, anneal_steps=40, refine_rounds=0,
+        model, method=method, max_edges=6, alpha=1.0, steps=80, refine_rounds=0,
         batch_size=12,
     )  # fmt: skip
     assert objective() < before - 0.02
@@ -134,12 +132,12 @@ def test_gradcheck_of_gates():
 
 @pytest.mark.parametrize("alpha", [0.2, 1.0, 9.0])
 def test_the_number_of_hard_concrete_cuts_falls_to_the_budget(alpha):
-    changes = {"method": "hard-concrete", "relax_steps": 60, "refine_rounds": 0, "alpha": alpha}
-    free, _ = run(small(), max_edges=ALL, anneal_steps=0, **changes)
-    result, _ = run(small(), max_edges=4, anneal_steps=120, **changes)
+    changes = {"method": "hard-concrete", "steps": 120, "refine_rounds": 0, "alpha": alpha}
+    free, _ = run(small(), max_edges=ALL, **changes)
+    result, _ = run(small(), max_edges=4, **changes)
     assert len(free.edges) >= 8 and len(result.edges) == 4
     counts = [row["n_cut"] for row in result.history[60:]]
-    assert all(count <= falling_count(ALL, 4, number, 120) for number, count in enumerate(counts)) and counts[-1] == 4
+    assert all(count <= falling_count(ALL, 4, number, 60) for number, count in enumerate(counts)) and counts[-1] == 4
 
 
 @pytest.mark.parametrize("count", [0.5, 3, 17, 29, 30, 99])
@@ -167,34 +165,6 @@ def test_targets_fall_geometrically_and_stay_for_the_last_quarter():
 def test_from_a_low_start_the_number_of_cuts_rises_to_the_budget():
     counts = [falling_count(3, 48, number, 80) for number in range(80)]
     assert counts[0] == 3 and set(counts[60:]) == {48} and counts == sorted(counts)
-    changes = {"anneal_start": 0.01, "measure_new_cuts": True, "relax_steps": 8, "anneal_steps": 80, "refine_rounds": 0}
-    result, _ = run(small(), max_edges=12, alpha=5.0, **changes)
-    cut = [row["n_cut"] for row in result.history]
-    assert all(n <= falling_count(max(1, cut[7]), 12, number, 80) for number, n in enumerate(cut[8:]))
-    assert cut[8] < 4 < len(result.edges) <= 12
-
-
-def test_a_cut_that_the_slope_misjudges_is_not_admitted():
-    """Every slope says cut; the cut of one edge, and only of it, costs more than all others gain."""
-    model, bad = small(), 7
-
-    def objective(mask):
-        return mask.sum() + 100.0 * (mask[bad].detach() == 0)
-
-    last = {}
-    for measured, start in ((True, 0.01), (False, 3.0)):
-        model.mask.reset_()
-        settings = MaskConfig(
-            max_edges=12, anneal_start=start, measure_new_cuts=measured, relax_steps=0, anneal_steps=120,
-            edge_penalty=0.0,
-        )  # fmt: skip
-        method = ClampedWeights(model, settings, None, lambda size: objective, lambda loss: loss.backward())
-        model.mask.weights.data[bad] = 0.6  # the first to come
-        cut = [method.step(number)[2] for number in range(120)]
-        assert max(cut[90:]) <= 12
-        model.mask.keep_budget_(12)
-        last[measured] = set((model.mask.weights == 0).nonzero()[:, 0].tolist())
-    assert bad in last[False] and bad not in last[True] and 0 < len(last[True]) <= 12
 
 
 @pytest.mark.parametrize("ig_steps", [0, 3])
@@ -207,7 +177,7 @@ def test_attribution_cuts_what_scores_most(ig_steps):
 
     scores = eap_ig([objective], model, ig_steps) if ig_steps else eap([objective], model)
     result, _ = run(
-        model, method="attribution", ig_steps=ig_steps, max_edges=5, alpha=1.0, relax_steps=2, anneal_steps=4,
+        model, method="attribution", ig_steps=ig_steps, max_edges=5, alpha=1.0, steps=6,
         batch_size=12, refine_rounds=0,
     )  # fmt: skip
     assert int((scores > 0).sum()) > 5
@@ -219,8 +189,6 @@ def test_attribution_cuts_what_scores_most(ig_steps):
     ("changes", "message"),
     [
         ({"method": "magic"}, "method 'magic' is not one of ranking, clamped, hard-concrete, ugs, attribution"),
-        ({"init_cut_prob": 0.0}, "init_cut_prob is 0.0"),
-        ({"init_cut_prob": 1.0}, "init_cut_prob is 1.0"),
         ({"ig_steps": -1}, "ig_steps is -1"),
         ({"method": "attribution", "ig_steps": 12}, "ig_steps 12 are more than the 11 steps"),
     ],

@@ -19,7 +19,7 @@ from circuit_breaking.training.config import MaskConfig, keeps_predictions
 from circuit_breaking.training.methods import METHODS
 from circuit_breaking.training.objective import StepObjective
 
-SETTINGS = {"alpha": 0.7, "keep_weight": 1.3, "break_cap": 3.9}
+SETTINGS = {"alpha": 0.7, "keep_weight": 1.3, "break_cap": 3.9, "keep_loss": "loss"}
 
 
 BREAK = {

@@ -63,7 +63,7 @@ def test_degrees_that_are_0_or_1_have_no_gradient():
 def test_the_best_edges_of_a_known_objective_come_first():
     """An objective in which every edge has an effect of its own; the ranking is that of the effects."""
     model, effects = small(), torch.randn(ALL, generator=torch.Generator().manual_seed(2))
-    config = MaskConfig(method="ranking", max_edges=5, relax_steps=100, anneal_steps=100)
+    config = MaskConfig(method="ranking", max_edges=5, steps=200)
 
     def objective(mask):
         return -((1 - mask) * effects).sum()
@@ -73,15 +73,41 @@ def test_the_best_edges_of_a_known_objective_come_first():
     found = EdgeRanking.of_scores(model.graph, method.scores())
     assert found.order[:8].tolist() == effects.argsort(descending=True)[:8].tolist()
     assert set((model.mask.weights == 0).nonzero()[:, 0].tolist()) == set(effects.topk(5).indices.tolist())
-    assert {row.phase for row in rows} == {"rank"} and min(row.n_cut for row in rows) == 1
+    assert {row.phase for row in rows} == {"rank"} and min(row.n_cut for row in rows) == 5
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def test_a_small_and_a_large_budget_share_the_texts_of_a_step(batch_size):
+    """The gradient is that of the mean over the texts, each at the budget of its half."""
+    model, effects, drawn = small(), torch.randn(ALL, generator=torch.Generator().manual_seed(2)), []
+
+    def next_objective(texts):
+        drawn.append(texts)
+        return lambda mask: (mask * effects * len(drawn)).sum()
+
+    config = MaskConfig(max_edges=5, steps=50, batch_size=batch_size)
+    method = EdgeScores(model, config, None, next_objective, lambda loss: loss.backward())
+    with torch.no_grad():
+        method.parameter.copy_(random_scores(ALL))
+    scores = method.parameter.detach().clone().requires_grad_()
+    shares = {1: [1], 2: [1, 1], 5: [3, 2]}[batch_size]
+    budgets = method.budgets(7, len(shares))
+    assert (budgets == sorted(budgets) and len(budgets) == 1) or budgets[0] < (ALL - 0.5) ** 0.5 < budgets[1]
+    row = method.step(7)
+    assert drawn == shares and row.n_cut == round(budgets[-1])
+    masks = [1 - soft_top_k(scores, budget, method.temperature(7 / 50)) for budget in budgets]
+    parts = [share / batch_size * (mask * effects).sum() for share, mask in zip(shares, masks, strict=True)]
+    expected = sum(number * part for number, part in enumerate(parts, 1))
+    assert row.loss == pytest.approx(float(expected.detach()), abs=1e-5)
+    torch.testing.assert_close(method.parameter.grad, *torch.autograd.grad(expected, scores))
 
 
 def test_budgets_are_spread_evenly_and_the_temperature_falls():
-    method = EdgeScores(small(), MaskConfig(method="ranking"), None, None, None)
-    logs = sorted(math.log(method.budget(number)) / math.log(ALL - 0.5) for number in range(100))
-    assert all(abs(log - (number + 0.5) / 100) < 0.02 for number, log in enumerate(logs))
+    method = EdgeScores(small(), MaskConfig(method="ranking", steps=200), None, None, None)
+    logs = sorted(math.log(k) / math.log(ALL - 0.5) for number in range(100) for k in method.budgets(number, 2))
+    assert all(abs(log - (number + 0.5) / 200) < 0.02 for number, log in enumerate(logs))
     few = EdgeScores(small(), MaskConfig(method="ranking"), torch.arange(ALL) < 1, None, None)
-    assert 0 < few.budget(0) < 1
+    assert 0 < few.budgets(0, 1)[0] < 1
     temperatures = [method.temperature(progress / 10) for progress in range(11)]
     assert temperatures == sorted(temperatures, reverse=True)
     assert temperatures[0] * math.log(ALL) == pytest.approx(0.12 * 200)
@@ -130,7 +156,7 @@ def test_the_objective_at_small_and_large_budgets_falls():
 
     before = objective(torch.ones(ALL))
     result, _ = run(
-        model, method="ranking", max_edges=3, alpha=1.0, relax_steps=40, anneal_steps=40, refine_rounds=0,
+        model, method="ranking", max_edges=3, alpha=1.0, steps=80, refine_rounds=0,
         batch_size=12,
     )  # fmt: skip
     gains = [before - objective(result.at(count)) for count in (1, 3, 8)]
@@ -168,7 +194,7 @@ def test_a_damaged_ranking_is_refused(tmp_path, damage):
 def test_masks_of_many_budgets(constants_lr):
     model, tasks = small(), (make_task("break", 1), make_task("keep", 5))
     settings = MaskConfig(
-        method="ranking", max_edges=5, relax_steps=6, anneal_steps=5, refine_rounds=0, batch_size=3,
+        method="ranking", max_edges=5, steps=11, refine_rounds=0, batch_size=3,
         constants_lr=constants_lr, constants_steps=2,
     )  # fmt: skip
     result = train_mask(model, *tasks, settings, progress=False)

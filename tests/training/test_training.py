@@ -16,7 +16,7 @@ from circuit_breaking.training.refine import EdgeRefiner
 @pytest.mark.parametrize("max_edges", [0, 1, 5, 40])
 @pytest.mark.parametrize(
     "phases",
-    [{}, {"refine_rounds": 0}, {"relax_steps": 0, "anneal_steps": 0}],
+    [{}, {"refine_rounds": 0}, {"steps": 0}],
 )
 def test_budget_is_a_promise(max_edges, phases):
     result, model = run(max_edges=max_edges, **phases)
@@ -51,7 +51,7 @@ def test_the_objective_falls():
     model = load_model(small_gpt2(), device="cpu")
     keep, broken = make_task("keep", 5), make_task("break", 1)
     before = keep.get_test_loss(model) - 0.2 * broken.get_test_loss(model)
-    run(model, max_edges=6, relax_steps=20, anneal_steps=30, refine_rounds=10, batch_size=12, refine_batch_size=12)
+    run(model, max_edges=6, steps=50, refine_rounds=10, batch_size=12, refine_batch_size=12)
     assert keep.get_test_loss(model) - 0.2 * broken.get_test_loss(model) < before - 0.01
 
 
@@ -62,8 +62,7 @@ def test_the_objective_falls():
         {"max_edges": 10_000},
         {"lr": 0.0},
         {"batch_size": 0},
-        {"relax_steps": -1},
-        {"moves_per_round": 0},
+        {"steps": -1},
     ],
 )
 def test_settings_that_make_no_sense(changes):
@@ -133,7 +132,7 @@ def test_what_is_learned_for_the_loss_to_keep_is_not_learned_for_the_other():
     for goal in ("keep", "objective"):
         model = load_model(small_gpt2(), device="cpu")
         model.mask.cut_(model.graph.edges[3::9])
-        settings = MaskConfig(alpha=1.0, constants_loss=goal)
+        settings = MaskConfig(alpha=1.0, keep_loss="loss", constants_loss=goal)
         objective = StepObjective(model, make_task("keep", 5), make_task("break", 1), settings)
         means = AblationConstants(model, 0.05)
         for _ in range(100):

@@ -7,6 +7,7 @@ from helpers.tasks import make_task, small
 from circuit_breaking.training.config import MaskConfig
 from circuit_breaking.training.edge_ranking import EdgeRanking
 from circuit_breaking.training.mask_trainer import train_mask
+from circuit_breaking.training.methods import ugs
 from circuit_breaking.training.methods.ugs import UniformGradientSampling, sample_masks
 
 MANY = 200_000
@@ -41,9 +42,10 @@ def method_on(objective, **changes):
     return UniformGradientSampling(model, config, None, lambda size: objective, lambda loss: loss.backward())
 
 
-def test_a_step_follows_the_effects_and_the_price():
+def test_a_step_follows_the_effects_and_the_price(monkeypatch):
+    monkeypatch.setattr(ugs, "MASKS", 200)
     effects = torch.linspace(-1, 1, 26)  # what keeping each edge adds
-    method = method_on(lambda mask: (mask * effects).sum(), masks_per_step=200, batch_size=200, edge_penalty=0.5)
+    method = method_on(lambda mask: (mask * effects).sum(), batch_size=200, edge_penalty=0.5)
     before = method.parameter.detach().clone()
     torch.manual_seed(0)
     method.step(0)
@@ -66,7 +68,7 @@ def test_edges_whose_cut_is_worth_its_price_are_ranked_first():
 
 def test_only_wholly_cut_edges_train_the_constants():
     model, seen = small(), []
-    config = MaskConfig(method="ugs", max_edges=4, relax_steps=2, anneal_steps=0, refine_rounds=0, constants_lr=0.05,
+    config = MaskConfig(method="ugs", max_edges=4, steps=2, refine_rounds=0, constants_lr=0.05,
                         constants_steps=0, batch_size=5)  # fmt: skip
     plain = UniformGradientSampling.step
 

@@ -34,7 +34,7 @@ class Attribution(MaskMethod):
         self.n_gradients[point] += 1
         # an edge's score is what keeping it adds to the objective, so cutting the edge gains the score
         with torch.no_grad():
-            self.weights.copy_(lowest_cut(config.min_gain - self.scores(), config.max_edges, threshold=0.0))
+            self.weights.copy_(lowest_cut(-self.scores(), config.max_edges, threshold=0.0))
         return StepResult("attribute", float(value), self.model.mask.n_cut())
 
     def scores(self) -> Tensor:

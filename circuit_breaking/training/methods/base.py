@@ -1,14 +1,13 @@
 """The interface of a mask method, and what methods with an optimizer share.
 
-A method runs `relax_steps + anneal_steps` steps. Each step sees one batch of each task and does one backward pass. The
-method leaves its answer in the model's mask: edges whose weight is below 0.5 will be cut, the lowest weights first.
+A method runs `steps` steps. Each step sees one batch of each task and does one backward pass. The method leaves its
+answer in the model's mask: edges whose weight is below 0.5 will be cut, the lowest weights first.
 
 Shapes: E edges.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -20,7 +19,9 @@ from circuit_breaking.runs.checkpoints import optimizer_state, part_of, restore_
 from circuit_breaking.training.config import MaskConfig
 from circuit_breaking.training.gates import falling_count
 from circuit_breaking.training.mask_gradient import MaskFunction
-from circuit_breaking.training.methods import method_class
+
+RAMP = 0.1  # share of the relax phase during which the penalty rises from 0
+ANNEAL_START = 3.0  # edges cut when annealing starts, as a multiple of the budget (or more, if relaxing found more)
 
 
 class StepResult(NamedTuple):
@@ -29,6 +30,12 @@ class StepResult(NamedTuple):
     phase: str
     loss: float | None
     n_cut: int
+
+
+def shares_of(texts: int, masks: int) -> list[int]:
+    """Number of texts for each of `masks` masks that share `texts` texts; fewer masks if there are not enough texts."""
+    masks = min(masks, texts)
+    return [texts // masks + (mask < texts % masks) for mask in range(masks)]
 
 
 class MaskMethod(ABC):
@@ -61,7 +68,7 @@ class MaskMethod(ABC):
 
     @abstractmethod
     def step(self, number: int) -> StepResult:
-        """Run step `number`, from 0 to `relax_steps + anneal_steps - 1`."""
+        """Run step `number`, from 0 to `steps - 1`."""
 
     def scores(self) -> Tensor | None:
         """Scores of all edges [E], by which they are cut at any budget, the highest first; None if there are none.
@@ -69,6 +76,13 @@ class MaskMethod(ABC):
         Edges that may not be cut have a score of minus infinity.
         """
         return None
+
+    def answer(self) -> None:  # noqa: B027
+        """Put what has been found so far into the model's mask. `step` does that; this is for a state that is restored.
+
+        A method whose steps do not depend on the budget can continue from the state of a run with another budget, and
+        has to put its own answer there.
+        """
 
     @abstractmethod
     def state(self) -> dict[str, Tensor]:
@@ -100,7 +114,7 @@ class LearnedScores(MaskMethod):
         return torch.ones_like(self.weights).index_put((self.candidates,), weights)
 
     @torch.no_grad()
-    def cut_highest(self) -> None:
+    def answer(self) -> None:
         """Cut the edges with the highest scores in the model's mask, as many as the budget allows."""
         self.weights.copy_(lowest_cut(-self.scores(), self.config.max_edges))
 
@@ -130,17 +144,18 @@ class RelaxAndAnneal(MaskMethod):
     parameter: Tensor
 
     def setup(self) -> None:
-        """Make the optimizer."""
+        """Make the optimizer, and give each phase half of the steps."""
+        self.anneal_steps = self.config.steps // 2
+        self.relax_steps = self.config.steps - self.anneal_steps
         self.first_count = 0  # target number of cut edges when annealing starts
         self.optimizer = self.make_optimizer()
 
     def step(self, number: int) -> StepResult:
         """A step of the relax phase, with its part of the penalty, or of the anneal phase."""
-        config = self.config
-        if number < config.relax_steps:
-            ramp = min(1.0, number / max(1.0, config.ramp * config.relax_steps))
-            return StepResult("relax", *self.relax(number, config.edge_penalty * ramp))
-        return StepResult("anneal", *self.anneal(number - config.relax_steps))
+        if number < self.relax_steps:
+            ramp = min(1.0, number / max(1.0, RAMP * self.relax_steps))
+            return StepResult("relax", *self.relax(number, self.config.edge_penalty * ramp))
+        return StepResult("anneal", *self.anneal(number - self.relax_steps))
 
     @abstractmethod
     def make_optimizer(self) -> torch.optim.Optimizer:
@@ -158,8 +173,8 @@ class RelaxAndAnneal(MaskMethod):
         """Largest number of edges to cut at step `number` of annealing; `n_cut` edges are cut when it starts."""
         budget = self.config.max_edges
         if number == 0:
-            self.first_count = max(1, round(n_cut), round(self.config.anneal_start * budget))
-        return falling_count(self.first_count, budget, number, self.config.anneal_steps)
+            self.first_count = max(1, round(n_cut), round(ANNEAL_START * budget))
+        return falling_count(self.first_count, budget, number, self.anneal_steps)
 
     def state(self) -> dict[str, Tensor]:
         """The optimizer's state and the target at the start of annealing."""
@@ -171,10 +186,3 @@ class RelaxAndAnneal(MaskMethod):
         """Continue from what `state` returned."""
         self.first_count = int(state["first_count"])
         restore_optimizer(self.optimizer, self.parameter, part_of(state, "optimizer"))
-
-
-def relax_phase_of(config: MaskConfig) -> MaskConfig | None:
-    """The same training cut down to its relax phase, which does not depend on the budget; None if there is none."""
-    if config.relax_steps == 0 or not issubclass(method_class(config.method), RelaxAndAnneal):
-        return None
-    return replace(config, max_edges=1, anneal_steps=0, refine_rounds=0, constants_steps=0)

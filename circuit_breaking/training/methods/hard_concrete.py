@@ -16,6 +16,8 @@ from torch import Tensor
 from circuit_breaking.training.gates import HardConcrete
 from circuit_breaking.training.methods.base import RelaxAndAnneal
 
+INIT_CUT_PROB = 0.5  # initial probability that a gate is below 1
+
 
 class HardConcreteGates(RelaxAndAnneal):
     """A gate for each edge that may be cut. The mask holds each edge's probability to be kept, before lowering."""
@@ -24,7 +26,7 @@ class HardConcreteGates(RelaxAndAnneal):
         """Make a gate for each edge that may be cut."""
         every = torch.ones_like(self.weights, dtype=torch.bool)
         self.gated_edges = (every if self.allowed is None else self.allowed).nonzero()[:, 0]
-        self.gates = HardConcrete(len(self.gated_edges), self.weights.device, self.config.init_cut_prob)
+        self.gates = HardConcrete(len(self.gated_edges), self.weights.device, INIT_CUT_PROB)
         self.parameter = self.gates.parameter
         self.lowered = 0.0  # by how much all log odds were lowered in the anneal phase
         super().setup()

@@ -1,12 +1,14 @@
-"""A ranking of the edges, learned for all budgets at once: one score per edge, and a random budget in every step.
+"""A ranking of the edges, learned for all budgets at once: one score per edge, and other budgets in every step.
 
-Step n draws a budget k, log-uniform between 1 and K, and cuts edge e to the degree
+A step takes a small and a large budget, between 1 and K. For each budget k it cuts edge e to the degree
 
     1 - m_e = σ((s_e - t) / τ),   with the threshold t at which the degrees add up to k
 
 (`training.soft_top_k`). An edge with a high score is cut at every budget, one with a lower score at large budgets only;
-so the scores put edges in the order in which they are worth cutting. Matryoshka representation learning (Kusupati et
-al. 2022) trains for many sizes at once in the same way.
+so the scores put edges in the order in which they are worth cutting. The two budgets share the texts of the step: each
+sees half of them, which costs no more than one mask that sees all. With one budget per step, Adam would follow small
+and large budgets in turn, which prefer different edges, and seeds differ much more. Matryoshka representation learning
+(Kusupati et al. 2022) trains for many sizes at once in the same way.
 
 Scores are measured in units of the first learning rate, and the temperature follows from the number of steps. Before a
 mask of k among C candidates is nearly binary, the scores of those k must lead the threshold by about τ log(C / k). A
@@ -20,10 +22,11 @@ import math
 
 import torch
 
-from circuit_breaking.training.methods.base import LearnedScores, StepResult
+from circuit_breaking.training.methods.base import LearnedScores, StepResult, shares_of
 from circuit_breaking.training.soft_top_k import soft_top_k
 
 FIRST_SHARE, LAST_SHARE = 0.12, 0.004  # τ log(C) at the beginning and at the end, as a share of the number of steps
+BUDGETS = 2  # of a step
 BEYOND = 1.2  # K, as a multiple of the largest budget that is asked for
 LAST_RATE = 0.02  # learning rate of the last step; that of the first is 1
 BETAS = 0.9, 0.99  # of Adam
@@ -37,32 +40,36 @@ class EdgeScores(LearnedScores):
         """Start with equal scores."""
         self.learn(0.0)
         self.optimizer = torch.optim.Adam([self.parameter], lr=1.0, betas=BETAS)
-        self.steps = self.config.relax_steps + self.config.anneal_steps
+        self.steps = self.config.steps
 
     def step(self, number: int) -> StepResult:
-        """A step at one budget, on a new batch of each task."""
-        objective = self.next_objective(self.config.batch_size)
+        """A step at a few budgets, which share a new batch of each task."""
+        texts = self.config.batch_size
         if not len(self.candidates):  # nothing may be cut
-            return StepResult("rank", float(objective(self.weights).detach()), 0)
-        progress, budget = number / self.steps, self.budget(number)
-        degrees = soft_top_k(self.parameter, budget, self.temperature(progress))
-        value = objective(self.whole_mask(1 - degrees))
+            return StepResult("rank", float(self.next_objective(texts)(self.weights).detach()), 0)
+        progress, shares = number / self.steps, shares_of(texts, BUDGETS)
+        budgets, values = self.budgets(number, len(shares)), []
+        for share, budget in zip(shares, budgets, strict=True):
+            degrees = soft_top_k(self.parameter, budget, self.temperature(progress))
+            values.append(share / texts * self.next_objective(share)(self.whole_mask(1 - degrees)))
+        value = torch.stack(values).sum()
         self.optimizer.param_groups[0]["lr"] = 1 - progress * (1 - LAST_RATE)
         self.optimizer.zero_grad()
         self.backward(value)
         self.optimizer.step()
-        self.cut_highest()
-        return StepResult("rank", float(value.detach()), round(budget))
+        self.answer()
+        return StepResult("rank", float(value.detach()), round(budgets[-1]))
 
-    def budget(self, number: int) -> float:
-        """The budget of a step, in the open interval from 0 to C.
+    def budgets(self, number: int, count: int) -> list[float]:
+        """The budgets of a step, in the open interval from 0 to C, the smallest first.
 
-        The logarithms of the budgets are spread evenly by multiples of the golden ratio, instead of at random: every
-        few steps in succession then see small and large budgets.
+        The logarithms are one in each of `count` equal intervals from 0 to log K, at the same place in each. Over the
+        steps, multiples of the golden ratio spread them evenly.
         """
         wanted = max(self.config.max_edges, *self.config.budgets, 1)
         most = min(BEYOND * wanted, len(self.candidates) - 0.5)
-        return most ** ((number + 0.5) * GOLDEN % 1) if most > 1 else most
+        place = (number + 0.5) * GOLDEN % 1
+        return [most ** ((interval + place) / count) if most > 1 else most for interval in range(count)]
 
     def temperature(self, progress: float) -> float:
         """τ after a share `progress` of all steps."""

@@ -10,7 +10,7 @@ in (0, 1). The mean of ∂L/∂m over samples inside the window is therefore an 
 the edge, and not of the slope at one point. This mean, minus the price `edge_penalty` of a cut edge, times
 ∂p/∂θ = p (1 - p) is the gradient in θ. It is 0 for an edge that no sample of the step meets inside its window.
 
-A step draws `masks_per_step` masks, at most one per text, and shares its texts among them. If ablation constants are
+A step draws `MASKS` masks, at most one per text, and shares its texts among them. If ablation constants are
 learned, only wholly cut edges train them: they see the same samples with every other edge kept.
 
 Li and Janson look for the few edges that are enough for a behaviour and drop edges without a path from input to
@@ -25,8 +25,9 @@ import torch
 from torch import Tensor
 
 from circuit_breaking.training.mask_gradient import value_and_gradient
-from circuit_breaking.training.methods.base import LearnedScores, StepResult
+from circuit_breaking.training.methods.base import LearnedScores, StepResult, shares_of
 
+MASKS = 5  # masks of a step
 BETAS = 0.9, 0.995  # of AdamW
 CLIP = 1.0  # largest norm of the gradient
 MOST_CUT = 0.1  # initial probability of an edge to be cut, at most
@@ -60,9 +61,8 @@ class UniformGradientSampling(LearnedScores):
         """A step from the samples of a few masks."""
         config, kept = self.config, torch.sigmoid(self.parameter.detach())
         sums, inside = torch.zeros_like(kept), torch.zeros_like(kept)
-        masks, values = min(config.masks_per_step, config.batch_size), []
-        for mask in range(masks):
-            texts = config.batch_size // masks + (mask < config.batch_size % masks)
+        values = []
+        for texts in shares_of(config.batch_size, MASKS):
             sampled, in_window = sample_masks(kept)
             objective = self.next_objective(texts)
             value, gradient = value_and_gradient(objective, self.whole_mask(sampled))
@@ -78,5 +78,5 @@ class UniformGradientSampling(LearnedScores):
         self.parameter.grad = (effects - config.edge_penalty) * (inside > 0) * kept * (1 - kept)
         torch.nn.utils.clip_grad_norm_([self.parameter], CLIP)
         self.optimizer.step()
-        self.cut_highest()
+        self.answer()
         return StepResult("sample", float(torch.stack(values).mean()), self.model.mask.n_cut())
