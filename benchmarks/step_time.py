@@ -20,7 +20,8 @@ from circuit_breaking.runs.cli import read_settings, run_script
 @dataclass
 class Settings(StepSettings):
     MOST_USED: ClassVar = (
-        "shape", "batch", "length", "rounds", "split_qkv", "reference", "cut", "threads", "device", "dtype",
+        "shape", "batch", "length", "rounds", "split_qkv", "reference", "counterfactual", "cut", "threads", "device",
+        "dtype",
     )  # fmt: skip
 
     shape: str = "gpt2"  # shape of the model: gpt2, gpt2-medium, pythia-160m, smollm2-135m, ..., see steps.SHAPES
@@ -28,6 +29,7 @@ class Settings(StepSettings):
     gradient_checkpointing: bool = False  # recompute parts of each layer in the engine's backward pass: less memory
     compile: bool = False  # use torch.compile for the plain model and the engine; compiling is not timed
     reference: bool = True  # also time the reference (engine/reference.py), which is slow and takes a lot of memory
+    counterfactual: bool = False  # also time steps in which cut edges carry their source's output on other texts
     tf32: bool = False  # let CUDA multiply float32 matrices in TF32, in all variants
 
 
@@ -37,6 +39,7 @@ if __name__ == "__main__":
 import multiprocessing
 import statistics
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -73,21 +76,22 @@ def reference_step(settings: Settings) -> Callable[[torch.Tensor], None]:
     return step
 
 
-def binary_step(settings: Settings) -> Callable[[torch.Tensor], None]:
+def binary_step(settings: Settings, counterfactual: bool = False) -> Callable[[torch.Tensor], None]:
     model = make_engine(settings)
-    return engine_step(model, binary_mask(len(model.graph), settings.cut), settings.compile)
+    return engine_step(model, binary_mask(len(model.graph), settings.cut), settings.compile, counterfactual)
 
 
-def dense_step(settings: Settings) -> Callable[[torch.Tensor], None]:
+def dense_step(settings: Settings, counterfactual: bool = False) -> Callable[[torch.Tensor], None]:
     model = make_engine(settings)
-    return engine_step(model, dense_mask(len(model.graph)), settings.compile)
+    return engine_step(model, dense_mask(len(model.graph)), settings.compile, counterfactual)
 
 
-REFERENCE = "reference"
+REFERENCE, COUNTERFACTUAL = "reference", ", counterfactual"
+ENGINE = {"engine, binary mask": binary_step, "engine, any mask": dense_step}
 STEPS = {
     "plain Hugging Face": lambda settings: plain_step(make_hf(settings), settings.compile),
-    "engine, binary mask": binary_step,
-    "engine, any mask": dense_step,
+    **ENGINE,
+    **{name + COUNTERFACTUAL: partial(step, counterfactual=True) for name, step in ENGINE.items()},
     REFERENCE: reference_step,
 }
 
@@ -117,7 +121,8 @@ def main(settings: Settings) -> None:
     torch.set_num_threads(settings.threads)
     torch.backends.cuda.matmul.allow_tf32 = settings.tf32
     tokens = make_tokens(settings)
-    names = [name for name in STEPS if settings.reference or name != REFERENCE]
+    left_out = {REFERENCE: not settings.reference, COUNTERFACTUAL: not settings.counterfactual}
+    names = [name for name in STEPS if not any(out and name.endswith(end) for end, out in left_out.items())]
     steps = {name: STEPS[name](settings) for name in names}
     times = times_of(steps, tokens, settings.rounds)
     del steps

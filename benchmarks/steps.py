@@ -5,9 +5,11 @@ embeddings for plain Hugging Face. `settings` are a script's own, with shape, ba
 the engine split_qkv and gradient_checkpointing.
 """
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -160,13 +162,21 @@ def plain_step(hf: nn.Module, compiled: bool = False) -> Step:
     return step
 
 
-def engine_step(model: EdgeMaskedTransformer, mask: torch.Tensor, compiled: bool = False) -> Step:
-    """The engine with a given mask; `compiled` by torch.compile as far as possible."""
+def engine_step(
+    model: EdgeMaskedTransformer, mask: torch.Tensor, compiled: bool = False, counterfactual: bool = False
+) -> Step:
+    """The engine with a given mask; `compiled` by torch.compile as far as possible.
+
+    With `counterfactual`, cut edges carry what their source writes on other texts, which are new in every step.
+    """
     mask = mask.to(model.mask.weights).requires_grad_()
     forward = torch.compile(model.hidden) if compiled else model.hidden
+    numbers = itertools.count()
 
     def step(tokens: torch.Tensor) -> None:
-        hidden = forward(tokens, mask=mask)[:, :-1].flatten(0, 1)
+        others = tokens.flip(1) if next(numbers) % 2 else tokens.roll(1, 1)
+        with model.resampling(others) if counterfactual else nullcontext():
+            hidden = forward(tokens, mask=mask)[:, :-1].flatten(0, 1)
         targets = tokens[:, 1:].flatten()
         cross_entropy_of_hidden(
             hidden, model.unembedding, model.unembedding_bias, targets, model.head

@@ -1,11 +1,12 @@
 """Ablation values: what a cut edge carries. Zero, a node's mean output, its mean by position, or learned constants.
+`counterfactual` has those that differ from text to text.
 
-Shapes: B batch, T position, P nodes that write, D width.
+Shapes: B batch, T position, N = B * T tokens, P nodes that write, R readers, D width.
 """
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,30 @@ from circuit_breaking.runs.tensors import digest_of, is_real, read_tensors, writ
 HINT = "Make one with toxicity/compute_means.py, or leave means unset (zero ablation)."
 
 
+class Values(Protocol):
+    """What a pass asks of ablation values: the same for all texts (`AblationValues`), or `CounterfactualValues`."""
+
+    def start(self, rows: Tensor, nodes: slice, batch: int, length: int) -> None:
+        """Set the rows [k, N, D] of some nodes to their bias less their ablation value."""
+        ...
+
+    def sums(self, batch: int, length: int) -> "Sums | None":
+        """The sums of values for the readers of one pass over a batch [B, T]; None if they are zero."""
+        ...
+
+
+class Sums(Protocol):
+    """Sums of ablation values over the nodes that each reader reads, Σ_i μ_i. Readers ask in their order."""
+
+    def write(self, out: Tensor, first_reader: int, plus: Tensor | None = None) -> None:
+        """Set `out` [k, N * D] to the sums of k readers from `first_reader` on, `plus` [N * D] if it is given."""
+        ...
+
+    def add_early(self, early: Tensor, first_reader: int) -> None:
+        """Add the sums to reads [k, B, T', D] at the first T' positions, at which no cut acts."""
+        ...
+
+
 @dataclass(frozen=True)
 class AblationValues:
     """The ablation values μ of all nodes, in the form in which a pass uses them.
@@ -30,25 +55,63 @@ class AblationValues:
         bias_minus_mean: what a node writes whatever it reads, less its ablation value: [P, 1, D], or [P, T, D] where
             values differ by position.
         mean_prefix_sums: entry p is the sum of the values of the first p nodes: [P + 1, 1 or T, D]; None for zero.
+        n_read: how many nodes each reader reads, int64 [R].
     """
 
     bias_minus_mean: Tensor
     mean_prefix_sums: Tensor | None
+    n_read: Tensor
 
     @classmethod
-    def of(cls, biases: Tensor, means: Tensor | None) -> Self:
+    def of(cls, biases: Tensor, means: Tensor | None, n_read: Tensor) -> Self:
         """Prepare ablation values for a pass.
 
         Args:
             biases: what a node writes whatever it reads, [P, 1, D].
             means: None (zero ablation), [P, D], or [T, P, D] by position.
+            n_read: how many nodes each reader reads, int64 [R].
         """
         if means is None:
-            return cls(biases, None)
+            return cls(biases, None, n_read)
         exact = means.detach().to(biases.device, torch.float64)
         by_node = exact[:, None] if means.dim() == 2 else exact.transpose(0, 1)  # [P, 1 or T, D]
         sums = F.pad(by_node.cumsum(0), (0, 0, 0, 0, 1, 0))
-        return cls((biases - by_node).to(biases.dtype), sums.to(biases.dtype))
+        return cls((biases - by_node).to(biases.dtype), sums.to(biases.dtype), n_read)
+
+    def start(self, rows: Tensor, nodes: slice, batch: int, length: int) -> None:
+        """As `Values`."""
+        fill_rows(rows, self.bias_minus_mean[nodes], batch, length)
+
+    def sums(self, batch: int, length: int) -> "TabledSums | None":
+        """As `Values`."""
+        sums = self.mean_prefix_sums
+        return None if sums is None else TabledSums(sums, self.n_read, batch, length)
+
+
+class TabledSums:
+    """The `Sums` of values that are the same for all texts: a table of all of them is small."""
+
+    def __init__(self, prefix_sums: Tensor, n_read: Tensor, batch: int, length: int) -> None:
+        self.prefix_sums, self.n_read, self.batch, self.length = prefix_sums, n_read, batch, length
+
+    def write(self, out: Tensor, first_reader: int, plus: Tensor | None = None) -> None:
+        """As `Sums`."""
+        fill_rows(out, self._sums(out, first_reader), self.batch, self.length)
+        if plus is not None:
+            out += plus
+
+    def add_early(self, early: Tensor, first_reader: int) -> None:
+        """As `Sums`."""
+        early += self._sums(early, first_reader)[:, None, : early.shape[2]]
+
+    def _sums(self, out: Tensor, first_reader: int) -> Tensor:
+        return self.prefix_sums[self.n_read[first_reader : first_reader + len(out)]]
+
+
+def fill_rows(rows: Tensor, constants: Tensor, batch: int, length: int) -> None:
+    """Set `rows` [k, N, D] or [k, N * D] to `constants` [k, 1 or max T, D], which may differ by position."""
+    rows = rows.view(rows.shape[0], batch, length, constants.shape[-1])
+    rows.copy_(constants[:, None, :length])
 
 
 def check_means(means: Tensor, nodes: int, width: int) -> None:

@@ -1,12 +1,39 @@
-"""Checks of what the edge-masked transformer is given beside its tokens.
+"""Checks of what the edge-masked transformer is given.
 
-Shapes: B batch, T position, k positions asked for.
+Shapes: B batch, T position, P nodes that write, D width, k positions asked for.
 """
 
 import torch
 from torch import Tensor
 
 from circuit_breaking.errors import UserError
+
+
+def check_tokens(tokens: Tensor, max_positions: int) -> None:
+    """Raise a `UserError` unless `tokens` are integers [B, T] that fit the model's positions."""
+    if tokens.dim() != 2 or tokens.is_floating_point() or not tokens.numel():
+        raise UserError(f"tokens are a batch of at least one text, int64 [B, T], not {list(tokens.shape)}.")
+    if tokens.shape[1] > max_positions:
+        raise UserError(f"{tokens.shape[1]} tokens are more than the model's {max_positions} positions.")
+
+
+def check_reached(means: Tensor, tokens: Tensor) -> None:
+    """Raise a `UserError` if means by position [T', P, D] do not reach to the end of tokens [B, T]."""
+    if tokens.shape[1] > len(means):
+        raise UserError(
+            f"the means are per position for {len(means)} positions and the text has {tokens.shape[1]}. "
+            "Compute them for longer texts or use plain means."
+        )
+
+
+def check_counterfactual(tokens: Tensor, counterfactual: Tensor) -> None:
+    """Raise a `UserError` unless a batch and its counterfactual have the same shape and device."""
+    if tokens.shape != counterfactual.shape or tokens.device != counterfactual.device:
+        raise UserError(
+            f"the batch has tokens {list(tokens.shape)} on {tokens.device}, and its counterfactual "
+            f"{list(counterfactual.shape)} on {counterfactual.device}. Give `resampling` one counterfactual text for "
+            "each text, with the same number of tokens, on the same device."
+        )
 
 
 def check_positions(at: Tensor, tokens: Tensor) -> None:

@@ -60,7 +60,7 @@ def memory_of(device: torch.device) -> int:
 def copy_of(values: AblationValues) -> AblationValues:
     """Ablation values in memory of their own."""
     sums = values.mean_prefix_sums
-    return AblationValues(values.bias_minus_mean.clone(), None if sums is None else sums.clone())
+    return AblationValues(values.bias_minus_mean.clone(), None if sums is None else sums.clone(), values.n_read)
 
 
 class CapturedPass:

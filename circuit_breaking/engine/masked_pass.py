@@ -26,11 +26,10 @@ the MLP, E edges.
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from circuit_breaking.engine.network import Network, PassBuffers, PassInputs, Workspace, fill_rows
+from circuit_breaking.engine.network import Network, PassBuffers, PassInputs, Workspace
 from circuit_breaking.engine.norms import OutputNorm
 from circuit_breaking.engine.prefix_cache import PrefixCache
 from circuit_breaking.engine.reads import DenseReads, MaskedReads, RunningSumReads, SparseMask, product_is_small
@@ -116,18 +115,18 @@ class MaskedPass:
 
     def _fill(self, rows: Tensor, nodes: slice) -> None:
         """Start the outputs of some nodes [k, N, D] with their bias less their ablation value."""
-        fill_rows(rows, self.inputs.values.bias_minus_mean[nodes], self.batch, self.length)
+        self.inputs.values.start(rows, nodes, self.batch, self.length)
 
     def forward(self) -> Tensor:
         """What `output` reads: [N, D]."""
-        network, graph, tokens = self.network, self.network.graph, self.inputs.tokens
+        network, graph = self.network, self.network.graph
         self._allocate()
         nodes, nodes_3d, reader_inputs = (
             self.buffers.node_outputs, self.buffers.node_outputs_3d, self.buffers.reader_inputs
         )  # fmt: skip
         done = 0  # layers whose node outputs are known already
         if self.prefix_cache is not None and not self.save_for_backward:
-            done = self.prefix_cache.load(tokens, self.inputs.mask, graph, network.edge_readers, nodes)
+            done = self.prefix_cache.load(self.inputs, graph, network.edge_readers, nodes)
         self._embed(nodes_3d)
         self.saved: list[tuple[Tensor, ...] | None] = [None] * done
         for group in network.groups:
@@ -142,21 +141,15 @@ class MaskedPass:
                 self.reads.read_layer(layer_inputs, len(self.saved), part, group[0].n_earlier_nodes)
                 self._layer(len(self.saved), part, layer_inputs, nodes_3d)
         if self.prefix_cache is not None:
-            self.prefix_cache.store(tokens, self.inputs.mask, nodes)
+            self.prefix_cache.store(self.inputs, nodes)
         output = nodes.new_empty(1, nodes.shape[1])  # not in the workspace, since the caller keeps it
         self.reads.read_output(output)
         return output.view(-1, self.width)
 
     def _embed(self, nodes: Tensor) -> None:
         """Write the output of `embed`: token embeddings, and learned positions where there are any."""
-        network = self.network
         self._fill(nodes[:1], slice(0, 1))
-        embedding = F.embedding(self.inputs.tokens, network.embedding)
-        if network.embedding_scale is not None:
-            embedding *= network.embedding_scale
-        if network.positions is not None:
-            embedding += network.positions[: self.length]
-        nodes[0] += embedding.view(len(nodes[0]), -1)
+        nodes[0] += self.network.embed(self.inputs.tokens)
 
     def _layer(self, layer: int, part: LayerSlice, layer_inputs: Tensor, nodes: Tensor) -> None:
         """Compute the nodes of one layer [H + 1, N, D] from what its readers get [readers, N * D]."""

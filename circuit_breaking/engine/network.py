@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, Self
 
+import torch.nn.functional as F
 from torch import Tensor
 
-from circuit_breaking.engine.ablation_values import AblationValues
+from circuit_breaking.engine.ablation_values import Values
 from circuit_breaking.engine.norms import NormedProjection, OutputNorm, PlainProjection
 from circuit_breaking.graph import EdgeGraph, LayerSlice
 
@@ -73,6 +74,15 @@ class Network:
     n_read: Tensor
     gradient_checkpointing: bool = False
 
+    def embed(self, tokens: Tensor) -> Tensor:
+        """The output of `embed` [N, D] for tokens [B, T]: token embeddings, and learned positions if there are any."""
+        embedding = F.embedding(tokens, self.embedding)
+        if self.embedding_scale is not None:
+            embedding *= self.embedding_scale
+        if self.positions is not None:
+            embedding += self.positions[: tokens.shape[1]]
+        return embedding.flatten(0, 1)
+
     def mask_matrix(self, weights: Tensor | None = None) -> Tensor:
         """Edge weights [E] as a matrix [R, P], zero where there is no edge; all zeros without weights."""
         matrix = self.embedding.new_zeros(len(self.graph.readers), len(self.graph.sources))
@@ -95,7 +105,7 @@ class PassInputs:
 
     tokens: Tensor
     mask: Tensor
-    values: AblationValues
+    values: Values
     rotary: Rotary | None
     ablate_from: int = 0
 
@@ -165,9 +175,3 @@ class PassBuffers:
             memory[: rows * row].view(rows, row).split([nodes, readers, scratch])
         )
         return cls(memory, node_outputs, node_outputs.view(nodes, -1, width), reader_inputs, grad_scratch)
-
-
-def fill_rows(rows: Tensor, constants: Tensor, batch: int, length: int) -> None:
-    """Set `rows` [k, N, D] or [k, N * D] to `constants` [k, 1 or max T, D], which may differ by position."""
-    rows = rows.view(rows.shape[0], batch, length, constants.shape[-1])
-    rows.copy_(constants[:, None, :length])

@@ -101,6 +101,10 @@ class PlainProjection(nn.Module):
         """Project [R, N, D] to [R, N, K]."""
         return torch.baddbmm(self.bias, x, self.weight), None
 
+    def of_stream(self, x: Tensor) -> Tensor:
+        """Project one stream [N, D], which all readers read, to [R, N, K]."""
+        return torch.baddbmm(self.bias, x.expand(len(self.weight), -1, -1), self.weight)
+
     def backward_(self, x: Tensor, inverse: None, out: Tensor, gradient: Tensor) -> None:
         """Overwrite x with its gradient."""
         torch.bmm(gradient, self.weight.transpose(1, 2), out=x)
@@ -139,6 +143,12 @@ class NormedProjection(nn.Module):
             inverse = torch.cat([self._centre(part) for part in x.split(readers_at_once(x))])
         out = torch.bmm(x, self.weight)
         return out.mul_(inverse).add_(self.bias), inverse
+
+    def of_stream(self, x: Tensor) -> Tensor:
+        """Project one stream [N, D], which all readers read, to [R, N, K]."""
+        x = x.clone()
+        x.mul_(self._centre(x))
+        return torch.baddbmm(self.bias, x.expand(len(self.weight), -1, -1), self.weight)
 
     def _centre(self, x: Tensor) -> Tensor:
         """Centre x in place where the norm does; return 1 / the norm's divisor."""

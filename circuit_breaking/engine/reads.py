@@ -27,8 +27,8 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from circuit_breaking.engine.ablation_values import AblationValues
-from circuit_breaking.engine.network import Network, PassBuffers, fill_rows
+from circuit_breaking.engine.ablation_values import Values
+from circuit_breaking.engine.network import Network, PassBuffers
 from circuit_breaking.graph import EdgeGraph, LayerSlice
 
 # Multiplications and additions a layer up to which a GPU finishes the mask products in the time that Python takes to
@@ -55,11 +55,11 @@ class MaskedReads(ABC):
     """
 
     def __init__(
-        self, network: Network, mask: Tensor, values: AblationValues, buffers: PassBuffers, batch: int, length: int,
+        self, network: Network, mask: Tensor, values: Values, buffers: PassBuffers, batch: int, length: int,
         ablate_from: int,
     ) -> None:  # fmt: skip
-        self.graph, self.n_read = network.graph, network.n_read
-        self.mask, self.mean_sums = mask, values.mean_prefix_sums
+        self.graph, self.mask = network.graph, mask
+        self.value_sums = values.sums(batch, length)  # None if values are zero
         self.nodes, self.inputs, self.scratch = buffers.node_outputs, buffers.reader_inputs, buffers.grad_scratch
         self.batch, self.length = batch, length
         self.n_early = min(ablate_from, length)
@@ -124,19 +124,13 @@ class MaskedReads(ABC):
         self.early_sum = added if self.early_sum is None else self.early_sum.add_(added)
         self.n_early_summed = n_nodes
         early = self._early(out)
-        if self.mean_sums is None:
-            early.copy_(self.early_sum.expand_as(early))
-        else:  # nodes are stored as x - μ
-            sums = self.mean_sums[self.n_read[first_reader : first_reader + len(out)]]
-            torch.add(sums[:, None, : self.n_early], self.early_sum, out=early)
+        early.copy_(self.early_sum.expand_as(early))
+        if self.value_sums is not None:  # nodes are stored as x - μ
+            self.value_sums.add_early(early, first_reader)
 
     def _early(self, rows: Tensor) -> Tensor:
         """The part of rows [k, N * D] where no cut acts, a view [k, B, early T, D]."""
         return rows.view(len(rows), self.batch, self.length, -1)[:, :, : self.n_early]
-
-    def _set_to_means(self, out: Tensor, first_reader: int) -> None:
-        """Set `out` [k, N * D] to Σ_i μ_i over the nodes that each of k readers reads."""
-        fill_rows(out, self.mean_sums[self.n_read[first_reader : first_reader + len(out)]], self.batch, self.length)
 
 
 def _own_heads(part: LayerSlice) -> tuple[int, int, int]:
@@ -151,10 +145,10 @@ class DenseReads(MaskedReads):
 
     def read_group(self, out: Tensor, first_reader: int, n_nodes: int) -> None:
         weights, nodes = self.mask[first_reader : first_reader + len(out), :n_nodes], self.nodes[:n_nodes]
-        if self.mean_sums is None:
+        if self.value_sums is None:
             torch.mm(weights, nodes, out=out)
         else:
-            self._set_to_means(out, first_reader)
+            self.value_sums.write(out, first_reader)
             out.addmm_(weights, nodes)
 
     def _read_layer(self, out: Tensor, layer: int, part: LayerSlice, n_before_group: int) -> None:
@@ -266,11 +260,10 @@ class RunningSumReads(MaskedReads):
         self.running_sum += self.nodes[self.n_summed : n_nodes].sum(0, dtype=self.dtype)
         self.n_summed = n_nodes
         sums = self._sums_in(out)
-        if self.mean_sums is None:
+        if self.value_sums is None:
             sums.copy_(self.running_sum.expand_as(sums))
         else:
-            self._set_to_means(sums, first_reader)
-            sums += self.running_sum
+            self.value_sums.write(sums, first_reader, plus=self.running_sum)
         readers, sources, excess = self.sparse.edges_into(layer)
         self._add_corrections(sums, readers - first_reader, self.nodes[sources], excess)
         if sums is not out:

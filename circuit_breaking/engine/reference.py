@@ -47,7 +47,10 @@ class ReferenceModel(nn.Module):
         super().__init__()
         self.hf, self.split = hf.requires_grad_(False), split_qkv
 
-    def forward(self, tokens: Tensor, mask: Tensor, means: Tensor | None = None, ablate_from: int = 0) -> Tensor:
+    def forward(
+        self, tokens: Tensor, mask: Tensor, means: Tensor | None = None, ablate_from: int = 0,
+        counterfactual: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """Logits [B, T, V].
 
         Args:
@@ -55,7 +58,19 @@ class ReferenceModel(nn.Module):
             mask: weight of each edge [E], in the order of `graph.edges`.
             means: ablation values [P, D], or [max T, P, D] by position; None for zero.
             ablate_from: first position at which cuts act.
+            counterfactual: int64 [B, T], tokens on which the outputs of the nodes are the ablation values, in place of
+                `means`.
         """
+        if counterfactual is not None:
+            with torch.no_grad():
+                means = self.run(counterfactual, torch.ones_like(mask)).outputs
+        nodes = self.run(tokens, mask, means, ablate_from)
+        final = norm(describe(self.hf).final_norm, nodes.read(1)[0])
+        assert nodes.used == len(mask), "every edge is read once"
+        return unembed(describe(self.hf), final)
+
+    def run(self, tokens: Tensor, mask: Tensor, means: Tensor | None = None, ablate_from: int = 0) -> "Nodes":
+        """The outputs of all nodes, from which `output` is left to read; `means` may be [P, B, T, D] too."""
         model = describe(self.hf)
         check_supported(model, "the reference", OPTIONS, {"layer", "rms", "rms_offset", "none"})
         if tokens.shape[1] > model.max_positions:
@@ -75,9 +90,7 @@ class ReferenceModel(nn.Module):
             if layer.mlp_out_norm is not None:
                 mlp = norm(layer.mlp_out_norm, mlp)
             nodes.write([*heads, mlp] if model.parallel else [mlp])
-        final = norm(model.final_norm, nodes.read(1)[0])
-        assert nodes.used == len(mask), "every edge is read once"
-        return unembed(model, final)
+        return nodes
 
     def heads(self, layer: LayerSpec, nodes: "Nodes", rotary: Rotary) -> list[Tensor]:
         """Outputs of a layer's heads, each [B, T, D]."""
@@ -102,9 +115,10 @@ class Nodes:
     def __init__(self, embedding: Tensor, mask: Tensor, means: Tensor | None, ablate_from: int) -> None:
         self.ablated = torch.arange(embedding.shape[1], device=embedding.device)[:, None] >= ablate_from  # [T, 1]
         self.outputs, self.mask, self.used = embedding[None], mask, 0
-        self.means = means  # [all nodes, 1 or T, D]
-        if means is not None:
-            self.means = means[:, None] if means.dim() == 2 else means[: embedding.shape[1]].transpose(0, 1)
+        self.means = means  # [all nodes, 1 or B, 1 or T, D]
+        if means is not None and means.dim() < 4:
+            by_node = means[None] if means.dim() == 2 else means[: embedding.shape[1]]
+            self.means = by_node.transpose(0, 1)[:, None]
 
     def read(self, readers: int) -> Tensor:
         """What the next R readers get, [R, B, T, D], if they read all nodes so far."""
@@ -113,7 +127,7 @@ class Nodes:
         self.used += readers * count
         r = torch.einsum("ji,ibtd->jbtd", m, self.outputs)
         if self.means is not None:
-            r = r + torch.einsum("ji,itd->jtd", 1 - m, self.means[:count].expand(-1, r.shape[2], -1))[:, None]
+            r = r + torch.einsum("ji,ibtd->jbtd", 1 - m, self.means[:count].expand(-1, *r.shape[1:3], -1))
         return torch.where(self.ablated, r, self.outputs.sum(0))
 
     def write(self, outputs: list[Tensor]) -> None:

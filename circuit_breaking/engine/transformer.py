@@ -12,44 +12,29 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from circuit_breaking.engine.ablation_values import AblationValues, check_means
-from circuit_breaking.engine.arguments import check_ablate_from, check_positions, check_right_padding
+from circuit_breaking.engine.arguments import (
+    check_ablate_from,
+    check_counterfactual,
+    check_positions,
+    check_reached,
+    check_right_padding,
+    check_tokens,
+)
 from circuit_breaking.engine.blocks import make_blocks
+from circuit_breaking.engine.counterfactual import CounterfactualValues
 from circuit_breaking.engine.cuda_graphs import CudaGraphCache
 from circuit_breaking.engine.mask import EdgeMask
 from circuit_breaking.engine.masked_pass import MaskedForward, MaskedPass
 from circuit_breaking.engine.network import Network, PassInputs, Rotary, Workspace, layer_groups
 from circuit_breaking.engine.norms import Norm
+from circuit_breaking.engine.output import Unembed, select_positions
 from circuit_breaking.engine.prefix_cache import PrefixCache
 from circuit_breaking.errors import UserError
 from circuit_breaking.models.families import describe, require_plain
 from circuit_breaking.runs.devices import without_autocast
-
-
-def select_positions(hidden: Tensor, at: Tensor) -> Tensor:
-    """Of [B, T, D] the positions `at`, [B] or [B, k]: [B, D] or [B, k, D]."""
-    batch = torch.arange(len(hidden), device=hidden.device)
-    return hidden[batch.view(-1, *[1] * (at.dim() - 1)), at]
-
-
-class _Unembed(torch.autograd.Function):
-    """Logits of hidden states with a frozen unembedding, whose backward does not depend on `torch.autocast` either."""
-
-    @staticmethod
-    def forward(ctx, hidden: Tensor, unembedding: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(unembedding)
-        return F.linear(hidden, unembedding, bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient: Tensor):
-        (unembedding,) = ctx.saved_tensors
-        with without_autocast(gradient.device):
-            return gradient @ unembedding, None, None
 
 
 class EdgeMaskedTransformer(nn.Module):
@@ -72,6 +57,8 @@ class EdgeMaskedTransformer(nn.Module):
         ablate_from: first position at which cuts act, 0 by default. At earlier positions every reader gets the sum of
             all nodes before it, whatever the mask says, and they pass no gradient to the mask or to the means. Give 1
             to leave the first token alone, where many models have an attention sink. Settable and checked.
+        resample: whether tasks that have a counterfactual for each prompt use it as ablation values, through
+            `resampling`. Texts without one, such as ordinary text, have `means` as ablation values.
         gradient_checkpointing: recompute attention and MLPs in the backward pass, one layer at a time, instead of
             keeping their activations. Less memory, about a third more time, the same numbers.
         cuda_graphs: captured passes for small batches on a GPU; `cuda_graphs.enabled = False` turns them off.
@@ -110,6 +97,9 @@ class EdgeMaskedTransformer(nn.Module):
         self._means_detached = False
         self._ablate_from = 0
         self.prefix_cache: PrefixCache | None = None
+        self.resample = False
+        self._counterfactual: CounterfactualValues | None = None  # of the block of `resampling` that is open
+        self._last_counterfactual: CounterfactualValues | None = None
         self.means = None
         self.name: str | None = None  # set by `load_model`; goes into the files that belong to this model
         self.eval()
@@ -126,11 +116,13 @@ class EdgeMaskedTransformer(nn.Module):
 
     def _apply(self, *args, **kwargs) -> nn.Module:
         self.cuda_graphs.clear()  # captured graphs hold the old weight addresses
+        self._last_counterfactual = None
         return super()._apply(*args, **kwargs)
 
     def to_dtype_(self, dtype: torch.dtype) -> None:
         """Change the type of weights and activations in place; rotary tables and the mask stay in float32 or better."""
         self.cuda_graphs.clear()
+        self._last_counterfactual = None
         self.blocks.to(dtype)
         self.norm.to(dtype)
         for name, tensor in list(self.named_buffers(recurse=False)):
@@ -154,7 +146,7 @@ class EdgeMaskedTransformer(nn.Module):
             self.prefix_cache = PrefixCache()
         self._learned = (value, value._version) if value is not None and value.requires_grad else None
         self._means = None if value is None else value.detach().to(self.device, self.dtype)
-        values = AblationValues.of(biases, value)
+        values = AblationValues.of(biases, value, self.n_read)
         self.bias_minus_mean, self.mean_prefix_sums = values.bias_minus_mean, values.mean_prefix_sums
 
     @property
@@ -165,9 +157,13 @@ class EdgeMaskedTransformer(nn.Module):
     @ablate_from.setter
     def ablate_from(self, value: int) -> None:
         check_ablate_from(value)
-        if self.prefix_cache is not None and value != self._ablate_from:
+        if value == self._ablate_from:
+            return
+        if self._counterfactual is not None:
+            raise UserError("ablate_from cannot change while `resampling` is in force. Set it before.")
+        if self.prefix_cache is not None:
             self.prefix_cache = PrefixCache()
-        self._ablate_from = value
+        self._ablate_from, self._last_counterfactual = value, None
 
     def _biases(self) -> Tensor:
         """What each node writes whatever it reads: [P, 1, D]."""
@@ -185,6 +181,43 @@ class EdgeMaskedTransformer(nn.Module):
             yield
         finally:
             self._means_detached = before
+
+    @contextmanager
+    def resampling(self, counterfactual: Tensor) -> Iterator[None]:
+        """Within the block, a cut edge carries what its source writes in the whole model on a counterfactual batch, at
+        the same text and position (resample ablation), in place of `means`.
+
+        It takes a forward pass of the whole model without gradient, and the memory of one stack of node outputs
+        [P, B, T, D]. The stack of the last counterfactual batch is kept, so that many masks on one batch share it. No
+        gradient flows through the counterfactual, or to learned `means`.
+
+        Args:
+            counterfactual: tokens of the counterfactual texts, int64 [B, T]. Every batch inside the block has the same
+                shape. Texts that are padded on the right need counterfactuals of the same numbers of tokens.
+
+        Raises:
+            UserError: the tokens do not fit the model, or a batch inside the block has another shape.
+        """
+        check_tokens(counterfactual, self.max_positions)
+        before, self._counterfactual = self._counterfactual, self._counterfactual_values(counterfactual)
+        try:
+            yield
+        finally:
+            self._counterfactual = before
+
+    def _counterfactual_values(self, tokens: Tensor) -> CounterfactualValues:
+        known = [] if self.prefix_cache is None else self.prefix_cache.counterfactuals
+        for values in (self._last_counterfactual, *known):
+            if values is not None and torch.equal(values.tokens, tokens):
+                return values
+        self._last_counterfactual = None  # so that its memory is free for the next one
+        with without_autocast(self.device):
+            rotary = self.rotary_tables(tokens.shape[1], tokens.device)
+            values = CounterfactualValues.of(self._network(), tokens, rotary, self._biases(), self.ablate_from)
+        self._last_counterfactual = values
+        if self.prefix_cache is not None:
+            self.prefix_cache.counterfactuals.append(values)
+        return values
 
     @contextmanager
     def caching_prefixes(self, on: bool = True) -> Iterator[None]:
@@ -209,16 +242,11 @@ class EdgeMaskedTransformer(nn.Module):
     def _check(
         self, tokens: Tensor, at: Tensor | None = None, mask: Tensor | None = None, attention_mask: Tensor | None = None
     ) -> None:
-        if tokens.dim() != 2 or tokens.is_floating_point() or not tokens.numel():
-            raise UserError(f"tokens are a batch of at least one text, int64 [B, T], not {list(tokens.shape)}.")
-        if tokens.shape[1] > self.max_positions:
-            raise UserError(f"{tokens.shape[1]} tokens are more than the model's {self.max_positions} positions.")
-        if self._means is not None and self._means.dim() == 3 and tokens.shape[1] > len(self._means):
-            raise UserError(
-                f"the means are per position for {len(self._means)} positions and the text has {tokens.shape[1]}. "
-                "Compute them for longer texts or use plain means."
-            )
-
+        check_tokens(tokens, self.max_positions)
+        if self._counterfactual is not None:
+            check_counterfactual(tokens, self._counterfactual.tokens)
+        elif self._means is not None and self._means.dim() == 3:
+            check_reached(self._means, tokens)
         if at is not None:
             check_positions(at, tokens)
         if mask is not None and mask.shape != self.mask.weights.shape:
@@ -239,7 +267,7 @@ class EdgeMaskedTransformer(nn.Module):
         constants, version = self._learned or (None, 0)
         if constants is not None and constants._version != version:
             self.means = constants  # an optimizer has changed them
-        if self._means_detached:
+        if self._means_detached or self._counterfactual is not None:
             constants = None
         if not torch.is_grad_enabled():
             weights, constants = weights.detach(), None
@@ -253,8 +281,10 @@ class EdgeMaskedTransformer(nn.Module):
         backward = weights.requires_grad or constants is not None
         network, inputs = self._network(), self._inputs(weights.detach(), tokens)
         run = None
-        # a captured pass is padded, and padding must not change the positions
-        if not self.rotary_by_length and self.cuda_graphs.usable(network, tokens):
+        # a captured pass is padded, and padding must not change the positions; nor does it have room for values that
+        # differ from text to text
+        capturable = not self.rotary_by_length and self._counterfactual is None
+        if capturable and self.cuda_graphs.usable(network, tokens):
             run = self.cuda_graphs.replay(
                 network, inputs, self.workspace, backward, constants is not None, self.max_positions, self.rotary_tables
             )
@@ -269,7 +299,7 @@ class EdgeMaskedTransformer(nn.Module):
         )  # fmt: skip
 
     def _inputs(self, weights: Tensor, tokens: Tensor) -> PassInputs:
-        values = AblationValues(self.bias_minus_mean, self.mean_prefix_sums)
+        values = self._counterfactual or AblationValues(self.bias_minus_mean, self.mean_prefix_sums, self.n_read)
         rotary = self.rotary_tables(tokens.shape[1], tokens.device)
         return PassInputs(tokens, weights, values, rotary, self.ablate_from)
 
@@ -297,7 +327,7 @@ class EdgeMaskedTransformer(nn.Module):
 
     def unembed(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] of final hidden states [..., D]."""
-        return self.head.logits(_Unembed.apply(hidden, self.unembedding, self.unembedding_bias))
+        return self.head.logits(Unembed.apply(hidden, self.unembedding, self.unembedding_bias))
 
     @torch.no_grad()
     def node_outputs(self, tokens: Tensor) -> Tensor:
@@ -307,7 +337,9 @@ class EdgeMaskedTransformer(nn.Module):
         with without_autocast(self.device):
             run.forward()
         outputs = run.buffers.node_outputs_3d.view(len(self.graph.sources), *tokens.shape, -1)
-        if self._means is not None:
+        if self._counterfactual is not None:
+            outputs += self._counterfactual.outputs.view_as(outputs)
+        elif self._means is not None:
             means = self._means if self._means.dim() == 2 else self._means[: tokens.shape[1]].transpose(0, 1)
             outputs += means[:, None, None] if self._means.dim() == 2 else means[:, None]
         return outputs

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from circuit_breaking.engine.transformer import select_positions
+from circuit_breaking.engine.output import select_positions
 from circuit_breaking.models.families import head_of
 
 

@@ -34,7 +34,7 @@ def reads_of(network, mask, means, nodes, form):
     tokens = torch.zeros(BATCH, LENGTH, dtype=torch.long)
     buffers = PassBuffers.take(Workspace(), graph, len(network.groups[0]), tokens, network.embedding, True)
     buffers.node_outputs_3d.copy_(nodes - means)
-    values = AblationValues.of(torch.zeros(len(nodes), 1, width, dtype=torch.float64), means[:, 0])
+    values = AblationValues.of(torch.zeros(len(nodes), 1, width, dtype=torch.float64), means[:, 0], network.n_read)
     about = network, network.mask_matrix(mask), values, buffers, BATCH, LENGTH, 0
     if form == "dense":
         return DenseReads(*about), buffers
