@@ -76,7 +76,7 @@ def masked(path: Path, engine: Engines) -> Iterator[Any]:
         model.mask.round_()
         yield model
     finally:
-        model.means = None
+        model.means, model.resample = None, False
         model.mask.reset_()
 
 

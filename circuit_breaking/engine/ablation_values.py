@@ -213,28 +213,40 @@ def check_made_for(record: MeansRecord, path: Path | str, ablate_from: int) -> N
         )
 
 
-def value_in(path: Path | str | None, learned: bool = False) -> AblationValueRecord:
-    """The record of the ablation value in a file of means, zero without a file; `learned` for ablation constants."""
+def value_in(path: Path | str | None, learned: bool = False, resample: bool = False) -> AblationValueRecord:
+    """The record of the ablation value in a file of means, zero without a file.
+
+    `learned` is for ablation constants, `resample` for outputs on counterfactual prompts, beside which the means are
+    those of other texts.
+    """
     if path is None:
-        return AblationValueRecord()
+        return AblationValueRecord("counterfactual" if resample else "zero")
     means = read_means(path)[0]
-    kind = "optimal" if learned else "mean" if means.dim() == 2 else "position"
+    kind = "counterfactual" if resample else "optimal" if learned else "mean" if means.dim() == 2 else "position"
     return AblationValueRecord(kind, str(path), digest_of(means))
 
 
-def read_value(value: AblationValueRecord, mask: Path | str, ablate_from: int) -> Tensor | None:
+def read_value(value: AblationValueRecord, mask: Path | str, ablate_from: int, resample: bool = False) -> Tensor | None:
     """The means that a mask's record names, None for zero.
 
     Args:
         value: what the record says.
         mask: the file of the mask, for error messages.
         ablate_from: first position at which the mask's cuts act.
+        resample: whether the caller gives prompts their counterfactuals where the record says so; the means are then
+            those of other texts.
 
     Raises:
         UserError: the file of the means is missing or damaged, or holds other means than those of the training, or
-            means that were made for another `ablate_from`.
+            means that were made for another `ablate_from`; or the ablation values are outputs on counterfactual
+            prompts, and there is no `resample`.
     """
-    if value.kind == "zero":
+    if value.kind == "counterfactual" and not resample:
+        raise UserError(
+            f"the cut edges of {mask} carry their sources' outputs on counterfactual prompts, which only prompts that "
+            "have a counterfactual can use. Measure it with ioi/evaluation.py, or give means in their place."
+        )
+    if value.kind == "zero" or (value.kind == "counterfactual" and value.path is None):
         return None
     if value.path is None:
         raise UserError(f"{mask} does not say which file holds the {value.kind} values of its cut edges. Give means.")

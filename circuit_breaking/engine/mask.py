@@ -84,13 +84,20 @@ def save_mask(path: Path | str, model: Any, record: MaskRecord | None = None) ->
             file has only those.
 
     Raises:
-        UserError: the model has ablation values and the record says that they are zero, or the other way round.
+        UserError: the model has ablation values and the record says that they are zero, or the other way round; or one
+            of them says that they are outputs on counterfactuals, and the other one does not.
     """
     record = record or MaskRecord()
     record = replace(record, model=model.name or "", graph=describe(model.graph), ablate_from=model.ablate_from)
-    if (model.means is None) != (record.ablation_value.kind == "zero"):
+    kind, has_means = record.ablation_value.kind, record.ablation_value.path is not None
+    if model.resample != (kind == "counterfactual"):
         raise UserError(
-            f"the record of {path} says that cut edges carry {record.ablation_value.kind}, and model.means says "
+            f"the record of {path} says that cut edges carry {kind}, and model.resample is {model.resample}. Give "
+            f"MaskRecord(ablation_value=value_in(file, resample={model.resample})), where file holds model.means."
+        )
+    if (model.means is None) == (has_means if model.resample else kind != "zero"):
+        raise UserError(
+            f"the record of {path} says that cut edges carry {kind}, and model.means says "
             "otherwise. Write means to a file with save_means and give MaskRecord(ablation_value=value_in(file))."
         )
     write_tensors(path, {"weights": model.mask.weights}, record.to_json())

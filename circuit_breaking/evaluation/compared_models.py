@@ -164,7 +164,8 @@ def load_masked(path: Path, engine: Engines, means: Path | None = None) -> tuple
 
     Args:
         path: the file of the mask.
-        engine: gives the transformer for a graph (`engines_of`); its mask, means and `ablate_from` are replaced.
+        engine: gives the transformer for a graph (`engines_of`); its mask, means, `resample` and `ablate_from` are
+            replaced.
         means: file of means in place of those that the mask was trained with.
 
     Returns:
@@ -176,11 +177,13 @@ def load_masked(path: Path, engine: Engines, means: Path | None = None) -> tuple
     """
     record = read_mask_record(path, HINT)
     model = engine(record.split_qkv)
-    model.means = None
+    model.means, model.resample = None, False
     load_mask(path, model)
     if means is not None:
         load_means(means, model)
-    elif (values := read_value(record.ablation_value, path, record.ablate_from)) is not None:
+        return model, record
+    model.resample = record.ablation_value.kind == "counterfactual"
+    if (values := read_value(record.ablation_value, path, record.ablate_from, resample=True)) is not None:
         try:
             model.means = values
         except UserError as error:
@@ -189,7 +192,14 @@ def load_masked(path: Path, engine: Engines, means: Path | None = None) -> tuple
 
 
 def read_mask(name: str, path: Path, engine: Engines, means: Path | None = None) -> ComparedModel:
-    """The model of a mask's file; the arguments are those of `load_masked`."""
+    """The model of a mask's file; the arguments are those of `load_masked`.
+
+    Raises:
+        UserError: as `load_masked`, or its cut edges carry outputs on counterfactual prompts and there are no `means`.
+    """
+    if means is None:
+        record = read_mask_record(path, HINT)
+        read_value(record.ablation_value, path, record.ablate_from)
     model, record = load_masked(path, engine, means)
     weights, ablation = model.mask.weights, record.ablation_value
     about = {

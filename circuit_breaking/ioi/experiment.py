@@ -84,6 +84,10 @@ def open_experiment(settings: IOIMaskSettings) -> Experiment:
     model.ablate_from = settings.ablate_from
     if settings.means is not None:
         load_means(settings.means, model)
+    if settings.resample:
+        model.resample = True
+        for prompts in (task.train, task.test):
+            prompts.counterfactuals()  # refuses prompts without
     inputs = [settings.train, settings.test, settings.means, Path(settings.ordinary), *files_of(settings.model)]
     run = provenance(settings, [path for path in inputs if path and path.is_file()])
     return Experiment(settings, model, tokenizer, task, ordinary, run)
@@ -136,7 +140,8 @@ def write_run(folder: Path, script: str, experiment: Experiment, results: dict[s
         save_means(folder / MEANS, model, model.means, MeansRecord(provenance=run))
     record = MaskRecord(
         method="pruning" if kept else settings.method, budget=None if kept else settings.max_edges, seed=settings.seed,
-        ablation_value=value_in(folder / MEANS if learned else settings.means, learned), results=results,
+        ablation_value=value_in(folder / MEANS if learned else settings.means, learned, settings.resample),
+        results=results,
         data=data_of(asdict(settings)), provenance=run,
     )  # fmt: skip
     save_mask(folder / MASK, model, record)

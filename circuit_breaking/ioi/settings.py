@@ -63,6 +63,7 @@ class IOIMaskSettings(ObjectiveSettings, MaskConfig, PromptSettings, ModelSettin
     """A mask against a behaviour on prompts."""
 
     means: Path | None = None  # file of ablation values from compute_means.py; None: zero
+    resample: bool = False  # cut edges carry outputs on the counterfactual of each prompt; ordinary text has means
     max_edges: int = 10  # most edges that the mask cuts
     split_qkv: bool = False  # give the query, key and value of a head separate edges
     num_test: int = 400  # held-out prompts and texts that are measured
@@ -71,6 +72,11 @@ class IOIMaskSettings(ObjectiveSettings, MaskConfig, PromptSettings, ModelSettin
         check_mask(self)
         check_counts(self, "num_test", "length")
         check_ablate_from(self)
+        if self.resample and self.constants_lr:
+            raise UserError(
+                "constants_lr learns ablation constants, and with resample the cut edges of a prompt carry outputs on "
+                "its counterfactual. Leave one of them out."
+            )
         require_prompts(self)
 
 

@@ -3,6 +3,7 @@
 Shapes: B texts, T positions, D width, V vocabulary, E edges.
 """
 
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 import torch
@@ -17,11 +18,16 @@ class CausalModel(Protocol):
     unembedding: Tensor  # [V, D]
     unembedding_bias: Tensor | None  # [V]
     head: Head | None  # what makes logits of the product of hidden state and unembedding; None if that is not known
+    resample: bool  # cut edges carry their source's output on the counterfactual of a prompt (see `resampling`)
     plain_head: bool  # logits are the product of hidden state and unembedding: neither scaled nor capped afterwards
 
     @property
     def device(self) -> torch.device:
         """Where the model is."""
+        ...
+
+    def resampling(self, counterfactual: Tensor) -> AbstractContextManager[None]:
+        """Within the block, cut edges carry what their source writes on counterfactual tokens [B, T]."""
         ...
 
     def hidden(self, tokens: Tensor, at: Tensor | None = None, mask: Tensor | None = None) -> Tensor:

@@ -21,13 +21,15 @@ class AblationValueRecord:
     """The ablation value: what a cut edge carries in place of its source's output.
 
     Attributes:
-        kind: `"zero"`; `"mean"` of the source's outputs; `"position"`, a mean for each position; or `"optimal"`, an
-            ablation constant that was learned with the mask (Li and Janson 2024).
-        path: file of the means or constants. None for zero.
+        kind: `"zero"`; `"mean"` of the source's outputs; `"position"`, a mean for each position; `"optimal"`, an
+            ablation constant that was learned with the mask (Li and Janson 2024); or `"counterfactual"`, the source's
+            output on the counterfactual of each prompt (resample ablation).
+        path: file of the means or constants; for `"counterfactual"`, of the means for texts without a counterfactual.
+            None for zero.
         sha256: SHA-256 of the tensor in that file (`tensors.digest_of`), None where it was not recorded.
     """
 
-    kind: Literal["zero", "mean", "position", "optimal"] = "zero"
+    kind: Literal["zero", "mean", "position", "optimal", "counterfactual"] = "zero"
     path: str | None = None
     sha256: str | None = None
 

@@ -7,6 +7,7 @@ Shapes: n prompts, B batch, T positions, V vocabulary, A answers of the prompt t
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -75,7 +76,10 @@ class PromptBatch(TokenBatch):
     def counterfactuals(self) -> TokenBatch:
         """The counterfactual prompts as texts. Raises a `UserError` if some prompt has none."""
         if self.counterfactual is None:
-            raise UserError("some prompts have no counterfactual of the same number of tokens. Use another task.")
+            raise UserError(
+                "some prompts have no counterfactual of the same number of tokens. Use another task, or zero or means "
+                "as ablation values."
+            )
         return TokenBatch(self.counterfactual, self.lengths)
 
 
@@ -234,9 +238,13 @@ class PromptTask(TextTask):
 
 
 def end_logits(model: CausalModel, batch: PromptBatch, mask: Tensor | None = None) -> tuple[Tensor, PromptBatch]:
-    """Logits [B, V] after the last token of each prompt, and the batch on the model's device."""
+    """Logits [B, V] after the last token of each prompt, and the batch on the model's device.
+
+    Cut edges carry outputs on the counterfactual prompts if `model.resample`. Raises a `UserError` if there are none.
+    """
     batch = batch.to(model.device)
-    return model(batch.tokens, at=batch.lengths - 1, mask=mask), batch
+    with model.resampling(batch.counterfactuals().tokens) if model.resample else nullcontext():
+        return model(batch.tokens, at=batch.lengths - 1, mask=mask), batch
 
 
 def answer_loss(logits: Tensor, answers: Tensor) -> Tensor:
