@@ -23,6 +23,7 @@ CASES = {  # 3 and 4 texts of each task a batch: the first cannot be shared even
     "parts": {"micro_batch": 1, "constants_lr": 0.05},
     "few": {"batch_size": 1, "refine_batch_size": 1},  # so that one of two has none of a task
     "IOI": {},
+    "IOI, counterfactual": {},
 }
 
 
@@ -39,7 +40,9 @@ def main(settings: Settings) -> None:
     for name, changes in CASES.items():
         torch.manual_seed(world().rank)  # gates are drawn as the first process draws them
         model = load_model(small_gpt2(**FEW).double(), device="auto" if world().size > 1 else "cpu", dtype="float64")
-        broken = make_prompts("break", 1, "cross_entropy") if name == "IOI" else make_task("break", 1)
+        model.resample = name.endswith("counterfactual")
+        prompts = name.startswith("IOI")
+        broken = make_prompts("break", 1, "cross_entropy", model.resample) if prompts else make_task("break", 1)
         training = MaskConfig(**{**QUICK, **changes}, max_edges=9)
         result = train_mask(model, broken, make_task("keep", 5), training, progress=False)
         means = [] if model.means is None else model.means.flatten().tolist()

@@ -7,8 +7,8 @@ The ablated model runs like any Hugging Face model: sampling, beams, left-padded
 gradient checkpointing, `torch.compile`. `modules` explains how; `saved` writes ablated models to disk.
 """
 
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from hashlib import sha256
 from inspect import signature
@@ -24,6 +24,7 @@ from circuit_breaking.ablation.cuts_of_file import read_cuts
 from circuit_breaking.ablation.install import install, subclass, uninstall
 from circuit_breaking.ablation.modules import AblatedBody
 from circuit_breaking.ablation.plan import plan_cuts
+from circuit_breaking.ablation.resampling import whole_outputs_of
 from circuit_breaking.ablation.wiring import Wiring, wire
 from circuit_breaking.engine.ablation_values import check_means
 from circuit_breaking.engine.arguments import check_ablate_from
@@ -43,6 +44,7 @@ class Ablation:
         ablate_from: the first position at which cuts act.
         base_model: name of the whole model on the hub, "" where it is unknown; for model cards.
         about: how the edges were found, JSON-able; it is saved with the model.
+        resampled: whether cut edges carry outputs on a counterfactual batch at the moment (`resampling`).
         saved_as: folder or hub name that the model was loaded from with its cuts, "" if none. It is the model's
             `name_or_path` while edges are cut, so that an adapter trained then does not name the whole model as base.
     """
@@ -52,6 +54,7 @@ class Ablation:
     ) -> None:
         self.edges, self.means, self.ablate_from = edges, means, ablate_from
         self.base_model, self.about, self.saved_as = hub_name(hf.config), {}, ""
+        self.resampled = False
         self._model, self._wiring = hf, wiring
         self._whole_name = hf.name_or_path
         self._installed: list[torch.nn.Module] = []
@@ -91,6 +94,36 @@ class Ablation:
             if isinstance(self._model, AblatedModel):
                 self._model.__class__ = type(self._model).stands_for
                 self._model.name_or_path = self._whole_name
+
+    @contextmanager
+    def resampling(self, counterfactual: Tensor) -> Iterator[None]:
+        """Within the block, cut edges carry what their source writes in the whole model on a counterfactual batch, at
+        the same text and position (resample ablation), in place of `means`.
+
+        Texts cannot be generated inside the block, and the model cannot be saved.
+
+        Args:
+            counterfactual: tokens, int64 [B, T], padded on the right if at all. Every batch inside the block has the
+                same shape, and its texts have the same numbers of tokens.
+
+        Raises:
+            UserError: no edges are cut at the moment, the tokens do not fit the model, or a batch inside the block has
+                another shape, is padded on the left or continues a text in a KV cache.
+        """
+        hf, before = self._model, self._wiring
+        if getattr(hf, ATTRIBUTE, None) is not self:
+            raise UserError("the cuts were removed, so that nothing carries outputs on a counterfactual batch.")
+        self.remove()
+        try:
+            values = whole_outputs_of(hf, counterfactual)
+            self._wiring = wiring_of(hf, self.edges, values, self.ablate_from)
+            self._attach()
+            self.resampled = True
+            yield
+        finally:
+            self.remove()
+            self._wiring, self.resampled = before, False
+            self._attach()
 
     def __enter__(self) -> Self:
         if getattr(self._model, ATTRIBUTE, None) is not self:
@@ -173,27 +206,36 @@ def ablate(
     if isinstance(edges, Path | str):
         edges, means, ablate_from = read_cuts(edges, graph, means, ablate_from)
     edges = list(dict.fromkeys(Edge(edge) for edge in edges))
-    ends = [_ends(graph, edge) for edge in edges]
     if means is not None:
         _check_means(means, len(graph.sources), spec.width)
         means = means.detach().clone()
-    wiring = wire(spec, plan_cuts(graph, ends), means, ablate_from)
+    handle = Ablation(hf, edges, means, ablate_from, wiring_of(hf, edges, means, ablate_from))
+    handle._attach()
+    return handle
+
+
+def wiring_of(hf: PreTrainedModel, edges: list[Edge], means: Tensor | None, ablate_from: int) -> Wiring:
+    """What to change in a model so that edges are cut; means may be those of one batch, [P, B, T, D]."""
+    spec = describe(hf)
+    graph = spec.graph()
+    wiring = wire(spec, plan_cuts(graph, [_ends(graph, edge) for edge in edges]), means, ablate_from)
     if edges:
         body = {
             "d": spec.width,
             "key": _key(edges, means, ablate_from),
             "arguments": tuple(signature(hf.base_model.forward).parameters),
             "ablate_from": ablate_from,
+            "batch": tuple(means.shape[1:3]) if means is not None and means.dim() == 4 else None,
         }
         wiring.modules.append((hf.base_model, AblatedBody, body))
-    handle = Ablation(hf, edges, means, ablate_from, wiring)
-    handle._attach()
-    return handle
+    return wiring
 
 
 def _key(edges: list[Edge], means: Tensor | None, ablate_from: int) -> str:
     """Tells what is cut, for KV caches: two caches with the same key were filled by the same ablated model."""
     digest = sha256("\n".join([*sorted(edges), str(ablate_from)]).encode())
-    if means is not None:
+    if means is not None and means.dim() == 4:
+        digest.update(b"one batch")  # which fills no cache that another one continues
+    elif means is not None:
         digest.update(means.float().cpu().numpy().tobytes())
     return digest.hexdigest()

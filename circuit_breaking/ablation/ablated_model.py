@@ -65,6 +65,11 @@ class AblatedModel:
 def record_of(hf: PreTrainedModel, whole: PreTrainedConfig) -> EdgeAblation:
     """What is cut in a model, as it is saved with the model's weights. `whole` configures the model without cuts."""
     handle = hf.edge_cuts
+    if handle.resampled:
+        raise UserError(
+            "cut edges carry outputs on one counterfactual batch, with which the model cannot be saved. Save it after "
+            "the block of `resampling`."
+        )
     return EdgeAblation(
         base_model=handle.base_model, base_model_type=whole.model_type, edges=list(map(str, handle.edges)),
         ablation="zero" if handle.means is None else "mean", ablate_from=handle.ablate_from,

@@ -39,6 +39,7 @@ from torch import Tensor, nn
 
 from circuit_breaking.ablation.install import PREFIX, check_inside
 from circuit_breaking.ablation.positions import ablated_positions, cache_of
+from circuit_breaking.ablation.resampling import check_resampled
 from circuit_breaking.errors import UserError
 
 ABLATED = f"{PREFIX}ablated"  # keyword under which layers are told at which positions cuts act
@@ -123,6 +124,8 @@ class AblatedBody:
     def forward(self, *args, **kwargs):
         given = dict(zip(self.edge_cuts_arguments, args, strict=False)) | kwargs
         cache = cache_of(given)
+        if self.edge_cuts_batch is not None:
+            check_resampled(given, self.edge_cuts_batch)
         if cache is not None:
             mark_cache(cache, self.edge_cuts_key)
         if self.edge_cuts_ablate_from:

@@ -197,7 +197,7 @@ def read_matrix(reads: list[Read], carried: list[int]) -> Tensor:
 
 
 def read_constants(reads: list[Read], means: Tensor | None) -> Tensor | None:
-    """The sum of the ablation values of each read's cut nodes: [R, D]; None for zero ablation."""
+    """The sum of the ablation values [P, ...] of each read's cut nodes: [R, ...]; None for zero ablation."""
     if means is None or not reads:
         return None
     return torch.stack([means[sorted(read.cut)].sum(0) for read in reads])

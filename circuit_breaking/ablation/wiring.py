@@ -1,6 +1,6 @@
 """From a plan to modules: which module of a stock model takes which class, with which state.
 
-Shapes: D width, H heads, P nodes that write, U units of a projection's output.
+Shapes: B batch, T position, D width, H heads, P nodes that write, R reads, U units of a projection's output.
 """
 
 from collections.abc import Iterator
@@ -75,12 +75,12 @@ def wire(spec: ModelSpec, plan: Plan, means: Tensor | None, ablate_from: int = 0
     Args:
         spec: the model.
         plan: what its layers do.
-        means: the ablation values [P, D], None for zero.
+        means: the ablation values [P, D], or [P, B, T, D] for one batch; None for zero.
         ablate_from: the first position at which cuts act.
     """
     check_cuttable(spec)
     wiring, graph, limited = Wiring(), spec.graph(), ablate_from > 0
-    if means is not None:
+    if means is not None and means.dim() == 2:
         means = means.detach().to(spec.embedding.device, torch.float64)
     limited_output = limited and plan.output_read is not None
     for number, (layer, layer_plan) in enumerate(zip(spec.layers, plan.layers, strict=True)):
@@ -93,15 +93,16 @@ def wire(spec: ModelSpec, plan: Plan, means: Tensor | None, ablate_from: int = 0
         state = {
             "d": spec.width,
             "matrix": torch.nn.functional.pad(matrix, (0, int(limited))).to(like),
-            "constants": _like(constants, like),
+            "constants": constants_like(constants, like),
             "limited": limited,
         }
         wiring.modules.append((spec.final_norm.module, OutputNorm, state))
     return wiring
 
 
-def _like(tensor: Tensor | None, like: Tensor) -> Tensor | None:
-    return None if tensor is None else tensor.to(like)
+def constants_like(constants: Tensor | None, like: Tensor) -> Tensor | None:
+    """Constants of reads, [R, D] or [R, B, T, D], of the type and on the device of `like`: [R, D] or [B, T, R, D]."""
+    return None if constants is None else constants.movedim(0, -2).to(like)
 
 
 class LayerWiring:
@@ -161,7 +162,7 @@ class LayerWiring:
             "d": self.spec.width,
             "needs_embed": self.number == 0 and bool(plan.carried_in),
             "matrix": read_matrix(reads, plan.carried_in).to(self.like),
-            "constants": _like(constants, self.like),
+            "constants": constants_like(constants, self.like),
             "stream": parts.stream,
             "exports": parts.exports,
             "carries_all": len(carried) == len(plan.carried_in) > 0,

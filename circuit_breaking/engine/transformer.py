@@ -187,9 +187,9 @@ class EdgeMaskedTransformer(nn.Module):
         """Within the block, a cut edge carries what its source writes in the whole model on a counterfactual batch, at
         the same text and position (resample ablation), in place of `means`.
 
-        It takes a forward pass of the whole model without gradient, and the memory of one stack of node outputs
-        [P, B, T, D]. The stack of the last counterfactual batch is kept, so that many masks on one batch share it. No
-        gradient flows through the counterfactual, or to learned `means`.
+        It takes a forward pass of the whole model, and the memory of a stack of node outputs [P, B, T, D]. The stack of
+        the last counterfactual batch is kept, so that many masks on one batch share it. No gradient flows through the
+        counterfactual, or to learned `means`.
 
         Args:
             counterfactual: tokens of the counterfactual texts, int64 [B, T]. Every batch inside the block has the same
@@ -204,6 +204,12 @@ class EdgeMaskedTransformer(nn.Module):
             yield
         finally:
             self._counterfactual = before
+
+    @property
+    def counterfactual_outputs(self) -> Tensor | None:
+        """The ablation values inside a block of `resampling`, [P, B, T, D], zero before `ablate_from`; None outside."""
+        values = self._counterfactual
+        return None if values is None else values.outputs.view(len(values.outputs), *values.tokens.shape, -1)
 
     def _counterfactual_values(self, tokens: Tensor) -> CounterfactualValues:
         known = [] if self.prefix_cache is None else self.prefix_cache.counterfactuals
@@ -281,10 +287,9 @@ class EdgeMaskedTransformer(nn.Module):
         backward = weights.requires_grad or constants is not None
         network, inputs = self._network(), self._inputs(weights.detach(), tokens)
         run = None
-        # a captured pass is padded, and padding must not change the positions; nor does it have room for values that
-        # differ from text to text
-        capturable = not self.rotary_by_length and self._counterfactual is None
-        if capturable and self.cuda_graphs.usable(network, tokens):
+        # a captured pass is padded, which must not change the positions, and has no values that differ by text
+        fixed = not self.rotary_by_length and self._counterfactual is None
+        if fixed and self.cuda_graphs.usable(network, tokens):
             run = self.cuda_graphs.replay(
                 network, inputs, self.workspace, backward, constants is not None, self.max_positions, self.rotary_tables
             )
@@ -338,7 +343,7 @@ class EdgeMaskedTransformer(nn.Module):
             run.forward()
         outputs = run.buffers.node_outputs_3d.view(len(self.graph.sources), *tokens.shape, -1)
         if self._counterfactual is not None:
-            outputs += self._counterfactual.outputs.view_as(outputs)
+            outputs += self.counterfactual_outputs
         elif self._means is not None:
             means = self._means if self._means.dim() == 2 else self._means[: tokens.shape[1]].transpose(0, 1)
             outputs += means[:, None, None] if self._means.dim() == 2 else means[:, None]

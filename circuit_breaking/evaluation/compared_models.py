@@ -202,12 +202,13 @@ def read_mask(name: str, path: Path, engine: Engines, means: Path | None = None)
         read_value(record.ablation_value, path, record.ablate_from)
     model, record = load_masked(path, engine, means)
     weights, ablation = model.mask.weights, record.ablation_value
+    replaced = means is not None and (str(means) != ablation.path or ablation.kind == "counterfactual")
     about = {
         "budget": model.mask.n_cut() if record.budget is None else record.budget,
         "seed": record.seed,
         "method": record.method,
         "sweep": sweep_of(path.parent),
-        "ablation": ablation.kind if means is None or str(means) == ablation.path else "mean",
+        "ablation": "mean" if replaced else ablation.kind,
         "n_edges": len(model.graph),
         "weights_rounded": int(((weights > 0) & (weights < 1)).sum()),
     }

@@ -50,7 +50,7 @@ def geometric_points(steps: int, at_end: bool = False) -> list[tuple[float, floa
 
 def cuts_all_of_a_reader(model: EdgeMaskedTransformer, mask: Tensor) -> bool:
     """Whether some reader gets nothing but zeros under a mask [E], so that its norm divides by almost nothing."""
-    if model.means is not None:
+    if model.means is not None or model.resample:
         return False
     kept = torch.zeros_like(model.n_read, dtype=mask.dtype).index_add_(0, model.edge_readers, mask.detach().abs())
     return bool((kept == 0).any())

@@ -160,6 +160,11 @@ class _Trainer:
         allowed = None if allowed is None else allowed.to(self.weights.device)
         self.objective = StepObjective(model, keep_task, break_task, config)
         learns_constants = config.constants_lr and config.max_edges
+        if learns_constants and model.resample:
+            raise UserError(
+                "constants_lr learns ablation constants, and model.resample gives prompts outputs on their "
+                "counterfactuals instead. Use one of them."
+            )
         self.constants = AblationConstants(model, config.constants_lr) if learns_constants else None
         self.done = 0
         self.phases = [

@@ -1,5 +1,7 @@
 """Small tasks, and masks trained on them."""
 
+from dataclasses import replace
+
 import torch
 
 from circuit_breaking.engine.load import load_model
@@ -38,12 +40,14 @@ def run(model=None, allowed=None, **changes):
     return train_mask(model, make_task("break", 1), make_task("keep", 5), settings, allowed, progress=False), model
 
 
-def make_prompts(name, seed, objective):
-    """An IOI task on random prompts of 3 to 8 tokens."""
+def make_prompts(name, seed, objective, counterfactual=False):
+    """An IOI task on random prompts of 3 to 8 tokens, perhaps with random counterfactuals."""
     generator = torch.Generator().manual_seed(seed)
     io, subject = torch.randint(0, 50, (2, 12), generator=generator)
     lengths = torch.randint(3, 9, (12,), generator=generator)
     batch = PromptBatch(
         torch.randint(0, 50, (12, 8), generator=generator), lengths, right=io[:, None], wrong=subject[:, None]
     )
+    if counterfactual:
+        batch = replace(batch, counterfactual=torch.randint(0, 50, (12, 8), generator=generator))
     return PromptTask(name, batch, batch, seed, objective)

@@ -8,6 +8,8 @@ import torch
 from helpers.scripts import load_script
 from nbclient import NotebookClient
 
+from circuit_breaking.engine.ablation_values import value_in
+from circuit_breaking.engine.mask import read_mask_record
 from circuit_breaking.errors import UserError
 from circuit_breaking.models.load import TINY
 from circuit_breaking.runs.files import ROOT, read_json, read_jsonl, write_json, write_jsonl
@@ -275,11 +277,15 @@ def test_scripts_work_for_other_tasks(tmp_path):
     run("train_mask", run="run", max_edges=3, means=means)
     tokens = read_json(tmp_path / "run" / "next_tokens.json")
     assert tokens["prompt"].startswith("The ") and {tokens["IO"], tokens["S"]} <= {" are", " is"}
+    run("train_mask", run="resampled", max_edges=3, means=means, resample=True)
+    assert read_mask_record(tmp_path / "resampled" / "mask.safetensors").ablation_value == value_in(means, False, True)
+    with pytest.raises(UserError, match=r"constants_lr learns .* resample"):
+        run("train_mask", constants_lr=0.1, resample=True)
     run("finetune_gpt2", steps=1, batch_size=2)
-    run("evaluation", runs=("run",), task=None)
+    run("evaluation", runs=("run", "resampled"), task=None)
     report = read_json(tmp_path / "report" / "ioi_report.json")
     assert report["provenance"]["settings"]["task"] == "agreement" and report["measured_on"]["prompts"] == 12
-    assert set(report["models"]) == {"original", "run", "fine-tuned"}
+    assert set(report["models"]) == {"original", "run", "resampled", "fine-tuned"}
     run("faithfulness", num_attribution=8, ig_steps=2, split_qkv=True, means=means)
     found = read_json(tmp_path / "faithfulness" / "faithfulness.json")
     assert list(found["circuits"]) == ["EAP", "EAP-IG", "random"] and found["num_prompts"] == 12

@@ -5,6 +5,7 @@ import torch
 from helpers.models import small_gpt2
 from helpers.records import EDGES, SHAPE
 
+from circuit_breaking.ablation.ablate import ablate
 from circuit_breaking.ablation.saved import load_ablated, read_ablated, save_ablated
 from circuit_breaking.ablation.weight_mask import (
     WeightMask,
@@ -126,6 +127,33 @@ def test_a_mask_names_the_means_it_was_trained_with_and_no_others(tmp_path, mode
     refused(lambda: read_value(AblationValueRecord("mean"), path, 0), "does not say which file")
     save_means(tmp_path / "means", model, torch.zeros(5, len(model.graph.sources), 24))
     assert value_in(tmp_path / "means").kind == "position"
+
+
+def test_a_mask_says_that_cut_edges_carry_outputs_on_counterfactuals(tmp_path, model):
+    path, value = tmp_path / "mask.safetensors", value_in(None, resample=True)
+    assert value == AblationValueRecord("counterfactual")
+    refused(lambda: save_mask(path, model, MaskRecord(ablation_value=value)), "model.resample is False")
+    model.resample = True
+    refused(lambda: save_mask(path, model), r"carry zero, and model.resample is True.*resample=True")
+    save_mask(path, model, MaskRecord(ablation_value=value))
+    engine = engines_of(small_gpt2())
+    loaded, record = load_masked(path, engine)
+    assert loaded.resample and loaded.means is None and record.ablation_value == value
+    for cuts_a_stock_model in (lambda: read_mask("run", path, engine), lambda: ablate(small_gpt2(), path)):
+        refused(cuts_a_stock_model, "outputs on counterfactual prompts.*ioi/evaluation.py, or give means")
+    # beside them, means for texts without a counterfactual
+    save_means(tmp_path / "means", model, means := torch.randn(len(model.graph.sources), 24))
+    value = value_in(tmp_path / "means", resample=True)
+    assert value == AblationValueRecord("counterfactual", str(tmp_path / "means"), digest_of(means))
+    refused(lambda: save_mask(path, model, MaskRecord(ablation_value=value)), "model.means says otherwise")
+    load_means(tmp_path / "means", model)
+    refused(lambda: save_mask(path, model, MaskRecord(ablation_value=record.ablation_value)), "means says otherwise")
+    save_mask(path, model, MaskRecord(ablation_value=value))
+    loaded, _ = load_masked(path, engine)
+    assert loaded.resample and torch.equal(loaded.means, means)
+    loaded, _ = load_masked(path, engine, tmp_path / "means")  # in their place
+    assert not loaded.resample and torch.equal(loaded.means, means)
+    assert read_mask("run", path, engine, tmp_path / "means").about["ablation"] == "mean"
 
 
 def test_cut_edges_are_those_of_the_weights(tmp_path, model):
