@@ -53,6 +53,11 @@ def test_masks_in_file_formats(tmp_path, capsys):
     assert capsys.readouterr().out.split()[:2] == ["tiny", "207"]
 
 
+def test_resampling_in_methods(tmp_path):
+    names = run("docs/methods.md", 0, tmp_path)
+    assert (names["logits"] - names["model"](names["tokens"])).abs().max() > 1e-3  # without: zero ablation
+
+
 def test_circuits_in_file_formats(tmp_path):
     names = run("docs/file-formats.md", 1, tmp_path)
     assert int(names["circuit"].kept.sum()) == 50 and (tmp_path / "circuit.json").is_file()
@@ -89,6 +94,7 @@ BLOCKS = {
     "docs/getting-started.md": 2,
     "docs/experiments.md": 1,
     "docs/file-formats.md": 2,
+    "docs/methods.md": 1,
     "docs/tasks.md": 1,
 }
 
