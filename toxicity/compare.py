@@ -39,7 +39,7 @@ class Settings(
     )
 
     run: str = "compare"
-    budgets: tuple[int, ...] = (1, 2, 5, 12, 25, 50, 100, 200)  # most edges to cut: one mask for each budget
+    budgets: tuple[int, ...] = (1, 2, 5, 12, 25, 50)  # most edges to cut: one mask for each budget
     learned_budgets: tuple[int, ...] = ()  # budgets of masks with learned ablation constants, besides examined_budget
     examined_budget: int = 12  # budget of the masks that are examined closely: each edge, several seeds, relearning
     seeds: int = 3  # masks with examined_budget, and number of times that continuations are sampled

@@ -7,9 +7,9 @@ Writes  data/toxicity/<run>/: methods.json and methods.csv, one row per mask (bu
 Time    17 seconds per mask for the shipped model on one core, half an hour for the defaults.
 
 A method finds edges, and refinement changes them one by one by their measured effects. `alone` is the method without
-refinement; it trains for more steps in exchange, so that it sees the same number of texts. Methods that rank edges,
-`ranking` and `ugs`, are trained once for all budgets when they are alone. The same command continues an interrupted run
-with the masks that are missing.
+refinement; it trains for more steps in exchange, so that it sees the same number of texts. Methods that score edges
+(`ranking`, `ugs`, `attribution`) are trained once for all budgets when they are alone. The same command continues an
+interrupted run with the masks that are missing.
 """
 
 from dataclasses import asdict, dataclass, field, replace
@@ -32,7 +32,7 @@ class Settings(ToxicDataSettings, ModelSettings, AblateFromSettings, ToxicRunSet
     )  # fmt: skip
 
     budgets: tuple[int, ...] = (1, 2, 5, 12, 25, 50)  # most edges to cut: one mask of each method for each budget
-    methods: tuple[str, ...] = tuple(METHODS)  # methods with refinement: ranking, clamped, hard-concrete, attribution
+    methods: tuple[str, ...] = ("clamped", "hard-concrete")  # methods with refinement, for which each mask is trained
     alone: tuple[str, ...] = tuple(METHODS)  # methods without refinement
     seeds: int = 3  # masks of each method and budget
     random_seeds: int = 5  # masks of each budget whose edges are drawn at random
@@ -89,7 +89,7 @@ from circuit_breaking.runs.run_folder import is_up_to_date
 from circuit_breaking.toxicity.splits import Splits, load_splits
 from circuit_breaking.training.mask_trainer import MaskResult, train_mask
 from circuit_breaking.training.methods import method_class
-from circuit_breaking.training.methods.base import LearnedScores
+from circuit_breaking.training.methods.base import MaskMethod
 
 RANDOM = "random"
 # settings that a mask depends on, besides its own budget, seed and training; others may differ in a run that is resumed
@@ -110,8 +110,8 @@ def unrefined(training: MaskConfig) -> MaskConfig:
 
 
 def for_all_budgets(training: MaskConfig) -> bool:
-    """Whether one training ranks the edges for every budget. Refinement changes the mask of one budget."""
-    return training.refine_rounds == 0 and issubclass(method_class(training.method), LearnedScores)
+    """Whether one training scores the edges for every budget. Refinement changes the mask of one budget."""
+    return training.refine_rounds == 0 and method_class(training.method).scores is not MaskMethod.scores
 
 
 def plan(settings: Settings, budgets: list[int]) -> Iterator[tuple[str, int, int, MaskConfig | None]]:

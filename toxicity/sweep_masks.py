@@ -34,7 +34,7 @@ class Settings(ToxicDataSettings, ModelSettings, AblateFromSettings, ToxicRunSet
         "model", "budgets", "ablations", "stable_budget", "seeds", "random_seeds", "examples", "run", "seed", "device",
     )  # fmt: skip
 
-    budgets: tuple[int, ...] = (1, 2, 5, 12, 25, 50, 100, 200)  # most edges to cut: one mask for each budget
+    budgets: tuple[int, ...] = (1, 2, 5, 12, 25, 50)  # most edges to cut: one mask for each budget
     ablations: tuple[str, ...] = ABLATIONS  # kinds of ablation value: zero, mean, optimal (learned with the mask)
     learned_lr: float = 0.005  # learning rate of AdamW on ablation values that are learned
     mean_texts: int = 1000  # ordinary training texts that the mean is over

@@ -110,7 +110,8 @@ def test_budgets_are_spread_evenly_and_the_temperature_falls():
     assert 0 < few.budgets(0, 1)[0] < 1
     temperatures = [method.temperature(progress / 10) for progress in range(11)]
     assert temperatures == sorted(temperatures, reverse=True)
-    assert temperatures[0] * math.log(ALL) == pytest.approx(0.12 * 200)
+    shares = [method.temperature(progress) * math.log(ALL) / 200 for progress in (0, 0.375, 0.75, 0.875, 1)]
+    assert shares == pytest.approx([0.12, 0.12 / 10**0.5, 0.012, (0.012 * 0.002) ** 0.5, 0.002])
 
 
 @pytest.mark.parametrize("refine_rounds", [0, 3])

@@ -13,7 +13,8 @@ and large budgets in turn, which prefer different edges, and seeds differ much m
 Scores are measured in units of the first learning rate, and the temperature follows from the number of steps. Before a
 mask of k among C candidates is nearly binary, the scores of those k must lead the threshold by about τ log(C / k). A
 step of Adam moves a score by at most one unit, so n steps are enough to lead if τ log(C) is a small share of n. The
-temperature falls geometrically between two of these shares, and the learning rate falls linearly.
+temperature falls geometrically from one of these shares to a tenth of it, and in the last quarter of the steps, in
+which masks become binary, to a sixtieth. The learning rate falls linearly.
 
 Shapes: E edges, C edges that may be cut (candidates).
 """
@@ -25,7 +26,8 @@ import torch
 from circuit_breaking.training.methods.base import LearnedScores, StepResult, shares_of
 from circuit_breaking.training.soft_top_k import soft_top_k
 
-FIRST_SHARE, LAST_SHARE = 0.12, 0.004  # τ log(C) at the beginning and at the end, as a share of the number of steps
+# (share of the steps that are done, τ log(C) as a share of the number of steps); geometric in between
+TEMPERATURES = (0.0, 0.12), (0.75, 0.012), (1.0, 0.002)
 BUDGETS = 2  # of a step
 BEYOND = 1.2  # K, as a multiple of the largest budget that is asked for
 LAST_RATE = 0.02  # learning rate of the last step; that of the first is 1
@@ -73,5 +75,6 @@ class EdgeScores(LearnedScores):
 
     def temperature(self, progress: float) -> float:
         """τ after a share `progress` of all steps."""
-        share = FIRST_SHARE * (LAST_SHARE / FIRST_SHARE) ** progress
+        (start, first), (end, last) = TEMPERATURES[:2] if progress < TEMPERATURES[1][0] else TEMPERATURES[1:]
+        share = first * (last / first) ** ((progress - start) / (end - start))
         return share * self.steps / math.log(max(len(self.candidates), 2))
