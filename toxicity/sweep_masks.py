@@ -6,7 +6,7 @@ Writes  data/toxicity/<run>/masks/<ablation>_<budget>[_seed<n>]/: mask.safetenso
         metrics: as many edges, drawn at random, as the mask of that budget cuts. means_<texts>.safetensors beside
         masks/, the ablation values of mean ablation. During training also checkpoints in these folders and rankings/
         (what masks share), from which the same command continues an interrupted sweep.
-Time    half a minute per mask for the shipped model on one core.
+Time    40 seconds per ranking for the shipped model on one core; masks of several budgets share one.
 
 A ranking of the edges (`--training.method ranking`, the default) is trained once for all budgets up to the largest of
 `--training.budgets`; larger ones have a ranking each. Masks with seeds above 0, at one budget, show how stable the
