@@ -14,9 +14,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from circuit_breaking.engine.network import Rotary
-from circuit_breaking.engine.norms import NORMS, Norm, NormedProjection, OutputNorm, PlainProjection
+from circuit_breaking.engine.norms import NORMS, Norm, NormedProjection, OutputNorm, PlainProjection, centre
+from circuit_breaking.engine.weights import WeightSource
 from circuit_breaking.models.activations import activation
-from circuit_breaking.models.families.spec import LayerSpec, LinearSpec, ModelSpec, ProjectionSpec, check_supported
+from circuit_breaking.models.families.spec import (
+    LayerSpec,
+    LinearSpec,
+    ModelSpec,
+    NormSpec,
+    ProjectionSpec,
+    check_supported,
+)
 
 OPTIONS = {  # of a description, those that the engine supports
     "gate", "query_norm", "key_norm", "norms_all_heads", "softcap", "attention_out_norm", "mlp_out_norm",
@@ -25,11 +33,23 @@ OPTIONS = {  # of a description, those that the engine supports
 }  # fmt: skip
 
 
-def make_blocks(spec: ModelSpec, split_qkv: bool) -> nn.ModuleList:
-    """The blocks of a model. Raises `UserError` if the model has an option that they do not compute."""
+def make_blocks(spec: ModelSpec, split_qkv: bool, source: WeightSource) -> nn.ModuleList:
+    """The blocks of a model, one after the other.
+
+    With `source.release`, the description of each layer is dropped from `spec.layers`, and the layer's weights are
+    freed, as soon as its block is made.
+
+    Raises:
+        UserError: the model has an option that the blocks do not compute.
+    """
     check_supported(spec, "the edge-masked transformer", OPTIONS, NORMS)
-    kinds = spec.rotary_kinds
-    return nn.ModuleList(Block(layer, split_qkv, kinds.index(layer.rotary_kind)) for layer in spec.layers)
+    kinds, blocks = spec.rotary_kinds, nn.ModuleList()
+    for index, layer in enumerate(spec.layers):
+        blocks.append(Block(layer, split_qkv, source, kinds.index(layer.rotary_kind)))
+        if source.release:
+            spec.layers[index] = None  # it holds views of the weights
+            source.done_with(layer.layer)
+    return blocks
 
 
 class Block(nn.Module):
@@ -41,34 +61,35 @@ class Block(nn.Module):
     Args:
         layer: its description.
         split_qkv: a head's query, key and value read separately.
+        source: how its weights are taken over.
         rotary_kind: number of the layer's kind of rotary positions.
     """
 
-    def __init__(self, layer: LayerSpec, split_qkv: bool, rotary_kind: int = 0) -> None:
+    def __init__(self, layer: LayerSpec, split_qkv: bool, source: WeightSource, rotary_kind: int = 0) -> None:
         super().__init__()
         self.split, self.scale, self.rotary_kind = split_qkv, layer.scale, rotary_kind
         self.window, self.softcap = layer.window, layer.softcap
-        self.qkv = project_qkv(layer, split_qkv)
+        self.qkv = project_qkv(layer, split_qkv, source)
         self.norms_all_heads = layer.norms_all_heads
-        self.query_norm = None if layer.query_norm is None else Norm(layer.query_norm)
-        self.key_norm = None if layer.key_norm is None else Norm(layer.key_norm)
+        self.query_norm = None if layer.query_norm is None else Norm(layer.query_norm, source)
+        self.key_norm = None if layer.key_norm is None else Norm(layer.key_norm, source)
         if self.norms_all_heads and layer.queries_per_key > 1:
             gain = self.key_norm.weight.view(-1, layer.head_width)
             self.key_norm.weight = gain.repeat_interleave(layer.queries_per_key, 0).flatten()
         after = layer.attention_out_norm, layer.mlp_out_norm
-        self.attention_out_norm, self.mlp_out_norm = (None if one is None else OutputNorm(one) for one in after)
-        self.register_buffer("w_o", layer.w_o.detach())  # [H, K, D]
+        self.attention_out_norm, self.mlp_out_norm = (None if one is None else OutputNorm(one, source) for one in after)
+        self.register_buffer("w_o", source.take(layer.w_o))  # [H, K, D]
         self.multiplier = layer.multiplier
-        self.register_buffer(
-            "b_o", self.multiplied(bias_of(layer.out) / layer.n_heads)
-        )  # a head's share of the bias, [D]
-        self.mlp_norm = Norm(layer.mlp_norm)
+        b_o, b_down = (source.precise(bias_of(one)) for one in (layer.out, layer.down))
+        # a head's share of the bias, [D]
+        self.register_buffer("b_o", source.take(self.multiplied(b_o / layer.n_heads)))
+        self.mlp_norm = Norm(layer.mlp_norm, source)
         self.act = activation(layer.activation)
         for name, one in (("gate", layer.gate), ("up", layer.up)):  # [D, F] and [F]
-            self.register_buffer(f"w_{name}", None if one is None else one.weight.detach())
-            self.register_buffer(f"b_{name}", None if one is None or one.bias is None else one.bias.detach())
-        self.register_buffer("w_down", layer.down.weight.detach())  # [F, D]
-        self.register_buffer("b_down", self.multiplied(bias_of(layer.down)))
+            self.register_buffer(f"w_{name}", None if one is None else source.take(one.weight))
+            self.register_buffer(f"b_{name}", None if one is None or one.bias is None else source.take(one.bias))
+        self.register_buffer("w_down", source.take(layer.down.weight))  # [F, D]
+        self.register_buffer("b_down", source.take(self.multiplied(b_down)))
 
     def multiplied(self, x: Tensor) -> Tensor:
         """x times the layer's factor of what it writes."""
@@ -120,44 +141,34 @@ class Block(nn.Module):
         return self.multiplied(hidden)
 
 
-def project_qkv(layer: LayerSpec, split_qkv: bool) -> NormedProjection | PlainProjection:
+def project_qkv(layer: LayerSpec, split_qkv: bool, source: WeightSource) -> NormedProjection | PlainProjection:
     """The norm before attention and the projections to queries, keys and values, with the norm's weights folded in.
 
-    They are folded in float32 or better, and rounded to the type of the model once.
+    They are folded in float32 or better, and rounded to the type of the model once, one projection at a time. A key or
+    value that query heads share is repeated for each of them.
     """
-    norm, kind = layer.attention_norm, layer.query.weight.dtype
-    precise = torch.promote_types(kind, torch.float32)
-    gain = None if norm.kind == "none" else norm.gain(precise)
-    weights, biases = [], []
-    for one in (layer.query, layer.key, layer.value):
-        weight, bias = (tensor.to(precise) for tensor in per_query_head(one, layer.n_heads))
-        bias = bias[:, None]
-        if norm.bias is not None:  # contiguous, so that the rounding does not depend on the family's layout
-            bias = bias + norm.bias.detach()[None].to(precise) @ weight.contiguous()
-        weights.append(weight if gain is None else gain[:, None] * weight)
-        biases.append(bias)
-    weight, bias = (by_reader(parts, split_qkv) for parts in (weights, biases))
+    norm, (heads, width, k) = layer.attention_norm, layer.query.weight.shape
+    by_head, axis = ((heads, 3, width, k), 1) if split_qkv else ((heads, width, 3, k), 2)
+    weight = torch.empty(by_head, dtype=source.dtype, device=source.device)
+    bias = weight.new_empty(heads, 3, 1, k) if split_qkv else weight.new_empty(heads, 1, 3, k)
+    for number, one in enumerate((layer.query, layer.key, layer.value)):
+        for whole, part in zip((weight, bias), folded(one, norm, source), strict=True):
+            whole.select(axis, number).unflatten(0, (len(part), -1)).copy_(part[:, None])
+    weight, bias = (x.flatten(axis - 1, axis) if split_qkv else x.flatten(axis) for x in (weight, bias))
     if norm.kind == "none":
-        return PlainProjection(weight, bias).to(kind)
-    return NormedProjection(weight, bias, norm.eps, centred=norm.kind == "layer").to(kind)
+        return PlainProjection(weight, bias)
+    return NormedProjection(weight, bias, norm.eps, centred=norm.kind == "layer")
 
 
-def per_query_head(one: ProjectionSpec, heads: int) -> tuple[Tensor, Tensor]:
-    """The weight [H, D, K] and bias [H, K] of a projection, repeated for query heads that share a key or a value."""
-    weight = one.weight.detach()
-    bias = weight.new_zeros(len(weight), weight.shape[2]) if one.bias is None else one.bias.detach()
-    shared_by = heads // len(weight)
-    if shared_by > 1:
-        weight, bias = (tensor.repeat_interleave(shared_by, 0) for tensor in (weight, bias))
-    return weight, bias
-
-
-def by_reader(parts: list[Tensor], split_qkv: bool) -> Tensor:
-    """Query, key and value projections [H, D, K] (or their biases [H, 1, K]) as one matrix for each reader.
-
-    Returns [H, D, 3K], or [3H, D, K] with `split_qkv`.
-    """
-    return torch.stack(parts, 1).flatten(0, 1).contiguous() if split_qkv else torch.cat(parts, -1).contiguous()
+def folded(one: ProjectionSpec, norm: NormSpec, source: WeightSource) -> tuple[Tensor, Tensor]:
+    """A projection's weight [G, D, K] times the gain of the norm before it, and its bias [G, 1, K] with the norm's."""
+    weight = source.precise(one.weight)
+    bias = weight.new_zeros(len(weight), 1, weight.shape[2]) if one.bias is None else source.precise(one.bias)[:, None]
+    if norm.bias is not None:  # contiguous, so that the rounding does not depend on the family's layout
+        bias = bias + source.precise(norm.bias)[None] @ weight.contiguous()
+    if norm.kind != "none":
+        weight = source.precise(norm.gain(weight.dtype))[:, None] * weight
+    return centre(weight) if norm.kind == "layer" else weight, bias
 
 
 def bias_of(one: LinearSpec) -> Tensor:

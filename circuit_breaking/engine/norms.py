@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from circuit_breaking.engine.weights import WeightSource
 from circuit_breaking.models.families.spec import NormSpec
 
 CACHED = 1 << 20  # numbers that stay in a CPU's cache from one operation to the next
@@ -70,14 +71,19 @@ NORMS: dict[str, Callable[[Tensor, Tensor, Tensor | None, float], Tensor]] = {
 }  # fmt: skip
 
 
+def gain_of(spec: NormSpec, source: WeightSource) -> Tensor:
+    """The factors of what a norm has divided, of the shape of its weight."""
+    return source.take(spec.gain(torch.promote_types(spec.weight.dtype, source.dtype)))
+
+
 class Norm(nn.Module):
     """A norm of a Hugging Face model with frozen weights, computed in the model's own precision."""
 
-    def __init__(self, spec: NormSpec) -> None:
+    def __init__(self, spec: NormSpec, source: WeightSource) -> None:
         super().__init__()
         self.normalise, self.eps = NORMS[spec.kind], spec.eps
-        self.register_buffer("weight", None if spec.kind == "none" else spec.gain(spec.weight.dtype))
-        self.register_buffer("bias", None if spec.bias is None else spec.bias.detach())
+        self.register_buffer("weight", None if spec.kind == "none" else gain_of(spec, source))
+        self.register_buffer("bias", None if spec.bias is None else source.take(spec.bias))
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise [..., D]."""
@@ -110,11 +116,17 @@ class PlainProjection(nn.Module):
         torch.bmm(gradient, self.weight.transpose(1, 2), out=x)
 
 
+def centre(weight: Tensor) -> Tensor:
+    """Weights [R, D, K] less their mean over D. The product with LayerNorm's input is the same, and the product with a
+    gradient then includes the backward of subtracting the mean."""
+    return weight - weight.mean(1, keepdim=True)
+
+
 class NormedProjection(nn.Module):
     """norm(x) · weight + bias for every reader, with a hand-written backward.
 
     Args:
-        weight: [R, D, K], multiplied by the norm's gain.
+        weight: [R, D, K], multiplied by the norm's gain and, for LayerNorm, centred by `centre`.
         bias: [R, 1, K], to which the norm's own bias, projected, is added.
         eps: added to the variance.
         centred: True for LayerNorm, which subtracts the mean; False for RMSNorm.
@@ -123,8 +135,6 @@ class NormedProjection(nn.Module):
     def __init__(self, weight: Tensor, bias: Tensor, eps: float, centred: bool) -> None:
         super().__init__()
         self.eps, self.centred = eps, centred
-        if centred:  # the product then includes the backward of subtracting the mean
-            weight = weight - weight.mean(1, keepdim=True)
         self.register_buffer("weight", weight)
         self.register_buffer("bias", bias)
 
@@ -179,10 +189,10 @@ class OutputNorm(nn.Module):
         ∂L/∂y_h = g G_h / σ - s c / (D σ³),    G_h = ∂L/∂x_h,    c = Σ_h y_h · (g G_h)
     """
 
-    def __init__(self, spec: NormSpec) -> None:
+    def __init__(self, spec: NormSpec, source: WeightSource) -> None:
         super().__init__()
         self.eps = spec.eps
-        self.register_buffer("gain", spec.gain(spec.weight.dtype))  # [D]
+        self.register_buffer("gain", gain_of(spec, source))  # [D]
 
     def write(self, out: Tensor, z: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """Set `out` [n, N, D] to the outputs x_h of the nodes.

@@ -32,6 +32,7 @@ from circuit_breaking.engine.network import Network, PassInputs, Rotary, Workspa
 from circuit_breaking.engine.norms import Norm
 from circuit_breaking.engine.output import Unembed, select_positions
 from circuit_breaking.engine.prefix_cache import PrefixCache
+from circuit_breaking.engine.weights import WeightSource
 from circuit_breaking.errors import UserError
 from circuit_breaking.models.families import describe, require_plain
 from circuit_breaking.runs.devices import without_autocast
@@ -64,21 +65,28 @@ class EdgeMaskedTransformer(nn.Module):
         cuda_graphs: captured passes for small batches on a GPU; `cuda_graphs.enabled = False` turns them off.
     """
 
-    def __init__(self, hf: nn.Module, split_qkv: bool = False, gradient_checkpointing: bool = False) -> None:
+    def __init__(
+        self, hf: nn.Module, split_qkv: bool = False, gradient_checkpointing: bool = False,
+        source: WeightSource | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.gradient_checkpointing = gradient_checkpointing
         require_plain(hf)
         spec = describe(hf)
+        source = source or WeightSource(spec.embedding.dtype, spec.embedding.device)
         self.graph = spec.graph(split_qkv)
-        self.blocks = make_blocks(spec, split_qkv)
         # a copy, so that moving this model to another device does not move a module of `hf`
-        self.norm, self.rotary = Norm(spec.final_norm), copy.deepcopy(spec.rotary)
+        self.rotary = copy.deepcopy(spec.rotary)
         self.rotary_by_length, self.rotary_kinds = spec.rotary_by_length, spec.rotary_kinds
+        self.blocks = make_blocks(spec, split_qkv, source)  # may drop the layers from `spec`
+        self.norm = Norm(spec.final_norm, source)
         self.max_positions, self.head = spec.max_positions, spec.head
         self.plain_head = spec.head.is_plain  # see `models.causal_model`
         for name in ("embedding", "positions", "unembedding", "unembedding_bias"):
             tensor = getattr(spec, name)
-            self.register_buffer(name, None if tensor is None else tensor.detach())
+            self.register_buffer(name, None if tensor is None else source.take(tensor))
+        if spec.unembedding is spec.embedding:  # tied embeddings stay one
+            self.unembedding = self.embedding
         scale = None if spec.embedding_scale == 1 else self.embedding.new_tensor(spec.embedding_scale)
         self.register_buffer("embedding_scale", scale)
         self.register_buffer("edge_readers", self.graph.edge_readers)
@@ -118,17 +126,6 @@ class EdgeMaskedTransformer(nn.Module):
         self.cuda_graphs.clear()  # captured graphs hold the old weight addresses
         self._last_counterfactual = None
         return super()._apply(*args, **kwargs)
-
-    def to_dtype_(self, dtype: torch.dtype) -> None:
-        """Change the type of weights and activations in place; rotary tables and the mask stay in float32 or better."""
-        self.cuda_graphs.clear()
-        self._last_counterfactual = None
-        self.blocks.to(dtype)
-        self.norm.to(dtype)
-        for name, tensor in list(self.named_buffers(recurse=False)):
-            if tensor.is_floating_point():
-                setattr(self, name, tensor.to(dtype))
-        self.mask.to(torch.promote_types(dtype, torch.float32))
 
     @property
     def means(self) -> Tensor | None:

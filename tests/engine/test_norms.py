@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from circuit_breaking.engine.network import Workspace
-from circuit_breaking.engine.norms import NormedProjection, rms_norm
+from circuit_breaking.engine.norms import NormedProjection, centre, rms_norm
 
 EPS = 1e-5
 
@@ -29,7 +29,7 @@ def test_normed_projection_equals_torch(centred, dtype, tolerance, shift):
     exact = x.clone().requires_grad_()
     expected = by_torch(exact, weight, bias, centred)
     expected.backward(gradient)
-    projection = NormedProjection(weight, bias, EPS, centred).to(dtype)
+    projection = NormedProjection(centre(weight) if centred else weight, bias, EPS, centred).to(dtype)
     mine = x.to(dtype)
     out, inverse = projection(mine)
     assert out.dtype == dtype

@@ -14,6 +14,7 @@ from circuit_breaking.ablation.wiring import check_cuttable
 from circuit_breaking.engine.blocks import make_blocks
 from circuit_breaking.engine.load import load_model
 from circuit_breaking.engine.reference import ReferenceModel
+from circuit_breaking.engine.weights import WeightSource
 from circuit_breaking.errors import UserError
 from circuit_breaking.models import families
 from circuit_breaking.models.families import FAMILIES, describe, graph_of
@@ -21,6 +22,7 @@ from circuit_breaking.models.families.spec import NO_NORM, LayerSpec, ModelSpec
 
 TOKENS = torch.randint(0, 50, (2, 5), generator=torch.Generator().manual_seed(0))
 MASK = torch.ones(10**4)
+SOURCE = WeightSource(torch.float32, torch.device("cpu"))
 
 
 def test_every_registered_family_has_a_small_model():
@@ -175,14 +177,14 @@ def test_what_a_consumer_does_not_support_is_refused(change, consumer, monkeypat
                 CONSUMERS[consumer](hf)
     # a default value is no option
     neutral = with_field(describe(small_gpt2()), ShiftedModel, embedding_shift=float("1"))
-    make_blocks(neutral, False)
+    make_blocks(neutral, False, SOURCE)
     check_cuttable(neutral)
 
 
 def test_an_unknown_activation_is_refused():
     spec = describe(small_gpt2())
     with pytest.raises(UserError, match="activation function 'wavelet' is unknown"):
-        make_blocks(replace(spec, layers=[replace(one, activation="wavelet") for one in spec.layers]), False)
+        make_blocks(replace(spec, layers=[replace(one, activation="wavelet") for one in spec.layers]), False, SOURCE)
 
 
 def test_hooks_refuse_shared_keys_from_a_fused_projection():
