@@ -16,12 +16,12 @@ from circuit_breaking.errors import UserError
 from circuit_breaking.ioi.settings import FOLDER, default_data, prompts_of
 from circuit_breaking.runs.cli import read_settings, run_script
 from circuit_breaking.runs.config import check_ablate_from, check_choice, check_counts, resolve_defaults
-from circuit_breaking.runs.settings import AblateFromSettings, ModelSettings, OrdinaryTextSettings
+from circuit_breaking.runs.settings import AblateFromSettings, ModelSettings, OffloadSettings, OrdinaryTextSettings
 from circuit_breaking.tasks.registry import IOI, PROMPT_TASKS
 
 
 @dataclass
-class Settings(OrdinaryTextSettings, ModelSettings, AblateFromSettings):
+class Settings(OrdinaryTextSettings, ModelSettings, OffloadSettings, AblateFromSettings):
     MOST_USED: ClassVar = ("model", "task", "kind", "texts", "prompts", "num_texts", "length", "out", "device")
 
     kind: Literal["zero", "mean", "position"] = "mean"  # zeros, one mean per node, or one per node and position
@@ -72,7 +72,7 @@ def main(settings: Settings) -> None:
     tokenizer = load_tokenizer(settings.model)
     source = settings.abc if settings.texts == "abc" else Path(settings.ordinary)
     texts = None if settings.kind == "zero" else read_texts(settings, tokenizer)
-    model = load_model(settings.model, device=settings.device, dtype=settings.dtype)
+    model = load_model(settings.model, device=settings.device, dtype=settings.dtype, offload=settings.offload)
     model.ablate_from = settings.ablate_from
     if texts is None:
         means, used = torch.zeros(len(model.graph.sources), model.embedding.shape[1]), 0

@@ -12,13 +12,13 @@ from typing import ClassVar, Literal
 from circuit_breaking.runs.cli import read_settings, run_script
 from circuit_breaking.runs.config import check_ablate_from, check_counts, resolve_defaults
 from circuit_breaking.runs.files import require_file
-from circuit_breaking.runs.settings import AblateFromSettings, ModelSettings
+from circuit_breaking.runs.settings import AblateFromSettings, ModelSettings, OffloadSettings
 from circuit_breaking.tasks.data import TOXIC_HINT
 from circuit_breaking.toxicity.settings import FOLDER, TrainingTextSettings, default_data
 
 
 @dataclass
-class Settings(TrainingTextSettings, ModelSettings, AblateFromSettings):
+class Settings(TrainingTextSettings, ModelSettings, OffloadSettings, AblateFromSettings):
     MOST_USED: ClassVar = ("model", "kind", "texts", "num_texts", "length", "out", "device")
 
     kind: Literal["zero", "mean", "position"] = "mean"  # zeros, one mean per node, or one per node and position
@@ -54,7 +54,7 @@ def main(settings: Settings) -> None:
     settings.check()
     settings = resolve_defaults(settings, default_data(settings.model))
     out = settings.out or FOLDER / "means" / f"{Path(settings.model).name}_{settings.kind}_{settings.texts}.safetensors"
-    model = load_model(settings.model, device=settings.device, dtype=settings.dtype)
+    model = load_model(settings.model, device=settings.device, dtype=settings.dtype, offload=settings.offload)
     model.ablate_from = settings.ablate_from
     if settings.kind == "zero":
         means, used, inputs = torch.zeros(len(model.graph.sources), model.embedding.shape[1]), 0, []

@@ -19,14 +19,21 @@ from typing import Any, ClassVar
 from circuit_breaking.evaluation.settings import HeldOutSettings
 from circuit_breaking.runs.cli import read_settings, run_script
 from circuit_breaking.runs.config import check_ablate_from, check_counts, resolve_defaults
-from circuit_breaking.runs.settings import AblateFromSettings, ModelSettings, ResumeSettings
+from circuit_breaking.runs.settings import AblateFromSettings, ModelSettings, OffloadSettings, ResumeSettings
 from circuit_breaking.toxicity.settings import ToxicDataSettings, ToxicRunSettings, default_data, require_data
 from circuit_breaking.training.config import MaskConfig, check_mask
 
 
 @dataclass
 class Settings(
-    MaskConfig, HeldOutSettings, ToxicDataSettings, ModelSettings, AblateFromSettings, ToxicRunSettings, ResumeSettings
+    MaskConfig,
+    HeldOutSettings,
+    ToxicDataSettings,
+    ModelSettings,
+    OffloadSettings,
+    AblateFromSettings,
+    ToxicRunSettings,
+    ResumeSettings,
 ):
     MOST_USED: ClassVar = (
         "model", "max_edges", "budgets", "steps", "alpha", "batch_size", "means", "constants_lr", "examples", "run",
@@ -99,7 +106,7 @@ def main(settings: Settings) -> None:
     toxic = ToxicTask(
         tokenizer, settings.toxic_train, settings.toxic_test, settings.length, settings.examples or None, settings.seed
     )
-    model = load_model(settings.model, settings.split_qkv, settings.device, settings.dtype)
+    model = load_model(settings.model, settings.split_qkv, settings.device, settings.dtype, offload=settings.offload)
     model.ablate_from = settings.ablate_from
     check_mask(settings, len(model.graph))  # before anything is written
     inputs = [settings.toxic_train, settings.toxic_test, *files_of(settings.model)]

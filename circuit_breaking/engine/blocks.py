@@ -52,6 +52,15 @@ def make_blocks(spec: ModelSpec, split_qkv: bool, source: WeightSource) -> nn.Mo
     return blocks
 
 
+def biases_of(blocks: nn.ModuleList, n_heads: int) -> Tensor:
+    """What each node writes whatever it reads: [P, 1, D]."""
+    biases = [torch.zeros_like(blocks[0].b_down)[None]]  # of `embed`
+    for block in blocks:
+        head, mlp = block.constants
+        biases += [head.expand(n_heads, -1), mlp[None]]
+    return torch.cat(biases)[:, None]
+
+
 class Block(nn.Module):
     """One layer. Its weights are shared with the Hugging Face model, except for queries, keys and values.
 

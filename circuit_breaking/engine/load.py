@@ -19,6 +19,7 @@ def load_model(
     dtype: str | torch.dtype = "float32",
     gradient_checkpointing: bool = False,
     share_weights: bool = False,
+    offload: bool = False,
 ) -> EdgeMaskedTransformer:
     """Load an edge-masked transformer, with weight 1 on every edge.
 
@@ -36,6 +37,10 @@ def load_model(
             The weights are then the same memory, except for queries, keys, values and norms, so the loaded model must
             not change as long as the edge-masked transformer is used.
 
+        offload: keep the weights of the layers in CPU memory and copy them to the device one layer at a time, for
+            models that the device cannot hold. On CUDA, one layer is copied while the one before it computes.
+            Gradient checkpointing is then always on, and the model cannot be moved to another device.
+
     Raises:
         UserError: the model cannot be found or read, or its family is not supported (see `models.families`). The
             family is checked from the configuration, before weights are downloaded or read. Or weights of a loaded
@@ -50,6 +55,6 @@ def load_model(
     else:  # read on the CPU, whatever the device: each weight then goes from the file to the device by itself
         hf, name = load_hf_model(model, "cpu", dtype, only_supported=True), str(model)
         source = WeightSource(kind, place, release=True)
-    engine = EdgeMaskedTransformer(hf, split_qkv, gradient_checkpointing, source).to(place)  # the graph's tensors too
+    engine = EdgeMaskedTransformer(hf, split_qkv, gradient_checkpointing, source, offload).to(place)
     engine.name = name
     return engine

@@ -23,13 +23,14 @@ from circuit_breaking.engine.arguments import (
     check_right_padding,
     check_tokens,
 )
-from circuit_breaking.engine.blocks import make_blocks
+from circuit_breaking.engine.blocks import biases_of, make_blocks
 from circuit_breaking.engine.counterfactual import CounterfactualValues
 from circuit_breaking.engine.cuda_graphs import CudaGraphCache
 from circuit_breaking.engine.mask import EdgeMask
 from circuit_breaking.engine.masked_pass import MaskedForward, MaskedPass
 from circuit_breaking.engine.network import Network, PassInputs, Rotary, Workspace, layer_groups
 from circuit_breaking.engine.norms import Norm
+from circuit_breaking.engine.offload import OffloadedBlocks
 from circuit_breaking.engine.output import Unembed, select_positions
 from circuit_breaking.engine.prefix_cache import PrefixCache
 from circuit_breaking.engine.weights import WeightSource
@@ -62,15 +63,17 @@ class EdgeMaskedTransformer(nn.Module):
             `resampling`. Texts without one, such as ordinary text, have `means` as ablation values.
         gradient_checkpointing: recompute attention and MLPs in the backward pass, one layer at a time, instead of
             keeping their activations. Less memory, about a third more time, the same numbers.
+        blocks: the layers. With `offload`, their weights are kept in CPU memory and copied to the model's device when
+            they are needed (`engine.offload`), and gradient checkpointing is always on.
         cuda_graphs: captured passes for small batches on a GPU; `cuda_graphs.enabled = False` turns them off.
     """
 
     def __init__(
         self, hf: nn.Module, split_qkv: bool = False, gradient_checkpointing: bool = False,
-        source: WeightSource | None = None,
+        source: WeightSource | None = None, offload: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.gradient_checkpointing = gradient_checkpointing
+        self.gradient_checkpointing = gradient_checkpointing or offload
         require_plain(hf)
         spec = describe(hf)
         source = source or WeightSource(spec.embedding.dtype, spec.embedding.device)
@@ -78,7 +81,10 @@ class EdgeMaskedTransformer(nn.Module):
         # a copy, so that moving this model to another device does not move a module of `hf`
         self.rotary = copy.deepcopy(spec.rotary)
         self.rotary_by_length, self.rotary_kinds = spec.rotary_by_length, spec.rotary_kinds
-        self.blocks = make_blocks(spec, split_qkv, source)  # may drop the layers from `spec`
+        blocks = make_blocks(spec, split_qkv, source.on_cpu() if offload else source)  # may drop layers from `spec`
+        biases = biases_of(blocks, self.graph.n_heads)  # what each node writes whatever it reads, [P, 1, D]
+        self.register_buffer("biases", biases.to(source.device))
+        self.blocks = OffloadedBlocks(blocks, source.device) if offload else blocks
         self.norm = Norm(spec.final_norm, source)
         self.max_positions, self.head = spec.max_positions, spec.head
         self.plain_head = spec.head.is_plain  # see `models.causal_model`
@@ -125,7 +131,10 @@ class EdgeMaskedTransformer(nn.Module):
     def _apply(self, *args, **kwargs) -> nn.Module:
         self.cuda_graphs.clear()  # captured graphs hold the old weight addresses
         self._last_counterfactual = None
-        return super()._apply(*args, **kwargs)
+        super()._apply(*args, **kwargs)
+        if isinstance(self.blocks, OffloadedBlocks):
+            self.blocks.require(self.device, self.dtype)
+        return self
 
     @property
     def means(self) -> Tensor | None:
@@ -134,16 +143,15 @@ class EdgeMaskedTransformer(nn.Module):
 
     @means.setter
     def means(self, value: Tensor | None) -> None:
-        biases = self._biases()
         if value is not None:
-            check_means(value, len(biases), self.embedding.shape[1])
+            check_means(value, len(self.biases), self.embedding.shape[1])
             if value.requires_grad and value.dim() == 3:
                 raise UserError("means by position cannot be learned. Give one mean a node, [nodes, width].")
         if self.prefix_cache is not None:
             self.prefix_cache = PrefixCache()
         self._learned = (value, value._version) if value is not None and value.requires_grad else None
         self._means = None if value is None else value.detach().to(self.device, self.dtype)
-        values = AblationValues.of(biases, value, self.n_read)
+        values = AblationValues.of(self.biases, value, self.n_read)
         self.bias_minus_mean, self.mean_prefix_sums = values.bias_minus_mean, values.mean_prefix_sums
 
     @property
@@ -161,14 +169,6 @@ class EdgeMaskedTransformer(nn.Module):
         if self.prefix_cache is not None:
             self.prefix_cache = PrefixCache()
         self._ablate_from, self._last_counterfactual = value, None
-
-    def _biases(self) -> Tensor:
-        """What each node writes whatever it reads: [P, 1, D]."""
-        biases = [self.embedding.new_zeros(1, self.embedding.shape[1])]
-        for block in self.blocks:
-            head, mlp = block.constants
-            biases += [head.expand(self.graph.n_heads, -1), mlp[None]]
-        return torch.cat(biases)[:, None]
 
     @contextmanager
     def detached_means(self) -> Iterator[None]:
@@ -216,7 +216,7 @@ class EdgeMaskedTransformer(nn.Module):
         self._last_counterfactual = None  # so that its memory is free for the next one
         with without_autocast(self.device):
             rotary = self.rotary_tables(tokens.shape[1], tokens.device)
-            values = CounterfactualValues.of(self._network(), tokens, rotary, self._biases(), self.ablate_from)
+            values = CounterfactualValues.of(self._network(), tokens, rotary, self.biases, self.ablate_from)
         self._last_counterfactual = values
         if self.prefix_cache is not None:
             self.prefix_cache.counterfactuals.append(values)

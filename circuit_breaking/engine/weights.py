@@ -5,7 +5,8 @@ right. Queries, keys and values are computed from the model's weights (`blocks.p
 with `release`, the originals of a layer are freed as soon as its block is made.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,10 @@ class WeightSource:
     device: torch.device
     copy: bool = False
     release: bool = False
+
+    def on_cpu(self) -> Self:
+        """The same with weights in CPU memory."""
+        return replace(self, device=torch.device("cpu"))
 
     def take(self, tensor: Tensor) -> Tensor:
         """A weight as the engine keeps it: the same memory, or a copy if it has another type or is elsewhere, or with

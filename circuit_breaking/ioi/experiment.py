@@ -79,7 +79,12 @@ def open_experiment(settings: IOIMaskSettings) -> Experiment:
     for each in (task, ordinary):
         each.evaluation_batch = settings.micro_batch or each.evaluation_batch
     model = load_model(
-        settings.model, settings.split_qkv, settings.device, settings.dtype, settings.gradient_checkpointing
+        settings.model,
+        settings.split_qkv,
+        settings.device,
+        settings.dtype,
+        settings.gradient_checkpointing,
+        offload=settings.offload,
     )
     model.ablate_from = settings.ablate_from
     if settings.means is not None:

@@ -7,7 +7,13 @@ from typing import Any, ClassVar, Literal
 from circuit_breaking.errors import UserError
 from circuit_breaking.runs.config import check_ablate_from, check_choice, check_counts, resolve_defaults
 from circuit_breaking.runs.files import DATA, require_file
-from circuit_breaking.runs.settings import AblateFromSettings, ModelSettings, OrdinaryTextSettings, OutSettings
+from circuit_breaking.runs.settings import (
+    AblateFromSettings,
+    ModelSettings,
+    OffloadSettings,
+    OrdinaryTextSettings,
+    OutSettings,
+)
 from circuit_breaking.tasks.data import PROMPTS_HINT, ordinary_text
 from circuit_breaking.tasks.registry import IOI, PROMPT_TASKS
 from circuit_breaking.training.config import MaskConfig, check_mask
@@ -59,7 +65,9 @@ class ObjectiveSettings:
 
 
 @dataclass
-class IOIMaskSettings(ObjectiveSettings, MaskConfig, PromptSettings, ModelSettings, AblateFromSettings, IOIRunSettings):
+class IOIMaskSettings(
+    ObjectiveSettings, MaskConfig, PromptSettings, ModelSettings, OffloadSettings, AblateFromSettings, IOIRunSettings
+):
     """A mask against a behaviour on prompts."""
 
     means: Path | None = None  # file of ablation values from compute_means.py; None: zero

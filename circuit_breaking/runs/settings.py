@@ -40,6 +40,15 @@ class ModelSettings(Float32ModelSettings, ComputeSettings):
 
 
 @dataclass
+class OffloadSettings:
+    """Where the weights of a large model are kept."""
+
+    TITLE: ClassVar[str] = "model"
+
+    offload: bool = False  # keep layers in CPU memory and copy them to the GPU one at a time: less GPU memory, slower
+
+
+@dataclass
 class AblateFromSettings:
     """Where in a text cuts act."""
 

@@ -76,6 +76,24 @@ def test_gpt2_small_in_float32_is_hugging_faces():
         torch.testing.assert_close(model(tokens), hf(tokens).logits, atol=1e-4, rtol=0)
 
 
+def test_offloaded_layers_compute_the_same_in_less_memory():
+    hf = GPT2LMHeadModel(GPT2Config(n_layer=12, n_head=4, n_embd=512, vocab_size=50))
+    tokens, results, memory = TOKENS.to(GPU), [], []
+    for offload in (False, True):
+        model = load_model(hf, device=GPU, gradient_checkpointing=True, offload=offload)
+        model.means = make_means(model, "mean").to(GPU).requires_grad_()
+        mask = make_masks(len(model.graph))[0].float().to(GPU).requires_grad_()
+        for _ in range(3):  # later passes take layers from slots that earlier ones filled
+            logits = model(tokens, mask=mask)
+            results.append((logits, *torch.autograd.grad(logits.square().mean(), (mask, model.means))))
+        torch.cuda.synchronize()
+        memory.append(torch.cuda.memory_allocated())
+        del model
+        torch.cuda.empty_cache()
+    assert all(torch.equal(one, other) for result in results for one, other in zip(results[0], result, strict=True))
+    assert memory[1] < memory[0] / 2
+
+
 def test_bfloat16_is_near_float32():
     hf = small_gpt2()
     exact = load_model(hf, device="cpu")(TOKENS)
