@@ -49,6 +49,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from circuit_breaking.ablation.saved import is_ablated, load_ablated, read_ablated
+from circuit_breaking.figures.browser.page import end_with_page
 from circuit_breaking.models.load import load_hf_model, load_tokenizer
 from circuit_breaking.runs.files import finite, write_json
 from circuit_breaking.runs.plain_table import print_table
@@ -123,6 +124,7 @@ def main(settings: Settings) -> None:
     path = settings.out / settings.run / "harness.json"
     edges = None if cuts is None else list(map(str, cuts.edges))
     write_json(path, finite({"models": results, "edges": edges, "provenance": provenance(settings)}))
+    end_with_page(path.parent)
     print(f"written to {path}")
 
 

@@ -64,6 +64,7 @@ from circuit_breaking.evaluation.measure import evaluate
 from circuit_breaking.evaluation.measurements import TOXIC
 from circuit_breaking.evaluation.scorers import load_scorer
 from circuit_breaking.evaluation.tables import show
+from circuit_breaking.figures.browser.page import end_with_page
 from circuit_breaking.figures.report import draw_report
 from circuit_breaking.figures.training import draw_training
 from circuit_breaking.models.load import files_of, load_hf_model, load_tokenizer
@@ -150,6 +151,7 @@ def main(settings: Settings) -> None:
         draw_training(folder, count="n_masked", counted=f"{settings.granularity}s masked")
     if prompts:  # else there is little to draw
         draw_report(folder)
+    end_with_page(folder)
     show(report.to_json())
     print(
         f"{share['units']:,} of {share['all_units']:,} {settings.granularity}s masked, {share['weights']:,} of the "

@@ -69,6 +69,7 @@ import sys
 import time
 from collections.abc import Callable
 
+from circuit_breaking.figures.browser.page import end_with_page
 from circuit_breaking.figures.sweep import draw_sweep
 from circuit_breaking.runs.jobs import LocalJob, SlurmJob, run_job, stop_all
 from circuit_breaking.runs.plain_table import print_table
@@ -90,6 +91,7 @@ def main(settings: Settings) -> None:
         write_csv(folder / "sweep.csv", rows)
     x = settings.x.replace("_", "-") or next(iter(grid))
     draw_sweep(folder, x, settings.y)
+    end_with_page(folder)
     show(rows, list(grid))
     print(f"written to {folder}")
 

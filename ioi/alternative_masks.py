@@ -56,6 +56,7 @@ if __name__ == "__main__":
 import torch
 from torch import Tensor
 
+from circuit_breaking.figures.browser.page import end_with_page
 from circuit_breaking.figures.indirect_objects import draw_run, draw_stages
 from circuit_breaking.graph import EdgeGraph
 from circuit_breaking.ioi.experiment import Experiment, open_experiment, open_task, write_run
@@ -142,6 +143,7 @@ def covering(folder: Path, experiment: Experiment, before: dict[str, float]) -> 
     after = finish(folder, experiment, before)
     covered = Covering(before=before, masks=found, union={"edges": union, **after}, provenance=experiment.provenance)
     covered.write(folder / "covering.json")
+    end_with_page(folder)
     print(f"the union of {sum(one['breaks'] for one in found)} masks that break: {len(union)} edges")
 
 
@@ -187,6 +189,7 @@ def finish(
     results = {"kind": experiment.settings.kind, "before": before, "after": after, **(more or {})}
     write_run(folder, "ioi/alternative_masks.py", experiment, results, kept)
     draw_run(folder)
+    end_with_page(folder)
     cut = experiment.model.mask.n_cut()
     print(f"{experiment.settings.kind}: {cut:,} of {len(experiment.model.graph):,} edges cut")
     for name in ("logit_difference", "accuracy", "ordinary_loss"):

@@ -53,6 +53,7 @@ from torch import Tensor
 
 from circuit_breaking.engine.mask import load_mask, lowest_cut, read_mask_record
 from circuit_breaking.evaluation.controls import random_edges
+from circuit_breaking.figures.browser.page import end_with_page
 from circuit_breaking.figures.indirect_objects import draw_comparison
 from circuit_breaking.ioi.experiment import Experiment, open_experiment
 from circuit_breaking.runs.ioi_results import IOIComparison
@@ -99,6 +100,7 @@ def main(settings: Settings) -> None:
     )
     compared.write(folder / "ioi_comparison.json")
     draw_comparison(folder)
+    end_with_page(folder)
     lines = [["original", original]] + [[name, row] for name, found in rows.items() for row in found]
     cells = [
         [name, str(row.get("n_cut", 0)), f"{row['logit_difference']:.2f}", f"{row['ordinary_loss']:.3f}"]

@@ -57,6 +57,7 @@ from circuit_breaking.engine.mask import read_mask_record
 from circuit_breaking.evaluation.bootstrap import estimate
 from circuit_breaking.evaluation.compared_models import Engines, load_masked
 from circuit_breaking.evaluation.tables import interval
+from circuit_breaking.figures.browser.page import end_with_page
 from circuit_breaking.figures.indirect_objects import draw_models
 from circuit_breaking.ioi.experiment import open_task
 from circuit_breaking.ioi.measures import labels_of, prompt_measures, text_measures
@@ -128,6 +129,7 @@ def main(settings: Settings) -> None:
     count = {"prompts": min(settings.num_test, len(task.test)), "texts": min(settings.num_test, len(ordinary.test))}
     IOIReport(models=found, measured_on=count, provenance=run).write(folder / "ioi_report.json")
     draw_models(folder)
+    end_with_page(folder)
     show(found, settings.task)
     print(f"written to {folder}")
 

@@ -53,6 +53,7 @@ import torch
 from torch import Tensor
 
 from circuit_breaking.evaluation.faithfulness import Curve, faithfulness_curve, mean_of
+from circuit_breaking.figures.browser.page import end_with_page
 from circuit_breaking.ioi.experiment import Experiment, difference_on, open_experiment
 from circuit_breaking.runs.circuit_files import read_circuit, write_circuit
 from circuit_breaking.runs.circuits import Circuit
@@ -107,6 +108,7 @@ def main(settings: Settings) -> None:
         provenance=experiment.provenance,
     )
     result.write(folder / "faithfulness.json")
+    end_with_page(folder)
     show(result)
     print(f"written to {folder}")
 

@@ -20,6 +20,7 @@ class Settings(IOIRunSettings):
 if __name__ == "__main__":
     settings = read_settings(Settings)
 
+from circuit_breaking.figures.browser.page import end_with_page
 from circuit_breaking.figures.edge_graph import draw_graph, read_graph
 from circuit_breaking.ioi.known_circuits import HEADS, overlap
 from circuit_breaking.runs.ioi_results import KnownCircuit
@@ -43,6 +44,7 @@ def main(settings: Settings) -> None:
     )
     known.write(folder / "known_circuit.json")
     draw_graph(folder, "known_circuit")
+    end_with_page(folder)
     for what in ("edges", "heads"):
         one = found[what]
         precision = "–" if one["precision"] is None else f"{one['precision']:.2f}"

@@ -5,8 +5,9 @@
 Reads   a model; prompts (make_ioi_datasets.py); ordinary text; ablation values (compute_means.py), if --means names a
         file.
 Writes  data/ioi/<run>/: settings.json; metrics.jsonl, one row per step; mask.safetensors; edges.json; graph.json;
-        next_tokens.json; and, drawn from these, training.png, graph.png, heat_map.png, next_tokens.png. During training
-        also checkpoints, from which the same command continues an interrupted run.
+        next_tokens.json; ranking.safetensors, by methods that rank edges; and, made from these, training.png,
+        graph.png, heat_map.png, next_tokens.png, report.html. During training also checkpoints, from which the same
+        command continues an interrupted run.
 Time    half a minute for the shipped model on one core.
 
 `accelerate launch ioi/train_mask.py` trains on several GPUs, each with its share of every batch.
@@ -31,10 +32,15 @@ class Settings(IOIMaskSettings, ResumeSettings):
 if __name__ == "__main__":
     settings = read_settings(Settings, parallel=True)
 
+from circuit_breaking.engine.mask import read_mask_record
+from circuit_breaking.figures.browser.page import end_with_page
 from circuit_breaking.figures.indirect_objects import draw_run
 from circuit_breaking.ioi.experiment import open_experiment, write_run
 from circuit_breaking.runs.distributed import is_main
+from circuit_breaking.runs.mask_record import MASK
+from circuit_breaking.runs.ranking_record import RANKING, RankingRecord
 from circuit_breaking.runs.run_folder import hold
+from circuit_breaking.training.edge_ranking import save_ranking
 from circuit_breaking.training.run import train_into
 
 
@@ -53,7 +59,14 @@ def main(settings: Settings) -> None:
             return
         after = experiment.summary()
         write_run(folder, "ioi/train_mask.py", experiment, {"before": before, "after": after})
+        if result.ranking is not None:
+            value, run = read_mask_record(folder / MASK).ablation_value, experiment.provenance
+            record = RankingRecord(method=settings.method, seed=settings.seed, ablation_value=value, provenance=run)
+            save_ranking(folder / RANKING, experiment.model, result.ranking, record)
+        else:
+            (folder / RANKING).unlink(missing_ok=True)  # of an earlier run
     draw_run(folder)
+    end_with_page(folder)
     for name, value in before.items():
         print(f"{name.replace('_', ' ')}: {value:.3f} -> {after[name]:.3f}")
     edges = ", ".join(result.edges)

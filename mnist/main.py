@@ -48,6 +48,7 @@ if __name__ == "__main__":
 import torch
 from mlp_model import MaskedMLP
 
+from circuit_breaking.figures.browser.page import end_with_page
 from circuit_breaking.figures.mnist import draw_run
 from circuit_breaking.mnist.breaking import BreakingSettings, finetune, learn_mask, train_network
 from circuit_breaking.mnist.experiment import Experiment, open_experiment, write_run
@@ -103,6 +104,7 @@ def learn(settings: Settings, experiment: Experiment) -> None:
     report = write_run(experiment, "mnist/main.py", settings, network, results, rows, masks, edges, seconds)
     parts.remove()
     pictures = draw_run(experiment.folder)
+    end_with_page(experiment.folder)
     show(report)
     print(f"{experiment.seconds():.0f} s; {experiment.folder} holds the results and {len(pictures)} pictures")
 

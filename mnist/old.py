@@ -50,6 +50,7 @@ from mlp_model import MaskedMLP, load_network
 from torch import Tensor
 
 from circuit_breaking.errors import UserError
+from circuit_breaking.figures.browser.page import end_with_page
 from circuit_breaking.figures.mnist import draw_run
 from circuit_breaking.mnist.breaking import train_network
 from circuit_breaking.mnist.digits import Split
@@ -98,6 +99,7 @@ def cut(settings: Settings, experiment: Experiment) -> None:
     report = write_run(experiment, "mnist/old.py", settings, network, results, rows, masks, edges, seconds)
     parts.remove()
     pictures = draw_run(experiment.folder)
+    end_with_page(experiment.folder)
     show(report)
     times = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
     print(f"greedy steps: {times}; {experiment.folder} holds the results and {len(pictures)} pictures")

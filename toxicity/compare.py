@@ -205,7 +205,7 @@ def main(settings: Settings) -> None:
                 one.result()
         (folder / BEGUN).unlink()
     print(f"\n{statement(read_models(folder))}\n")
-    print(f"{time.perf_counter() - start:.0f} s in all; read {folder / 'report.md'}")
+    print(f"{time.perf_counter() - start:.0f} s in all; read {folder / 'report.md'}, or open report.html beside it")
 
 
 if __name__ == "__main__":

@@ -75,6 +75,7 @@ from circuit_breaking.engine.ablation_values import load_means, value_in
 from circuit_breaking.engine.load import load_model
 from circuit_breaking.engine.mask import load_mask, read_mask_record, save_mask
 from circuit_breaking.evaluation.controls import random_edges
+from circuit_breaking.figures.browser.page import end_with_page
 from circuit_breaking.figures.methods import FILE, draw_methods, table
 from circuit_breaking.models.load import files_of, load_tokenizer
 from circuit_breaking.runs.cost import COST_FILE, cost
@@ -182,6 +183,7 @@ def main(settings: Settings) -> None:
     write_csv(folder / "methods.csv", rows)
     MethodComparison(original=original, masks=rows, texts_seen=seen, provenance=run).write(folder / FILE)
     draw_methods(folder)
+    end_with_page(folder)
     print_table(*table(folder))
     print(f"written to {folder}")
 

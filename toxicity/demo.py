@@ -39,6 +39,7 @@ import time
 from pathlib import Path
 
 from circuit_breaking.errors import UserError
+from circuit_breaking.figures.browser.page import PAGE
 from circuit_breaking.runs.results import REPORT, Report
 
 HERE = Path(__file__).resolve().parent
@@ -71,6 +72,7 @@ def main(settings: Settings) -> None:
     print(", ".join(f"{script} {spent:.0f} s" for script, spent in seconds.items()))
     names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
     print(f"results in {folder}: {', '.join(names)}")
+    print(f"open {folder / PAGE} in a browser to look at them")
 
 
 if __name__ == "__main__":

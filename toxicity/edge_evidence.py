@@ -42,6 +42,7 @@ from circuit_breaking.errors import UserError
 from circuit_breaking.evaluation.compared_models import find_folders, read_compared_models
 from circuit_breaking.evaluation.edge_effects import leave_one_out, stability
 from circuit_breaking.evaluation.result_files import EVIDENCE
+from circuit_breaking.figures.browser.page import end_with_page
 from circuit_breaking.figures.edge_effects import draw_evidence
 from circuit_breaking.models.load import files_of, load_hf_model, load_tokenizer
 from circuit_breaking.runs.progress import progress_bar
@@ -79,6 +80,7 @@ def main(settings: Settings) -> None:
     )
     report.write(folder / EVIDENCE)
     draw_evidence(folder)
+    end_with_page(folder)
     for row in report.stability:
         print(
             f"{row['ablation']} ablation, at most {row['budget']} edges, {len(row['masks'])} seeds: "

@@ -5,7 +5,7 @@ Reads   data/toxicity/<run>/mask.safetensors and, for each setting below that is
         toxic and ordinary texts, texts spread evenly over toxicity; prompts; the ablation values of masks that use any.
 Writes  data/toxicity/<run>/: report.json; report.png; training.png, if there is a metrics.jsonl; with
         texts spread evenly over toxicity, uniform.csv and loss_by_toxicity.png; with --save-generations,
-        generations.jsonl.
+        generations.jsonl; report.html, which shows all of these.
 Time    a minute for the shipped model and one mask on two cores; 80 s of one core for 64 texts and 32 continuations of
         each kind with a model of 135M parameters.
 
@@ -80,6 +80,7 @@ from circuit_breaking.evaluation.measurements import TOXIC
 from circuit_breaking.evaluation.result_files import UNIFORM
 from circuit_breaking.evaluation.scorers import load_scorer
 from circuit_breaking.evaluation.tables import show
+from circuit_breaking.figures.browser.page import end_with_page
 from circuit_breaking.figures.loss_by_toxicity import draw_loss_by_toxicity
 from circuit_breaking.figures.report import draw_models, draw_report
 from circuit_breaking.figures.training import draw_training
@@ -203,6 +204,7 @@ def main(settings: Settings) -> None:
         draw_loss_by_toxicity(folder)
     if (folder / "metrics.jsonl").is_file():
         draw_training(folder)
+    end_with_page(folder)
     show(report.to_json())
     for name, one in measured.items():
         if one.get("weights_rounded"):

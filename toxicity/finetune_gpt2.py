@@ -61,6 +61,7 @@ if __name__ == "__main__":
 
 from pathlib import Path
 
+from circuit_breaking.figures.browser.page import end_with_page
 from circuit_breaking.figures.training import draw_finetuning
 from circuit_breaking.models.activations import fused_activations
 from circuit_breaking.models.load import files_of, load_hf_model, load_tokenizer
@@ -154,6 +155,7 @@ def main(settings: Settings) -> None:
                 else:
                     make(place, settings, method, splits, tokenizer, run)
     draw_finetuning(folder)
+    end_with_page(folder.parent)
     print(f"written to {folder}")
 
 

@@ -55,6 +55,7 @@ from circuit_breaking.evaluation.measure import text_losses
 from circuit_breaking.evaluation.relearn import relearn, toxicity_after, with_context
 from circuit_breaking.evaluation.result_files import RELEARNING
 from circuit_breaking.evaluation.scorers import load_scorer
+from circuit_breaking.figures.browser.page import end_with_page
 from circuit_breaking.figures.relearning import draw_relearning
 from circuit_breaking.models.activations import fused_activations
 from circuit_breaking.models.load import files_of, load_hf_model, load_tokenizer
@@ -120,6 +121,7 @@ def main(settings: Settings) -> None:
     )
     report.write(folder / RELEARNING)
     draw_relearning(folder)
+    end_with_page(folder)
     print(f"written to {folder}")
 
 

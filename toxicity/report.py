@@ -48,6 +48,7 @@ from circuit_breaking.evaluation.result_files import (
     read_report,
 )
 from circuit_breaking.evaluation.tables import flat_rows
+from circuit_breaking.figures.browser.page import end_with_page
 from circuit_breaking.figures.edge_effects import draw_evidence
 from circuit_breaking.figures.edges import draw_edges
 from circuit_breaking.figures.loss_by_toxicity import draw_loss_by_toxicity
@@ -118,6 +119,7 @@ def main(settings: Settings) -> None:
     write_csv(folder / "report.csv", flat_rows(models))
     pictures = [name for name in PICTURES if (folder / name).is_file()]
     write_text(folder / "report.md", render(report, evidence, relearning, costs, pictures, examples))
+    end_with_page(folder, settings.num_examples if settings.examples else 0)
     print(f"written to {folder}: report.md, report.csv, costs.json, {', '.join(pictures)}")
 
 

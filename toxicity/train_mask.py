@@ -5,8 +5,8 @@ Writes  data/toxicity/<run>/: settings.json; metrics.jsonl, one row per step; ma
         edges; graph.json, how important each is, and drawn from it graph.png, heat_map.png and edges.tex (LaTeX);
         means.safetensors, if ablation constants are learned (--constants-lr). Methods that rank edges also write
         ranking.safetensors; curve.json and curve.png, the held-out losses by edges cut; and in masks/ the mask, edges
-        and constants for each of --budgets. During training also checkpoints, from which the same command continues an
-        interrupted run.
+        and constants for each of --budgets. report.html shows all of these in a browser. During training also
+        checkpoints, from which the same command continues an interrupted run.
 Time    a minute for the shipped model on two cores; seconds per step for GPT-2 small on two cores.
 
 `accelerate launch toxicity/train_mask.py` trains on several GPUs, each with its share of every batch.
@@ -64,6 +64,7 @@ from circuit_breaking.engine.load import load_model
 from circuit_breaking.engine.mask import save_mask
 from circuit_breaking.engine.transformer import EdgeMaskedTransformer
 from circuit_breaking.evaluation.edge_importance import graph_of_mask
+from circuit_breaking.figures.browser.page import end_with_page
 from circuit_breaking.figures.edge_curve import draw_curve
 from circuit_breaking.figures.edges import draw_edges
 from circuit_breaking.models.load import files_of, load_tokenizer
@@ -145,6 +146,10 @@ def train(
         print(f"{len(result.edges)} of {len(model.graph):,} edges cut in {result.seconds:.0f} s: {edges}")
     if result.ranking is not None:
         write_ranking(folder, model, tasks, run, settings, result, before)
+    elif is_main():  # those of an earlier run would not be what the page is about
+        for name in (RANKING, CURVE):
+            (folder / name).unlink(missing_ok=True)
+    end_with_page(folder)
     if is_main():
         print(f"written to {folder}")
 

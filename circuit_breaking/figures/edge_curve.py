@@ -24,12 +24,7 @@ def draw_curve(folder: Path | str) -> Path:
         UserError: the file is missing or damaged, or holds no rows.
     """
     folder = Path(folder)
-    path = folder / CURVE
-    curve = CheckedJson(read_value(path, HINT, Curve), path, HINT)
-    original = {name: curve["original"][name].number() for name in LINES}
-    rows = [{name: row[name].number() for name in ("edges_cut", *LINES, "gain")} for row in curve["rows"].rows()]
-    if not rows:
-        raise UserError(f"{path} holds no rows. {HINT}")
+    original, rows = read_curve(folder)
     counts = [row["edges_cut"] for row in rows]
     with figure(folder / "curve.png", 4.6, 4.0) as drawn:
         losses, gain = drawn.subplots(2, 1, sharex=True, height_ratios=(3, 2))
@@ -43,3 +38,18 @@ def draw_curve(folder: Path | str) -> Path:
         gain.set(xlabel="edges cut, in the order of the ranking", ylabel="gain of the\nobjective, nats")
         log_counts(gain, "x", counts)
     return folder / "curve.png"
+
+
+def read_curve(folder: Path) -> tuple[dict[str, float], list[dict[str, float]]]:
+    """The losses with all edges, and the rows of `curve.json`: `edges_cut`, both losses and the `gain`.
+
+    Raises:
+        UserError: the file is missing or damaged, or holds no rows.
+    """
+    path = folder / CURVE
+    curve = CheckedJson(read_value(path, HINT, Curve), path, HINT)
+    original = {name: curve["original"][name].number() for name in LINES}
+    rows = [{name: row[name].number() for name in ("edges_cut", *LINES, "gain")} for row in curve["rows"].rows()]
+    if not rows:
+        raise UserError(f"{path} holds no rows. {HINT}")
+    return original, rows

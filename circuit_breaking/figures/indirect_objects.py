@@ -52,13 +52,7 @@ def draw_comparison(folder: Path | str) -> Path:
         UserError: the file is missing or damaged.
     """
     folder = Path(folder)
-    hint = "Make it with ioi/compare.py."
-    report = _open(new_or_old(folder, IOI_COMPARISON, "comparison.json", hint), hint, IOIComparison)
-    original = {name: report["original"][name].number() for name in COMPARED}
-    methods = {
-        name: np.array([[row[key].number() for key in ("n_cut", *COMPARED)] for row in rows.rows()]).reshape(-1, 3)
-        for name, rows in report["methods"].items()
-    }
+    original, methods = read_comparison(folder)
     path = folder / "comparison.png"
     with figure(path, 7.2, 3.1) as drawn:
         panels = drawn.subplots(1, 2)
@@ -71,6 +65,22 @@ def draw_comparison(folder: Path | str) -> Path:
             axes.set(xlabel="edges cut", ylabel=label)
         legend_below(drawn, panels[0])
     return path
+
+
+def read_comparison(folder: Path) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    """The measures of `COMPARED` with all edges; by method, rows of the edges cut and these measures, [n, 3].
+
+    Raises:
+        UserError: `ioi_comparison.json` is missing or damaged.
+    """
+    hint = "Make it with ioi/compare.py."
+    report = _open(new_or_old(folder, IOI_COMPARISON, "comparison.json", hint), hint, IOIComparison)
+    original = {name: report["original"][name].number() for name in COMPARED}
+    methods = {
+        name: np.array([[row[key].number() for key in ("n_cut", *COMPARED)] for row in rows.rows()]).reshape(-1, 3)
+        for name, rows in report["methods"].items()
+    }
+    return original, methods
 
 
 def _method_line(axes: Axes, name: str, n_cut: np.ndarray, values: np.ndarray, number: int) -> None:
@@ -95,10 +105,7 @@ def draw_stages(folder: Path | str) -> Path:
         UserError: the file is missing or damaged.
     """
     folder = Path(folder)
-    report = _open(folder / "stages.json", "Make it with ioi/alternative_masks.py --kind sufficient.", Stages)
-    rows = [(row["kept"].number(), row["share"].number()) for row in report["stages"].rows()]
-    kept, shares = np.array(rows).reshape(-1, 2).T
-    least = report["faithful"].number()
+    kept, shares, least = read_stages(folder)
     path = folder / "stages.png"
     with figure(path, 4.0, 2.6) as drawn:
         axes = drawn.subplots()
@@ -110,6 +117,19 @@ def draw_stages(folder: Path | str) -> Path:
         axes.invert_xaxis()
         axes.set(xlabel="edges kept", ylabel="logit difference left")
     return path
+
+
+def read_stages(folder: Path) -> tuple[np.ndarray, np.ndarray, float]:
+    """Edges kept [n] and the share of the logit difference left [n] by stage, and the share that must be left.
+
+    Raises:
+        UserError: `stages.json` is missing or damaged.
+    """
+    report = _open(folder / "stages.json", "Make it with ioi/alternative_masks.py --kind sufficient.", Stages)
+    rows = [(row["kept"].number(), row["share"].number()) for row in report["stages"].rows()]
+    kept, shares = np.array(rows).reshape(-1, 2).T
+    least = report["faithful"].number()
+    return kept, shares, least
 
 
 @dataclass(frozen=True)
@@ -129,7 +149,7 @@ def draw_models(folder: Path | str) -> Path:
         UserError: the file is missing or damaged, or holds no models.
     """
     folder = Path(folder)
-    models = _read_models(folder)
+    models = read_models(folder)
     path = folder / "report.png"
     with figure(path, 7.2, 1.1 + 0.32 * len(models)) as drawn:
         panels = drawn.subplots(1, len(PANELS), sharey=True)
@@ -154,7 +174,7 @@ def draw_models(folder: Path | str) -> Path:
     return path
 
 
-def _read_models(folder: Path) -> list[Measured]:
+def read_models(folder: Path) -> list[Measured]:
     hint = "Make it with ioi/evaluation.py."
     path = new_or_old(folder, IOI_REPORT, "report.json", hint)
     report = read_value(path, hint, IOIReport)
@@ -183,12 +203,7 @@ def draw_next_tokens(folder: Path | str) -> Path:
         UserError: the file is missing or damaged.
     """
     folder = Path(folder)
-    report = _open(folder / "next_tokens.json", "Make it with ioi/train_mask.py.", NextTokens)
-    prompt, io, subject = (report[name].text() for name in ("prompt", "IO", "S"))
-    models = {
-        name: [(row["token"].text(), row["probability"].number()) for row in rows.rows()]
-        for name, rows in report["models"].items()
-    }
+    prompt, io, subject, models = read_next_tokens(folder)
     path = folder / "next_tokens.png"
     longest = max((len(bars) for bars in models.values()), default=1)
     with figure(path, 3.3 * max(len(models), 1), 0.9 + 0.22 * longest) as drawn:
@@ -203,6 +218,21 @@ def draw_next_tokens(folder: Path | str) -> Path:
         ]
         drawn.legend(handles=handles, loc="outside lower center", ncols=2)
     return path
+
+
+def read_next_tokens(folder: Path) -> tuple[str, str, str, dict[str, list[tuple[str, float]]]]:
+    """The prompt of `next_tokens.json`, its right and its wrong answer, and by model the likeliest tokens.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    report = _open(folder / "next_tokens.json", "Make it with ioi/train_mask.py.", NextTokens)
+    prompt, io, subject = (report[name].text() for name in ("prompt", "IO", "S"))
+    models = {
+        name: [(row["token"].text(), row["probability"].number()) for row in rows.rows()]
+        for name, rows in report["models"].items()
+    }
+    return prompt, io, subject, models
 
 
 def _token_bars(axes: Axes, bars: list[tuple[str, float]], colours: dict[str, str]) -> None:

@@ -34,19 +34,9 @@ def draw_loss_by_toxicity(folder: Path | str, names: tuple[str, ...] | None = No
         UserError: the file is missing, damaged or empty.
     """
     folder = Path(folder)
-    toxicity, losses = _read_losses(folder / UNIFORM)
-    names = names or tuple(_chosen(folder, list(losses)))
-    if missing := [name for name in names if name not in losses]:
-        raise UserError(f"{folder / UNIFORM} has no column {missing[0]!r}; there are {', '.join(losses)}.")
-    about = _about(folder, names)
-    styles = comparison_styles(folder, about)
-    at, path = np.linspace(0, 1, 51), folder / "loss_by_toxicity.png"
-    curves = {}
-    for name in names:
-        finite = ~np.isnan(losses[name])
-        if finite.any():
-            curves[name] = running_mean(toxicity[finite], losses[name][finite], at, width)
-    panels = _panels(curves, {name for name in names if about[name].get("kind") == "finetuned"})
+    at, curves, about = read_curves(folder, names, width)
+    styles, path = comparison_styles(folder, about), folder / "loss_by_toxicity.png"
+    panels = _panels(curves, {name for name in about if about[name].get("kind") == "finetuned"})
     with figure(path, 3.2 * len(panels) + 2.4, 3.4) as drawn:
         drawn_axes = drawn.subplots(1, len(panels), squeeze=False)[0]
         for axes, (title, shown) in zip(drawn_axes, panels.items(), strict=True):
@@ -64,6 +54,27 @@ def draw_loss_by_toxicity(folder: Path | str, names: tuple[str, ...] | None = No
             handles |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
         drawn.legend(handles.values(), handles.keys(), loc="outside right upper")
     return path
+
+
+def read_curves(
+    folder: Path, names: tuple[str, ...] | None = None, width: float = 0.15
+) -> tuple[np.ndarray, dict[str, np.ndarray], dict[str, dict[str, Any]]]:
+    """The running means of `draw_loss_by_toxicity`, whose arguments and errors these are.
+
+    Returns:
+        The toxicities [51] at which the means are; by model the mean loss and the ends of its interval, [3, 51]; and
+        what the report says of each model.
+    """
+    toxicity, losses = _read_losses(folder / UNIFORM)
+    names = names or tuple(_chosen(folder, list(losses)))
+    if missing := [name for name in names if name not in losses]:
+        raise UserError(f"{folder / UNIFORM} has no column {missing[0]!r}; there are {', '.join(losses)}.")
+    at, curves = np.linspace(0, 1, 51), {}
+    for name in names:
+        finite = ~np.isnan(losses[name])
+        if finite.any():
+            curves[name] = running_mean(toxicity[finite], losses[name][finite], at, width)
+    return at, curves, _about(folder, names)
 
 
 def _panels(curves: Mapping[str, np.ndarray], tuned: set[str]) -> dict[str, list[str]]:

@@ -44,7 +44,7 @@ def draw_methods(folder: Path | str) -> Path:
         UserError: the file is missing or damaged, or holds no masks.
     """
     folder = Path(folder)
-    original, methods = _read(folder)
+    original, methods = read_methods(folder)
     budgets = sorted({budget for rows in methods.values() for budget in rows})
     path = folder / "methods.png"
     with figure(path, 7.4, 3.5) as drawn:
@@ -57,8 +57,9 @@ def draw_methods(folder: Path | str) -> Path:
             axes.set(xlabel="edges cut at most", title=label)
         handles, labels = axes.get_legend_handles_labels()
         # one column per method: with refinement above, without below
-        order = [at for name in STYLES for at, label in enumerate(labels) if label.removesuffix(ALONE) == _label(name)]
-        columns = len({labels[at].removesuffix(ALONE) for at in order})
+        plain = [label.removesuffix(ALONE) for label in labels]
+        order = [at for name in STYLES for at, label in enumerate(plain) if label == label_of(name)]
+        columns = len({plain[at] for at in order})
         drawn.legend(
             [handles[at] for at in order], [labels[at] for at in order], loc="outside lower center", ncols=columns
         )
@@ -67,7 +68,7 @@ def draw_methods(folder: Path | str) -> Path:
 
 def _line(axes: Axes, name: str, values: dict[int, list[float]]) -> None:
     """Draw the mean over seeds by budget as a line, and the range over seeds as a band."""
-    style = {**STYLES[name.removesuffix(ALONE)], "markersize": 4, "label": _label(name), "clip_on": False}
+    style = {**STYLES[name.removesuffix(ALONE)], "markersize": 4, "label": label_of(name), "clip_on": False}
     if name.endswith(ALONE):
         style |= {"linestyle": DASHED, "markerfacecolor": "white"}
     axes.plot(list(values), [np.mean(each) for each in values.values()], **style)
@@ -77,20 +78,20 @@ def _line(axes: Axes, name: str, values: dict[int, list[float]]) -> None:
 
 def table(folder: Path | str) -> tuple[list[str], list[list[str]]]:
     """Header and rows of a table of toxic and ordinary loss by method and budget, means over seeds."""
-    original, methods = _read(Path(folder))
+    original, methods = read_methods(Path(folder))
     budgets = sorted({budget for rows in methods.values() for budget in rows})
     lines = [["original", *[f"{original['toxic']:.3f} / {original['ordinary']:.3f}"] * len(budgets)]]
     for name, rows in methods.items():
         means = {b: [np.mean([row[key] for row in rows[b]]) for key in ("toxic", "ordinary")] for b in rows}
-        lines.append([_label(name), *("{:.3f} / {:.3f}".format(*means[b]) if b in means else "" for b in budgets)])
+        lines.append([label_of(name), *("{:.3f} / {:.3f}".format(*means[b]) if b in means else "" for b in budgets)])
     return ["toxic / ordinary loss", *(f"{budget} edges" for budget in budgets)], lines
 
 
-def _label(name: str) -> str:
+def label_of(name: str) -> str:
     return "random edges" if name == "random" else name
 
 
-def _read(folder: Path) -> tuple[Row, dict[str, dict[int, list[Row]]]]:
+def read_methods(folder: Path) -> tuple[Row, dict[str, dict[int, list[Row]]]]:
     """Losses of the original model, and the rows of each method by budget."""
     path = folder / FILE
     report = CheckedJson(read_value(path, HINT, MethodComparison), path, HINT)

@@ -62,7 +62,7 @@ def draw_run(folder: Path) -> list[Path]:
     Raises:
         UserError: a file is missing or damaged.
     """
-    run = _read_run(folder)
+    run = read_run(folder)
     paths = {name: folder / f"accuracy_{re.sub(r'[^a-z0-9]+', '_', name)}.png" for name in run.rows}
     for name, path in paths.items():
         _draw_accuracy(path, run, name)
@@ -71,7 +71,7 @@ def draw_run(folder: Path) -> list[Path]:
     return [*paths.values(), folder / "pixels.png", folder / "comparison.png"]
 
 
-def _read_run(folder: Path) -> Run:
+def read_run(folder: Path) -> Run:
     path, log = new_or_old(folder, MNIST_REPORT, "report.json", HINT), folder / "metrics.jsonl"
     mask_file = new_or_old(folder, MASKS, "mask.safetensors", HINT)
     report = CheckedJson(read_value(path, HINT, MnistReport), path, HINT)

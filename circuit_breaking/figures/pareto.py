@@ -65,7 +65,7 @@ def draw_pareto(folder: Path | str) -> Path:
         UserError: there is no report, it is damaged, or it holds no models.
     """
     folder = Path(folder)
-    points = _read_points(folder)
+    points = read_points(folder)
     path = folder / "pareto.png"
     with figure(path, 7.2, 4.2) as drawn:
         axes = drawn.subplots()
@@ -93,7 +93,7 @@ def draw_pareto(folder: Path | str) -> Path:
     return path
 
 
-def _read_points(folder: Path) -> list[Point]:
+def read_points(folder: Path) -> list[Point]:
     """The models that have both coordinates; of masks that differ in their seed only, the first."""
     models = read_models(folder, "kind")
     points = []

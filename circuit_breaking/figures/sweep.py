@@ -32,7 +32,7 @@ def draw_sweep(folder: Path, x: str, y: str = "") -> Path | None:
     Raises:
         UserError: there is no table, or it lacks a column.
     """
-    found = _read_lines(folder / "sweep.csv", x, y)
+    found = read_lines(folder / "sweep.csv", x, y)
     if found is None:
         return None
     y, lines, has_settings = found
@@ -53,7 +53,7 @@ def draw_sweep(folder: Path, x: str, y: str = "") -> Path | None:
     return path
 
 
-def _read_lines(path: Path, x: str, y: str) -> tuple[str, Lines, bool] | None:
+def read_lines(path: Path, x: str, y: str) -> tuple[str, Lines, bool] | None:
     """The column to draw, the points of each line, whether lines differ in a setting; None if there is no number."""
     table = read_table(path)
     if table and not {x, *OUTCOME} <= set(table[0]):

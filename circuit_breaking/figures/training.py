@@ -69,7 +69,7 @@ def draw_training(
         UserError: there is no such file, it holds no rows, or a row lacks one of the columns.
     """
     folder = Path(folder)
-    columns, phases = _read_metrics(folder / METRICS, count)
+    columns, phases = read_metrics(folder / METRICS, count)
     steps, path = columns["step"], folder / "training.png"
     starts = [i for i in range(len(phases)) if i == 0 or phases[i] != phases[i - 1]]
     heights = (2, 1) if broken.axis is None else (1.4, 1.4, 1)
@@ -82,7 +82,7 @@ def draw_training(
         ):
             axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.7)
             for start, end in zip(starts, [*starts[1:], len(phases)], strict=True):
-                line = _running_mean(values[start:end], smooth)
+                line = smoothed(values[start:end], smooth)
                 axes.plot(steps[start:end], line, color=colour, label=None if start else label)
         panels[0].set(ylabel=broken.axis)
         losses.set(ylabel="loss of a batch, nats")
@@ -101,7 +101,7 @@ def draw_training(
     return path
 
 
-def _read_metrics(path: Path, count: str) -> tuple[dict[str, np.ndarray], list[str]]:
+def read_metrics(path: Path, count: str) -> tuple[dict[str, np.ndarray], list[str]]:
     """Columns of the training log, and the phase of each step."""
     hint = "Make it with toxicity/train_mask.py."
     rows, names = read_jsonl(path, hint), (*COLUMNS, count)
@@ -126,7 +126,7 @@ def _mark_phase(top: Axes, panels: list[Axes], step: float, phase: str, first: b
     )  # fmt: skip
 
 
-def _running_mean(values: np.ndarray, width: int) -> np.ndarray:
+def smoothed(values: np.ndarray, width: int) -> np.ndarray:
     """Centred mean over `width` values, over fewer at the ends; as long as `values`."""
     ones = np.ones(min(width, len(values)))
     return np.convolve(values, ones, "same") / np.convolve(np.ones(len(values)), ones, "same")
@@ -157,7 +157,7 @@ def draw_finetuning(folder: Path | str) -> Path:
         UserError: there is no fine-tuned model in `folder`, or a file of one is damaged.
     """
     folder = Path(folder)
-    methods = [_read_finetuning(path.parent) for path in sorted(folder.glob("*/finetuning.json"))]
+    methods = [read_finetuning(path.parent) for path in sorted(folder.glob("*/finetuning.json"))]
     if not methods:
         raise UserError(f"{folder} holds no fine-tuned models. Make some with toxicity/finetune_gpt2.py.")
     rates = sorted({row.lr for _, rows, _ in methods for row in rows if not math.isnan(row.lr)})
@@ -187,7 +187,7 @@ def draw_finetuning(folder: Path | str) -> Path:
     return path
 
 
-def _read_finetuning(folder: Path) -> tuple[str, list[Checkpoint], Checkpoint]:
+def read_finetuning(folder: Path) -> tuple[str, list[Checkpoint], Checkpoint]:
     """Name of a method, all its checkpoints, and the one that was kept."""
     hint = "Make it with toxicity/finetune_gpt2.py."
     path, log = folder / "finetuning.json", folder / METRICS

@@ -6,7 +6,13 @@ import numpy as np
 
 from circuit_breaking.graph import EdgeGraph
 from circuit_breaking.runs.files import write_csv, write_json, write_jsonl
-from circuit_breaking.runs.ioi_results import GraphRecord
+from circuit_breaking.runs.ioi_results import GraphRecord, NextTokens
+from circuit_breaking.runs.records import RunSettings
+
+# text that would run as a script, or change a page, where it is not escaped
+EVIL = (
+    "</script><script>document.title='run'</script><img src=x onerror=\"document.title='run'\">\u2028'&amp;{{ 7 * 7 }}"
+)
 
 
 def entry(value, change=None):
@@ -99,3 +105,27 @@ def write_comparison(run: Path) -> None:
         write_jsonl(run / "finetuned" / method / "metrics.jsonl", history)
         write_json(run / "finetuned" / method / "finetuning.json", {"chosen": history[2]})
         write_json(run / "finetuned" / method / "cost.json", {"seconds": 1.0, "cpu_seconds": 1.0, "peak_gb": None})
+
+
+def write_prompts(run, name="Mary", prompt="When Mary and John went home, John gave a ring to"):
+    """The files of a run on prompts."""
+    rows = [{"token": f" {name}", "probability": 0.7}, {"token": " John", "probability": 0.1}]
+    models = {"original": rows, "edges cut": rows[::-1]}
+    NextTokens(prompt=prompt, IO=f" {name}", S=" John", models=models).write(run / "next_tokens.json")
+    GraphRecord.of(EdgeGraph(3, 2), {"a0.0->m1": 0.5, "m1->output": -0.1}).write(run / "graph.json")
+    steps = [
+        {
+            "step": s,
+            "phase": "relax" if s < 5 else "refine",
+            "loss": 1.0,
+            "keep_loss": 1 + s,
+            "break_loss": -s,
+            "n_cut": s,
+        }
+        for s in range(9)
+    ]
+    write_jsonl(run / "metrics.jsonl", steps)
+    settings = {"model": name, "objective": "logit_difference", "lr": 0.05}
+    RunSettings(script="ioi/train_mask.py", provenance={"settings": settings, "git_commit": "abc"}).write(
+        run / "settings.json"
+    )
