@@ -246,7 +246,8 @@ def test_same_seed_same_report(folder, capsys):
     script.main(settings(folder))
     run = folder / "run_model"
     first = (run / "report.json").read_bytes()
-    assert sorted(path.name for path in run.iterdir()) == ["mask.safetensors", "report.json", "report.png"]
+    files = ["mask.safetensors", "report.html", "report.json", "report.png"]
+    assert sorted(path.name for path in run.iterdir()) == files
     printed = capsys.readouterr()
     assert "ablated" in printed.out and "fool" not in printed.out + printed.err  # no text of the data
     script.main(settings(folder, save_generations=True))

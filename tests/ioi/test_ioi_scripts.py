@@ -56,7 +56,7 @@ def test_breaking_with_few_edges_spares_ordinary_text(runs):
     left = {path.name for path in (runs / "run").iterdir() if "checkpoint" not in path.name and path.name != ".lock"}
     assert left == {
         "settings.json", "metrics.jsonl", "mask.safetensors", "edges.json", "graph.json", "next_tokens.json",
-        "training.png", "edges.tex", *PICTURES,
+        "ranking.safetensors", "training.png", "edges.tex", "report.html", *PICTURES,
     }  # fmt: skip
     graph = read_json(runs / "run" / "graph.json")
     assert list(graph["edges"]) == CutEdges.read(runs / "run" / "edges.json").edges

@@ -94,7 +94,7 @@ def test_every_promised_file_is_there(finished):
     run, _, _ = finished
     for name in ("report.json", "report.md", "report.csv", "evidence.json", "relearning.json", "uniform.csv",
                  "costs.json", "comparison.json", "pareto.png", "models.png", "loss_by_toxicity.png", "evidence.png",
-                 "relearning.png", "finetuned/finetuning.png"):  # fmt: skip
+                 "relearning.png", "finetuned/finetuning.png", "report.html"):  # fmt: skip
         assert (run / name).stat().st_size > 0, name
     assert not (run / "generations.jsonl").exists()
     report = json.loads((run / "report.json").read_text())

@@ -54,7 +54,7 @@ def _ranking(folder: Path) -> Iterator[EdgeList]:
     listed = (folder / CUT_EDGES).is_file() or (folder / KEPT_EDGES).is_file()
     count = len(read_edges_of_interest(folder)) if listed else SHOWN
     order, scores = ranking.order.numpy(), ranking.scores.double().numpy()
-    title = f"ranking by {record.method}" if record.method else "ranking"
+    title = f"ranked edges ({record.method})" if record.method else "ranked edges"
     yield EdgeList(title, ranking.graph, order, scores, "score in the ranking", min(count, len(order)))
 
 

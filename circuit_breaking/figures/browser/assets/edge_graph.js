@@ -181,9 +181,9 @@ const EdgeGraph = (() => {
       }
       pixels = massPen.createImageData(mass.width, mass.height);
       const gutter = width < 560 ? 30 : 64; // for the names of layers
-      unitX = Math.min((width - gutter - 30) / (shape.heads + 1.4), 120);
+      unitX = Math.min((width - gutter - 30) / (shape.heads + 2.3), 120);
       unitY = (height - 48) / (shape.layers + 1.1);
-      left = gutter + 0.4 * unitX + (width - gutter - 30 - unitX * (shape.heads + 1.4)) / 2;
+      left = gutter + 0.4 * unitX + (width - gutter - 30 - unitX * (shape.heads + 2.3)) / 2;
       bottom = height - 22 - unitY;
       zoom.translateExtent([[-0.2 * width, -0.2 * height], [1.2 * width, 1.2 * height]]);
     }
@@ -225,12 +225,12 @@ const EdgeGraph = (() => {
     const widthOf = (level) => (0.5 + 3 * ((level % LEVELS) / (LEVELS - 1))) * Math.min(1.6, 0.7 + 0.3 * transform.k);
 
     // Colour of each kind and level; less important edges are paler.
-    function palette() {
+    function palette(least = 0) {
       const crowded = k > 60;
       return KINDS.map((kind) => Array.from({ length: LEVELS + 1 }, (_, level) => {
         const share = level / (LEVELS - 1);
         const fade = level === FAINT ? 0.88 : crowded ? 0.72 * (1 - Math.sqrt(share)) : 0.45 * (1 - share);
-        return d3.interpolateRgb(COLOURS[kind], "#ffffff")(fade);
+        return d3.interpolateRgb(COLOURS[kind], "#ffffff")(Math.max(fade, least));
       }));
     }
 
@@ -301,7 +301,7 @@ const EdgeGraph = (() => {
       const end = Math.min(k, SHARP), to = Math.min(end, from + Math.round(portion));
       behind(from, to, colours);
       if (to < end) frame = requestAnimationFrame(() => continueCurves(to, colours, now));
-      else if (end < k) startDots(end, colours);
+      else if (end < k) startDots(end, palette(0.7)); // pale, so that the curves before them stand out
       else finish();
     }
 
