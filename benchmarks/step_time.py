@@ -86,12 +86,19 @@ def dense_step(settings: Settings, counterfactual: bool = False) -> Callable[[to
     return engine_step(model, dense_mask(len(model.graph)), settings.compile, counterfactual)
 
 
+def eap_step(settings: Settings) -> Callable[[torch.Tensor], None]:
+    """EAP scores of all edges, with counterfactual texts: a step at the whole model."""
+    model = make_engine(settings)
+    return engine_step(model, torch.ones(len(model.graph)), settings.compile, counterfactual=True)
+
+
 REFERENCE, COUNTERFACTUAL = "reference", ", counterfactual"
 ENGINE = {"engine, binary mask": binary_step, "engine, any mask": dense_step}
 STEPS = {
     "plain Hugging Face": lambda settings: plain_step(make_hf(settings), settings.compile),
     **ENGINE,
     **{name + COUNTERFACTUAL: partial(step, counterfactual=True) for name, step in ENGINE.items()},
+    "EAP of all edges" + COUNTERFACTUAL: eap_step,
     REFERENCE: reference_step,
 }
 

@@ -1,4 +1,4 @@
-"""Compare ways to choose edges for several budgets: attribution (EAP and EAP-IG), learned masks, random edges.
+"""Compare ways to choose edges for several budgets: attribution, learned masks, random edges.
 
 Reads   a model; prompts (make_ioi_datasets.py); ordinary text; ablation values (compute_means.py), if --means names a
         file.
@@ -6,7 +6,8 @@ Writes  data/ioi/<run>/: ioi_comparison.json, the logit difference and ordinary 
         and seconds; comparison.png, drawn from it.
 Time    three minutes for the shipped model on one core, most of it for the learned masks, one for each budget.
 
-EAP and EAP-IG cut the edges whose removal is predicted to lower the logit difference most. They use prompts only.
+Attribution (EAP, and integrated mask gradients) cuts the edges whose removal is predicted to lower the logit difference
+most. It uses prompts only. ioi/faithfulness.py has EAP-IG too.
 """
 
 from dataclasses import dataclass, replace
@@ -29,7 +30,7 @@ class Settings(IOIMaskSettings, SeedSettings):
     budgets: tuple[int, ...] = (5, 10, 20, 50, 100)  # numbers of edges to cut; max_edges is not used
     learned: str = "each"  # each: train a mask for every budget; or a run, of whose edges the most important are cut
     num_attribution: int = 100  # training prompts that attribution averages over
-    ig_steps: int = 20  # points on the line of integrated gradients
+    ig_steps: int = 20  # points of integrated mask gradients
     random_seeds: int = 5  # random masks for each budget
     run: str = "comparison"
 
@@ -56,11 +57,11 @@ from circuit_breaking.evaluation.controls import random_edges
 from circuit_breaking.figures.browser.page import end_with_page
 from circuit_breaking.figures.indirect_objects import draw_comparison
 from circuit_breaking.ioi.experiment import Experiment, open_experiment
-from circuit_breaking.runs.ioi_results import IOIComparison
+from circuit_breaking.runs.ioi_results import MASK_GRADIENTS, IOIComparison
 from circuit_breaking.runs.mask_record import MASK
 from circuit_breaking.runs.plain_table import print_table
 from circuit_breaking.runs.progress import progress_bar
-from circuit_breaking.training.attribution import eap, eap_ig
+from circuit_breaking.training.attribution import eap, integrated_mask_gradients
 from circuit_breaking.training.mask_trainer import train_mask
 
 
@@ -74,7 +75,8 @@ def main(settings: Settings) -> None:
     learned = None if settings.learned == "each" else ranked(experiment)
     metrics = experiment.metrics(settings.num_attribution, 20)
     seconds, scores = {}, {}
-    for name, attribute in (("EAP", eap), ("EAP-IG", partial(eap_ig, steps=settings.ig_steps))):
+    ways = {"EAP": eap, MASK_GRADIENTS: partial(integrated_mask_gradients, steps=settings.ig_steps)}
+    for name, attribute in ways.items():
         start = time.perf_counter()
         scores[name] = attribute(progress_bar(metrics, desc=name, unit="batch"), model)
         seconds[name] = time.perf_counter() - start
@@ -112,7 +114,7 @@ def main(settings: Settings) -> None:
 
 def ranked(experiment: Experiment) -> Tensor:
     """What each edge that a run's mask cuts is worth: its share of how much better the objective gets when they are all
-    cut (integrated gradients between the whole model and the mask); -inf for the others: [E]."""
+    cut (integrated mask gradients between the whole model and the mask); -inf for the others: [E]."""
     settings, model = experiment.settings, experiment.model
     path = settings.out / settings.learned / MASK
     if (theirs := read_mask_record(path).ablate_from) != settings.ablate_from:
@@ -134,7 +136,9 @@ def ranked(experiment: Experiment) -> Tensor:
     metrics = [
         partial(objective, rows=slice(start, start + 20)) for start in starts if start < min(len(texts), len(prompts))
     ]
-    scores = eap_ig(progress_bar(metrics, desc="worth", unit="batch"), model, settings.ig_steps, start=mask)
+    scores = integrated_mask_gradients(
+        progress_bar(metrics, desc="worth", unit="batch"), model, settings.ig_steps, start=mask
+    )
     return scores.masked_fill(mask == 1, float("-inf"))
 
 

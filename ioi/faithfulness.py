@@ -1,4 +1,4 @@
-"""Measure how faithful circuits are at MIB's sizes: CPR and CMD of EAP, EAP-IG, random scores, and circuits in files.
+"""Measure how faithful circuits are at MIB's sizes: CPR and CMD of attribution, random scores, and circuits in files.
 
 Reads   a model; prompts (make_ioi_datasets.py), or those of another --task, which are generated; ablation values
         (compute_means.py), if --means names a file; circuits with scores, if --circuits names files.
@@ -9,12 +9,16 @@ Time    half a minute for the shipped model on one core.
 The faithfulness of a circuit is its logit difference, as a share of the way from the model with all edges cut (0) to
 the whole model (1). CPR is the area under the faithfulness of the best 0.1% to 100% of the edges, CMD the area between
 it and 1; circuit_breaking/evaluation/faithfulness.py defines them. MIB has separate queries, keys and values
-(--split-qkv), and counterfactual inputs in place of means.
+(--split-qkv), and outputs on counterfactual prompts as ablation values (--resample).
+
+Edges are scored by EAP, by EAP-IG over inputs (if every prompt has a counterfactual), by EAP-IG over activations
+(--activations, which takes two passes a layer more), by integrated mask gradients and at random. docs/methods.md
+defines them.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from circuit_breaking.errors import UserError
 from circuit_breaking.ioi.settings import IOIMaskSettings
@@ -26,20 +30,27 @@ from circuit_breaking.runs.settings import SeedSettings
 @dataclass
 class Settings(IOIMaskSettings, SeedSettings):
     MOST_USED: ClassVar = (
-        "model", "task", "prompts", "circuits", "means", "split_qkv", "num_attribution", "num_test", "ig_steps", "run",
-        "seed", "device",
+        "model", "task", "prompts", "circuits", "means", "resample", "split_qkv", "num_attribution", "num_test",
+        "eap_ig_steps", "ig_steps", "run", "seed", "device",
     )  # fmt: skip
 
     circuits: tuple[Path, ...] = ()  # files of circuits with scores: graphs of EAP-IG (.json) or tables of edges (.csv)
     num_attribution: int = 100  # training prompts that attribution averages over
     num_test: int = 100  # held-out prompts that circuits are measured on
-    ig_steps: int = 20  # points on the line of integrated gradients; 0: no EAP-IG
+    eap_ig_steps: int = 5  # points of EAP-IG between counterfactual and prompt; 0: no EAP-IG
+    points: Literal["gauss", "even"] = "gauss"  # where EAP-IG has its points; even: as in the published code
+    activations: bool = False  # also run EAP-IG over activations
+    ig_steps: int = 20  # points of integrated mask gradients; 0: leave them out
+    attention_bias: Literal["heads", "stream"] = "heads"  # stream: cuts leave the output bias of attention there
+    positions: Literal["embed", "stream"] = "embed"  # stream: cuts leave learned positions there
     prune: bool = True  # cut edges that are on no path from embed to output, as MIB does
     run: str = "faithfulness"
 
     def check(self) -> None:
         super().check()
         check_counts(self, "num_attribution", "num_test")
+        if self.eap_ig_steps < 0 or self.ig_steps < 0:
+            raise UserError("the numbers of points, eap_ig_steps and ig_steps, are 0 or more.")
 
 
 if __name__ == "__main__":
@@ -52,24 +63,27 @@ from dataclasses import asdict
 import torch
 from torch import Tensor
 
+from circuit_breaking.engine.conventions import values_left_in_stream
 from circuit_breaking.evaluation.faithfulness import Curve, faithfulness_curve, mean_of
 from circuit_breaking.figures.browser.page import end_with_page
-from circuit_breaking.ioi.experiment import Experiment, difference_on, open_experiment
+from circuit_breaking.ioi.experiment import Experiment, difference_on, open_experiment, paired_difference
 from circuit_breaking.runs.circuit_files import read_circuit, write_circuit
 from circuit_breaking.runs.circuits import Circuit
-from circuit_breaking.runs.ioi_results import Faithfulness
+from circuit_breaking.runs.ioi_results import MASK_GRADIENTS, Faithfulness
 from circuit_breaking.runs.plain_table import print_table
 from circuit_breaking.runs.progress import progress_bar
-from circuit_breaking.training.attribution import eap, eap_ig
-from circuit_breaking.training.mask_gradient import MaskFunction
+from circuit_breaking.training.attribution import eap, integrated_mask_gradients
+from circuit_breaking.training.input_attribution import PairedMetric, eap_ig_activations, eap_ig_inputs
 
 BATCH = 20  # prompts of a forward pass
+INPUTS, ACTIVATIONS = "EAP-IG", "EAP-IG activations"
 
 
 def main(settings: Settings) -> None:
     settings.check()
     experiment = open_experiment(settings)
     model, folder = experiment.model, settings.out / settings.run
+    apply_conventions(experiment)
     ways = attributed(experiment)
     names = [*(path.stem for path in settings.circuits), *(name for name, _ in ways)]
     if twice := [name for name in names if names.count(name) > 1]:
@@ -91,7 +105,8 @@ def main(settings: Settings) -> None:
             )
             for kind, absolute in (("cpr", False), ("cmd", True))
         }
-        write_circuit(folder / f"{name}.json", circuit.with_kept(circuit.scores > 0), model.embedding.shape[1])
+        path = folder / f"{name.replace(' ', '-')}.json"
+        write_circuit(path, circuit.with_kept(circuit.scores > 0), model.embedding.shape[1])
     result = Faithfulness(
         task=settings.task,
         n_edges=len(model.graph),
@@ -113,19 +128,41 @@ def main(settings: Settings) -> None:
     print(f"written to {folder}")
 
 
+def apply_conventions(experiment: Experiment) -> None:
+    """Let cuts leave in the residual stream what the settings say (`engine.conventions`)."""
+    settings, model, task = experiment.settings, experiment.model, experiment.task
+    bias, positions = settings.attention_bias == "stream", settings.positions == "stream"
+    if (bias or positions) and not settings.resample:  # both texts of a pair have the same bias and positions
+        longest = max(task.train.tokens.shape[1], task.test.tokens.shape[1])
+        model.means = values_left_in_stream(model, bias, positions, longest)
+
+
 def attributed(experiment: Experiment) -> list[tuple[str, Callable[[], Tensor]]]:
     """Ways to score edges: name, and a function that returns the scores [E]."""
     settings, model = experiment.settings, experiment.model
+    size = min(settings.micro_batch or BATCH, BATCH)
+    batches = list(experiment.task.train[: settings.num_attribution].batches(size))
+    counts = [len(batch) for batch in batches]
 
-    def over(name: str) -> Iterable[MaskFunction]:
-        return progress_bar(experiment.metrics(settings.num_attribution, BATCH), desc=name, unit="batch")
+    def bar(name: str, items: list) -> Iterable:
+        return progress_bar(items, desc=name, unit="batch")
+
+    def paired(name: str) -> Iterable[PairedMetric]:
+        return bar(name, [paired_difference(model, batch) for batch in batches])
 
     def drawn() -> Tensor:
         return torch.rand(len(model.graph), generator=torch.Generator().manual_seed(settings.seed))
 
-    ways = [("EAP", lambda: eap(over("EAP"), model))]
+    metrics = [difference_on(model, batch) for batch in batches]
+    ways = [("EAP", lambda: eap(bar("EAP", metrics), model, counts))]
+    if settings.eap_ig_steps and experiment.task.train.counterfactual is not None:
+        about = model, settings.eap_ig_steps, settings.points, counts
+        ways.append((INPUTS, lambda: eap_ig_inputs(paired(INPUTS), *about)))
+        if settings.activations:
+            ways.append((ACTIVATIONS, lambda: eap_ig_activations(paired(ACTIVATIONS), *about)))
     if settings.ig_steps:
-        ways.append(("EAP-IG", lambda: eap_ig(over("EAP-IG"), model, settings.ig_steps)))
+        along = bar(MASK_GRADIENTS, experiment.metrics(settings.num_attribution, BATCH))
+        ways.append((MASK_GRADIENTS, lambda: integrated_mask_gradients(along, model, settings.ig_steps)))
     return [*ways, ("random", drawn)]
 
 

@@ -17,7 +17,7 @@ from circuit_breaking.training.methods import METHODS
 
 CASES = {  # 3 and 4 texts of each task a batch: the first cannot be shared evenly by two
     **{method: {"method": method} for method in METHODS},
-    "EAP-IG": {"method": "attribution", "ig_steps": 4},
+    "integrated mask gradients": {"method": "attribution", "ig_steps": 4},
     "means": {"constants_lr": 0.05},
     "means for all": {"constants_lr": 0.05, "constants_loss": "objective"},
     "parts": {"micro_batch": 1, "constants_lr": 0.05},

@@ -107,9 +107,10 @@ class PlainProjection(nn.Module):
         """Project [R, N, D] to [R, N, K]."""
         return torch.baddbmm(self.bias, x, self.weight), None
 
-    def of_stream(self, x: Tensor) -> Tensor:
-        """Project one stream [N, D], which all readers read, to [R, N, K]."""
-        return torch.baddbmm(self.bias, x.expand(len(self.weight), -1, -1), self.weight)
+    def of_stream(self, x: Tensor, readers: slice = slice(None)) -> Tensor:
+        """Project one stream [N, D], which all readers (or some of them) read, to [R, N, K]."""
+        bias, weight = self.bias[readers], self.weight[readers]
+        return torch.baddbmm(bias, x.expand(len(weight), -1, -1), weight)
 
     def backward_(self, x: Tensor, inverse: None, out: Tensor, gradient: Tensor) -> None:
         """Overwrite x with its gradient."""
@@ -154,11 +155,11 @@ class NormedProjection(nn.Module):
         out = torch.bmm(x, self.weight)
         return out.mul_(inverse).add_(self.bias), inverse
 
-    def of_stream(self, x: Tensor) -> Tensor:
-        """Project one stream [N, D], which all readers read, to [R, N, K]."""
-        x = x.clone()
+    def of_stream(self, x: Tensor, readers: slice = slice(None)) -> Tensor:
+        """Project one stream [N, D], which all readers (or some of them) read, to [R, N, K]."""
+        bias, weight, x = self.bias[readers], self.weight[readers], x.clone()
         x.mul_(self._centre(x))
-        return torch.baddbmm(self.bias, x.expand(len(self.weight), -1, -1), self.weight)
+        return torch.baddbmm(bias, x.expand(len(weight), -1, -1), weight)
 
     def _centre(self, x: Tensor) -> Tensor:
         """Centre x in place where the norm does; return 1 / the norm's divisor."""

@@ -8,7 +8,7 @@ Shapes: B batch, T position, P nodes that write, E edges, D width, V vocabulary.
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -112,6 +112,7 @@ class EdgeMaskedTransformer(nn.Module):
         self._ablate_from = 0
         self.prefix_cache: PrefixCache | None = None
         self.resample = False
+        self.make_pass: Callable[..., MaskedPass] = MaskedPass  # see `reader_gradients`
         self._counterfactual: CounterfactualValues | None = None  # of the block of `resampling` that is open
         self._last_counterfactual: CounterfactualValues | None = None
         self.means = None
@@ -284,14 +285,14 @@ class EdgeMaskedTransformer(nn.Module):
         backward = weights.requires_grad or constants is not None
         network, inputs = self._network(), self._inputs(weights.detach(), tokens)
         run = None
-        # a captured pass is padded, which must not change the positions, and has no values that differ by text
-        fixed = not self.rotary_by_length and self._counterfactual is None
+        # a captured pass is padded, which must not change positions, and has no values that differ by text
+        fixed = not self.rotary_by_length and self._counterfactual is None and self.make_pass is MaskedPass
         if fixed and self.cuda_graphs.usable(network, tokens):
             run = self.cuda_graphs.replay(
                 network, inputs, self.workspace, backward, constants is not None, self.max_positions, self.rotary_tables
             )
         if run is None:
-            run = MaskedPass(network, inputs, self.workspace, backward, self.prefix_cache)
+            run = self.make_pass(network, inputs, self.workspace, backward, self.prefix_cache)
         return MaskedForward.apply(weights, constants, run)
 
     def _network(self) -> Network:
@@ -301,9 +302,9 @@ class EdgeMaskedTransformer(nn.Module):
         )  # fmt: skip
 
     def _inputs(self, weights: Tensor, tokens: Tensor) -> PassInputs:
-        values = self._counterfactual or AblationValues(self.bias_minus_mean, self.mean_prefix_sums, self.n_read)
+        fixed = AblationValues(self.bias_minus_mean, self.mean_prefix_sums, self.n_read)
         rotary = self.rotary_tables(tokens.shape[1], tokens.device)
-        return PassInputs(tokens, weights, values, rotary, self.ablate_from)
+        return PassInputs(tokens, weights, self._counterfactual or fixed, rotary, self.ablate_from)
 
     def forward(
         self, tokens: Tensor, at: Tensor | None = None, mask: Tensor | None = None,

@@ -1,4 +1,4 @@
-"""How much each edge of a mask matters, by integrated gradients between the mask and a whole or an empty model."""
+"""How much each edge of a mask matters, by integrated mask gradients between the mask and a whole or an empty model."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,7 @@ import torch
 
 from circuit_breaking.engine.transformer import EdgeMaskedTransformer
 from circuit_breaking.runs.ioi_results import GraphRecord
-from circuit_breaking.training.attribution import eap_ig
+from circuit_breaking.training.attribution import integrated_mask_gradients
 from circuit_breaking.training.mask_gradient import MaskFunction
 
 
@@ -15,8 +15,8 @@ def graph_of_mask(
 ) -> GraphRecord:
     """The edges that the model's binary mask cuts or, with `kept`, keeps, and the importance of each.
 
-    The importance of an edge is its share of the change of a metric (EAP-IG) between the mask and the whole model or,
-    with `kept`, between the model with all edges cut and the mask.
+    The importance of an edge is its share of the change of a metric (integrated mask gradients) between the mask and
+    the whole model or, with `kept`, between the model with all edges cut and the mask.
 
     Args:
         model: the model; its mask stays as it is.
@@ -30,6 +30,6 @@ def graph_of_mask(
         return GraphRecord.of(model.graph, {}, what, measure)
     none, whole = torch.zeros_like(mask), torch.ones_like(mask)
     line = {"start": none, "end": mask} if kept else {"start": mask, "end": whole}
-    scores = eap_ig(metrics, model, steps=20 if kept else 5, **line).tolist()
+    scores = integrated_mask_gradients(metrics, model, steps=20 if kept else 5, **line).tolist()
     edges = {model.graph.edges[index]: scores[index] for index in chosen}
     return GraphRecord.of(model.graph, edges, what, measure)

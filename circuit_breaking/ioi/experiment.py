@@ -22,6 +22,7 @@ from circuit_breaking.runs.records import RunSettings
 from circuit_breaking.tasks import IOITask, OWTTask, PromptTask, prompt_task
 from circuit_breaking.tasks.prompts import Objective, PromptBatch, answer_difference, end_logits
 from circuit_breaking.tasks.registry import IOI
+from circuit_breaking.training.input_attribution import PairedMetric
 from circuit_breaking.training.mask_gradient import MaskFunction
 
 
@@ -122,12 +123,21 @@ def difference_on(model: EdgeMaskedTransformer, batch: PromptBatch) -> MaskFunct
     return metric
 
 
+def paired_difference(model: EdgeMaskedTransformer, batch: PromptBatch) -> PairedMetric:
+    """`difference_on` with the prompts and their counterfactuals, for attribution over inputs or activations.
+
+    Raises a `UserError` if a prompt has no counterfactual.
+    """
+    here = batch.to(model.device)
+    return PairedMetric(difference_on(model, here), here.tokens, here.counterfactuals().tokens)
+
+
 def write_run(folder: Path, script: str, experiment: Experiment, results: dict[str, Any], kept: bool = False) -> None:
     """Write the settings of a run, its mask and edges, and the files that its pictures are drawn from.
 
     The edges written are those that the mask cuts or, with `kept`, those that it keeps. The importance of an edge is
-    its share of the change in logit difference (integrated gradients) between the mask and the whole model or, with
-    `kept`, between the mask and the model with all edges cut.
+    its share of the change in logit difference (integrated mask gradients) between the mask and the whole model or,
+    with `kept`, between the mask and the model with all edges cut.
 
     Args:
         folder: the run folder.

@@ -9,6 +9,13 @@ from circuit_breaking.runs.records import Record
 from circuit_breaking.runs.results import Results
 
 IOI_REPORT, IOI_COMPARISON = "ioi_report.json", "ioi_comparison.json"
+MASK_GRADIENTS = "integrated mask gradients"
+OLD_NAMES = {"EAP-IG": MASK_GRADIENTS}  # of ways to score edges, in version 1 of the records
+
+
+def renamed(by_way: Any) -> Any:
+    """A mapping from ways to score edges, with their present names."""
+    return {OLD_NAMES.get(name, name): by_way[name] for name in by_way} if isinstance(by_way, dict) else by_way
 
 
 @dataclass(kw_only=True)
@@ -37,10 +44,17 @@ class IOIComparison(Results):
     """
 
     NAME: ClassVar[str] = "IOI comparison"
+    VERSION: ClassVar[int] = 2
+    OLDER: ClassVar[tuple[int, ...]] = (1,)
     original: dict[str, Any]
     methods: dict[str, list[dict[str, Any]]]
     n_edges: int | None = None
     seconds: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def renew(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        """Integrated mask gradients were called EAP-IG."""
+        return {name: renamed(fields[name]) if name in ("methods", "seconds") else fields[name] for name in fields}
 
 
 @dataclass(kw_only=True)
@@ -57,10 +71,17 @@ class Faithfulness(Results):
     """
 
     NAME: ClassVar[str] = "faithfulness"
+    VERSION: ClassVar[int] = 2
+    OLDER: ClassVar[tuple[int, ...]] = (1,)
     task: str
     n_edges: int
     num_prompts: int
     circuits: dict[str, Any]
+
+    @classmethod
+    def renew(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        """Integrated mask gradients were called EAP-IG."""
+        return {name: renamed(fields[name]) if name == "circuits" else fields[name] for name in fields}
 
 
 @dataclass(kw_only=True)

@@ -5,8 +5,8 @@ Each file format has one dataclass. In a file, a record is a JSON object that st
     {"record": "mask", "version": 1, "model": "gpt2", ...}
 
 and continues with the dataclass's fields. In a safetensors file this object lies in the header. `from_json` refuses
-another format and a version that it does not know. Files of the release before records had versions are still read,
-with a note on stderr; the next release will refuse them.
+another format and a version that it does not know. Older versions that a record lists, and files of the release before
+records had versions, are still read, with a note on stderr; the next release will refuse them.
 
 Records of single files: `mask_record.py` (masks, means, weight masks, lists of edges) and `results.py` (reports).
 """
@@ -41,11 +41,13 @@ class Record:
 
     Attributes:
         NAME: name of the format, the value of `"record"` in a file.
-        VERSION: the version that is written, the only one that is read.
+        VERSION: the version that is written.
+        OLDER: versions that are read too, through `renew`.
     """
 
     NAME: ClassVar[str]
     VERSION: ClassVar[int] = 1
+    OLDER: ClassVar[tuple[int, ...]] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The JSON object that `from_json` reads."""
@@ -65,11 +67,29 @@ class Record:
             UserError: the value is another record, of an unknown version, or damaged.
         """
         if isinstance(value, dict) and "record" in value:
-            cls.check_version(value, path, hint)
-            return cls._checked({k: v for k, v in value.items() if k not in ("record", "version")}, path, hint)
-        record = cls._checked(cls.from_old(value, path, hint), path, hint)
+            return cls._checked(cls.fields_of(value, path, hint), path, hint)
+        record = cls._checked(cls.renew(cls.from_old(value, path, hint)), path, hint)
         note_old(str(path))
         return record
+
+    @classmethod
+    def fields_of(cls, value: Mapping[str, Any], path: Path | str, hint: str = CHECK) -> dict[str, Any]:
+        """The fields in the JSON object of a record, as the present version has them.
+
+        Raises a `UserError` for a record of another name or of an unknown version.
+        """
+        fields = {name: value[name] for name in value if name not in ("record", "version")}
+        version = value.get("version")
+        if value["record"] == cls.NAME and type(version) is int and version in cls.OLDER:
+            note_old(str(path))
+            return cls.renew(fields)
+        cls.check_version(value, path, hint)
+        return fields
+
+    @classmethod
+    def renew(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        """Fields of an older version, or of a file without one, as the present version has them."""
+        return fields
 
     @classmethod
     def check_version(cls, value: Mapping[str, Any], path: Path | str, hint: str = CHECK) -> None:
@@ -138,10 +158,11 @@ def read_value(path: Path | str, hint: str, *kinds: type[Record]) -> Any:
     """
     value = read_json(path, hint)
     if isinstance(value, dict) and "record" in value:
-        next((kind for kind in kinds if value["record"] == kind.NAME), kinds[0]).check_version(value, path, hint)
-        return {name: value[name] for name in value if name not in ("record", "version")}
+        kind = next((kind for kind in kinds if value["record"] == kind.NAME), kinds[0])
+        return kind.fields_of(value, path, hint)
     if isinstance(value, dict):
         note_old(str(path))
+        return kinds[0].renew(value)
     return value
 
 

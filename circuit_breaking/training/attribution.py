@@ -1,14 +1,18 @@
 """Edge attribution: how much each edge matters to a metric, from gradients alone.
 
 The metric is a function F of the mask m [E], 1 where an edge is kept. One backward pass gives the gradient of every
-edge.
+edge. What cut edges carry is up to the model: zero, means, or outputs on counterfactual texts.
 
-EAP     Edge attribution patching (Syed, Rager, Conmy 2023): the first-order effect of an edge, dF/dm at the whole
-        model. Reader j gets m_ij x_i + (1 - m_ij) μ_i, so this is (x_i - μ_i) · dF/dr_j, EAP's product of the change
-        of an activation and the gradient at its reader.
-EAP-IG  Its integrated-gradients form (Sundararajan, Taly, Yan 2017; for circuits Hanna, Pezzelle, Belinkov 2024): the
-        mean gradient along the straight line from one mask to another, times the change. The scores add up to the
-        change of the metric (completeness), up to the error of the sum that approximates the integral.
+EAP                        Edge attribution patching (Syed, Rager, Conmy 2023): the first-order effect of an edge, dF/dm
+                           at the whole model. Reader j gets m_ij x_i + (1 - m_ij) μ_i, so this is
+                           (x_i - μ_i) · dF/dr_j, EAP's product of the change of an activation and the gradient at its
+                           reader. With counterfactual texts, μ_i is the corrupted activation.
+integrated mask gradients  The mean gradient along the straight line from one mask to another, times the change
+                           (Sundararajan, Taly, Yan 2017; with masks, auto-circuit: Miller, Chughtai, Saunders 2024).
+                           The scores add up to the change of the metric (completeness), up to the error of the sum that
+                           approximates the integral.
+
+`input_attribution` has EAP-IG, which integrates over input embeddings or activations instead of the mask.
 
 With zero ablation, all that a reader gets can be cut. Near such a mask a norm divides by almost nothing, and the metric
 changes as fast between 0.001 and 0.01 of the line as between 0.1 and 1. The points of the sum then lie at positions
@@ -16,14 +20,15 @@ that grow geometrically from that end (`geometric_points`). Gauss-Legendre point
 what happens there.
 
 A score is what keeping the edge adds to the metric, so cutting the edges with the highest scores is predicted to lower
-the metric most.
+the metric most. docs/methods.md compares this and other conventions with those of other libraries.
 
 Shapes: E edges.
 """
 
+import itertools
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -69,28 +74,35 @@ def line_points(steps: int) -> list[tuple[float, float]]:
     return [((node + 1) / 2, weight / 2) for node, weight in zip(nodes.tolist(), weights.tolist(), strict=True)]
 
 
-def eap(metrics: Iterable[MaskFunction], model: EdgeMaskedTransformer) -> Tensor:
+def eap(metrics: Iterable[MaskFunction], model: EdgeMaskedTransformer, counts: Sequence[int] | None = None) -> Tensor:
     """First-order scores of all edges, averaged over metrics (one per batch): [E].
+
+    Args:
+        metrics: functions of the mask.
+        model: the model whose edges they are.
+        counts: number of examples behind each metric, if the mean over examples is wanted; None: all batches count
+            alike.
 
     Raises:
         UserError: there is no metric, or a gradient is not finite.
     """
-    return _average(value_and_gradient(metric, torch.ones_like(model.mask.weights))[1] for metric in metrics)
+    ones = torch.ones_like(model.mask.weights)
+    return average((value_and_gradient(metric, ones)[1] for metric in metrics), counts)
 
 
-def eap_ig(
+def integrated_mask_gradients(
     metrics: Iterable[MaskFunction],
     model: EdgeMaskedTransformer,
     steps: int = 20,
     start: Tensor | None = None,
     end: Tensor | None = None,
 ) -> Tensor:
-    """Integrated-gradients scores of all edges, averaged over metrics (one per batch): [E].
+    """Gradients of the mask along a line from one mask to another, integrated and averaged over metrics: [E].
 
-    They add up to F(end) - F(start). An edge whose weight is the same at both ends scores 0.
+    The scores add up to F(end) - F(start). An edge whose weight is the same at both ends scores 0.
 
     Args:
-        metrics: functions of the mask.
+        metrics: functions of the mask, one per batch.
         model: the model whose edges they are; its `means` are the ablation values of cut edges.
         steps: points on the line from `start` to `end`; each is one backward pass. Away from masks that cut all that a
             reader gets, they are Gauss-Legendre nodes, which integrate a metric exactly that is a polynomial of degree
@@ -119,7 +131,7 @@ def eap_ig(
             total += weight * value_and_gradient(metric, start + position * change)[1]
         return total * change
 
-    scores = _average(integrated(metric) for metric in metrics)
+    scores = average(integrated(metric) for metric in metrics)
     error = completeness_error(scores, torch.stack(changes).mean())
     if error > MOST_ERROR:
         warnings.warn(
@@ -136,12 +148,14 @@ def completeness_error(scores: Tensor, change: Tensor) -> float:
     return difference / abs(float(change)) if float(change) else math.inf if difference else 0.0
 
 
-def _average(scores: Iterable[Tensor]) -> Tensor:
-    total, count = None, 0
-    for score in scores:
-        total, count = score if total is None else total + score, count + 1
+def average(scores: Iterable[Tensor], counts: Sequence[int] | None = None) -> Tensor:
+    """The mean of scores [E] of batches, weighted by the number of examples in each if `counts` are given."""
+    total, weight = None, 0
+    weights = itertools.repeat(1) if counts is None else counts
+    for score, count in zip(scores, weights, strict=counts is not None):
+        total, weight = count * score if total is None else total + count * score, weight + count
     if total is None:
         raise UserError("there is no batch to attribute over. Give at least one prompt.")
     if not total.isfinite().all():
         raise UserError("a gradient is not finite, so edges cannot be ranked. Use float32, or other means.")
-    return total / count
+    return total / weight

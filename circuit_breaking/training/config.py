@@ -34,7 +34,7 @@ class MaskConfig:
     method: Literal[tuple(METHODS)] = "ranking"  # how the edges to cut are found, before refinement
     lr: float = 0.05  # clamped, hard-concrete, ugs: learning rate of mask weights or of log odds
     edge_penalty: float = 0.0005  # clamped, hard-concrete, ugs: penalty for each cut edge, nats
-    ig_steps: int = 0  # attribution: points of integrated gradients (EAP-IG); 0: gradient at the whole model (EAP)
+    ig_steps: int = 0  # attribution: points of integrated mask gradients; 0: gradient at the whole model (EAP)
     refine_rounds: int = 0  # rounds of refinement, which cut or restore single edges if that measurably helps
     refine_batch_size: int = 20  # texts of each task in a round of refinement
     constants_lr: float = 0.0  # learning rate of ablation constants (optimal ablation); 0: they are not learned

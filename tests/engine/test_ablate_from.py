@@ -13,7 +13,7 @@ from circuit_breaking.engine.load import load_model
 from circuit_breaking.engine.reference import ReferenceModel
 from circuit_breaking.errors import UserError
 from circuit_breaking.models.tokens import pad_right
-from circuit_breaking.training.attribution import eap_ig
+from circuit_breaking.training.attribution import integrated_mask_gradients
 from circuit_breaking.training.config import MaskConfig
 from circuit_breaking.training.objective import StepObjective
 
@@ -157,7 +157,9 @@ def test_attributions_add_up_to_what_the_cuts_change(make, kind):
     metric = lambda mask: model(TOKENS, mask=mask)[:, :, 7].mean()  # noqa: E731
     ones = torch.ones(len(model.graph), dtype=torch.float64)
     change = metric(ones) - metric(0 * ones)
-    torch.testing.assert_close(eap_ig([metric], model, steps=60).sum(), change.detach(), atol=2e-3, rtol=5e-3)
+    torch.testing.assert_close(
+        integrated_mask_gradients([metric], model, steps=60).sum(), change.detach(), atol=2e-3, rtol=5e-3
+    )
     reference = ReferenceModel(make().double())
     torch.testing.assert_close(metric(0 * ones), reference(TOKENS, 0 * ones, model.means, 2)[:, :, 7].mean())
 

@@ -13,6 +13,7 @@ from circuit_breaking.engine.mask import read_mask_record
 from circuit_breaking.errors import UserError
 from circuit_breaking.models.load import TINY
 from circuit_breaking.runs.files import ROOT, read_json, read_jsonl, write_json, write_jsonl
+from circuit_breaking.runs.ioi_results import MASK_GRADIENTS
 from circuit_breaking.runs.mask_record import CutEdges, KeptEdges
 from circuit_breaking.runs.tensors import read_tensors
 
@@ -123,8 +124,8 @@ def test_methods_are_compared(data, runs, tmp_path):
     start("compare", data, tmp_path, budgets=(1, 4), **options)
     about = read_json(tmp_path / "comparison" / "ioi_comparison.json")
     methods = about["methods"]
-    assert list(methods) == ["EAP", "EAP-IG", "learned", "random"] and len(methods["random"]) == 4
-    for name in ("EAP", "EAP-IG"):
+    assert list(methods) == ["EAP", MASK_GRADIENTS, "learned", "random"] and len(methods["random"]) == 4
+    for name in ("EAP", MASK_GRADIENTS):
         assert [row["n_cut"] for row in methods[name]] == [1, 4]
         assert set(methods[name][0]["edges"]) < set(methods[name][1]["edges"])  # one ranking
         assert methods[name][1]["logit_difference"] < about["original"]["logit_difference"]
@@ -286,9 +287,11 @@ def test_scripts_work_for_other_tasks(tmp_path):
     report = read_json(tmp_path / "report" / "ioi_report.json")
     assert report["provenance"]["settings"]["task"] == "agreement" and report["measured_on"]["prompts"] == 12
     assert set(report["models"]) == {"original", "run", "resampled", "fine-tuned"}
-    run("faithfulness", num_attribution=8, ig_steps=2, split_qkv=True, means=means)
+    run("faithfulness", num_attribution=8, ig_steps=2, eap_ig_steps=1, activations=True, split_qkv=True, means=means)
     found = read_json(tmp_path / "faithfulness" / "faithfulness.json")
-    assert list(found["circuits"]) == ["EAP", "EAP-IG", "random"] and found["num_prompts"] == 12
+    ways = ["EAP", "EAP-IG", "EAP-IG activations", MASK_GRADIENTS, "random"]
+    assert list(found["circuits"]) == ways and found["num_prompts"] == 12
+    assert all((tmp_path / "faithfulness" / f"{way.replace(' ', '-')}.json").is_file() for way in ways)
     assert found["n_edges"] == 479
     for one in found["circuits"].values():
         curve = one["curves"]["cpr"]
@@ -296,9 +299,15 @@ def test_scripts_work_for_other_tasks(tmp_path):
     # circuits that were written are read, and measured the same; those of another shape are refused
     path = tmp_path / "submitted.json"
     path.write_bytes((tmp_path / "faithfulness" / "EAP.json").read_bytes())
-    run("faithfulness", num_attribution=8, ig_steps=0, split_qkv=True, means=means, circuits=(path,), run="again")
+    only_eap = {"num_attribution": 8, "ig_steps": 0, "eap_ig_steps": 0}
+    run("faithfulness", **only_eap, split_qkv=True, means=means, circuits=(path,), run="again")
     again = read_json(tmp_path / "again" / "faithfulness.json")["circuits"]
     assert again["submitted"]["cpr"] == again["EAP"]["cpr"] == pytest.approx(found["circuits"]["EAP"]["cpr"], abs=1e-6)
+    run("faithfulness", **only_eap, resample=True, run="resampled")
+    run("faithfulness", **only_eap, attention_bias="stream", positions="stream")
+    for name in ("resampled", "faithfulness"):
+        one = read_json(tmp_path / name / "faithfulness.json")["circuits"]["EAP"]
+        assert one["curves"]["cpr"]["faithfulness"][-1] == pytest.approx(1)
     with pytest.raises(UserError, match=r"that make up .* differ"):
         run("faithfulness", num_attribution=8, circuits=(path,))
     with pytest.raises(UserError, match="two circuits are called EAP"):

@@ -22,6 +22,7 @@ from circuit_breaking.graph import EdgeGraph
 from circuit_breaking.runs.files import read_json, write_json
 from circuit_breaking.runs.ioi_results import (
     Covering,
+    Faithfulness,
     GraphRecord,
     IOIComparison,
     IOIReport,
@@ -31,7 +32,7 @@ from circuit_breaking.runs.ioi_results import (
 )
 from circuit_breaking.runs.mask_record import AblationValueRecord, CutEdges, KeptEdges, MaskRecord, MeansRecord
 from circuit_breaking.runs.mnist_results import EdgesByMask, MnistMasks, MnistReport, NetworkRecord
-from circuit_breaking.runs.records import RunSettings, fingerprint, note_old
+from circuit_breaking.runs.records import RunSettings, fingerprint, note_old, read_value
 from circuit_breaking.runs.results import Comparison, Evidence, FineTuning, MethodComparison, Relearning, Report
 from circuit_breaking.runs.run_folder import is_up_to_date
 from circuit_breaking.runs.sweep import results_of
@@ -107,12 +108,12 @@ def test_every_format_has_a_name_of_its_own():
 
 
 @pytest.mark.parametrize("record", RECORDS, ids=NAMES)
-@pytest.mark.parametrize("version", [0, 2, "1", 1.0, True, None])
+@pytest.mark.parametrize("version", [0, "next", "1", 1.0, True, None])
 def test_an_unknown_version_is_refused(tmp_path, record, version):
-    path = tmp_path / "file.json"
+    path, version = tmp_path / "file.json", record.VERSION + 1 if version == "next" else version
     write_json(path, {**record.to_json(), "version": version})
     refused(lambda: type(record).read(path, "Make it."), f"file.json is version {version!r} of the format .*reads vers"
-            "ion 1. Make it.")  # fmt: skip
+            f"ion {record.VERSION}. Make it.")  # fmt: skip
 
 
 @pytest.mark.parametrize("record", RECORDS, ids=NAMES)
@@ -217,3 +218,24 @@ def test_random_edges():
     assert random_edges(graph, 12, 0, budget=12) == drawn != random_edges(graph, 12, 0, budget=13)
     assert set(random_edges(graph, len(graph), 0)) == set(graph.edges)
     refused(lambda: random_edges(graph, len(graph) + 1, 0), "random edges were asked for")
+
+
+def test_integrated_mask_gradients_have_their_name_in_older_results(tmp_path, capsys):
+    """Version 1 called them EAP-IG, which is something else."""
+    rows, path = [{"n_cut": 1}], tmp_path / "ioi_comparison.json"
+    old = {"original": {"accuracy": 1.0}, "methods": {"EAP": rows, "EAP-IG": rows}, "seconds": {"EAP-IG": 0.5}}
+    for value in ({"record": "IOI comparison", "version": 1, **old}, old):
+        write_json(path, value)
+        for found in (IOIComparison.read(path).to_json(), read_value(path, "", IOIComparison)):
+            assert list(found["methods"]) == ["EAP", "integrated mask gradients"]
+            assert found["seconds"] == {"integrated mask gradients": 0.5}
+    assert "older release" in capsys.readouterr().err
+    circuits = {"EAP-IG": {"cpr": 1.0}, "random": {"cpr": 0.5}}
+    about = {"record": "faithfulness", "task": "ioi", "n_edges": 9, "num_prompts": 3, "circuits": circuits}
+    write_json(path, {**about, "version": 1})
+    assert list(Faithfulness.read(path).circuits) == ["integrated mask gradients", "random"]
+    write_json(path, {**about, "version": 2})
+    assert list(Faithfulness.read(path).circuits) == ["EAP-IG", "random"]
+    write_json(path, {**about, "version": 3})
+    with pytest.raises(UserError, match="is version 3 of the format"):
+        Faithfulness.read(path)

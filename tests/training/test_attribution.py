@@ -13,8 +13,8 @@ from circuit_breaking.tasks.losses import logit_difference
 from circuit_breaking.training.attribution import (
     completeness_error,
     eap,
-    eap_ig,
     geometric_points,
+    integrated_mask_gradients,
     line_points,
     points_between,
 )
@@ -66,7 +66,7 @@ def test_integrated_gradients_add_up_to_the_change_of_the_metric(family, kind):
     model.means = means_of(model, kind)
     metric, ones = difference(model), torch.ones(len(model.graph), dtype=torch.float64)
     change = float(metric(ones) - metric(torch.zeros_like(ones)))
-    errors = [abs(float(eap_ig([metric], model, steps).sum()) - change) for steps in (4, 120)]
+    errors = [abs(float(integrated_mask_gradients([metric], model, steps).sum()) - change) for steps in (4, 120)]
     assert abs(change) > 0.03 and errors[1] < 1e-3 * abs(change) and errors[1] < errors[0]
 
 
@@ -87,9 +87,9 @@ def test_integrated_gradients_add_up_where_norms_divide_by_almost_nothing(steps,
     change = metric(ones).detach() - metric(torch.zeros_like(ones)).detach()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        scores = eap_ig([metric], model, steps)
+        scores = integrated_mask_gradients([metric], model, steps)
     assert abs(float(change)) > 5 and completeness_error(scores, change) < most
-    back = eap_ig([metric], model, steps, start=ones, end=torch.zeros_like(ones))
+    back = integrated_mask_gradients([metric], model, steps, start=ones, end=torch.zeros_like(ones))
     torch.testing.assert_close(back, -scores, atol=1e-3, rtol=1e-3)
 
 
@@ -112,7 +112,7 @@ def test_points_are_dense_where_all_that_a_reader_gets_is_cut():
 def test_scores_that_do_not_add_up_are_warned_of():
     model = load_model(small_gpt2(), device="cpu")
     with pytest.warns(UserWarning, match=r"over 1 points add up to .* off the change of the metric\. Use more points"):
-        eap_ig([difference(model)], model, 1)
+        integrated_mask_gradients([difference(model)], model, 1)
     assert completeness_error(torch.tensor([1.0, 2.0]), torch.tensor(4.0)) == 0.25
     assert completeness_error(torch.zeros(2), torch.tensor(0.0)) == 0
 
@@ -122,7 +122,7 @@ def test_integrated_gradients_between_two_masks(family):
     metric = difference(model)
     start = (torch.rand(len(model.graph), generator=torch.Generator().manual_seed(2)) > 0.2).double()
     end = torch.ones_like(start)
-    scores = eap_ig([metric], model, 40, start, end)
+    scores = integrated_mask_gradients([metric], model, 40, start, end)
     assert float(scores.sum()) == pytest.approx(float(metric(end) - metric(start)), rel=1e-5)
     assert (scores[start == 1] == 0).all() and scores[start == 0].abs().sum() > 0
 
@@ -143,6 +143,6 @@ def test_what_cannot_be_attributed():
     with pytest.raises(UserError, match="no batch to attribute over"):
         eap([], model)
     with pytest.raises(UserError, match="over 0 steps"):
-        eap_ig([difference(model)], model, 0)
+        integrated_mask_gradients([difference(model)], model, 0)
     with pytest.raises(UserError, match="not finite"):
         eap([lambda mask: (mask * float("nan")).sum()], model)

@@ -7,7 +7,7 @@ from helpers.tasks import make_task, run, small
 
 from circuit_breaking.engine.mask import load_mask, save_mask
 from circuit_breaking.errors import UserError
-from circuit_breaking.training.attribution import eap, eap_ig
+from circuit_breaking.training.attribution import eap, integrated_mask_gradients
 from circuit_breaking.training.gates import HardConcrete, falling_count
 from circuit_breaking.training.methods import METHODS
 
@@ -169,13 +169,13 @@ def test_from_a_low_start_the_number_of_cuts_rises_to_the_budget():
 
 @pytest.mark.parametrize("ig_steps", [0, 3])
 def test_attribution_cuts_what_scores_most(ig_steps):
-    """Against `eap` and `eap_ig` on all texts at once, which every batch here is."""
+    """Against `eap` and `integrated_mask_gradients` on all texts at once, which every batch here is."""
     model, keep, broken = small(), make_task("keep", 5), make_task("break", 1)
 
     def objective(mask):
         return keep.loss(model, keep.train, mask) - broken.loss(model, broken.train, mask, cap=np.log(50))
 
-    scores = eap_ig([objective], model, ig_steps) if ig_steps else eap([objective], model)
+    scores = integrated_mask_gradients([objective], model, ig_steps) if ig_steps else eap([objective], model)
     result, _ = run(
         model, method="attribution", ig_steps=ig_steps, max_edges=5, alpha=1.0, steps=6,
         batch_size=12, refine_rounds=0,

@@ -1,8 +1,8 @@
-"""Edge attribution (EAP, or EAP-IG with `ig_steps`) of the objective, averaged over the batches of all steps.
+"""Edge attribution of the objective, averaged over the batches of all steps: EAP, or integrated mask gradients.
 
 The edges are cut whose cut is predicted to lower the objective most. `training.attribution` defines the scores.
 
-Shapes: E edges, K points of integrated gradients.
+Shapes: E edges, K points of integrated mask gradients.
 """
 
 import torch
@@ -38,7 +38,7 @@ class Attribution(MaskMethod):
         return StepResult("attribute", float(value), self.model.mask.n_cut())
 
     def scores(self) -> Tensor:
-        """EAP or EAP-IG scores of all edges that may be cut; minus infinity for the others: [E]."""
+        """Attribution scores of all edges that may be cut; minus infinity for the others: [E]."""
         weights = torch.tensor([weight for _, weight in self.points], dtype=torch.float64)
         weights = weights / self.n_gradients.clamp(min=1)
         scores = weights.to(self.gradient_sums) @ self.gradient_sums

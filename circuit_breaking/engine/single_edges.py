@@ -1,0 +1,115 @@
+"""The model with one edge cut, for every edge: exact activation patching of single edges, in batches.
+
+If i -> j is the only edge that is cut, the whole model differs in one read: r_j is less by x_i - μ_i. All layers after
+reader j read the residual stream as in the whole model. So the pass of each edge begins at its reader, and the passes
+of many edges into one reader are one batch of residual streams.
+
+Shapes: B batch, T position, N = B * T tokens, P nodes that write, R readers, n edges at a time, D width.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from circuit_breaking.engine.masked_pass import MaskedPass
+from circuit_breaking.engine.network import LayerBlock, Workspace
+from circuit_breaking.engine.transformer import EdgeMaskedTransformer
+from circuit_breaking.engine.whole import write_mlp
+
+
+class SingleEdges:
+    """Final hidden states of the model with each edge cut alone, on one batch.
+
+    What a cut edge carries is what the model's ablation values say, also inside `model.resampling`.
+
+    Args:
+        model: the model; its mask does not matter.
+        tokens: int64 [B, T].
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: EdgeMaskedTransformer, tokens: Tensor) -> None:
+        self.model, self.tokens, self.graph = model, tokens, model.graph
+        self.network = model._network()
+        inputs = model._inputs(torch.ones_like(model.mask.weights), tokens)
+        self.rotary = inputs.rotary
+        run = MaskedPass(self.network, inputs, Workspace(), save_for_backward=False)
+        run.forward()
+        changes = run.buffers.node_outputs_3d.clone()  # x - μ [P, N, D]
+        changes.view(len(changes), *tokens.shape, -1)[:, :, : model.ablate_from] = 0
+        self.changes = changes
+        stream, self.streams = self.network.embed(tokens), []
+        for layer in range(self.graph.n_layers):
+            self.streams.append(stream)
+            stream = self._layer(layer, stream)
+        self.streams.append(stream)  # before each layer, and at the end: [N, D] each
+
+    def whole(self) -> Tensor:
+        """Final hidden state of the whole model, [B, T, D]."""
+        return self._hidden(self.streams[-1])[0]
+
+    @torch.no_grad()
+    def cut(self, edges_at_once: int = 32) -> Iterator[tuple[slice, Tensor]]:
+        """The edges in the graph's order, some at a time: which ones, and the final hidden state [n, B, T, D]."""
+        edge = 0
+        for reader, count in enumerate(self.model.n_read.tolist()):
+            for start in range(0, count, edges_at_once):
+                changes = self.changes[start : min(start + edges_at_once, count)]
+                found = self._hidden(self._from_reader(reader, changes))
+                yield slice(edge + start, edge + start + len(changes)), found
+            edge += count
+
+    def _from_reader(self, reader: int, changes: Tensor) -> Tensor:
+        """Final residual streams [n * N, D] if a reader gets less by each of some changes [n, N, D]."""
+        copies = len(changes)
+        layer, number = divmod(reader, self.graph.head_readers + 1)
+        stream = self.streams[layer]
+        if layer == self.graph.n_layers:  # `output`
+            return (stream - changes).flatten(0, 1)
+        block = self.network.blocks[layer]
+        if number < self.graph.head_readers:
+            qkv = block.qkv.of_stream(stream)[:, None].repeat(1, copies, 1, 1)  # [readers, n, N, K]
+            read = (stream - changes).flatten(0, 1)
+            qkv[number] = block.qkv.of_stream(read, slice(number, number + 1))[0].view_as(qkv[number])
+            heads = self._heads(block, qkv.flatten(1, 2))
+            after = self._after_heads(block, stream.repeat(copies, 1), heads)
+        else:
+            heads = self._heads(block, block.qkv.of_stream(stream))
+            before = stream if self.graph.parallel else stream + heads
+            read = (before - changes).flatten(0, 1)
+            after = (stream + heads).repeat(copies, 1) + mlp_output(block, read)
+        for later in range(layer + 1, self.graph.n_layers):
+            after = self._layer(later, after)
+        return after
+
+    def _layer(self, layer: int, stream: Tensor) -> Tensor:
+        """The residual streams [M, D] after a layer of the whole model."""
+        block = self.network.blocks[layer]
+        return self._after_heads(block, stream, self._heads(block, block.qkv.of_stream(stream)))
+
+    def _heads(self, block: LayerBlock, qkv: Tensor) -> Tensor:
+        """What all heads of a layer write together [M, D], from queries, keys and values [readers, M, K]."""
+        texts = qkv.shape[1] // self.tokens.shape[1]
+        z = block.attention(qkv, texts, self.rotary).transpose(0, 1).flatten(1)  # [M, H * K]
+        weight, bias = block.w_o.flatten(0, 1), len(block.w_o) * block.b_o
+        if block.attention_out_norm is None:
+            return torch.addmm(bias, z, weight)
+        out = z.new_empty(1, len(z), weight.shape[1])
+        block.attention_out_norm.write(out, z[None], weight[None], bias)
+        return out[0]
+
+    def _after_heads(self, block: LayerBlock, stream: Tensor, heads: Tensor) -> Tensor:
+        """The residual streams after a layer, from those before it and what its heads write, [M, D] each."""
+        after = stream + heads
+        return after + mlp_output(block, stream if self.graph.parallel else after)
+
+    def _hidden(self, streams: Tensor) -> Tensor:
+        return self.model.norm(streams).view(-1, *self.tokens.shape, streams.shape[-1])
+
+
+def mlp_output(block: LayerBlock, read: Tensor) -> Tensor:
+    """What a layer's MLP writes, from what it reads, [M, D] each."""
+    out = torch.empty_like(read)
+    write_mlp(block, read, out)
+    return out
