@@ -57,6 +57,7 @@ def test_logits_and_gradients_are_those_of_the_definition(family, split):
         assert got[1].abs().max() > 1e-3
 
 
+@pytest.mark.seconds_per_family
 def test_each_text_has_its_own_values(family):
     """Against one text at a time, whose outputs on the counterfactual are given as means by position."""
     model = exact(family())
@@ -97,6 +98,7 @@ def test_padding_changes_nothing(make):
         assert_same([batch[at : at + 1, : len(row)]], [alone])
 
 
+@pytest.mark.seconds_per_family
 @pytest.mark.parametrize("split", [False, True])
 def test_values_are_the_outputs_of_the_whole_model(family, split):
     model = exact(family(), split)

@@ -167,6 +167,7 @@ def test_eap_ig_over_activations(both):
     assert_scores(eap_ig_activations(paired(model), model, 2, "even"), expected / (2 * groups))
 
 
+@pytest.mark.seconds_per_family
 def test_scores_of_embed_add_up_to_the_change_of_the_metric(family):
     model = exact(family)
     ones = torch.ones(len(model.graph), dtype=torch.float64)
@@ -199,6 +200,7 @@ def by_masks(model, metric):
     return torch.stack(found)
 
 
+@pytest.mark.seconds_per_family
 def test_effects_of_single_edges_are_those_of_masks(family):
     split = family.args[0] in ("gpt2", "llama")
     model = exact(family, split)
