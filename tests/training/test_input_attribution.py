@@ -172,7 +172,7 @@ def test_scores_of_embed_add_up_to_the_change_of_the_metric(family):
     model = exact(family)
     ones = torch.ones(len(model.graph), dtype=torch.float64)
     change = float(difference(model)(ones) - difference(model, OTHERS)(ones))
-    scores = eap_ig_inputs(paired(model), model, 80)
+    scores = eap_ig_inputs(paired(model), model, 60)
     total = float(scores[model.edge_sources == 0].sum())
     assert abs(change) > 0.01 and total == pytest.approx(change, rel=0.01)
 
