@@ -148,7 +148,7 @@ def main(settings: Settings) -> None:
     )
     report.write(folder / REPORT)
     if (folder / METRICS).stat().st_size:  # no step was made if nothing may be masked
-        draw_training(folder, count="n_masked", counted=f"{settings.granularity}s masked")
+        draw_training(folder, count="n_masked", counted=f"{settings.granularity}s masked", final=share["units"])
     if prompts:  # else there is little to draw
         draw_report(folder)
     end_with_page(folder)

@@ -64,7 +64,7 @@ import torch
 from torch import Tensor
 
 from circuit_breaking.engine.conventions import values_left_in_stream
-from circuit_breaking.evaluation.faithfulness import Curve, faithfulness_curve, mean_of
+from circuit_breaking.evaluation.faithfulness import Curve, ends_of, faithfulness_curve, mean_of
 from circuit_breaking.figures.browser.page import end_with_page
 from circuit_breaking.ioi.experiment import Experiment, difference_on, open_experiment, paired_difference
 from circuit_breaking.runs.circuit_files import read_circuit, write_circuit
@@ -97,11 +97,18 @@ def main(settings: Settings) -> None:
     count = min(settings.num_test, len(experiment.task.test))
     size = next(size for size in range(min(BATCH, count), 0, -1) if count % size == 0)  # equal batches
     metric = mean_of([difference_on(model, batch) for batch in experiment.task.test[:count].batches(size)])
+    ends = ends_of(metric, model.mask.weights)
     curves: dict[str, dict[str, Curve]] = {}
     for name, circuit in circuits.items():
         curves[name] = {
             kind: faithfulness_curve(
-                metric, circuit, model.mask.weights, absolute=absolute, prune=settings.prune, progress=f"{name}, {kind}"
+                metric,
+                circuit,
+                model.mask.weights,
+                absolute=absolute,
+                prune=settings.prune,
+                progress=f"{name}, {kind}",
+                ends=ends,
             )
             for kind, absolute in (("cpr", False), ("cmd", True))
         }

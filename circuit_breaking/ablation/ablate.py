@@ -226,6 +226,7 @@ def wiring_of(hf: PreTrainedModel, edges: list[Edge], means: Tensor | None, abla
             "arguments": tuple(signature(hf.base_model.forward).parameters),
             "ablate_from": ablate_from,
             "batch": tuple(means.shape[1:3]) if means is not None and means.dim() == 4 else None,
+            "n_layers": graph.n_layers,
         }
         wiring.modules.append((hf.base_model, AblatedBody, body))
     return wiring

@@ -19,6 +19,7 @@ from circuit_breaking.models.families import describe
 from circuit_breaking.runs.files import write_text
 
 CARD = "README.md"
+EARLY = "assistant_early_exit"  # argument of `generate`: drafts by the first layers alone
 
 
 class AblatedModel:
@@ -41,6 +42,13 @@ class AblatedModel:
         card = Path(save_directory) / CARD
         if kwargs.get("is_main_process", True) and not card.exists():
             write_text(card, model_card(Path(save_directory).name, record, self.config))
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse what would run only the first layers, whose hidden state is not the stream alone."""
+        configs = (kwargs.get("generation_config"), self.generation_config)
+        if any(one for one in (kwargs.get(EARLY), *(getattr(config, EARLY, None) for config in configs))):
+            raise UserError(f"{EARLY} does not support cut edges. Give an assistant_model, or leave it out.")
+        return super().generate(*args, **kwargs)
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """Refuse what `generate_batch` is made with."""

@@ -7,11 +7,13 @@ from functools import cache
 from types import MethodType
 
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from circuit_breaking.errors import UserError
 
 PREFIX = "edge_cuts_"  # of everything that is added to a module
-PLAIN_TENSORS = (nn.Parameter, Tensor)  # weights of other classes, such as quantised ones, have no views of heads
+# weights of other classes, such as quantised ones, have no views of heads; torch.export traces with fake tensors
+PLAIN_TENSORS = (nn.Parameter, Tensor, FakeTensor)
 
 
 def check_inside(inside: tuple[tuple[nn.Module, str, nn.Module], ...]) -> None:
@@ -38,8 +40,22 @@ def check_inside(inside: tuple[tuple[nn.Module, str, nn.Module], ...]) -> None:
 @cache
 def subclass(mixin: type, base: type[nn.Module]) -> type[nn.Module]:
     # under the name of its base, by which transformers looks some things up
-    names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "stands_for": base}
+    names = {
+        "__module__": base.__module__, "__qualname__": base.__qualname__, "__reduce_ex__": _reduce, "mixin": mixin,
+        "stands_for": base,
+    }  # fmt: skip
     return type(base.__name__, (mixin, base), names)
+
+
+def _reduce(module: nn.Module, protocol: int) -> tuple:
+    # how copies are made and how torch.save and new processes get a module: a class of this kind is in no file
+    _, (kind, *_), *rest = object.__reduce_ex__(module, max(protocol, 2))
+    return _blank, (kind.mixin, kind.stands_for), *rest
+
+
+def _blank(mixin: type, base: type[nn.Module]) -> nn.Module:
+    kind = subclass(mixin, base)
+    return kind.__new__(kind)
 
 
 def install(module: nn.Module, mixin: type, **state: int | Tensor | tuple | None) -> None:

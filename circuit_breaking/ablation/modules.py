@@ -51,8 +51,9 @@ FEW_HEADS = 3  # up to which a product for each head is faster than one product 
 
 def _combine(matrix: Tensor, constants: Tensor | None, parts: Tensor) -> Tensor:
     """Sums of parts [..., R, D]: the rows of `matrix` [R, C] times `parts` [..., C, D], plus `constants` [R, D]."""
-    if torch.is_autocast_enabled(parts.device.type):  # which would round the stream
-        with torch.autocast(parts.device.type, enabled=False):
+    device = parts.device.type
+    if device != "meta" and torch.is_autocast_enabled(device):  # which would round the stream
+        with torch.autocast(device, enabled=False):
             sums = matrix.to(parts.dtype) @ parts
     else:
         sums = matrix.to(parts.dtype) @ parts
@@ -62,6 +63,11 @@ def _combine(matrix: Tensor, constants: Tensor | None, parts: Tensor) -> Tensor:
 def wide(x: Tensor) -> Tensor:
     """x in float32 if it is in half precision."""
     return x.float() if x.dtype in HALF else x
+
+
+def own_dtype(module: nn.Module) -> torch.dtype:
+    """The type that a module of a layer computes in: that of the layer's weights as they are now."""
+    return module.edge_cuts_like[0].weight.dtype
 
 
 class AblatedLayer:
@@ -114,7 +120,7 @@ class AblatedLayer:
         if self.edge_cuts_limited_after:
             pieces.append(ablated)
         after = torch.cat(pieces, -1) if len(pieces) > 1 else pieces[0]
-        return after if self.edge_cuts_wide_after else after.to(self.edge_cuts_matrix.dtype)
+        return after if self.edge_cuts_wide_after else after.to(own_dtype(self))
 
 
 class AblatedBody:
@@ -122,6 +128,11 @@ class AblatedBody:
     layers at which positions cuts act."""
 
     def forward(self, *args, **kwargs):
+        if self.config.num_hidden_layers != self.edge_cuts_n_layers:  # transformers runs as many
+            raise UserError(
+                f"this model has cut edges, and only {self.config.num_hidden_layers} of its {self.edge_cuts_n_layers} "
+                "layers are to run. Remove the cuts, or run all layers."
+            )
         given = dict(zip(self.edge_cuts_arguments, args, strict=False)) | kwargs
         cache = cache_of(given)
         if self.edge_cuts_batch is not None:
@@ -166,7 +177,7 @@ def own_parts(module: nn.Module, hidden_states: Tensor) -> Tensor:
     if ablated is not None:
         parts = hidden_states.unflatten(-1, (-1, d))
         mine = torch.where(parts[..., ablated : ablated + 1, :] != 0, mine, parts[..., stream : stream + 1, :])
-    return mine.to(module.edge_cuts_like.dtype)
+    return mine.to(own_dtype(module))
 
 
 class ReaderNorm:
@@ -176,7 +187,7 @@ class ReaderNorm:
         d, first = self.edge_cuts_d, self.edge_cuts_first
         if self.edge_cuts_count == 1 and self.edge_cuts_ablated is None:
             mine = hidden_states[..., first * d : (first + 1) * d]
-            return super().forward(mine.to(self.edge_cuts_like.dtype))
+            return super().forward(mine.to(own_dtype(self)))
         return super().forward(own_parts(self, hidden_states)).flatten(-2)
 
 
@@ -184,7 +195,7 @@ class StreamReader:
     """What reads a stream that may be in float32 where the model is in half precision: [..., D] -> what it computes."""
 
     def forward(self, hidden_states: Tensor, *args, **kwargs):
-        return super().forward(hidden_states.to(self.edge_cuts_like.dtype), *args, **kwargs)
+        return super().forward(hidden_states.to(own_dtype(self)), *args, **kwargs)
 
 
 class OutputNorm:
@@ -198,7 +209,7 @@ class OutputNorm:
         read = _combine(self.edge_cuts_matrix, self.edge_cuts_constants, parts).squeeze(-2)
         if self.edge_cuts_limited:
             read = torch.where(parts[..., -1, :] != 0, read, parts[..., 0, :])
-        return super().forward(read.to(self.edge_cuts_matrix.dtype))
+        return super().forward(read.to(self.weight.dtype))
 
 
 class UnitProjection:

@@ -47,7 +47,12 @@ def from_pretrained(
         weights, _ = locate(record.weights)
         check_fits(load_config(record.weights), config, name)
         keywords = {key: value for key, value in keywords.items() if key not in ("subfolder", "revision")}
-    keywords = {"use_safetensors": True, **keywords, "trust_remote_code": False}
+    if not keywords.setdefault("use_safetensors", True):
+        raise UserError(
+            "use_safetensors=False would read weights from files that may run code. Ablated models are read from "
+            "safetensors alone: leave it out."
+        )
+    keywords["trust_remote_code"] = False
     loaded = loader.from_pretrained(weights, *args, config=base, **keywords)
     hf, *info = loaded if isinstance(loaded, tuple) else (loaded,)
     cut(hf, record, means, name)

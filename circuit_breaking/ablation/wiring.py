@@ -121,11 +121,11 @@ class LayerWiring:
     def add_to(self, wiring: Wiring) -> None:
         layer, parts, d = self.layer, self.parts, self.spec.width
         whole = getattr(layer.layer, "_orig_mod", layer.layer)  # of a layer that was compiled by itself
-        like = self.like.new_empty(0)
+        like = (layer.out.module,)
         if not self.plan.changes_modules:
             for norm, block in ((layer.attention_norm, layer.attention), (layer.mlp_norm, layer.mlp)):
                 wiring.modules.append((block if norm is NO_NORM else norm.module, StreamReader, {"like": like}))
-            wiring.modules.append((whole, AblatedLayer, {**self._layer(), "inside": ()}))
+            wiring.modules.append((whole, AblatedLayer, {**self._layer(), "like": like, "inside": ()}))
             return
         ablated = parts.count - 1 if parts.ablated else None
         norm = {"d": d, "stream": parts.stream, "like": like}
@@ -148,7 +148,7 @@ class LayerWiring:
             for name, child in parent.named_children()
             if child in changed
         )
-        wiring.modules += [*changes, (whole, AblatedLayer, {**self._layer(), "inside": inside})]
+        wiring.modules += [*changes, (whole, AblatedLayer, {**self._layer(), "like": like, "inside": inside})]
 
     def _layer(self) -> State:
         plan, parts = self.plan, self.parts

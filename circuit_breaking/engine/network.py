@@ -57,7 +57,7 @@ class Network:
         groups: the layers, in groups that are read in one product (`layer_groups`).
         blocks: one `LayerBlock` a layer.
         embedding: token embeddings [V, D]; positions: learned position embeddings [max T, D], or None.
-        embedding_scale: factor of the token embeddings, a tensor [], or None.
+        embedding_scale: factor of the token embeddings.
         edge_readers, edge_sources: index of each edge's reader and source, int64 [E].
         n_read: how many nodes each reader reads, int64 [R].
         gradient_checkpointing: compute attention and MLP again in the backward instead of keeping their activations.
@@ -68,7 +68,7 @@ class Network:
     blocks: Sequence[LayerBlock]
     embedding: Tensor
     positions: Tensor | None
-    embedding_scale: Tensor | None
+    embedding_scale: float
     edge_readers: Tensor
     edge_sources: Tensor
     n_read: Tensor
@@ -77,7 +77,7 @@ class Network:
     def embed(self, tokens: Tensor) -> Tensor:
         """The output of `embed` [N, D] for tokens [B, T]: token embeddings, and learned positions if there are any."""
         embedding = F.embedding(tokens, self.embedding)
-        if self.embedding_scale is not None:
+        if self.embedding_scale != 1:
             embedding *= self.embedding_scale
         if self.positions is not None:
             embedding += self.positions[: tokens.shape[1]]

@@ -37,7 +37,8 @@ class _RMSNorm(torch.autograd.Function):
     def forward(ctx, x: Tensor, gain: Tensor, eps: float) -> Tensor:
         inverse = inverse_size(x, eps)
         ctx.save_for_backward(x, gain, inverse)
-        return (x * inverse).to(x.dtype) * gain
+        normed = x * inverse
+        return normed.to(x.dtype) * gain if gain.dtype == x.dtype else (normed * gain).to(x.dtype)
 
     @staticmethod
     @once_differentiable
@@ -50,6 +51,8 @@ class _RMSNorm(torch.autograd.Function):
 
 def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
     """Root-mean-square norm of x [..., D] (Zhang and Sennrich 2019), with a frozen gain [D].
+
+    Where the gain is more precise than x, only the product with it is rounded.
 
     `F.rms_norm` takes ten times as long on a CPU, where its backward is not one kernel. Hugging Face's module computes
     in float32 even for a model in float64.
@@ -65,15 +68,19 @@ def _rms(x: Tensor, weight: Tensor, bias: None, eps: float) -> Tensor:
     return rms_norm(x, weight, eps)
 
 
+def _rms_offset(x: Tensor, weight: Tensor, bias: None, eps: float) -> Tensor:
+    return rms_norm(x, _gain(weight, offset=True), eps)
+
+
+def _gain(weight: Tensor, offset: bool) -> Tensor:
+    # 1 + weight in bfloat16 would lose most of a small weight, so Hugging Face adds in float32
+    return 1 + weight.to(torch.promote_types(weight.dtype, torch.float32)) if offset else weight
+
+
 # `kind` of a `NormSpec` -> (x, gain, bias, eps) -> normalised x
 NORMS: dict[str, Callable[[Tensor, Tensor, Tensor | None, float], Tensor]] = {
-    "layer": _layer, "rms": _rms, "rms_offset": _rms, "none": lambda x, *_: x,
+    "layer": _layer, "rms": _rms, "rms_offset": _rms_offset, "none": lambda x, *_: x,
 }  # fmt: skip
-
-
-def gain_of(spec: NormSpec, source: WeightSource) -> Tensor:
-    """The factors of what a norm has divided, of the shape of its weight."""
-    return source.take(spec.gain(torch.promote_types(spec.weight.dtype, source.dtype)))
 
 
 class Norm(nn.Module):
@@ -82,7 +89,7 @@ class Norm(nn.Module):
     def __init__(self, spec: NormSpec, source: WeightSource) -> None:
         super().__init__()
         self.normalise, self.eps = NORMS[spec.kind], spec.eps
-        self.register_buffer("weight", None if spec.kind == "none" else gain_of(spec, source))
+        self.register_buffer("weight", None if spec.kind == "none" else source.take(spec.weight))
         self.register_buffer("bias", None if spec.bias is None else source.take(spec.bias))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -192,8 +199,13 @@ class OutputNorm(nn.Module):
 
     def __init__(self, spec: NormSpec, source: WeightSource) -> None:
         super().__init__()
-        self.eps = spec.eps
-        self.register_buffer("gain", gain_of(spec, source))  # [D]
+        self.eps, self.offset = spec.eps, spec.kind == "rms_offset"
+        self.register_buffer("weight", source.take(spec.weight))  # [D]
+
+    @property
+    def gain(self) -> Tensor:
+        """g, [D]."""
+        return _gain(self.weight, self.offset)
 
     def write(self, out: Tensor, z: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """Set `out` [n, N, D] to the outputs x_h of the nodes.
@@ -207,7 +219,7 @@ class OutputNorm(nn.Module):
         """
         torch.baddbmm(bias, z, weight, out=out)
         total = out.sum(0)
-        out.mul_(inverse_size(total, self.eps).to(out.dtype)).mul_(self.gain)
+        out.mul_(inverse_size(total, self.eps) * self.gain)  # rounded once, as in Hugging Face's modules
         return total
 
     def grad_z(self, gradient: Tensor, z: Tensor, weight: Tensor, bias: Tensor, total: Tensor) -> Tensor:

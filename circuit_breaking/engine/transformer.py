@@ -93,8 +93,7 @@ class EdgeMaskedTransformer(nn.Module):
             self.register_buffer(name, None if tensor is None else source.take(tensor))
         if spec.unembedding is spec.embedding:  # tied embeddings stay one
             self.unembedding = self.embedding
-        scale = None if spec.embedding_scale == 1 else self.embedding.new_tensor(spec.embedding_scale)
-        self.register_buffer("embedding_scale", scale)
+        self.embedding_scale = spec.embedding_scale
         self.register_buffer("edge_readers", self.graph.edge_readers)
         self.register_buffer("edge_sources", self.graph.edge_sources)
         self.register_buffer("n_read", self.graph.edge_readers.bincount(minlength=len(self.graph.readers)))

@@ -70,9 +70,10 @@ def stability(models: list[ComparedModel]) -> list[dict[str, Any]]:
     Masks of different sweeps are not compared with each other.
 
     Returns:
-        One row per budget and ablation with at least two masks: their names and numbers of edges, `jaccard` (mean
-        Jaccard similarity over all pairs of masks), `by_chance` (its expectation for as many edges drawn at random),
-        and `chosen_by` (the number of masks that cut each edge).
+        One row per budget, ablation, sweep and method with at least two masks: these four (sweep and method where they
+        are known), names and numbers of edges of the masks, `jaccard` (mean Jaccard similarity over all pairs of
+        masks), `by_chance` (its expectation for as many edges drawn at random), and `chosen_by` (the number of masks
+        that cut each edge).
     """
     groups: dict[tuple, list[ComparedModel]] = {}
     for model in models:
@@ -80,7 +81,7 @@ def stability(models: list[ComparedModel]) -> list[dict[str, Any]]:
             key = ("ablation", "budget", "sweep", "method")
             groups.setdefault(tuple(model.about.get(name) for name in key), []).append(model)
     rows = []
-    for (ablation, budget, *_), members in groups.items():
+    for (ablation, budget, sweep, method), members in groups.items():
         if len(members) < 2:
             continue
         counts = Counter(edge for model in members for edge in model.edges)
@@ -90,6 +91,7 @@ def stability(models: list[ComparedModel]) -> list[dict[str, Any]]:
             {
                 "ablation": ablation,
                 "budget": budget,
+                **{name: value for name, value in (("sweep", sweep), ("method", method)) if value is not None},
                 "masks": [model.name for model in members],
                 "sizes": sizes,
                 "jaccard": jaccard(model.edges for model in members),

@@ -104,6 +104,11 @@ def mean_of(metrics: Iterable[MaskFunction]) -> MaskMetric:
     return mean
 
 
+def ends_of(metric: MaskMetric, mask: Tensor) -> tuple[float, float]:
+    """The metric with all edges kept, m(N), and with all edges cut, m(∅). `mask` [E] gives their type and device."""
+    return metric(torch.ones_like(mask)), metric(torch.zeros_like(mask))
+
+
 def faithfulness_curve(
     metric: MaskMetric,
     circuit: Circuit,
@@ -112,6 +117,7 @@ def faithfulness_curve(
     absolute: bool = False,
     prune: bool = True,
     progress: str | None = None,
+    ends: tuple[float, float] | None = None,
 ) -> Curve:
     """The faithfulness of circuits that keep a growing fraction of the edges, by their scores.
 
@@ -126,6 +132,7 @@ def faithfulness_curve(
         absolute: whether scores far below zero count as high.
         prune: whether edges on no path from `embed` to `output` are cut too, as in MIB. They are part of `fractions`.
         progress: text of a progress bar; None: no bar.
+        ends: m(N) and m(∅), where `ends_of` has measured them before; None: they are measured.
 
     Raises:
         UserError: the fractions do not rise from above 0 to at most 1, or there are no scores.
@@ -137,11 +144,10 @@ def faithfulness_curve(
     def measure(kept: Tensor) -> float:
         return metric(kept.to(mask))
 
-    nothing = torch.zeros_like(circuit.kept)
     counts, values = [], []
     for fraction in progress_bar(fractions, shown=bool(progress), desc=progress, unit="size"):
         chosen = circuit.top(int(fraction * len(circuit.graph)), absolute)
         kept = (chosen.pruned() if prune else chosen).kept
         counts.append(int(kept.sum()))
         values.append(measure(kept))
-    return Curve(fractions, tuple(counts), tuple(values), measure(~nothing), measure(nothing))
+    return Curve(fractions, tuple(counts), tuple(values), *(ends or ends_of(metric, mask)))

@@ -23,7 +23,13 @@ from circuit_breaking.figures.style import (
     legend_below,
     log_counts,
 )
-from circuit_breaking.figures.training import INDIRECT_OBJECT, LOGIT_DIFFERENCE, draw_training
+from circuit_breaking.figures.training import (
+    ANSWER,
+    ANSWER_DIFFERENCE,
+    INDIRECT_OBJECT,
+    LOGIT_DIFFERENCE,
+    draw_training,
+)
 from circuit_breaking.runs.checked_json import CheckedJson
 from circuit_breaking.runs.ioi_results import IOI_COMPARISON, IOI_REPORT, IOIComparison, IOIReport, NextTokens, Stages
 from circuit_breaking.runs.records import Record, RunSettings, read_value
@@ -35,6 +41,7 @@ PANELS = {  # measures of a report, with the title of each panel
     "probability": "answer probability",
     "ordinary_loss": "ordinary loss, nats",
 }
+NAMES, ANSWERS = ("indirect object", "subject"), ("right answer", "wrong answer")  # of IOI, and of other tasks
 COMPARED = {"logit_difference": "logit difference, right - wrong", "ordinary_loss": "loss on ordinary text, nats"}
 
 
@@ -193,11 +200,15 @@ def read_models(folder: Path) -> list[Measured]:
     return found
 
 
-def draw_next_tokens(folder: Path | str) -> Path:
+def draw_next_tokens(folder: Path | str, labels: tuple[str, str] = NAMES) -> Path:
     """Draw the likeliest next tokens after one prompt as bars, for the original model and with the mask.
 
     Reads `next_tokens.json` (`prompt`, `IO`, `S`, and `models`: by name, rows of token and probability) and writes
     `next_tokens.png`, both in `folder`.
+
+    Args:
+        folder: the run folder.
+        labels: what the tokens `IO` and `S` are, for the legend.
 
     Raises:
         UserError: the file is missing or damaged.
@@ -214,7 +225,7 @@ def draw_next_tokens(folder: Path | str) -> Path:
         drawn.suptitle(f"{prompt} …", fontsize=9)
         handles = [
             Line2D([], [], color=colour, marker="s", linestyle="", label=label)
-            for colour, label in ((BLUE, "indirect object"), (VERMILION, "subject"))
+            for colour, label in zip((BLUE, VERMILION), labels, strict=True)
         ]
         drawn.legend(handles=handles, loc="outside lower center", ncols=2)
     return path
@@ -252,11 +263,13 @@ def _token_bars(axes: Axes, bars: list[tuple[str, float]], colours: dict[str, st
 
 def draw_run(folder: Path) -> None:
     """Draw all pictures of a run folder of ioi/train_mask.py or ioi/alternative_masks.py, from its files."""
-    if (folder / "metrics.jsonl").is_file():
-        settings = RunSettings.read(folder / "settings.json", "Make it with ioi/train_mask.py.").provenance.get(
-            "settings"
-        )
-        by_logits = isinstance(settings, dict) and settings.get("objective") == "logit_difference"
-        draw_training(folder, broken=LOGIT_DIFFERENCE if by_logits else INDIRECT_OBJECT)
+    path, trained, found = folder / "settings.json", (folder / "metrics.jsonl").is_file(), None
+    if trained or path.is_file():
+        found = RunSettings.read(path, "Make it with ioi/train_mask.py.").provenance.get("settings")
+    settings = found if isinstance(found, dict) else {}
+    names = settings.get("task", "ioi") == "ioi"
+    if trained:
+        kinds = (INDIRECT_OBJECT, LOGIT_DIFFERENCE) if names else (ANSWER, ANSWER_DIFFERENCE)
+        draw_training(folder, broken=kinds[settings.get("objective") == "logit_difference"])
     draw_edges(folder)
-    draw_next_tokens(folder)
+    draw_next_tokens(folder, NAMES if names else ANSWERS)

@@ -46,12 +46,19 @@ class Broken:
 
 
 TOXIC = Broken("toxic text (to rise)")
+ANSWER = Broken("right answer (to rise)")
 INDIRECT_OBJECT = Broken("indirect object (to rise)")
+ANSWER_DIFFERENCE = Broken("logit difference, right - wrong (to fall)", "logit difference", -1.0)
 LOGIT_DIFFERENCE = Broken("logit difference, IO - S (to fall)", "logit difference", -1.0)
 
 
 def draw_training(
-    folder: Path | str, smooth: int = 9, broken: Broken = TOXIC, count: str = "n_cut", counted: str = "edges cut"
+    folder: Path | str,
+    smooth: int = 9,
+    broken: Broken = TOXIC,
+    count: str = "n_cut",
+    counted: str = "edges cut",
+    final: int | None = None,
 ) -> Path:
     """Draw the loss to keep, the loss to raise, and the number of edges cut over the steps of a mask's training.
 
@@ -64,6 +71,8 @@ def draw_training(
         broken: how the loss to raise is drawn.
         count: the column that counts what is cut, "n_masked" for a mask over weights.
         counted: the axis label of that count.
+        final: the count of the mask that was saved, where it is made from the last step by rounding; None: that of the
+            last step.
 
     Raises:
         UserError: there is no such file, it holds no rows, or a row lacks one of the columns.
@@ -87,12 +96,15 @@ def draw_training(
         panels[0].set(ylabel=broken.axis)
         losses.set(ylabel="loss of a batch, nats")
         drawn.legend(loc="outside upper center", ncols=2)
-        cut.step(steps, columns[count], where="mid", color=BLACK, linewidth=1.2)
+        counts = columns[count]
+        if final is not None:
+            steps, counts = np.append(steps, steps[-1] + 1), np.append(counts, final)
+        cut.step(steps, counts, where="mid", color=BLACK, linewidth=1.2)
         cut.set(xlabel="step", ylabel=counted)
         cut.set_ylim(bottom=0)
         cut.yaxis.set_major_locator(MaxNLocator(4, integer=True))
         cut.annotate(
-            f"{columns[count][-1]:,.0f}", (steps[-1], columns[count][-1]), xytext=(3, 0),
+            f"{counts[-1]:,.0f}", (steps[-1], counts[-1]), xytext=(3, 0),
             textcoords="offset points", va="center", fontsize=8, annotation_clip=False,
         )  # fmt: skip
         if len(starts) > 1:

@@ -13,14 +13,16 @@ from circuit_breaking.errors import UserError
 from circuit_breaking.runs.files import ROOT
 
 PACKAGE = Path(__file__).resolve().parents[1]
+DRAWING = "figures"  # the sub-package that no result depends on: it reads result files, and nothing that makes them
+# imports it (tests/test_house.py)
 _computed: dict[str, dict[str, str]] = {}  # `source_hashes` by `code_hash`
 
 
 def source_hashes(settings: Any = None) -> dict[str, str]:
-    """SHA-256 of each source file that may take part in a run, by its path from the root of the repository.
+    """SHA-256 of each source file that a result may depend on, by its path from the root of the repository.
 
-    These are the files of this package, the script, and the modules in the script's folder that it imports, directly or
-    through each other. A file outside the repository has its full path.
+    These are the files of this package except those that draw pictures, the script, and the modules in the script's
+    folder that it imports, directly or through each other. A file outside the repository has its full path.
 
     Args:
         settings: the script's settings; the script is the file that defines their class. If that is unknown, it is the
@@ -84,7 +86,8 @@ def _with_imported(script: Path) -> frozenset[Path]:
 
 @cache
 def _package_files() -> tuple[Path, ...]:
-    return tuple(PACKAGE.rglob("*.py"))
+    drawing = PACKAGE / DRAWING
+    return tuple(path for path in PACKAGE.rglob("*.py") if drawing not in path.parents)
 
 
 @cache  # the code that runs is what was read when the process began, so a file is hashed once

@@ -35,11 +35,12 @@ def generate(tokenizer: PreTrainedTokenizerBase, draw: random.Random, name: str)
 
 
 def problem(draw: random.Random, sign: str) -> tuple[str, str]:
-    """A problem up to the equals sign, and its result."""
+    """A problem of two numbers of two digits up to the equals sign, and its result, which is not 0."""
     one, other = draw.randrange(10, 100), draw.randrange(10, 100)
     if sign == "-":
         one, other = max(one, other), min(one, other)
-        one += one == other
+        if one == other:
+            one, other = (one + 1, other) if one < 99 else (one, other - 1)
     return f"{one}{sign}{other}=", str(one + other if sign == "+" else one - other)
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import threading
+from multiprocessing.reduction import ForkingPickler
 
 import pytest
 import torch
@@ -117,6 +118,17 @@ def test_copies_and_replicas_are_cut_too(family):
     assert logits(twin).equal(logits(hf))
 
 
+def test_a_whole_model_travels_to_other_processes_with_its_cuts(family):
+    """As `torch.save(model)` and processes that are spawned store it."""
+    hf = family()
+    with ablate(hf, some_edges(hf, 20), ablate_from=1):
+        cut, stored = logits(hf), ForkingPickler.dumps(hf)
+    twin = ForkingPickler.loads(stored)
+    assert logits(twin).equal(cut)
+    twin.edge_cuts.remove()
+    assert type(twin) is type(hf) and logits(twin).equal(logits(hf))
+
+
 # Training
 
 
@@ -209,6 +221,18 @@ def test_new_weights_count(family, name, change):
     with ablate(hf, edges):
         change(hf, new)
         torch.testing.assert_close(logits(hf), expected)
+
+
+def test_new_weights_of_another_precision_count(family):
+    hf, new = family(), family()
+    for parameter in new.parameters():
+        parameter.data = parameter.data.bfloat16()
+    edges = some_edges(hf, 20)
+    with ablate(new, edges):
+        expected = logits(new)
+    with ablate(hf, edges):
+        hf.load_state_dict(new.state_dict(), assign=True)
+        assert logits(hf).equal(expected)
 
 
 def test_masked_weights_count():

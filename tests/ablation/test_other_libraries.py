@@ -35,6 +35,32 @@ def test_a_cache_without_a_length_is_refused():
         hf(TOKENS, cache=object())
 
 
+@FAMILIES
+def test_running_fewer_layers_is_refused(make):
+    hf = make()
+    with ablate(hf, some_edges(hf, 20)):
+        with pytest.raises(UserError, match="assistant_early_exit does not support cut edges"):
+            generated(hf, TOKENS[:1], assistant_early_exit=1)
+        assert hf.config.num_hidden_layers == 3
+        hf.config.num_hidden_layers = 1
+        with pytest.raises(UserError, match="only 1 of its 3 layers are to run"):
+            logits(hf)
+
+
+@COMPILED
+def test_exported_programs_are_cut(make):
+    hf = make()
+    with ablate(hf, some_edges(hf, 20)):
+        program = torch.export.export(hf, (), {"input_ids": TOKENS, "use_cache": False}, strict=False)
+        torch.testing.assert_close(program.module()(input_ids=TOKENS, use_cache=False).logits, logits(hf))
+
+
+def test_shapes_are_known_without_weights():
+    hf = small_gpt2()
+    with ablate(hf, some_edges(hf, 20)):
+        assert hf.to("meta")(TOKENS.to("meta")).logits.shape == (*TOKENS.shape, 50)
+
+
 # accelerate
 
 

@@ -18,6 +18,7 @@ from circuit_breaking.engine.reference import ReferenceModel
 from circuit_breaking.models.load import TINY
 from circuit_breaking.training.config import MaskConfig
 from circuit_breaking.training.mask_trainer import train_mask
+from circuit_breaking.training.methods import METHODS
 from circuit_breaking.training.weight_trainer import WeightMaskSettings, train_weight_mask
 
 pytestmark = pytest.mark.gpu
@@ -101,7 +102,7 @@ def test_bfloat16_is_near_float32():
     assert (near - exact).norm() < 0.03 * exact.norm()
 
 
-@pytest.mark.parametrize("method", ["clamped", "hard-concrete", "attribution"])
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("max_edges", [0, 7])
 def test_training_keeps_the_budget_there(method, max_edges):
     model = load_model(small_gpt2(), device=GPU)

@@ -3,9 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 
 from circuit_breaking.engine.network import Workspace
-from circuit_breaking.engine.norms import NormedProjection, centre, rms_norm
+from circuit_breaking.engine.norms import Norm, NormedProjection, OutputNorm, centre, rms_norm
+from circuit_breaking.engine.weights import WeightSource
+from circuit_breaking.models.families.spec import NormSpec
 
 EPS = 1e-5
 
@@ -45,6 +48,23 @@ def test_rms_norm_equals_torch():
     torch.testing.assert_close(rms_norm(x, gain, EPS), F.rms_norm(x, gain.shape, gain, EPS), rtol=0, atol=1e-14)
     assert torch.autograd.gradcheck(lambda x: rms_norm(x, gain, EPS), x)
     assert rms_norm(x.bfloat16(), gain.bfloat16(), EPS).dtype == torch.bfloat16
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_norms_of_gemma_add_one_in_float32(dtype):
+    """As Hugging Face's do. 1 + weight in bfloat16 would be 1 for each weight here."""
+    module = Gemma2RMSNorm(64, EPS).to(dtype)
+    torch.manual_seed(0)
+    module.weight.data.uniform_(-0.0015, 0.0015)
+    x, spec = torch.randn(9, 64).to(dtype), NormSpec("rms_offset", module, EPS)
+    z, weight = torch.randn(1, 9, 8).to(dtype), torch.randn(1, 8, 64).to(dtype)
+    source, out = WeightSource(dtype, torch.device("cpu")), torch.empty(1, 9, 64, dtype=dtype)
+    after = OutputNorm(spec, source)
+    after.write(out, z, weight, torch.zeros(64, dtype=dtype))
+    assert after.gain.dtype == torch.float32 and float(after.gain.std()) > 5e-4
+    for mine, theirs in ((Norm(spec, source)(x), module(x)), (out[0], module((z @ weight)[0]))):
+        assert float((mine - theirs).float().abs().mean()) < 1e-4  # a few numbers may be rounded the other way
 
 
 def test_workspace_hands_memory_out_once():

@@ -22,6 +22,7 @@ from circuit_breaking.evaluation.faithfulness import (
     MIB_FRACTIONS,
     Curve,
     area,
+    ends_of,
     faithfulness_curve,
     mean_of,
 )
@@ -178,3 +179,16 @@ def test_overlap_of_masks():
         overlap_matrix({"one": circuit_of(GRAPH, []), "two": circuit_of(EdgeGraph(1, 2), [])})
     with pytest.raises(UserError, match="no circuit"):
         overlap_matrix({})
+
+
+def test_known_ends_are_not_measured_again():
+    circuit, ones, seen = scored(GRAPH), torch.ones(len(GRAPH)), []
+
+    def metric(mask):
+        seen.append(float(mask.mean()))
+        return float(mask.mean())
+
+    ends = ends_of(metric, ones)
+    assert ends == (1.0, 0.0) and seen == [1.0, 0.0]
+    known, measured = (faithfulness_curve(metric, circuit, ones, (0.1, 0.4), ends=one) for one in (ends, None))
+    assert known == measured and len(seen) == 2 + 2 + 4

@@ -165,6 +165,11 @@ def test_stability_groups_masks_that_differ_in_seed():
     assert row["masks"] == ["a", "b", "c"] and row["jaccard"] == pytest.approx((1 / 3 + 1 + 1 / 3) / 3)
     assert row["chosen_by"] == {"x": 3, "y": 2, "z": 1}
     assert row["by_chance"] == pytest.approx((1 * 1 + 16 * (1 / 3) + 28 * 0) / 45)  # of 45 pairs of edges
+    assert not {"sweep", "method"} & row.keys()
+    for model in masks[:2]:
+        model.about |= {"sweep": "first", "method": "ranking"}
+    (row,) = stability(masks)
+    assert row["masks"] == ["a", "b"] and (row["sweep"], row["method"]) == ("first", "ranking")
 
 
 # Files and costs

@@ -1,5 +1,6 @@
 """Pictures of masks, and the published circuit: drawn from files alone, saying what the files say."""
 
+import json
 from contextlib import nullcontext
 from itertools import combinations, pairwise
 
@@ -16,12 +17,15 @@ from circuit_breaking.figures.indirect_objects import (
     draw_comparison,
     draw_models,
     draw_next_tokens,
+    draw_run,
     draw_stages,
 )
+from circuit_breaking.figures.training import draw_training
 from circuit_breaking.graph import Edge, EdgeGraph, node_of
 from circuit_breaking.ioi.known_circuits import HEADS, circuit_edges, overlap
 from circuit_breaking.runs.files import read_json, write_json, write_text
 from circuit_breaking.runs.ioi_results import GraphRecord
+from circuit_breaking.runs.records import RunSettings
 
 
 def some_edges(graph, count, seed=0):
@@ -224,3 +228,28 @@ def test_dollar_signs_are_drawn_as_they_are(tmp_path, drawn):
     texts = [drawn[0]._suptitle, axes.title, *axes.get_yticklabels()]
     assert [text.get_text() for text in texts] == [f"{prompt} …", "original $m_1$", "$a$", "$"]
     assert not any(text.get_parse_math() for text in texts)
+
+
+@pytest.mark.parametrize(
+    ("task", "names"),
+    [("ioi", ("IO - S", "indirect object", "subject")), ("addition", ("right - wrong", "right answer"))],
+)
+def test_other_tasks_have_no_names(tmp_path, drawn, monkeypatch, task, names):
+    monkeypatch.setattr("circuit_breaking.figures.indirect_objects.draw_edges", lambda folder: None)
+    settings = {"task": task, "objective": "logit_difference"}
+    RunSettings(script="ioi/train_mask.py", provenance={"settings": settings}).write(tmp_path / "settings.json")
+    rows = [{"step": step, "keep_loss": 1.0, "break_loss": -2.0, "n_cut": 4} for step in range(3)]
+    write_text(tmp_path / "metrics.jsonl", "".join(f"{json.dumps(row)}\n" for row in rows))
+    bars = [{"token": " a", "probability": 0.7}]
+    write_json(tmp_path / "next_tokens.json", {"prompt": "1+1=", "IO": " a", "S": " b", "models": {"original": bars}})
+    draw_run(tmp_path)
+    written = " ".join(text.get_text() for figure in drawn for legend in figure.legends for text in legend.get_texts())
+    assert all(name in written for name in names) and ("subject" in written) == (task == "ioi")
+
+
+def test_a_count_after_the_last_step_is_drawn(tmp_path, drawn):
+    rows = [{"step": step, "keep_loss": 1.0, "break_loss": 2.0, "n_masked": 9} for step in range(3)]
+    write_text(tmp_path / "metrics.jsonl", "".join(f"{json.dumps(row)}\n" for row in rows))
+    draw_training(tmp_path, count="n_masked", counted="units masked", final=5)
+    (line,) = drawn[0].axes[-1].lines
+    assert list(line.get_ydata()) == [9, 9, 9, 5] and drawn[0].axes[-1].texts[0].get_text() == "5"

@@ -37,6 +37,7 @@ def edit(tmp_path, monkeypatch):
         for cached in (code._sha256, code._package_files, code._with_imported):
             cached.cache_clear()
 
+    (package / "figures").mkdir()
     editing("circuit_breaking/graph.py", "EDGES = 1\n")
     yield editing
     for cached in (code._sha256, code._package_files, code._with_imported):
@@ -67,6 +68,7 @@ def test_every_edit_is_another_code(edit, tmp_path, monkeypatch):
     assert len(set(seen)) == 6
     edit("toxicity/another_script.py", "c = 2\n")  # which this one does not import
     edit("toxicity/notes.txt", "")
+    edit("circuit_breaking/figures/style.py", "GREY = 1\n")  # pictures are drawn from results
     assert code_hash(Settings()) == seen[-1]
     words = difference(before, source_hashes(Settings()))
     assert words == "circuit_breaking/graph.py, circuit_breaking/tasks/new.py, toxicity/stub.py and 1 more differ"

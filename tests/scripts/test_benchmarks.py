@@ -36,3 +36,14 @@ def test_rounding_is_that_of_the_whole_model(tmp_path, capsys):
     assert "KL divergence from float64" in capsys.readouterr().out
     with pytest.raises(UserError, match="between 0 and 1"):
         rounding.main(rounding.Settings(shares=(2.0,), out=out))
+
+
+def test_first_position_measures_each_way(tmp_path, capsys):
+    first = load_script("benchmarks/first_position.py")
+    out = tmp_path / "first.json"
+    first.main(first.Settings(cuts=("m0->m1", "m0"), num_means=8, num_test=6, length=12, device="cpu", out=out))
+    found = read_json(out)
+    rises = found["rises"]
+    assert list(rises) == ["m0->m1", "m0"] and all(list(row) == list(first.WAYS) for row in rises.values())
+    assert all(len(set(row.values())) == len(row) for row in rises.values())  # no two ways are the same
+    assert found["norm_at_first"] > 0 and found["largest"] in capsys.readouterr().out

@@ -1,5 +1,6 @@
 """Generated tasks: their prompts, answers and counterfactuals, and the metric against a plain definition."""
 
+import random
 import re
 
 import pytest
@@ -125,6 +126,13 @@ def test_arithmetic_is_right(tokenizer, name):
             result = eval(lines[-1].removesuffix("="))
             assert result >= 0 and str(result).startswith(answer[0])
             assert answer[0] == str(result) or len(answer[0]) == 1
+
+
+@pytest.mark.parametrize(("number", "expected"), [(99, ("99-98=", "1")), (10, ("11-10=", "1"))])
+def test_differences_are_of_two_digits_each(number, expected, monkeypatch):
+    draw = random.Random(0)
+    monkeypatch.setattr(draw, "randrange", lambda *limits: number)
+    assert arithmetic.problem(draw, "-") == expected
 
 
 def test_docstrings_ask_for_the_third_argument(one_tokenizer):
