@@ -282,26 +282,6 @@ def test_a_card_on_the_hub_stays(hub, monkeypatch):
     assert mine.read_text().endswith("my own words")
 
 
-def test_a_revision_is_of_all_files(tmp_path, monkeypatch):
-    """In a cache of the hub that holds two revisions of one repository."""
-    hf, repository = small_gpt2(), tmp_path / "models--user--repo"
-    cuts = {"main": (some_edges(hf, 4), 1.0), "v1": (some_edges(hf, 12), 2.0)}  # edges, and factor of the means
-    (repository / "refs").mkdir(parents=True)
-    for number, (revision, (edges, factor)) in enumerate(cuts.items()):
-        (repository / "refs" / revision).write_text(str(number) * 40)
-        save_ablated(repository / "snapshots" / (str(number) * 40), hf, edges, factor * means_of(hf))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    for revision, (edges, factor) in cuts.items():
-        where = {"revision": revision, "cache_dir": tmp_path, "local_files_only": True}
-        auto = AutoModelForCausalLM.from_pretrained("user/repo", use_safetensors=True, **where)
-        for found in (auto, load_ablated("user/repo", "cpu", revision=revision)):
-            assert found.edge_cuts.edges == edges and found.edge_cuts.means.equal(factor * means_of(hf))
-    assert load_ablated("user/repo", "cpu").edge_cuts.edges == cuts["main"][0]
-    with pytest.raises(UserError, match="user/repo"):
-        load_ablated("user/repo", "cpu", revision="v2")
-
-
 def test_a_name_that_is_not_there(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="nobody/nothing is neither a folder nor an ablated model on"):
