@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 $(READY): requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -r requirements.txt
-	$(BIN)/pip install --quiet -e ".[dev,gguf,cluster,harness,peft]"
+	$(BIN)/pip install --quiet -e ".[dev,gguf,cluster,tracking,harness,peft]"
 	touch $@
 
 demo: $(READY)

@@ -21,13 +21,15 @@ from circuit_breaking.evaluation.settings import MeasureSettings
 from circuit_breaking.runs.cli import read_settings, run_script
 from circuit_breaking.runs.config import check_counts, resolve_defaults
 from circuit_breaking.runs.files import DATA
-from circuit_breaking.runs.settings import ModelSettings, OutSettings, ResumeSettings
+from circuit_breaking.runs.settings import ModelSettings, OutSettings, ResumeSettings, TrackingSettings
 from circuit_breaking.toxicity.settings import ToxicDataSettings, default_data, require_data
 from circuit_breaking.training.config import WeightMaskSettings, check_weight_mask
 
 
 @dataclass
-class Settings(WeightMaskSettings, MeasureSettings, ToxicDataSettings, ModelSettings, OutSettings, ResumeSettings):
+class Settings(
+    WeightMaskSettings, MeasureSettings, ToxicDataSettings, ModelSettings, OutSettings, ResumeSettings, TrackingSettings
+):
     MOST_USED: ClassVar = (
         "model", "granularity", "max_masked", "method", "alpha", "examples", "scorer", "save_model", "run", "seed",
         "device",
@@ -121,7 +123,7 @@ def main(settings: Settings) -> None:
     hf = load_hf_model(settings.model, settings.device, settings.dtype, only_supported=True)
     inputs = [settings.toxic_train, settings.toxic_test, Path(settings.ordinary), *files_of(settings.model)]
     record = provenance(settings, [path for path in inputs if path.is_file()])
-    with recorded(folder, record, settings.resume, settings.checkpoint_every) as how:
+    with recorded(folder, record, settings.resume, settings.checkpoint_every, log_with=settings.log_with) as how:
         RunSettings(script="mask_learning.py", provenance=record).write(folder / "settings.json")
         result = train_weight_mask(hf, tasks["toxic"], tasks["ordinary"], settings, **how)
         save_weight_mask(folder / "weight_mask.safetensors", hf, result.mask, record, settings.model)

@@ -23,11 +23,11 @@ from circuit_breaking.errors import UserError
 from circuit_breaking.ioi.settings import IOIMaskSettings
 from circuit_breaking.runs.cli import read_settings, run_script
 from circuit_breaking.runs.config import check_counts
-from circuit_breaking.runs.settings import ResumeSettings
+from circuit_breaking.runs.settings import ResumeSettings, TrackingSettings
 
 
 @dataclass
-class Settings(IOIMaskSettings, ResumeSettings):
+class Settings(IOIMaskSettings, ResumeSettings, TrackingSettings):
     MOST_USED: ClassVar = (
         "kind", "model", "task", "prompts", "max_edges", "means", "frozen", "masks", "faithful", "run", "seed",
         "device",
@@ -152,7 +152,7 @@ def train(folder: Path, experiment: Experiment, allowed: Tensor | None = None) -
     given = experiment.settings
     train_into(
         folder, experiment.model, experiment.task, experiment.ordinary, given, allowed, experiment.provenance,
-        given.resume, given.checkpoint_every,
+        given.resume, given.checkpoint_every, log_with=given.log_with,
     )  # fmt: skip
 
 

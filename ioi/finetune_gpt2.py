@@ -23,11 +23,11 @@ from circuit_breaking.ioi.settings import (
 )
 from circuit_breaking.runs.cli import read_settings, run_script
 from circuit_breaking.runs.config import check_counts, resolve_defaults
-from circuit_breaking.runs.settings import ModelSettings, ResumeSettings
+from circuit_breaking.runs.settings import ModelSettings, ResumeSettings, TrackingSettings
 
 
 @dataclass
-class Settings(ObjectiveSettings, PromptSettings, ModelSettings, IOIRunSettings, ResumeSettings):
+class Settings(ObjectiveSettings, PromptSettings, ModelSettings, IOIRunSettings, ResumeSettings, TrackingSettings):
     MOST_USED: ClassVar = (
         "model", "task", "prompts", "steps", "batch_size", "lr", "alpha", "break_cap", "objective", "run", "seed",
         "device",
@@ -88,7 +88,7 @@ def main(settings: Settings) -> None:
     inputs = [settings.train, settings.test, Path(settings.ordinary), *files_of(settings.model)]
     record = provenance(settings, [path for path in inputs if path and path.is_file()])
     hf = load_hf_model(settings.model, settings.device, settings.dtype)
-    with recorded(folder, record, settings.resume, settings.checkpoint_every) as how:
+    with recorded(folder, record, settings.resume, settings.checkpoint_every, log_with=settings.log_with) as how:
         finetune(hf, task, ordinary, settings, **how)
         save_hf_folder(folder / "model", hf, tokenizer)
         RunSettings(script="ioi/finetune_gpt2.py", provenance=record).write(folder / "settings.json")

@@ -18,12 +18,12 @@ from typing import ClassVar
 
 from circuit_breaking.ioi.settings import IOIMaskSettings
 from circuit_breaking.runs.cli import read_settings, run_script
-from circuit_breaking.runs.settings import ResumeSettings
+from circuit_breaking.runs.settings import ResumeSettings, TrackingSettings
 from circuit_breaking.training.config import check_mask
 
 
 @dataclass
-class Settings(IOIMaskSettings, ResumeSettings):
+class Settings(IOIMaskSettings, ResumeSettings, TrackingSettings):
     MOST_USED: ClassVar = (
         "model", "task", "prompts", "max_edges", "steps", "alpha", "means", "objective", "run", "seed", "device",
     )  # fmt: skip
@@ -53,7 +53,7 @@ def main(settings: Settings) -> None:
         before = experiment.summary()
         result = train_into(
             folder, experiment.model, experiment.task, experiment.ordinary, settings, None, experiment.provenance,
-            settings.resume, settings.checkpoint_every, lock=False,
+            settings.resume, settings.checkpoint_every, lock=False, log_with=settings.log_with,
         )  # fmt: skip
         if not is_main():
             return

@@ -19,7 +19,13 @@ from typing import Any, ClassVar
 from circuit_breaking.evaluation.settings import HeldOutSettings
 from circuit_breaking.runs.cli import read_settings, run_script
 from circuit_breaking.runs.config import check_ablate_from, check_counts, resolve_defaults
-from circuit_breaking.runs.settings import AblateFromSettings, ModelSettings, OffloadSettings, ResumeSettings
+from circuit_breaking.runs.settings import (
+    AblateFromSettings,
+    ModelSettings,
+    OffloadSettings,
+    ResumeSettings,
+    TrackingSettings,
+)
 from circuit_breaking.toxicity.settings import ToxicDataSettings, ToxicRunSettings, default_data, require_data
 from circuit_breaking.training.config import MaskConfig, check_mask
 
@@ -34,6 +40,7 @@ class Settings(
     AblateFromSettings,
     ToxicRunSettings,
     ResumeSettings,
+    TrackingSettings,
 ):
     MOST_USED: ClassVar = (
         "model", "max_edges", "budgets", "steps", "alpha", "batch_size", "means", "constants_lr", "examples", "run",
@@ -132,7 +139,7 @@ def train(
     before = held_out(model, tasks, settings)
     result = train_into(
         folder, model, tasks["toxic"], tasks["ordinary"], settings, None, run, settings.resume,
-        settings.checkpoint_every, lock=False,
+        settings.checkpoint_every, lock=False, log_with=settings.log_with,
     )  # fmt: skip
     if is_main():
         after = held_out(model, tasks, settings)

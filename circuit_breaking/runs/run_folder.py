@@ -17,6 +17,7 @@ from circuit_breaking.runs.checkpoints import Checkpoints, Saved
 from circuit_breaking.runs.distributed import from_main, is_main, world
 from circuit_breaking.runs.files import end_at_whole_line, plain, read_jsonl, write_jsonl
 from circuit_breaking.runs.locks import locked
+from circuit_breaking.runs.tracking import tracked
 
 METRICS = "metrics.jsonl"  # of a run folder: one row for each step
 
@@ -28,7 +29,12 @@ def hold(folder: Path) -> AbstractContextManager[None]:
 
 @contextmanager
 def recorded(
-    folder: Path, run: Mapping[str, Any] | None = None, resume: bool = True, every: int = 50, lock: bool = True
+    folder: Path,
+    run: Mapping[str, Any] | None = None,
+    resume: bool = True,
+    every: int = 50,
+    lock: bool = True,
+    log_with: str = "none",
 ) -> Iterator[dict[str, Any]]:
     """The arguments `on_step`, `checkpoints` and `resume_from` of a training loop that writes into a run folder.
 
@@ -41,15 +47,26 @@ def recorded(
         resume: resume from a checkpoint, if there is one.
         every: steps between checkpoints.
         lock: lock the folder against other runs while the block lasts (`hold`); False if the caller has done so.
+        log_with: the tracking tool that gets the rows as well (`tracking.tracked`).
     """
     path = folder / METRICS
     checkpoints = None if run is None else Checkpoints(folder, resume_key(run), every)
     with hold(folder) if lock else nullcontext():
         saved = _saved(path, checkpoints if resume else None)
+        settings, first = (run or {}).get("settings") or {}, 0 if saved is None else saved.step
         try:
-            with path.open("a", encoding="utf-8") if is_main() else nullcontext() as metrics:
+            with (
+                path.open("a", encoding="utf-8") if is_main() else nullcontext() as metrics,
+                tracked(log_with, folder, settings, first) as track,
+            ):
+
+                def on_step(row: Mapping[str, Any]) -> None:
+                    print(json.dumps(row), file=metrics, flush=True)
+                    if track is not None:
+                        track(row)
+
                 yield {
-                    "on_step": metrics and (lambda row: print(json.dumps(row), file=metrics, flush=True)),
+                    "on_step": metrics and on_step,
                     "checkpoints": checkpoints,
                     "resume_from": saved,
                 }
@@ -133,7 +150,7 @@ def resume_key(run: Mapping[str, Any], *ignored: str) -> dict[str, Any]:
         The provenance without those settings and the git commit, as it is read back from JSON. The hash of the source
         files stays (`code.code_hash`): it alone says whether the code is the same.
     """
-    elsewhere = {"resume", "checkpoint_every", "run", "out", *ignored}
+    elsewhere = {"resume", "checkpoint_every", "run", "out", "log_with", *ignored}
     kept = {name: value for name, value in run["settings"].items() if name not in elsewhere}
     about = {name: value for name, value in run.items() if name != "git_commit"}
     return json.loads(json.dumps({**about, "settings": kept}, default=plain))

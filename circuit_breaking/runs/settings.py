@@ -6,7 +6,7 @@ comment. `TITLE` is the heading of a block in `--help`.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from circuit_breaking.runs.files import DATA
 
@@ -92,3 +92,12 @@ class ResumeSettings(SeedSettings):
 
     resume: bool = True  # continue from the checkpoint of a run with the same settings, data and code, if there is one
     checkpoint_every: int = 50  # steps between checkpoints; 0: one at the end, and one when SIGTERM or SIGUSR1 arrives
+
+
+@dataclass
+class TrackingSettings:
+    """Where the rows of metrics.jsonl go as well."""
+
+    TITLE: ClassVar[str] = "run"
+
+    log_with: Literal["none", "tensorboard", "wandb", "trackio"] = "none"  # tool that also gets the rows of each step

@@ -25,16 +25,17 @@ def train_into(
     resume: bool = True,
     every: int = 50,
     lock: bool = True,
+    log_with: str = "none",
 ) -> MaskResult:
     """Call `train_mask` and write the row of every step to `metrics.jsonl` of a run folder.
 
     If several processes train together, the main one writes; all continue from the same checkpoint.
 
     Args:
-        folder, run, resume, every, lock: as for `recorded`.
+        folder, run, resume, every, lock, log_with: as for `recorded`.
         model, break_task, keep_task, settings, allowed: as for `train_mask`.
     """
     if run is not None and allowed is not None:
         run = {**run, "allowed": hashlib.sha256(bytes(allowed.tolist())).hexdigest()}
-    with recorded(folder, run, resume, every, lock) as how:
+    with recorded(folder, run, resume, every, lock, log_with) as how:
         return train_mask(model, break_task, keep_task, settings, allowed, **how)
