@@ -34,7 +34,6 @@ if __name__ == "__main__":
 from pathlib import Path
 from typing import Any
 
-from circuit_breaking.errors import UserError
 from circuit_breaking.evaluation.controls import controls
 from circuit_breaking.evaluation.pareto import pareto
 from circuit_breaking.evaluation.report_markdown import render
@@ -43,7 +42,7 @@ from circuit_breaking.evaluation.result_files import (
     RELEARNING,
     UNIFORM,
     read_evidence,
-    read_models,
+    read_first_continuations,
     read_relearning,
     read_report,
 )
@@ -57,7 +56,7 @@ from circuit_breaking.figures.relearning import draw_relearning
 from circuit_breaking.figures.report import draw_models
 from circuit_breaking.figures.training import draw_finetuning
 from circuit_breaking.runs.cost import COST_FILE
-from circuit_breaking.runs.files import read_json, read_jsonl, write_csv, write_json, write_text
+from circuit_breaking.runs.files import read_json, write_csv, write_json, write_text
 from circuit_breaking.runs.results import Comparison
 
 PICTURES = (
@@ -68,17 +67,8 @@ PICTURES = (
 
 def before_and_after(folder: Path, count: int) -> str:
     """The first continuation by every model but random masks, of the first toxic prompts. It may be offensive."""
-    hint = "Keep them with toxicity/evaluation.py --save-generations."
-    models = read_models(folder)
-    first: dict[str, dict[str, str]] = {}
-    for row in read_jsonl(folder / "generations.jsonl", hint):
-        drawn = row["prompts"] == "toxic" and row.get("decoding", "continuations") == "continuations"
-        if drawn and models.get(row["model"], {}).get("kind") != "random":
-            first.setdefault(row["prompt"], {}).setdefault(row["model"], row["continuation"])
-    if not first:
-        raise UserError(f"{folder / 'generations.jsonl'} holds no continuations of toxic prompts. {hint}")
     parts = []
-    for prompt, by_model in list(first.items())[:count]:
+    for prompt, by_model in read_first_continuations(folder, count).items():
         lines = [f"- {name}: {_one_line(text)}" for name, text in by_model.items()]
         parts.append("\n".join([f"> {_one_line(prompt)}", "", *lines]))
     return "\n\n".join(parts)

@@ -10,12 +10,14 @@ from typing import Any
 
 from circuit_breaking.errors import UserError
 from circuit_breaking.runs.checked_json import CheckedJson
+from circuit_breaking.runs.files import read_jsonl
 from circuit_breaking.runs.records import read_value
 from circuit_breaking.runs.results import REPORT, Evidence, Relearning, Report
 
 ORIGINAL = "original"  # name of the original model in every file
 EVIDENCE = "evidence.json"
 RELEARNING = "relearning.json"
+GENERATIONS = "generations.jsonl"
 UNIFORM = "uniform.csv"  # one row per text: its toxicity, and the loss per token of each model
 REPORT_HINT = "Make it with toxicity/evaluation.py."
 
@@ -106,6 +108,31 @@ def read_relearning(folder: Path | str) -> dict[str, Any]:
             _check_estimate(few_shot["without"])
             _check_estimate(few_shot["with"])
     return report.value
+
+
+def read_first_continuations(folder: Path, count: int) -> dict[str, dict[str, str]]:
+    """The first sampled continuation by every model but random edges, of the first toxic prompts. It may be offensive.
+
+    Args:
+        folder: the run folder, with `generations.jsonl`.
+        count: number of prompts.
+
+    Returns:
+        By prompt and name of the model.
+
+    Raises:
+        UserError: the texts were not kept, or none is of a toxic prompt.
+    """
+    hint = "Keep them with toxicity/evaluation.py --save-generations."
+    models = read_models(folder)
+    first: dict[str, dict[str, str]] = {}
+    for row in read_jsonl(folder / GENERATIONS, hint):
+        drawn = row["prompts"] == "toxic" and row.get("decoding", "continuations") == "continuations"
+        if drawn and models.get(row["model"], {}).get("kind") != "random":
+            first.setdefault(row["prompt"], {}).setdefault(row["model"], row["continuation"])
+    if not first:
+        raise UserError(f"{folder / GENERATIONS} holds no continuations of toxic prompts. {hint}")
+    return dict(list(first.items())[:count])
 
 
 def _check_model(model: CheckedJson) -> None:

@@ -68,7 +68,7 @@ def test_a_comparison_is_drawn_without_a_complaint(tmp_path, browser):
     assert not [one for one in buttons if "hare" in one or "loud" in one]  # nothing is sent anywhere
     for width in (1280, 420):
         browser.set_window_size(width, 900)
-        assert browser.execute_script("return document.documentElement.scrollWidth <= window.innerWidth")
+        until(browser, "return document.documentElement.scrollWidth <= window.innerWidth")  # plots follow
     browser.set_window_size(1280, 900)
 
 

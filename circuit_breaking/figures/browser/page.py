@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from circuit_breaking.errors import UserError
-from circuit_breaking.evaluation.result_files import read_models
+from circuit_breaking.evaluation.result_files import read_first_continuations
 from circuit_breaking.figures.browser import comparison, edges, models, others, prompts, training
 from circuit_breaking.figures.browser.about import about, model_of
 from circuit_breaking.figures.browser.parts import Generations, Graph, Plots, Section
 from circuit_breaking.runs.distributed import is_main
-from circuit_breaking.runs.files import read_jsonl, write_text
+from circuit_breaking.runs.files import write_text
 
 PAGE = "report.html"
 ASSETS = Path(__file__).parent / "assets"
@@ -31,8 +31,6 @@ SECTIONS: tuple[Callable[[Path], Section | None], ...] = (
     models.evidence, models.uniform, models.relearning, training.training, training.finetuning, others.sweep,
     others.harness, about,
 )  # fmt: skip
-GENERATIONS = "generations.jsonl"
-SAVE_HINT = "Keep them with toxicity/evaluation.py --save-generations."
 
 
 def write_page(folder: Path | str, generations: int = 0) -> Path:
@@ -53,7 +51,8 @@ def write_page(folder: Path | str, generations: int = 0) -> Path:
     if not found:
         raise UserError(f"{folder} holds no results. Give the folder of a run, such as data/toxicity/demo.")
     if generations:
-        found.insert(-1, _generations(folder, generations))
+        texts = Generations(list(read_first_continuations(folder, generations).items()))
+        found.insert(-1, Section("What the models write", [texts]))
     write_text(folder / PAGE, render(folder.resolve().name, model_of(folder), models.key_figures(folder), found))
     return folder / PAGE
 
@@ -114,16 +113,3 @@ def _template() -> Any:
         lstrip_blocks=True,
     )  # fmt: skip
     return environment.get_template("report.html")
-
-
-def _generations(folder: Path, count: int) -> Section:
-    """The first sampled continuation by every model but random edges, of the first toxic prompts."""
-    first: dict[str, dict[str, str]] = {}
-    kinds = {name: one.get("kind") for name, one in read_models(folder).items()}
-    for row in read_jsonl(folder / GENERATIONS, SAVE_HINT):
-        drawn = row["prompts"] == "toxic" and row.get("decoding", "continuations") == "continuations"
-        if drawn and kinds.get(row["model"]) != "random":
-            first.setdefault(row["prompt"], {}).setdefault(row["model"], row["continuation"])
-    if not first:
-        raise UserError(f"{folder / GENERATIONS} holds no continuations of toxic prompts. {SAVE_HINT}")
-    return Section("What the models write", [Generations(list(first.items())[:count])])
