@@ -26,8 +26,8 @@ MOST_LISTS = 8  # of one page
 
 HOW_TO_READ = (
     "Layers go from bottom to top, with heads side by side and MLPs on the right; an edge leads upwards from the node "
-    "that writes to the node that reads. Wider edges are more important. Drag to move, use the wheel to zoom, and "
-    "point at an edge or a node to read about it."
+    "that writes to the node that reads. Wider edges are more important. Drag to move; to zoom, use the wheel after a "
+    "click or with Ctrl, or two fingers. Point at an edge or a node to read about it."
 )
 
 

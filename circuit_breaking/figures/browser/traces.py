@@ -73,7 +73,7 @@ def level(value: float, text: str = "", colour: str = DARK_GREY) -> dict[str, An
 
 def axes(x: str, y: str, **more: Any) -> dict[str, Any]:
     """A layout with titles of both axes; `xaxis` and `yaxis` in `more` are added to the axes."""
-    titles = {"xaxis": {"title": {"text": x}}, "yaxis": {"title": {"text": y}}}
+    titles = {"xaxis": {"title": {"text": x}}, "yaxis": {"title": {"text": y, "standoff": 10}}}
     for name in titles:
         titles[name] |= more.pop(name, {})
     return {**titles, **more}

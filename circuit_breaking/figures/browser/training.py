@@ -41,7 +41,7 @@ def training(folder: Path) -> Section | None:
         x = columns["step"][every]
         traces = [
             line("one batch", x, values[every], colour, opacity=0.3, line={"width": 1}),
-            line(f"mean of {SMOOTH} steps", x, smoothed(values, SMOOTH)[every], colour),
+            line(f"mean of {SMOOTH} steps", x, _smoothed(values, phases)[every], colour),
         ]
         plots.append(
             Plot(
@@ -53,13 +53,24 @@ def training(folder: Path) -> Section | None:
     return Section("Training", [Plots(plots)])
 
 
+def _smoothed(values: np.ndarray, phases: list[str]) -> np.ndarray:
+    """Running means within each phase, [n]."""
+    starts = _starts(phases)
+    parts = zip(starts, [*starts[1:], len(phases)], strict=True)
+    return np.concatenate([smoothed(values[start:end], SMOOTH) for start, end in parts])
+
+
+def _starts(phases: list[str]) -> list[int]:
+    return [at for at in range(len(phases)) if at == 0 or phases[at] != phases[at - 1]]
+
+
 def _number(value: Any) -> float:
     return float(value) if isinstance(value, int | float) else float("nan")
 
 
 def _marks(steps: np.ndarray, phases: list[str]) -> dict[str, Any]:
     """A line before the first step of each phase, and the name of the phase."""
-    starts = [at for at in range(len(phases)) if at == 0 or phases[at] != phases[at - 1]]
+    starts = _starts(phases)
     if len(starts) < 2:
         return {}
     style = {"color": GREY, "width": 1, "dash": "dot"}

@@ -546,8 +546,8 @@ const EdgeGraph = (() => {
       settle = setTimeout(redraw, 160);
     }
     const zoom = d3.zoom().scaleExtent([1, 12]).on("zoom", moved);
-    // a finger scrolls the page; two fingers, or a wheel with a key, zoom; so the graph does not catch the reader
-    zoom.filter((event) => !event.button && (event.type !== "wheel" || event.ctrlKey || event.metaKey || document.activeElement === over || holder.dataset.wheel === "yes"));
+    // one finger scrolls the page and so does the wheel before a click, so that the graph does not catch the reader
+    zoom.filter((event) => !event.button && !(event.touches?.length < 2) && (event.type !== "wheel" || event.ctrlKey || event.metaKey || document.activeElement === over || holder.dataset.wheel === "yes"));
     d3.select(over).call(zoom).on("dblclick.zoom", null);
     over.addEventListener("pointerdown", () => { holder.dataset.wheel = "yes"; });
     over.addEventListener("pointerleave", () => { holder.dataset.wheel = ""; });

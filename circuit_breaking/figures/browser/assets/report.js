@@ -34,6 +34,15 @@
     EdgeGraph.show(place, data.graphs[Number(place.dataset.graph)]);
   }
 
+  // Plots have a width in pixels, which must fit a page of paper: alone, or two side by side.
+  const plots = [...document.querySelectorAll("[data-plot]")];
+  window.addEventListener("beforeprint", () => {
+    for (const place of plots) Plotly.relayout(place, { width: place.closest(".plots").children.length > 1 ? 330 : 680 });
+  });
+  window.addEventListener("afterprint", () => {
+    for (const place of plots) Plotly.relayout(place, { width: null, autosize: true });
+  });
+
   // A click on the head of a column sorts the table by it: figures by size, names by the alphabet.
   for (const table of document.querySelectorAll("main table")) {
     const body = table.tBodies[0];
