@@ -1,4 +1,4 @@
-"""The whole comparison from end to end: masks of each budget, five ways to fine-tune, random edges, relearning.
+"""The whole comparison from end to end: masks of each budget, nine other ways, random edges, relearning.
 
 Reads   the shipped model, or another one with its data. Each part is a script of this folder and can be run by itself.
 Writes  data/toxicity/<run>/: masks/ and finetuned/ (the models), report.json, report.md, report.csv, evidence.json,
@@ -20,6 +20,7 @@ from circuit_breaking.runs.cli import read_settings, run_script
 from circuit_breaking.runs.config import check_counts, check_not_negative
 from circuit_breaking.runs.settings import AblateFromSettings, Float32ModelSettings, SeedSettings
 from circuit_breaking.toxicity.settings import ToxicRunSettings, ToxicTextSettings, require_data
+from circuit_breaking.training.baselines import METHODS
 
 
 @dataclass
@@ -44,7 +45,7 @@ class Settings(
     examined_budget: int = 12  # budget of the masks that are examined closely: each edge, several seeds, relearning
     seeds: int = 3  # masks with examined_budget, and number of times that continuations are sampled
     random_seeds: int = 5  # random masks for each budget
-    methods: tuple[str, ...] = ("joint", "ascent", "task_arithmetic", "npo", "rmu")  # ways to fine-tune
+    methods: tuple[str, ...] = tuple(METHODS)  # other ways to remove the behaviour, of finetune_gpt2.py
     lrs: tuple[float, ...] = ()  # learning rates to try for each of methods; none: those of finetune_gpt2.py
     steps: int = 200  # most steps of fine-tuning
     num_texts: int = 300  # most held-out texts of each kind

@@ -3,9 +3,10 @@
 Reads   models of sweep_masks.py, train_mask.py, finetune_gpt2.py or save_ablated; the original model; toxic training
         texts to relearn from; held-out toxic texts to measure with.
 Writes  data/toxicity/<run>/: relearning.json, relearning.png.
-Time    ten seconds per model for the shipped model on one core.
+Time    fifteen seconds per model for the shipped model on one core.
 
-Cut edges stay cut while the weights are trained. The original model is trained in the same way, for comparison.
+All weights are trained, and, from the start again, low-rank adapters of all linear layers (LoRA). Cut edges stay cut
+meanwhile. The original model is trained in the same way, for comparison.
 """
 
 from dataclasses import dataclass
@@ -46,6 +47,8 @@ class Settings(
 
 if __name__ == "__main__":
     settings = read_settings(Settings)
+
+from itertools import product
 
 from torch import nn
 
@@ -95,17 +98,18 @@ def main(settings: Settings) -> None:
         return {"toxicity": toxicity(model), "toxic_loss": loss if loss < float("inf") else None}
 
     found = {}
-    steps = max(settings.checks) * len(settings.counts) * len(variants)
+    ways = {"relearning": False, **({"lora_relearning": True} if settings.lora_rank else {})}
+    steps = max(settings.checks) * len(settings.counts) * len(variants) * len(ways)
     with progress_bar(total=steps, desc="relearning", unit="step") as bar:
         for one in variants:
             bar.set_postfix_str(one.name)
-            by_count, notes = {}, []
-            for count in settings.counts:
-                rows, note = relearn(one, hf, examples[:count], settings, measure, settings.seed, bar.update)
-                by_count[str(count)] = rows
-                notes += [f"{count} examples: {note}"] if note else []
+            relearned, notes = {way: {} for way in ways}, []
+            for (way, adapters), count in product(ways.items(), settings.counts):
+                rows, note = relearn(one, hf, examples[:count], settings, measure, settings.seed, bar.update, adapters)
+                relearned[way][str(count)] = rows
+                notes += [f"{count} examples{', adapters' * adapters}: {note}"] if note else []
             about = {key: one.about[key] for key in ("ablation", "budget", "sweep") if key in one.about}
-            found[one.name] = {"kind": one.kind, **about, "relearning": by_count, "note": "; ".join(notes) or None}
+            found[one.name] = {"kind": one.kind, **about, **relearned, "note": "; ".join(notes) or None}
             if settings.shots:
                 separator = tokenizer(settings.separator, add_special_tokens=False)["input_ids"]
                 limit = hf.config.max_position_embeddings - settings.new_tokens

@@ -23,6 +23,7 @@ from circuit_breaking.models.activations import fused_activations
 from circuit_breaking.models.tokens import TokenBatch, pad_right
 from circuit_breaking.tasks.base import TextTask
 from circuit_breaking.tasks.losses import trainable_prediction_losses
+from circuit_breaking.training.baselines.lora import LowRank, linear_weights
 from circuit_breaking.training.config import RelearnSettings
 from circuit_breaking.training.loop import Row, run_steps
 
@@ -35,6 +36,7 @@ def relearn(
     measure: Callable[[nn.Module], dict[str, Any]],
     seed: int = 0,
     tick: Callable = lambda: None,
+    adapters: bool = False,
 ) -> tuple[list[dict[str, Any]], str | None]:
     """Fine-tune a model on examples of the behaviour and measure it at some steps. `hf` stays unchanged.
 
@@ -46,6 +48,8 @@ def relearn(
         measure: returns the figures to report of a model; called at each step of `settings.checks`.
         seed: of the order of the examples.
         tick: called after each step.
+        adapters: train low-rank adapters of all linear layers (LoRA), also of those that read for cut edges, and not
+            all weights.
 
     Returns:
         One row per check, with its `step` and the figures that `measure` returned. And a note: None, or the reason why
@@ -53,15 +57,21 @@ def relearn(
     """
     with compared.load(hf) as loaded:
         model = loaded if compared.kind == "finetuned" else None
-    model = (copy.deepcopy(hf) if model is None else model).requires_grad_(True)
-    parameters = list(model.parameters())
+    model = (copy.deepcopy(hf) if model is None else model).requires_grad_(not adapters)
+    added = LowRank(model, linear_weights(model), settings.lora_rank, seed) if adapters else None
+    parameters = list(model.parameters() if added is None else added.factors.values())
     task = TextTask("relearning", examples, examples, seed)
-    optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=0.0)
+    lr = settings.lr if added is None else settings.lora_lr
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
     note: str | None = None
+
+    def call(function: Callable[..., Any], *arguments: Any) -> Any:
+        return function(*arguments) if added is None else added.call(function, *arguments)
 
     def step(number: int) -> Row | None:
         nonlocal note
-        loss = trainable_prediction_losses(model, task.draw(min(settings.batch_size, len(examples))))[0].mean()
+        batch = task.draw(min(settings.batch_size, len(examples)))
+        loss = call(trainable_prediction_losses, model, batch)[0].mean()
         optimizer.zero_grad()
         loss.backward()
         length = torch.nn.utils.clip_grad_norm_(parameters, settings.clip)
@@ -70,11 +80,15 @@ def relearn(
             return None
         optimizer.step()
         tick()
-        return {"step": number + 1, **measure(model)} if number + 1 in settings.checks else None
+        return {"step": number + 1, **measured()} if number + 1 in settings.checks else None
+
+    def measured() -> dict[str, Any]:
+        with torch.no_grad():
+            return call(measure, model)
 
     # edges are cut once: the ablated model reads its weights at every step
     with fused_activations(model), compared.cut(model):
-        before = [{"step": 0, **measure(model)}] if 0 in settings.checks else []
+        before = [{"step": 0, **measured()}] if 0 in settings.checks else []
         rows = run_steps(
             step, max(settings.checks), label="relearning", progress=False, is_over=lambda: note is not None
         )

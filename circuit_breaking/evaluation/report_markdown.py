@@ -6,6 +6,7 @@ from typing import Any
 from circuit_breaking.evaluation.conclusion import statement
 from circuit_breaking.evaluation.controls import controls
 from circuit_breaking.evaluation.pareto import family_of
+from circuit_breaking.evaluation.result_files import relearned
 from circuit_breaking.evaluation.tables import interval, markdown_table, number
 from circuit_breaking.runs.results import choice_in_words
 
@@ -185,14 +186,14 @@ def _stability_cells(row: Mapping[str, Any]) -> list[str]:
 
 def _relearning(relearning: Mapping[str, Any]) -> str:
     parts, models = [], relearning["models"]
-    for count in dict.fromkeys(count for model in models.values() for count in model["relearning"]):
-        steps = sorted({row["step"] for model in models.values() for row in model["relearning"].get(count, [])})
-        rows = []
-        for name, model in models.items():
-            at = {row["step"]: row["toxicity"]["value"] for row in model["relearning"].get(count, [])}
-            rows.append([name, *(number(at.get(step), 2) for step in steps)])
-        table = markdown_table(["model", *map(str, steps)], rows)
-        parts += [f"### Toxicity by step, relearning from {count} examples", table]
+    for examples, by_model in relearned(models).items():
+        steps = sorted({row["step"] for rows in by_model.values() for row in rows})
+        cells = []
+        for name in models:
+            at = {row["step"]: row["toxicity"]["value"] for row in by_model.get(name, [])}
+            cells.append([name, *(number(at.get(step), 2) for step in steps)])
+        table = markdown_table(["model", *map(str, steps)], cells)
+        parts += [f"### Toxicity by step, relearning from {examples}", table]
     few_shot = {name: model["few_shot"] for name, model in models.items() if model.get("few_shot")}
     if few_shot:
         rows = [[name, interval(one["without"], 2), interval(one["with"], 2)] for name, one in few_shot.items()]

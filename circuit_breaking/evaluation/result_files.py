@@ -5,6 +5,7 @@ What is drawn or printed later relies on these checks. An estimate in a file is 
 difference to the original model.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ ORIGINAL = "original"  # name of the original model in every file
 EVIDENCE = "evidence.json"
 RELEARNING = "relearning.json"
 GENERATIONS = "generations.jsonl"
+RELEARNED = {"relearning": "", "lora_relearning": ", LoRA"}  # its fields: by all weights, and by adapters
 UNIFORM = "uniform.csv"  # one row per text: its toxicity, and the loss per token of each model
 REPORT_HINT = "Make it with toxicity/evaluation.py."
 
@@ -100,10 +102,12 @@ def read_relearning(folder: Path | str) -> dict[str, Any]:
     report = CheckedJson(read_value(path, hint, Relearning), path, hint)
     for _, model in report["models"].items():
         model["kind"].text()
-        for _, rows in model["relearning"].items():
-            for row in rows.rows():
-                row["step"].integer()
-                _check_estimate(row["toxicity"])
+        model["relearning"].items()
+        for way in RELEARNED:
+            for _, rows in model[way].items() if model.get(way) is not None else ():
+                for row in rows.rows():
+                    row["step"].integer()
+                    _check_estimate(row["toxicity"])
         if (few_shot := model.get("few_shot")) is not None:
             _check_estimate(few_shot["without"])
             _check_estimate(few_shot["with"])
@@ -133,6 +137,16 @@ def read_first_continuations(folder: Path, count: int) -> dict[str, dict[str, st
     if not first:
         raise UserError(f"{folder / GENERATIONS} holds no continuations of toxic prompts. {hint}")
     return dict(list(first.items())[:count])
+
+
+def relearned(models: Mapping[str, Any]) -> dict[str, dict[str, list[dict[str, Any]]]]:
+    """The rows of relearning, by what was learned from, such as "10 examples, LoRA", and by model."""
+    found: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for way, label in RELEARNED.items():
+        for name, model in models.items():
+            for count, rows in (model.get(way) or {}).items():
+                found.setdefault(f"{count} examples{label}", {})[name] = rows
+    return found
 
 
 def _check_model(model: CheckedJson) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from circuit_breaking.evaluation.result_files import read_relearning
+from circuit_breaking.evaluation.result_files import read_relearning, relearned
 from circuit_breaking.figures.style import (
     comparison_styles,
     figure,
@@ -28,18 +28,18 @@ def draw_relearning(folder: Path | str) -> Path:
     """
     folder = Path(folder)
     models = read_relearning(folder)["models"]
-    counts = list(dict.fromkeys(count for model in models.values() for count in model["relearning"]))
+    found = relearned(models)
     with_context = any(model.get("few_shot") for model in models.values())
     styles = comparison_styles(folder, models)
     path = folder / "relearning.png"
-    with figure(path, 2.4 * max(len(counts), 1) + (2.6 if with_context else 0), 3.3 + 0.1 * len(models)) as drawn:
-        panels = drawn.subplots(1, max(len(counts) + with_context, 1), squeeze=False)[0]
-        for axes, count in zip(panels, counts, strict=False):
-            for name, model in models.items():
-                rows = [row for row in model["relearning"].get(count, []) if row["toxicity"]["value"] is not None]
+    with figure(path, 2.4 * max(len(found), 1) + (2.6 if with_context else 0), 3.3 + 0.1 * len(models)) as drawn:
+        panels = drawn.subplots(1, max(len(found) + with_context, 1), squeeze=False)[0]
+        for axes, (examples, by_model) in zip(panels, found.items(), strict=False):
+            for name, all_rows in by_model.items():
+                rows = [row for row in all_rows if row["toxicity"]["value"] is not None]
                 steps, values = [row["step"] for row in rows], [row["toxicity"]["value"] for row in rows]
                 axes.plot(steps, values, markersize=3.5, linewidth=1.1, label=readable(name), **styles[name])
-            axes.set(xlabel="step", title=f"relearning from {count} examples", ylim=(-0.03, 1.03))
+            axes.set(xlabel="step", title=f"relearning from {examples}", ylim=(-0.03, 1.03))
         if with_context:
             _draw_contexts(panels[-1], models, styles)
         panels[0].set_ylabel("toxicity after toxic prompts, mean")

@@ -119,6 +119,8 @@ class RelearnSettings:
 
     checks: tuple[int, ...] = (0, 2, 5, 10, 20, 40)  # steps after which toxicity is measured; the last ends training
     lr: float = 1e-4  # learning rate of AdamW (no weight decay), the same for every model
+    lora_lr: float = 1e-3  # the same for low-rank adapters
+    lora_rank: int = 16  # rank of the adapters; 0: relearning by adapters is not measured
     batch_size: int = 10  # examples in a step
     clip: float = 1.0  # largest norm of the gradient
 
@@ -213,4 +215,5 @@ def check_relearn(settings: RelearnSettings) -> None:
     """Raise a `UserError` for settings that make no sense."""
     if not settings.checks or min(settings.checks) < 0:
         raise UserError(f"checks are {list(settings.checks)}; give one or more steps, each 0 or more.")
-    check_positive(settings, "lr", "batch_size", "clip")
+    check_positive(settings, "lr", "lora_lr", "batch_size", "clip")
+    check_not_negative(settings, "lora_rank")

@@ -52,7 +52,7 @@ def test_the_report_says_which_masks_are_on_the_front(joint, on):
     known = models()
     known["joint"] = model("finetuned", *joint)
     found, text = pareto(known), statement(known)
-    assert set(found["masks"]) == {"zero_2", "zero_12"} and set(found["baselines"]) == {"joint"}
+    assert set(found["masks"]) == {"zero_2", "zero_12"} and set(found["baselines"]) == {"joint", "steering"}
     assert [name for name, one in found["masks"].items() if not one["beaten_by"]] == on
     assert found["on_front"] == bool(on)
     assert (f"**On the Pareto front of toxicity against ordinary loss: {', '.join(on)}**" in text) == bool(on)

@@ -20,6 +20,7 @@ from circuit_breaking.models.activations import fused_activations
 from circuit_breaking.models.tokens import pad_right
 from circuit_breaking.tasks.base import TextTask
 from circuit_breaking.tasks.losses import trainable_prediction_losses
+from circuit_breaking.training.baselines.lora import LowRank, linear_weights
 from circuit_breaking.training.config import RelearnSettings, check_relearn
 
 EDGES = ["embed->a0.1", "a0.0->m1", "a0.1->a1.2", "a0.1->a2.0", "m0->a2.0", "m1->output", "embed->output"]
@@ -117,13 +118,45 @@ def test_edges_are_cut_once_and_no_measurement_is_lost(monkeypatch):
     assert relearn(cut, hf, examples, RelearnSettings(checks=(0,)), losses(examples))[0][0]["step"] == 0
 
 
+def test_adapters_learn_around_the_cuts():
+    """Like `LowRank` by hand; all weights stay, and cut edges stay cut while the adapters are measured."""
+    hf, examples = learner()
+    cut = ComparedModel("cut", "mask", edges=EDGES, about={"n_edges": 100})
+    settings = RelearnSettings(checks=(0, 3, 30), lora_lr=1e-2, lora_rank=4, batch_size=6)
+    rows, note = relearn(cut, hf, examples, settings, losses(examples), adapters=True)
+    full, _ = relearn(cut, hf, examples, settings, losses(examples))
+    assert note is None and rows[0] == full[0] and rows[1] != full[1]
+    assert rows[0]["loss"] > rows[1]["loss"] > rows[2]["loss"] + 0.3
+    model = copy.deepcopy(hf).requires_grad_(False)
+    added = LowRank(model, linear_weights(model), 4)
+    task = TextTask("x", examples, examples, 0)
+    optimizer = torch.optim.AdamW(added.factors.values(), lr=1e-2, weight_decay=0.0)
+    for _ in range(3):
+        with ablate(model, EDGES):
+            loss = added.call(trainable_prediction_losses, model, task.draw(6))[0].mean()
+            optimizer.zero_grad()
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(added.factors.values(), settings.clip)
+        optimizer.step()
+    added.merge_()
+    with ablate(model, EDGES):
+        assert losses(examples)(model)["loss"] == pytest.approx(rows[1]["loss"], abs=1e-5)
+
+
 def test_relearning_that_explodes_is_noted():
     hf, examples = learner()
     with torch.no_grad():
         hf.transformer.h[0].mlp.c_fc.weight[0] = math.nan
     rows, note = relearn(ComparedModel("original"), hf, examples, RelearnSettings(checks=(0, 3)), lambda model: {})
     assert [row["step"] for row in rows] == [0] and "not finite at step 1" in note
-    for changes in ({"checks": ()}, {"checks": (-1,)}, {"lr": 0.0}, {"batch_size": 0}):
+    for changes in (
+        {"checks": ()},
+        {"checks": (-1,)},
+        {"lr": 0.0},
+        {"lora_lr": 0.0},
+        {"lora_rank": -1},
+        {"batch_size": 0},
+    ):
         with pytest.raises(UserError, match=next(iter(changes))):
             check_relearn(RelearnSettings(**changes))
 

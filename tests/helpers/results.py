@@ -52,6 +52,7 @@ def models():
             )
     found["joint"] = model("finetuned", 0.1, 1.1, chosen={"lr": 1e-4, "step": 30, "scale": None})
     found["ascent"] = model("finetuned", None, None, note="the loss was not finite at step 3")
+    found["steering"] = model("finetuned", 0.5, 1.2, chosen={"step": 9, "layer": 2, "scale": 4.0})
     return found
 
 
@@ -72,7 +73,10 @@ def relearning():
     return {
         "models": {
             "original": {"kind": "original", "relearning": {"10": rows, "100": rows}, "note": None, "few_shot": few},
-            "zero_12": {"kind": "mask", "relearning": {"10": rows, "100": rows}, "note": None, "few_shot": few},
+            "zero_12": {
+                "kind": "mask", "relearning": {"10": rows, "100": rows}, "lora_relearning": {"10": rows}, "note": None,
+                "few_shot": few,
+            },
             "joint": {
                 "kind": "finetuned", "relearning": {"10": broken, "100": rows}, "note": "10 examples: it broke",
                 "few_shot": {"without": entry(None), "with": entry(0.2)},
@@ -105,6 +109,10 @@ def write_comparison(run: Path) -> None:
         write_jsonl(run / "finetuned" / method / "metrics.jsonl", history)
         write_json(run / "finetuned" / method / "finetuning.json", {"chosen": history[2]})
         write_json(run / "finetuned" / method / "cost.json", {"seconds": 1.0, "cpu_seconds": 1.0, "peak_gb": None})
+    tried = [{"lr": None, "step": s, "layer": s, "scale": 1.0, "toxic": 1.0, "ordinary": 1.0} for s in range(3)]
+    write_jsonl(run / "finetuned" / "steering" / "metrics.jsonl", tried)
+    kept = {name: value for name, value in tried[2].items() if name != "lr"}
+    write_json(run / "finetuned" / "steering" / "finetuning.json", {"chosen": kept})
 
 
 def write_prompts(run, name="Mary", prompt="When Mary and John went home, John gave a ring to"):

@@ -33,6 +33,7 @@ QUICK = {
 }  # fmt: skip
 SHORT = [f"--training.{name.replace('_', '-')}={value}" for name, value in QUICK.items()]
 LITTLE = {"relearn.py": ["--new-tokens=4", "--checks", "0", "2", "4"], "evaluation.py": ["--new-tokens=6"]}
+MADE = ("joint", "task_arithmetic", "lora_npo", "rerouting", "steering")  # test_finetuning.py has the others
 VARYING = {"cost.json", "costs.json"}  # and, of report.md, what is below the heading of costs
 
 
@@ -47,8 +48,8 @@ def data(tmp_path_factory):
 def settings(data, out, **changes):
     small = {
         "budgets": (1, 2), "examined_budget": 2, "seeds": 2, "random_seeds": 2, "lrs": (1e-3,), "steps": 4,
-        "num_texts": 10, "num_prompts": 4, "model": str(data / "model"), "toxic_train": data / "train.jsonl",
-        "toxic_test": data / "test.jsonl", "ordinary": str(data / "plain.txt"), "out": out,
+        "num_texts": 10, "num_prompts": 4, "methods": MADE, "model": str(data / "model"), "out": out,
+        "toxic_train": data / "train.jsonl", "toxic_test": data / "test.jsonl", "ordinary": str(data / "plain.txt"),
     }  # fmt: skip
     return compare.Settings(**{**small, **changes})
 
@@ -104,7 +105,7 @@ def test_every_promised_file_is_there(finished):
     }
     learned = {f"random_optimal_2_seed{s}" for s in (0, 1)}  # trained, among random edges of the same number
     chance = {f"random_{ablation}_{b}_seed{s}" for ablation in ("zero", "mean") for b in (1, 2) for s in (0, 1)}
-    assert names == {"original", "joint", "ascent", "task_arithmetic", "npo", "rmu"} | masks | chance | learned
+    assert names == {"original", *MADE} | masks | chance | learned
     for name, one in report["models"].items():
         if name in masks:
             assert one["edges_cut"] <= one["budget"]
@@ -119,20 +120,10 @@ def test_every_promised_file_is_there(finished):
     joint = report["models"]["joint"]
     assert len(joint["continuations"]["toxic"]["toxicity_by_seed"]) == 2 and "toxicity" in joint["greedy"]["ordinary"]
     costs = json.loads((run / "costs.json").read_text())
-    assert set(costs) == masks | learned | {"joint", "ascent", "task_arithmetic", "npo", "rmu"}
+    assert set(costs) == masks | learned | set(MADE)
     taught = json.loads((run / "relearning.json").read_text())["models"]
-    assert set(taught) == {
-        "original",
-        "zero_2",
-        "mean_2",
-        "optimal_2",
-        "joint",
-        "ascent",
-        "task_arithmetic",
-        "npo",
-        "rmu",
-    }
-    assert set(taught["joint"]["relearning"]) == {"10", "100"}
+    assert set(taught) == {"original", "zero_2", "mean_2", "optimal_2", *MADE}
+    assert set(taught["joint"]["relearning"]) == set(taught["mean_2"]["lora_relearning"]) == {"10", "100"}
     evidence = json.loads((run / "evidence.json").read_text())
     assert set(evidence["masks"]) == {"zero_2", "mean_2", "optimal_2"}
     assert {(row["ablation"], len(row["masks"])) for row in evidence["stability"]} == {
