@@ -160,7 +160,7 @@ def main(settings: Settings) -> None:
         measured[name] |= {
             "kind": one.kind,
             **about,
-            "edges_cut": len(one.edges),
+            "edges_cut": len(one.edges) if one.removes else 0,
             "changed_share": one.changed_share(hf),
         }
         measured[name]["note"] = "; ".join(notes) or None

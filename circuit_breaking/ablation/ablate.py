@@ -42,6 +42,7 @@ class Ablation:
         edges: names of the cut edges, each once, in the order given.
         means: their ablation values [P, D], None for zero.
         ablate_from: the first position at which cuts act.
+        removes: whether the edges are cut. If not, their ablation values are only added.
         base_model: name of the whole model on the hub, "" where it is unknown; for model cards.
         about: how the edges were found, JSON-able; it is saved with the model.
         resampled: whether cut edges carry outputs on a counterfactual batch at the moment (`resampling`).
@@ -50,9 +51,10 @@ class Ablation:
     """
 
     def __init__(
-        self, hf: PreTrainedModel, edges: list[Edge], means: Tensor | None, ablate_from: int, wiring: Wiring
-    ) -> None:
-        self.edges, self.means, self.ablate_from = edges, means, ablate_from
+        self, hf: PreTrainedModel, edges: list[Edge], means: Tensor | None, ablate_from: int, removes: bool,
+        wiring: Wiring,
+    ) -> None:  # fmt: skip
+        self.edges, self.means, self.ablate_from, self.removes = edges, means, ablate_from, removes
         self.base_model, self.about, self.saved_as = hub_name(hf.config), {}, ""
         self.resampled = False
         self._model, self._wiring = hf, wiring
@@ -116,7 +118,7 @@ class Ablation:
         self.remove()
         try:
             values = whole_outputs_of(hf, counterfactual)
-            self._wiring = wiring_of(hf, self.edges, values, self.ablate_from)
+            self._wiring = wiring_of(hf, self.edges, values, self.ablate_from, self.removes)
             self._attach()
             self.resampled = True
             yield
@@ -167,8 +169,9 @@ def _check_means(means: Tensor, nodes: int, width: int) -> None:
 
 
 def ablate(
-    hf: PreTrainedModel, edges: Iterable[str] | Path | str, means: Tensor | None = None, ablate_from: int = 0
-) -> Ablation:
+    hf: PreTrainedModel, edges: Iterable[str] | Path | str, means: Tensor | None = None, ablate_from: int = 0,
+    removes: bool = True,
+) -> Ablation:  # fmt: skip
     """Cut edges in a stock Hugging Face model, in place.
 
     The logits are those of `EdgeMaskedTransformer` with 0 at these edges and 1 elsewhere. Gradients reach all weights,
@@ -188,6 +191,8 @@ def ablate(
             Positions are counted from each text's own first token: padding on the left does not count, tokens in a KV
             cache do. Give 1 to leave the first token alone, where many models have an attention sink. The file
             of a mask says its own, and another one given beside it is refused.
+        removes: False for a control in which nothing is cut: the readers of these edges get `means` in addition,
+            r_j = Σ_i x_i + Σ_cut μ_i. Such a model is not saved.
 
     Returns:
         The `Ablation`: its `remove()` restores the model bit for bit.
@@ -209,20 +214,22 @@ def ablate(
     if means is not None:
         _check_means(means, len(graph.sources), spec.width)
         means = means.detach().clone()
-    handle = Ablation(hf, edges, means, ablate_from, wiring_of(hf, edges, means, ablate_from))
+    handle = Ablation(hf, edges, means, ablate_from, removes, wiring_of(hf, edges, means, ablate_from, removes))
     handle._attach()
     return handle
 
 
-def wiring_of(hf: PreTrainedModel, edges: list[Edge], means: Tensor | None, ablate_from: int) -> Wiring:
+def wiring_of(
+    hf: PreTrainedModel, edges: list[Edge], means: Tensor | None, ablate_from: int, removes: bool = True
+) -> Wiring:
     """What to change in a model so that edges are cut; means may be those of one batch, [P, B, T, D]."""
     spec = describe(hf)
     graph = spec.graph()
-    wiring = wire(spec, plan_cuts(graph, [_ends(graph, edge) for edge in edges]), means, ablate_from)
+    wiring = wire(spec, plan_cuts(graph, [_ends(graph, edge) for edge in edges], removes), means, ablate_from)
     if edges:
         body = {
             "d": spec.width,
-            "key": _key(edges, means, ablate_from),
+            "key": _key(edges, means, ablate_from) + ("" if removes else " added"),
             "arguments": tuple(signature(hf.base_model.forward).parameters),
             "ablate_from": ablate_from,
             "batch": tuple(means.shape[1:3]) if means is not None and means.dim() == 4 else None,

@@ -29,9 +29,15 @@ class AblatedModel:
         """Write weights, configuration and ablation values so that the cuts are kept; see `config`.
 
         Raises:
-            UserError: the model has adapters, which would be saved alone, without the cuts, or under other names.
+            UserError: the model has adapters, which would be saved alone, without the cuts, or under other names; or
+                its edges are not cut and their ablation values only added.
         """
         describe(self)
+        if not self.edge_cuts.removes:
+            raise UserError(
+                "in this model ablation values are added and no edge is cut (removes=False), which is not saved. Save "
+                "the edges and the values."
+            )
         if getattr(self, "_hf_peft_config_loaded", False):
             raise UserError(
                 "this model has cut edges and adapters, and adapters are saved without the model. Merge them first."

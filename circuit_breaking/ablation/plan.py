@@ -6,6 +6,8 @@ A reader with cut edges reads r_j = Σ_kept x_i + Σ_cut μ_i. The model's resid
     r_j = Σ_kept x_i + Σ_cut μ_i               otherwise: what is left of a stream after almost all of it was
                                                subtracted would be rounding errors
 
+A control removes nothing: there r_j = stream + Σ_cut μ_i.
+
 The outputs x_i that appear on the right are carried from the layer that writes them to the last layer that needs them.
 `LayerPlan` says what a layer does for this, and `Parts` where things are in its hidden state meanwhile.
 
@@ -27,19 +29,23 @@ class Read:
 
     Attributes:
         cut, kept: nodes of earlier layers whose edges are cut, and the others, by number.
+        removes: whether the outputs of the cut nodes are removed; otherwise their ablation values are only added.
     """
 
     cut: frozenset[int]
     kept: frozenset[int]
+    removes: bool = True
 
     @property
     def sums_kept(self) -> bool:
         """Whether the read is the sum of the kept nodes, rather than the stream less the cut ones."""
-        return len(self.kept) < len(self.cut)
+        return self.removes and len(self.kept) < len(self.cut)
 
     @property
     def needs(self) -> frozenset[int]:
         """The nodes whose outputs it is made of."""
+        if not self.removes:
+            return frozenset()
         return self.kept if self.sums_kept else self.cut
 
 
@@ -105,6 +111,7 @@ class LayerPlan:
         export_heads, export_mlp: nodes of this layer that later readers need: heads by number, and whether its MLP is.
         carried_out: nodes whose outputs go to the next layer with the stream: those of this layer, then the older ones,
             in the order in which they came.
+        removes: as for `Read`, of the heads of this layer.
     """
 
     carried_in: list[int]
@@ -115,6 +122,7 @@ class LayerPlan:
     export_heads: list[int]
     export_mlp: bool
     carried_out: list[int]
+    removes: bool = True
 
     @property
     def is_plain(self) -> bool:
@@ -143,8 +151,8 @@ class Plan:
     output_carried: list[int]
 
 
-def plan_cuts(graph: EdgeGraph, ends: Iterable[tuple[str, str]]) -> Plan:
-    """The plan for cut edges, given by the names of their source and reader."""
+def plan_cuts(graph: EdgeGraph, ends: Iterable[tuple[str, str]], removes: bool = True) -> Plan:
+    """The plan for cut edges, given by the names of their source and reader; `removes` as for `Read`."""
     number = {name: index for index, name in enumerate(graph.sources)}
     cut: dict[str, set[int]] = {}
     for source, reader in ends:
@@ -154,7 +162,7 @@ def plan_cuts(graph: EdgeGraph, ends: Iterable[tuple[str, str]]) -> Plan:
 
     def read_of(reader: str, before: int) -> Read | None:
         nodes = frozenset(node for node in cut.get(reader, ()) if node < before)
-        return Read(nodes, frozenset(range(before)) - nodes) if nodes else None
+        return Read(nodes, frozenset(range(before)) - nodes, removes) if nodes else None
 
     heads, n_layers = range(graph.n_heads), graph.n_layers
     last_need: dict[int, int] = {}  # node -> the last layer that needs it; `output` is the layer after the last
@@ -180,7 +188,7 @@ def plan_cuts(graph: EdgeGraph, ends: Iterable[tuple[str, str]]) -> Plan:
         heads = [node for node in exports if node < graph.n_heads]
         out = [first + node for node in exports] + [node for node in carried if last_need[node] > layer]
         layers.append(
-            LayerPlan(carried, reads, units, mlp_read, own, heads, graph.n_heads in exports, out)
+            LayerPlan(carried, reads, units, mlp_read, own, heads, graph.n_heads in exports, out, removes)
         )  # fmt: skip
         carried = out
     return Plan(layers, output_read, carried)

@@ -181,7 +181,7 @@ class LayerWiring:
         kept ones, whichever are fewer."""
         plan, n_heads = self.plan, self.spec.n_heads
         cut = frozenset(plan.mlp_cut_heads)
-        read = Read(cut, frozenset(range(n_heads)) - cut)  # of this layer's heads
+        read = Read(cut, frozenset(range(n_heads)) - cut, plan.removes)  # of this layer's heads
         summed = sorted(read.needs)
         for_mlp = "mlp" if summed else "nothing" if read.sums_kept else "all"
         heads = sorted({*plan.export_heads, *summed})

@@ -2,6 +2,7 @@
 
 A file says what a folder holds:
 
+    control.json        a control of `sweep_masks.py`: the constants of a mask without its cuts, or its cuts with means
     mask.safetensors    a mask of `train_mask.py` or `sweep_masks.py`: its edges are cut in the original
     config.json         an ablated model that `save_ablated` wrote, which its `model_type` says; otherwise an ordinary
                         Hugging Face model, as `finetune_gpt2.py` writes it
@@ -30,7 +31,7 @@ from circuit_breaking.engine.mask import load_mask, read_mask_record
 from circuit_breaking.errors import UserError
 from circuit_breaking.evaluation.result_files import ORIGINAL
 from circuit_breaking.models.load import load_hf_model
-from circuit_breaking.runs.mask_record import MASK, MEANS, MaskRecord
+from circuit_breaking.runs.mask_record import CONTROL, MASK, MEANS, ControlRecord, MaskRecord
 from circuit_breaking.runs.results import FineTuning
 
 CONFIG, FINETUNING = "config.json", "finetuning.json"
@@ -45,7 +46,7 @@ class ComparedModel:
 
     Attributes:
         name: its folder's name, or `"original"`.
-        kind: `"original"`, `"mask"`, `"random"` (a control) or `"finetuned"`.
+        kind: `"original"`, `"mask"`, `"random"` and `"control"` (controls) or `"finetuned"`.
         folder: where it comes from.
         edges: names of its cut edges.
         means: their ablation values, [P, D]; None for zero.
@@ -62,18 +63,19 @@ class ComparedModel:
     about: dict[str, Any] = field(default_factory=dict)
     means_file: Path | None = None
     ablate_from: int = 0
+    removes: bool = True
 
     @property
     def file(self) -> Path | None:
         """The file that makes this model differ from others."""
         if self.folder is None:
             return None
-        path = self.folder / ("model.safetensors" if self.kind == "finetuned" else MASK)
+        path = self.folder / {"finetuned": "model.safetensors", "control": CONTROL}.get(self.kind, MASK)
         return path if path.is_file() else ablation_file(self.folder)
 
     def cut(self, hf: PreTrainedModel, edges: list[str] | None = None) -> Ablation:
         """Cut this model's edges in `hf`, or only some of them, as in the training of the mask."""
-        return ablate(hf, self.edges if edges is None else edges, self.means, self.ablate_from)
+        return ablate(hf, self.edges if edges is None else edges, self.means, self.ablate_from, self.removes)
 
     @contextmanager
     def load(self, hf: nn.Module) -> Iterator[nn.Module]:
@@ -89,7 +91,8 @@ class ComparedModel:
     def changed_share(self, hf: nn.Module) -> dict[str, float]:
         """Share of the original's edges that are cut, and of its parameters that differ."""
         if self.kind != "finetuned":
-            return {"edges": len(self.edges) / self.about["n_edges"] if self.edges else 0.0, "parameters": 0.0}
+            cut = self.edges if self.removes else []
+            return {"edges": len(cut) / self.about["n_edges"] if cut else 0.0, "parameters": 0.0}
         with self.load(hf) as model:
             return {"edges": 0.0, "parameters": share_of_changed_parameters(model, hf)}
 
@@ -120,7 +123,7 @@ def _by_number(path: Path) -> list[tuple[int, int, str]]:
 
 
 def _is_model(path: Path) -> bool:
-    return any((path / name).is_file() for name in (MASK, CONFIG)) or ablation_file(path) is not None
+    return any((path / name).is_file() for name in (CONTROL, MASK, CONFIG)) or ablation_file(path) is not None
 
 
 def engines_of(hf: nn.Module) -> Engines:
@@ -140,6 +143,8 @@ def read_compared_models(folders: Mapping[str, Path], hf: nn.Module) -> list[Com
 
 
 def _read(name: str, folder: Path, engine: Engines, hf: nn.Module) -> ComparedModel:
+    if (folder / CONTROL).is_file():
+        return read_control(name, folder, engine)
     if (folder / MASK).is_file():
         return read_mask(name, folder / MASK, engine)
     if ablation_file(folder) is None:
@@ -215,6 +220,21 @@ def read_mask(name: str, path: Path, engine: Engines, means: Path | None = None)
     file = means or (Path(ablation.path) if ablation.path else None)
     edges = list(map(str, model.mask.cut_edges()))
     return ComparedModel(name, record.role, path.parent, edges, model.means, about, file, model.ablate_from)
+
+
+def read_control(name: str, folder: Path, engine: Engines) -> ComparedModel:
+    """The control in a folder, for the edges of a mask with learned constants."""
+    record, model = ControlRecord.read(folder / CONTROL, HINT), engine(False)
+    model.means = None
+    load_means(folder / MEANS, model)
+    about = {
+        "budget": record.budget, "seed": record.seed, "sweep": sweep_of(folder), "ablation": "optimal",
+        "n_edges": len(model.graph), "note": record.about,
+    }  # fmt: skip
+    means, model.means = model.means, None
+    return ComparedModel(
+        name, "control", folder, record.edges, means, about, folder / MEANS, record.ablate_from, record.removes
+    )
 
 
 def sweep_of(folder: Path) -> str | None:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from circuit_breaking.evaluation.controls import controls
-from circuit_breaking.evaluation.pareto import MAX_EDGES, pareto
+from circuit_breaking.evaluation.pareto import MAX_EDGES, change_of, pareto
 from circuit_breaking.evaluation.tables import markdown_table, number
 
 FIGURES = ("toxicity", "ordinary_loss", "perplexity")
@@ -26,7 +26,7 @@ def statement(models: Mapping[str, Any]) -> str:
         rows = [[name, *_figures(model)] for name, model in found["baselines"].items()]
         parts.append(markdown_table(["fine-tuned", "toxicity", "ordinary loss", "perplexity"], rows))
         parts.append("Perplexity is measured under the original model, on continuations of toxic prompts.")
-    return "\n\n".join(parts + _random_edges(models))
+    return "\n\n".join(parts + _random_edges(models) + _constants(models))
 
 
 def _sentences(found: Mapping[str, Any]) -> list[str]:
@@ -64,6 +64,26 @@ def _random_edges(models: Mapping[str, Any]) -> list[str]:
                 f"highest) change the original model's figures by: {changes}."
             )
     return sentences
+
+
+def _constants(models: Mapping[str, Any]) -> list[str]:
+    """A table of masks with learned constants beside their controls: what is due to the constants, what to the cut."""
+    rows = []
+    for name, model in models.items():
+        if model.get("kind") == "control":
+            mask = name.rpartition("_")[0]
+            for one in (mask,) if mask in models and not any(row[0] == mask for row in rows) else ():
+                rows.append([one, "the mask", *_changes(models[one])])
+            rows.append([name, model.get("note") or "", *_changes(model)])
+    if not rows:
+        return []
+    header = ["model", "what it is", "change of toxicity", "change of ordinary loss"]
+    return ["Learned constants, with and without the cut:", markdown_table(header, rows)]
+
+
+def _changes(model: Mapping[str, Any]) -> list[str]:
+    changes = [change_of(model, coordinate) for coordinate in (0, 1)]
+    return ["–" if change is None else f"{change:+.3f}" for change in changes]
 
 
 def _change(name: str, change: Mapping[str, Any]) -> str:

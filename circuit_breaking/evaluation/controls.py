@@ -1,10 +1,22 @@
-"""Random edges, the control for a choice of edges: as many are cut, drawn evenly from all."""
+"""Controls: random edges for a choice of edges, and for learned constants the same constants without the cut.
+
+A cut edge with a learned constant μ_i changes what its reader gets in two ways: what the node writes is removed, and a
+constant is put in its place. With x̄_i, the mean output of node i, the change splits exactly:
+
+    Σ_cut (μ_i - x_i)  =  Σ_cut (μ_i - x̄_i)  +  Σ_cut (x̄_i - x_i)
+                          bias                  mean
+
+`bias` adds the first part alone: each reader gets a constant vector, Σ_i x_i + Σ_cut (μ_i - x̄_i), and no edge is cut.
+`mean` is the second part alone: mean ablation of the same edges. `added` adds the constants as they are, Σ_i x_i +
+Σ_cut μ_i, so that the mean of what a reader gets is another one than with the mask.
+"""
 
 import random
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from circuit_breaking.errors import UserError
 from circuit_breaking.evaluation.pareto import change_of, in_sweep
@@ -26,6 +38,19 @@ def random_edges(graph: EdgeGraph, count: int, seed: int, budget: int | None = N
     if count > len(graph):
         raise UserError(f"{count} random edges were asked for, and {graph} has fewer.")
     return random.Random(f"{seed} {count if budget is None else budget}").sample(graph.edges, count)
+
+
+# what each control with a mask's edges is, and whether the edges are cut
+OF_CONSTANTS = {
+    "bias": ("what the constants of {} change on average, at the same readers, without the cut", False),
+    "added": ("the constants of {} at the same readers, without the cut", False),
+    "mean": ("mean ablation of the edges of {}, without its constants", True),
+}
+
+
+def control_values(name: str, constants: Tensor, means: Tensor) -> Tensor:
+    """The values [P, D] of a control of `OF_CONSTANTS`, of a mask's learned constants and of mean outputs."""
+    return {"bias": constants - means, "added": constants, "mean": means}[name]
 
 
 def controls(models: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ from circuit_breaking.runs.records import Record, old_provenance
 
 MASK = "mask.safetensors"  # the file of a mask in a run folder
 MEANS = "means.safetensors"  # of the ablation values that were learned with it
+CONTROL = "control.json"  # of a control in which a mask's constants are used in another way
 CUT_EDGES, KEPT_EDGES = "edges.json", "kept_edges.json"
 # settings of the data that a mask was trained on; scripts that measure it take them where their own are not set
 DATA_SETTINGS = ("toxic_train", "toxic_test", "ordinary", "text_column", "length", "train", "test", "prompts", "task")
@@ -117,6 +118,30 @@ class MeansRecord(Record):
     graph: dict[str, Any] = field(default_factory=dict)
     num_texts: int | None = None
     ablate_from: int = 0
+    made_from: str | None = None
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(kw_only=True)
+class ControlRecord(Record):
+    """`control.json`: a control for a mask with learned constants; its values are in `means.safetensors` beside it.
+
+    Attributes:
+        about: what it is, in a few words.
+        edges: names of the mask's edges.
+        removes: whether they are cut; if not, the values are only added where they are read.
+        ablate_from: first position at which this acts.
+        budget, seed: those of the mask.
+        made_from, provenance: as for `MaskRecord`.
+    """
+
+    NAME: ClassVar[str] = "control"
+    about: str
+    edges: list[str]
+    removes: bool
+    ablate_from: int = 0
+    budget: int | None = None
+    seed: int | None = None
     made_from: str | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
 

@@ -105,7 +105,13 @@ def test_every_promised_file_is_there(finished):
     }
     learned = {f"random_optimal_2_seed{s}" for s in (0, 1)}  # trained, among random edges of the same number
     chance = {f"random_{ablation}_{b}_seed{s}" for ablation in ("zero", "mean") for b in (1, 2) for s in (0, 1)}
-    assert names == {"original", *MADE} | masks | chance | learned
+    constants = {f"optimal_2_{control}" for control in ("bias", "added", "mean")}
+    assert names == {"original", *MADE} | masks | chance | learned | constants
+    for name in constants:
+        one = report["models"][name]
+        assert one["kind"] == "control" and one["note"] and one["budget"] == 2
+        assert one["edges_cut"] == (report["models"]["optimal_2"]["edges_cut"] if name.endswith("mean") else 0)
+    assert "Learned constants, with and without the cut" in (run / "report.md").read_text()
     for name, one in report["models"].items():
         if name in masks:
             assert one["edges_cut"] <= one["budget"]
