@@ -252,6 +252,8 @@ class Sweep:
         constants, means = (read_means(path)[0] for path in (masks / name / MEANS, self.averages))
         for control, (about, removes) in OF_CONSTANTS.items():
             place = masks / f"{name}_{control}"
+            if self.settings.resume and is_up_to_date(place / CONTROL, record.made_from, ControlRecord.read):
+                continue
             values = control_values(control, constants, means)
             save_means(place / MEANS, self.model, values, MeansRecord(provenance=self.provenance))
             ControlRecord(

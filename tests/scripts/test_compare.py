@@ -187,7 +187,7 @@ def test_nothing_but_numbers_in_the_files(finished):
 
 def test_fine_tuned_models_are_ordinary_folders(finished):
     run, _, _ = finished
-    for method in ("joint", "rmu"):
+    for method in ("joint", "lora_npo"):
         model = AutoModelForCausalLM.from_pretrained(run / "finetuned" / method, use_safetensors=True)
         assert model.generate(torch.tensor([[0, 5]]), max_new_tokens=2).shape[1] > 2
         assert load_tokenizer(run / "finetuned" / method)
