@@ -3,11 +3,12 @@
     necessary    edges whose cutting breaks the behaviour most; ordinary text does not count (no keep term)
     sufficient   as few edges as possible that show the behaviour by themselves: keep it and cut the rest
     outside      edges outside a known circuit (`frozen`), which stays whole, that break the behaviour
+    inside       edges of a known circuit (`frozen`), and no others, that break the behaviour
     covering     masks that break, one after another, each without the edges of those before, until none breaks or there
                  are enough; their union covers the circuit
 
 Reads   a model; prompts (make_ioi_datasets.py); ordinary text; ablation values (compute_means.py), if --means names a
-        file; for `outside`, the list of edges of a run, or the published circuit of GPT-2 small.
+        file; for `outside` and `inside`, the list of edges of a run, or the published circuit of GPT-2 small.
 Writes  data/ioi/<run>/: what train_mask.py writes; for `sufficient` kept_edges.json in place of edges.json, stages.json
         and stages.png in place of the log of training; for `covering` the files of each mask in mask1/, mask2/, ...,
         those of their union in the folder itself, and covering.json. During training also checkpoints, from which the
@@ -33,9 +34,9 @@ class Settings(IOIMaskSettings, ResumeSettings, TrackingSettings):
         "device",
     )  # fmt: skip
 
-    kind: Literal["necessary", "sufficient", "outside", "covering"] = "necessary"  # the question, see above
+    kind: Literal["necessary", "sufficient", "outside", "inside", "covering"] = "necessary"  # the question, see above
     run: str | None = None  # name of the run folder, in the folder out; None: the kind
-    frozen: str = "run"  # outside: edges that stay, from a run, a file such as edges.json, or published (GPT-2 small)
+    frozen: str = "run"  # edges that stay (outside) or alone are cut (inside): a run, a file, or published (GPT-2)
     masks: int = 4  # covering: most masks
     broken: float = 0.5  # covering: largest share of the logit difference that a mask that breaks may leave
     faithful: float = 0.9  # sufficient: share of the logit difference that must stay
@@ -121,6 +122,13 @@ def outside(folder: Path, experiment: Experiment, before: dict[str, float]) -> N
     finish(folder, experiment, before, more={"frozen": frozen})
 
 
+def inside(folder: Path, experiment: Experiment, before: dict[str, float]) -> None:
+    """Break by edges of a known circuit alone."""
+    circuit = read_frozen(experiment.settings, experiment.model.graph)
+    train(folder, experiment, ~without(experiment, circuit))
+    finish(folder, experiment, before, more={"circuit": circuit})
+
+
 def covering(folder: Path, experiment: Experiment, before: dict[str, float]) -> None:
     """Masks one after another, each without the edges of those before."""
     model, union, found = experiment.model, [], []
@@ -156,7 +164,9 @@ def train(folder: Path, experiment: Experiment, allowed: Tensor | None = None) -
     )  # fmt: skip
 
 
-KINDS = {"necessary": necessary, "sufficient": sufficient, "outside": outside, "covering": covering}
+KINDS = {
+    "necessary": necessary, "sufficient": sufficient, "outside": outside, "inside": inside, "covering": covering,
+}  # fmt: skip
 
 
 def without(experiment: Experiment, edges: list[str]) -> Tensor:
@@ -167,7 +177,7 @@ def without(experiment: Experiment, edges: list[str]) -> Tensor:
 
 
 def read_frozen(settings: Settings, graph: EdgeGraph) -> list[str]:
-    """Names of the edges that stay whole."""
+    """Names of the edges of the known circuit."""
     if settings.frozen == PUBLISHED:
         return sorted(circuit_edges(graph), key=graph.index)
     hint = "Train a mask with ioi/train_mask.py, or set frozen to a run, its list of edges, or 'published'."

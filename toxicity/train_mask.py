@@ -14,11 +14,12 @@ Time    a minute for the shipped model on two cores; seconds per step for GPT-2 
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
+from circuit_breaking.errors import UserError
 from circuit_breaking.evaluation.settings import HeldOutSettings
 from circuit_breaking.runs.cli import read_settings, run_script
-from circuit_breaking.runs.config import check_ablate_from, check_counts, resolve_defaults
+from circuit_breaking.runs.config import check_ablate_from, check_counts, check_not_negative, resolve_defaults
 from circuit_breaking.runs.settings import (
     AblateFromSettings,
     ModelSettings,
@@ -49,6 +50,11 @@ class Settings(
 
     means: Path | None = None  # file of ablation values from compute_means.py; None: zero
     examples: int = 100  # toxic texts to learn from; 0: all of the file
+    inside: Path | None = None  # file of a circuit, or of edges that a mask cuts: only these may be cut; None: all may
+    localise: Literal["no", "eap", "eap-ig", "random"] = "no"  # cut only edges with the highest attribution scores
+    localise_edges: int = 1000  # localise: how many edges
+    from_mask: Path | None = None  # mask.safetensors to start from, such as that of a finished run; None: no edge cut
+    eval_every: int = 0  # steps after which held-out losses are measured for metrics.jsonl; 0: only at the end
     split_qkv: bool = False  # give the query, key and value of a head separate edges
     tf32: bool = False  # let CUDA multiply float32 matrices in TF32: faster, less precise
 
@@ -56,6 +62,9 @@ class Settings(
         check_mask(self)
         check_counts(self, "length", "num_texts")
         check_ablate_from(self)
+        check_not_negative(self, "eval_every")
+        if self.inside is not None and self.localise != "no":
+            raise UserError("inside and localise both say which edges may be cut. Give one of them.")
         require_data(self)
 
 
@@ -68,7 +77,7 @@ import torch
 
 from circuit_breaking.engine.ablation_values import load_means, save_means, value_in
 from circuit_breaking.engine.load import load_model
-from circuit_breaking.engine.mask import save_mask
+from circuit_breaking.engine.mask import load_mask, save_mask
 from circuit_breaking.engine.transformer import EdgeMaskedTransformer
 from circuit_breaking.evaluation.edge_importance import graph_of_mask
 from circuit_breaking.figures.browser.page import end_with_page
@@ -76,8 +85,10 @@ from circuit_breaking.figures.edge_curve import draw_curve
 from circuit_breaking.figures.edges import draw_edges
 from circuit_breaking.models.load import files_of, load_tokenizer
 from circuit_breaking.models.tokens import TokenBatch
+from circuit_breaking.runs.circuit_files import read_circuit
 from circuit_breaking.runs.distributed import is_main
 from circuit_breaking.runs.mask_record import (
+    CUT_EDGES,
     MASK,
     MEANS,
     AblationValueRecord,
@@ -94,6 +105,7 @@ from circuit_breaking.tasks import OWTTask, ToxicTask
 from circuit_breaking.tasks.base import TextTask
 from circuit_breaking.training.budgets import masks_at
 from circuit_breaking.training.edge_ranking import save_ranking
+from circuit_breaking.training.localise import localise
 from circuit_breaking.training.mask_gradient import MaskFunction
 from circuit_breaking.training.mask_trainer import MaskResult
 from circuit_breaking.training.run import train_into
@@ -121,6 +133,7 @@ def main(settings: Settings) -> None:
     if settings.means is not None:
         load_means(settings.means, model)
         inputs.append(settings.means)
+    inputs += [path for path in (settings.inside, settings.from_mask) if path is not None]
     if Path(settings.ordinary).is_file():
         inputs.append(Path(settings.ordinary))
     run = provenance(settings, inputs)
@@ -137,9 +150,12 @@ def train(
     for task in tasks.values():
         task.evaluation_batch = settings.micro_batch or task.evaluation_batch
     before = held_out(model, tasks, settings)
+    allowed, start = edges_to_cut(model, tasks, settings), mask_to_start_from(model, settings)
     result = train_into(
-        folder, model, tasks["toxic"], tasks["ordinary"], settings, None, run, settings.resume,
-        settings.checkpoint_every, lock=False, log_with=settings.log_with,
+        folder, model, tasks["toxic"], tasks["ordinary"], settings, allowed, run, settings.resume,
+        settings.checkpoint_every, lock=False, log_with=settings.log_with, start=start,
+        eval_tasks=tasks if settings.eval_every else None, eval_every=settings.eval_every,
+        eval_texts=settings.num_texts,
     )  # fmt: skip
     if is_main():
         after = held_out(model, tasks, settings)
@@ -159,6 +175,29 @@ def train(
     end_with_page(folder)
     if is_main():
         print(f"written to {folder}")
+
+
+def edges_to_cut(model: EdgeMaskedTransformer, tasks: dict[str, TextTask], settings: Settings) -> torch.Tensor | None:
+    """The edges that may be cut, bool [E]; None if all may be."""
+    if settings.inside is not None:
+        circuit = read_circuit(settings.inside, model.graph)
+        of_mask = settings.inside.name == CUT_EDGES or settings.inside.suffix == Path(MASK).suffix
+        return (~circuit.kept if of_mask else circuit.kept).to(model.device)  # a mask is about the edges that it cuts
+    if settings.localise == "no":
+        return None
+    count = min(settings.localise_edges, len(model.graph))
+    return localise(model, tasks["toxic"], tasks["ordinary"], settings, settings.localise, count, settings.seed)
+
+
+def mask_to_start_from(model: EdgeMaskedTransformer, settings: Settings) -> torch.Tensor | None:
+    """The mask to start from, [E]; None to start with no edge cut."""
+    if settings.from_mask is None:
+        return None
+    load_mask(settings.from_mask, model)
+    model.ablate_from = settings.ablate_from
+    start = model.mask.weights.detach().clone()
+    model.mask.reset_()
+    return start
 
 
 def held_out(model: EdgeMaskedTransformer, tasks: dict[str, TextTask], settings: Settings) -> dict[str, float]:

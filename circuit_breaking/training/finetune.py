@@ -141,8 +141,13 @@ class _Run:
         self.optimizer = torch.optim.AdamW(self.trained.values(), lr=settings.lr, weight_decay=0.0)
 
     def begin(self) -> None:
-        """Measure the original model."""
-        self.history.append(self.check(0))
+        """Measure the original model, which adapters that start at random are not."""
+        if self.adapters is None:
+            self.history.append(self.check(0))
+            return
+        self.best = {"step": 0, "scale": None, **self.validate(self.model)}
+        self.kept = {name: torch.zeros_like(factor) for name, factor in self.trained.items()}
+        self.history.append(self.best)
 
     @property
     def texts(self) -> int:

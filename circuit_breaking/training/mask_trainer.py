@@ -1,7 +1,7 @@
 """Train an edge mask.
 
 Minimises  keep_weight · L_keep(m) - alpha · L_break(m) + penalty(m)  over masks m that cut at most `max_edges` edges
-(Li, Davies, Nadeau 2023, section 3.2), in phases:
+(Li, Davies, Nadeau 2023, section 3.2), or a weighted sum of any number of losses, in phases:
 
 find       `steps` steps of a method: a ranking of the edges, clamped weights (the paper's), hard-concrete gates,
            uniform gradient sampling, or attribution (`training.methods`).
@@ -12,7 +12,7 @@ constants  The edges are fixed, and ablation constants, if they are learned, are
 From the refine phase on, the forward pass sees binary masks only, so rounding at the end changes nothing.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,10 +29,11 @@ from circuit_breaking.runs.distributed import same_random_states
 from circuit_breaking.tasks.base import Task
 from circuit_breaking.training.config import MaskConfig, check_mask
 from circuit_breaking.training.edge_ranking import EdgeRanking
+from circuit_breaking.training.held_out import HeldOut
 from circuit_breaking.training.loop import Row, run_steps
 from circuit_breaking.training.methods import method_class
 from circuit_breaking.training.methods.base import StepResult
-from circuit_breaking.training.objective import StepObjective
+from circuit_breaking.training.objective import StepObjective, Term, terms_of, terms_of_two
 from circuit_breaking.training.optimal_ablation import AblationConstants
 from circuit_breaking.training.refine import EdgeRefiner
 
@@ -69,14 +70,21 @@ class MaskResult:
 
 def train_mask(
     model: EdgeMaskedTransformer,
-    break_task: Task,
-    keep_task: Task,
+    break_task: Task | None = None,
+    keep_task: Task | None = None,
     settings: MaskConfig | None = None,
     allowed: Tensor | None = None,
     on_step: Callable[[Row], None] | None = None,
     progress: bool = True,
     checkpoints: Checkpoints | None = None,
     resume_from: Saved | None = None,
+    *,
+    tasks: Mapping[str, Task] | None = None,
+    weights: Mapping[str, float] | None = None,
+    eval_tasks: Mapping[str, Task] | None = None,
+    eval_every: int = 50,
+    eval_texts: int | None = None,
+    start: Tensor | None = None,
 ) -> MaskResult:
     """Learn which few edges to cut. The model's mask is trained from all ones and left binary.
 
@@ -87,6 +95,14 @@ def train_mask(
         model: the model. Its `means` are the ablation values; they are replaced if ablation constants are learned.
         break_task: the behaviour to break.
         keep_task: the behaviour to keep.
+        tasks, weights: in place of these two, any number of behaviours by name, and the weight of each one's loss in
+            the objective: negative to break it, positive to keep it, 1 if it is not given. `alpha` and `keep_weight` of
+            the settings are then not used.
+        eval_tasks: tasks whose held-out losses are measured while the mask is trained, at the mask that would be saved.
+            Rows of the history have them as `held_out`.
+        eval_every: steps between these measurements.
+        eval_texts: most held-out texts of each; all by default.
+        start: binary mask [E] to start from. By default training starts with all edges kept.
         settings: see `MaskConfig`.
         allowed: bool [E], the edges that may be cut; all by default.
         on_step: called with each row of the history, after its step.
@@ -103,7 +119,19 @@ def train_mask(
         Stopped: a signal ended the run; its state is saved.
     """
     settings = settings or MaskConfig()
-    trainer = _Trainer(model, break_task, keep_task, settings, allowed)
+    two = break_task is not None and keep_task is not None
+    if two == (tasks is not None) or (break_task is None) != (keep_task is None):
+        raise UserError("give break_task and keep_task, or tasks with their weights.")
+    if two:
+        named = {"break": break_task, "keep": keep_task}
+        terms = terms_of_two(model, keep_task, break_task, settings)
+    else:
+        if wrong := [name for name in tasks if "." in name or not name]:
+            raise UserError(f"a task is named {wrong[0]!r}; give a name without dots.")
+        named = {f"task_{name}": task for name, task in tasks.items()}
+        terms = terms_of(model, tasks, weights or {}, settings)
+    trainer = _Trainer(model, terms, named, settings, allowed, start)
+    held_out = HeldOut(dict(eval_tasks or {}), eval_every, eval_texts)
     before = 0.0
     if resume_from is not None:
         trainer.restore(resume_from)
@@ -111,7 +139,7 @@ def train_mask(
     same_random_states(model.device)
     with gradient_checkpointing_on(model, settings.gradient_checkpointing):
         history = run_steps(
-            lambda number: trainer.step(),
+            lambda number: {**trainer.step(), **held_out.row(model, settings.max_edges, number, trainer.total)},
             trainer.total,
             label="mask",
             done=trainer.done,
@@ -149,16 +177,17 @@ class _Trainer:
     def __init__(
         self,
         model: EdgeMaskedTransformer,
-        break_task: Task,
-        keep_task: Task,
+        terms: Sequence[Term],
+        tasks: Mapping[str, Task],
         config: MaskConfig,
         allowed: Tensor | None,
+        start: Tensor | None,
     ) -> None:
         check_mask(config, len(model.graph), None if allowed is None else int(allowed.sum()))
-        self.model, self.break_task, self.keep_task, self.config = model, break_task, keep_task, config
+        self.model, self.tasks, self.config = model, tasks, config
         self.weights = model.mask.weights
         allowed = None if allowed is None else allowed.to(self.weights.device)
-        self.objective = StepObjective(model, keep_task, break_task, config)
+        self.objective = StepObjective(model, terms, config.micro_batch)
         learns_constants = config.constants_lr and config.max_edges
         if learns_constants and model.resample:
             raise UserError(
@@ -178,6 +207,8 @@ class _Trainer:
         self.refiner = EdgeRefiner(config.max_edges, allowed)
         self.last: StepResult | None = None
         model.mask.reset_()
+        if start is not None:
+            self._start_from(start.to(self.weights.device), allowed)
 
     def step(self) -> Row:
         """Run the next step and return its row."""
@@ -186,15 +217,18 @@ class _Trainer:
             if number < steps:
                 self.done += 1
                 self.last = step(number)
-                keep, broken = self.objective.losses
+                keep, broken = (self.objective.loss_of(broken) for broken in (False, True))
                 losses = {"loss": self.last.loss, "keep_loss": keep, "break_loss": broken}
+                if len(self.objective.terms) > 2:
+                    names = (name.removeprefix("task_") for name in self.tasks)
+                    losses["losses"] = dict(zip(names, self.objective.losses, strict=True))
                 return {"phase": self.last.phase, **losses, "n_cut": self.last.n_cut}
             number -= steps
         raise IndexError(f"there are no more than {self.total} steps")
 
     def describe(self) -> str:
         """The last step, for the progress bar."""
-        keep, broken = self.objective.losses
+        keep, broken = (self.objective.loss_of(broken) for broken in (False, True))
         return f"{self.last.phase}: keep {keep:.3f}, break {broken:.3f}, {self.last.n_cut} cut"
 
     def state(self) -> dict[str, Tensor]:
@@ -212,8 +246,17 @@ class _Trainer:
 
     def _stateful(self) -> dict[str, Any]:
         """The objects that have a `state`, by their names in checkpoints."""
-        objects = {"method": self.method, "refiner": self.refiner, "break": self.break_task, "keep": self.keep_task}
+        objects = {"method": self.method, "refiner": self.refiner, **self.tasks}
         return objects if self.constants is None else {**objects, "constants": self.constants}
+
+    def _start_from(self, mask: Tensor, allowed: Tensor | None) -> None:
+        """Start from a binary mask. Raises a `UserError` if it cuts edges that may not be cut."""
+        cut = mask < 0.5
+        if cut.shape != self.weights.shape:
+            raise UserError(f"the mask to start from has {cut.numel():,} edges, the model {len(self.weights):,}.")
+        if allowed is not None and bool((cut & ~allowed).any()):
+            raise UserError("the mask to start from cuts edges that may not be cut. Start from another one.")
+        self.method.start_from(cut)
 
     def _backward(self, loss: Tensor) -> None:
         """The backward pass of a loss, with a step of the ablation constants if they are learned."""

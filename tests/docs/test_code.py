@@ -58,6 +58,12 @@ def test_resampling_in_methods(tmp_path):
     assert (names["logits"] - names["model"](names["tokens"])).abs().max() > 1e-3  # without: zero ablation
 
 
+def test_several_behaviours_in_methods(tmp_path):
+    names = run("docs/methods.md", 1, tmp_path)
+    assert len(names["result"].edges) == 12
+    assert set(names["result"].history[-1]["held_out"]) == {"toxic", "copies", "ordinary"}
+
+
 def test_circuits_in_file_formats(tmp_path):
     names = run("docs/file-formats.md", 1, tmp_path)
     assert int(names["circuit"].kept.sum()) == 50 and (tmp_path / "circuit.json").is_file()
@@ -94,7 +100,7 @@ BLOCKS = {
     "docs/getting-started.md": 2,
     "docs/experiments.md": 1,
     "docs/file-formats.md": 2,
-    "docs/methods.md": 1,
+    "docs/methods.md": 2,
     "docs/tasks.md": 1,
 }
 

@@ -144,6 +144,28 @@ def test_rerouting_by_hand(family, progress, layers):
     torch.testing.assert_close(loss, expected, rtol=1e-3, atol=1e-4)
 
 
+def test_rerouting_needs_another_start_than_the_original():
+    """At the original model its loss has no gradient; a small random start has one. The original is measured first."""
+    hf = small_gpt2()
+    state, mine = start(baseline("rerouting"), hf, LossSettings())
+
+    def gradients():
+        loss = mine.call(baseline("rerouting").loss, state, texts(1, 5), texts(2, 5))
+        return max(float(one.abs().max()) for one in torch.autograd.grad(loss, list(mine.factors.values())))
+
+    assert gradients() > 1e-3
+    with torch.no_grad():
+        for name, factor in mine.factors.items():
+            if name.startswith("b."):
+                assert 0.01 < float(factor.std()) < 0.03
+                factor.zero_()
+    assert gradients() < 1e-5
+    result, left = run("rerouting", lr=1e-9, steps=3, check_every=3, alpha=-1e3)
+    assert result.history[0]["score"] == pytest.approx(run("joint", steps=1, alpha=-1e3)[0].history[0]["score"])
+    if result.best["step"] == 0:
+        torch.testing.assert_close(logits(left), logits(small_gpt2()))
+
+
 def test_layers_that_cannot_be_rerouted():
     for layers in ((3,), (0,), (1, 5)):
         with pytest.raises(UserError, match=r"rerouting_layers are .*; the model has 3 layers"):

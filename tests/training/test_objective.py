@@ -42,7 +42,7 @@ def measured(make, broken, micro_batch, learned, goal="objective", size=7):
     mask = torch.rand(len(model.graph), dtype=torch.float64, generator=torch.Generator().manual_seed(5))
     mask.requires_grad_()
     settings = MaskConfig(**SETTINGS, micro_batch=micro_batch, constants_loss=goal)
-    one = StepObjective(model, make_task("keep", 5), BREAK[broken](), settings)
+    one = StepObjective.of_two(model, make_task("keep", 5), BREAK[broken](), settings)
     objective = one.draw(size)
     value = 3 * objective(mask)
     gradients = torch.autograd.grad(value, [mask, model.means] if learned else [mask])
@@ -83,7 +83,7 @@ def test_gradients_by_what_means_are_learned_for(goal, micro_batch):
     expected = torch.autograd.grad(1.3 * sums[0] - 0.7 * sums[1], (mask, means))
     model.means = means
     settings = MaskConfig(**SETTINGS, micro_batch=micro_batch, constants_loss=goal)
-    value = StepObjective(model, make_task("keep", 5), make_task("break", 1), settings).draw(5)(mask)
+    value = StepObjective.of_two(model, make_task("keep", 5), make_task("break", 1), settings).draw(5)(mask)
     assert float(value.detach()) == pytest.approx(float((1.3 * sums[0] - 0.7 * sums[1]).detach()), rel=1e-10)
     for found, right in zip(torch.autograd.grad(value, (mask, means)), expected, strict=True):
         torch.testing.assert_close(found, right, atol=1e-10, rtol=1e-8)
@@ -92,7 +92,7 @@ def test_gradients_by_what_means_are_learned_for(goal, micro_batch):
 def test_by_hand():
     """Each text's losses, summed and divided in numpy, with the cap on every prediction."""
     model, keep, broken = double(), make_task("keep", 5), make_task("break", 1)
-    one = StepObjective(model, keep, broken, MaskConfig(**SETTINGS, micro_batch=2))
+    one = StepObjective.of_two(model, keep, broken, MaskConfig(**SETTINGS, micro_batch=2))
     value = float(one.draw(5)(torch.ones(len(model.graph), dtype=torch.float64).requires_grad_()).detach())
     means = []
     for task, cap in ((make_task("keep", 5), np.inf), (make_task("break", 1), 3.9)):
@@ -195,9 +195,9 @@ def test_a_task_that_does_not_count_its_predictions():
     one.__class__ = Mine
     model = load_model(small_gpt2(), device="cpu")
     mask = model.mask.weights
-    objective = StepObjective(model, one, one, MaskConfig())
+    objective = StepObjective.of_two(model, one, one, MaskConfig())
     assert objective.draw(3)(mask).requires_grad
-    objective = StepObjective(model, one, one, MaskConfig(micro_batch=2))
+    objective = StepObjective.of_two(model, one, one, MaskConfig(micro_batch=2))
     with pytest.raises(UserError, match="mine does not say how many predictions"):
         objective.draw(3)(mask)
     with pytest.raises(UserError, match="micro_batch is -1"):
@@ -208,9 +208,9 @@ def test_a_loss_that_is_not_finite_is_said():
     model = load_model(small_gpt2(), device="cpu")
     for micro_batch in (0, 2):
         with pytest.raises(UserError, match="not finite any more"):
-            StepObjective(model, make_task("keep", 5), make_task("break", 1), MaskConfig(micro_batch=micro_batch)).draw(
-                3
-            )(torch.full_like(model.mask.weights, float("nan")))
+            StepObjective.of_two(
+                model, make_task("keep", 5), make_task("break", 1), MaskConfig(micro_batch=micro_batch)
+            ).draw(3)(torch.full_like(model.mask.weights, float("nan")))
 
 
 class OnlyLoss(TextTask):
@@ -227,7 +227,9 @@ def test_keeping_predictions_is_keeping_their_distribution():
     mask = torch.rand(ones.shape, generator=torch.Generator().manual_seed(0)).requires_grad_()
     for micro_batch in (0, 2):
         task = make_task("keep", 5)
-        objective = StepObjective(model, task, make_task("break", 1), replace(config, micro_batch=micro_batch)).draw(4)
+        objective = StepObjective.of_two(
+            model, task, make_task("break", 1), replace(config, micro_batch=micro_batch)
+        ).draw(4)
         batch = make_task("keep", 5).draw(4)
         where = batch.predicted
         original, ablated = (model(batch.tokens, mask=m)[where].log_softmax(-1) for m in (ones, mask))
@@ -245,7 +247,7 @@ def test_where_the_divergence_says_nothing_the_loss_takes_its_place():
         assert not keeps_predictions(MaskConfig(**{"keep_loss": "kl", "method": "clamped", **changes})), changes
     model, one = load_model(small_gpt2(), device="cpu"), make_task("mine", 1)
     one.__class__ = OnlyLoss
-    objective = StepObjective(model, one, make_task("break", 1), MaskConfig(keep_loss="kl"))
+    objective = StepObjective.of_two(model, one, make_task("break", 1), MaskConfig(keep_loss="kl"))
     with pytest.raises(UserError, match="mine does not say how far predictions are"):
         objective.draw(3)(model.mask.weights)
 

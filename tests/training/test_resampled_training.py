@@ -41,7 +41,7 @@ def test_micro_batches_change_nothing(model):
     for micro_batch in (0, 2):
         break_task, keep_task = tasks()
         settings = MaskConfig(**QUICK, micro_batch=micro_batch)
-        objective = StepObjective(model, keep_task, break_task, settings).draw(5)
+        objective = StepObjective.of_two(model, keep_task, break_task, settings).draw(5)
         mask = make_masks(len(model.graph))[0].float().requires_grad_()
         value = objective(mask)
         found.append((value.detach(), torch.autograd.grad(value, mask)[0]))

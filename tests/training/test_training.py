@@ -133,7 +133,7 @@ def test_what_is_learned_for_the_loss_to_keep_is_not_learned_for_the_other():
         model = load_model(small_gpt2(), device="cpu")
         model.mask.cut_(model.graph.edges[3::9])
         settings = MaskConfig(alpha=1.0, keep_loss="loss", constants_loss=goal)
-        objective = StepObjective(model, make_task("keep", 5), make_task("break", 1), settings)
+        objective = StepObjective.of_two(model, make_task("keep", 5), make_task("break", 1), settings)
         means = AblationConstants(model, 0.05)
         for _ in range(100):
             means.descend(objective.draw(12)(model.mask.weights.detach()))

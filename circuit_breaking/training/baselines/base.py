@@ -19,7 +19,7 @@ from circuit_breaking.training.config import LossSettings
 
 Weights = dict[str, Tensor]
 Candidate = dict[str, Any]  # what tells one edit of a model from another, JSON-able
-SLOW, FAST = (1e-5, 1e-4), (1e-4, 1e-3)  # learning rates to try
+SLOW, FAST, ADAPTERS = (1e-5, 1e-4), (1e-4, 1e-3), (1e-3, 3e-3)  # learning rates to try
 
 
 @dataclass
@@ -73,6 +73,7 @@ class Method:
         subtracts: the result is the original minus a multiple of the change.
         adapts: the weights that get low-rank adapters (LoRA), by name; the parameters themselves are then frozen. The
             adapters are merged into the weights at the end.
+        spread: standard deviation of the adapters' initial output factors; see `LowRank`.
         lrs: learning rates that scripts try. On the shipped model the next one up or down was worse.
     """
 
@@ -82,6 +83,7 @@ class Method:
     compares: bool = False
     subtracts: bool = False
     adapts: Callable[[nn.Module, LossSettings], list[str]] | None = None
+    spread: float = 0.0
     lrs: tuple[float, ...] = FAST
 
 
@@ -122,7 +124,7 @@ def start(method: Method, model: nn.Module, settings: LossSettings, seed: int = 
     state = State(model, settings, seed, original)
     if method.adapts is None:
         return state, None
-    return state, LowRank(model, method.adapts(model, settings), settings.lora_rank, seed)
+    return state, LowRank(model, method.adapts(model, settings), settings.lora_rank, seed, method.spread)
 
 
 def candidates(method: Method, before: Weights, now: Weights, scales: tuple[float, ...]) -> Iterator[tuple]:

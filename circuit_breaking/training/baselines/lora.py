@@ -1,6 +1,7 @@
 """Low-rank adapters (LoRA; Hu et al. 2021, arXiv:2106.09685): W + A B in place of a weight W [in, out].
 
-A [in, r] starts at random and B [r, out] at zero, so that the model is the original at first. The factor alpha / r of
+A [in, r] starts at random and B [r, out] at zero, so that the model is the original at first (unless a loss needs
+another start). The factor alpha / r of
 the paper is 1 here (alpha = r). Only the factors are trained. Adapted weights take the place of the model's own while a
 function runs, so the model's modules stay as they are and every computation sees them, that of a model with cut edges
 included; peft's adapters are modules of their own. This takes the memory of one more copy of the adapted weights, and
@@ -26,12 +27,13 @@ class LowRank:
         names: the weights to adapt, of `linear_weights`.
         rank: r.
         seed: of the initial factors.
+        spread: standard deviation of the initial B, for a loss without a gradient at the original model.
 
     Attributes:
         factors: the trained tensors: `a.<name>` and `b.<name>` for each weight.
     """
 
-    def __init__(self, model: nn.Module, names: Iterable[str], rank: int, seed: int = 0) -> None:
+    def __init__(self, model: nn.Module, names: Iterable[str], rank: int, seed: int = 0, spread: float = 0.0) -> None:
         self.model = model
         parameters, linears = dict(model.named_parameters()), _linears_by_weight(model)
         self._linears = {name: linears[id(parameters[name])] for name in names}
@@ -42,7 +44,8 @@ class LowRank:
             bound = 1 / math.sqrt(inputs)  # as in peft
             a = torch.empty(inputs, rank).uniform_(-bound, bound, generator=generator)
             self.factors[f"a.{name}"] = a.to(one.weight).requires_grad_()
-            self.factors[f"b.{name}"] = torch.zeros(rank, outputs).to(one.weight).requires_grad_()
+            b = spread * torch.randn(rank, outputs, generator=generator) if spread else torch.zeros(rank, outputs)
+            self.factors[f"b.{name}"] = b.to(one.weight).requires_grad_()
 
     def weights(self) -> dict[str, Tensor]:
         """The adapted weights, each of the shape of the model's parameter, differentiable in the factors."""

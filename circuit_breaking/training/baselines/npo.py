@@ -12,7 +12,7 @@ from torch import Tensor
 
 from circuit_breaking.models.tokens import TokenBatch
 from circuit_breaking.tasks.losses import trainable_prediction_losses
-from circuit_breaking.training.baselines.base import Method, State
+from circuit_breaking.training.baselines.base import ADAPTERS, Method, State
 from circuit_breaking.training.baselines.lora import linear_weights
 
 
@@ -29,5 +29,5 @@ def npo(state: State, toxic: TokenBatch, ordinary: TokenBatch) -> Tensor:
 NPO = Method("negative preference optimisation, with the ordinary loss", npo, compares=True)
 LORA_NPO = Method(
     "the same, by low-rank adapters of all linear layers", npo, compares=True,
-    adapts=lambda model, settings: linear_weights(model),
+    adapts=lambda model, settings: linear_weights(model), lrs=ADAPTERS,
 )  # fmt: skip

@@ -6,8 +6,12 @@ Low-rank adapters turn the residual stream of toxic text away from where it was,
 to it. On ordinary text, the stream before the first layer and after every layer stays where it was. As the authors run
 it, the coefficients change linearly over T steps: c_s = α (1 - t/2T) and c_r = α t/2T. With 32 layers they take the
 stream after layers 10 and 20 (counted from 1), adapt all linear modules up to layer 21 with rank 16, and train 150
-steps with AdamW at 1e-4 and α = 10 (Llama 3) or 5 (Mistral). Other depths take the same shares of the layers. Dropout
-of the adapters (theirs: 0.05) is left out, as for all methods here.
+steps with AdamW at 1e-4 and α = 10 (Llama 3) or 5 (Mistral). Other depths take the same shares of the layers.
+
+The cosine similarity of a vector with itself is at its maximum, so the loss has no gradient at the original model. The
+rounding errors of bfloat16 are enough of a start for the authors; in float32 nothing happens. Here the adapters' output
+factors start at random, with a small spread. Dropout of the adapters (theirs: 0.05) is left out, as for all methods
+here.
 
 Shapes: M predictions, D width.
 """
@@ -18,12 +22,13 @@ from torch import Tensor, nn
 
 from circuit_breaking.errors import UserError
 from circuit_breaking.models.tokens import TokenBatch
-from circuit_breaking.training.baselines.base import Method, State
+from circuit_breaking.training.baselines.base import ADAPTERS, Method, State
 from circuit_breaking.training.baselines.lora import linear_weights
 from circuit_breaking.training.baselines.streams import after_layers
 from circuit_breaking.training.config import LossSettings
 
 ALPHA = 10.0
+SPREAD = 0.02  # of the adapters' initial output factors
 SHARES = (10 / 32, 20 / 32)  # of the layers, after which the stream is rerouted
 
 
@@ -68,5 +73,5 @@ def adapted(model: nn.Module, settings: LossSettings) -> list[str]:
 
 REROUTING = Method(
     "representation rerouting: toxic streams turned away, ordinary ones kept, by low-rank adapters", rerouting,
-    compares=True, adapts=adapted,
+    compares=True, adapts=adapted, spread=SPREAD, lrs=ADAPTERS,
 )  # fmt: skip

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from circuit_breaking.engine.mask import lowest_cut
 from circuit_breaking.engine.transformer import EdgeMaskedTransformer
+from circuit_breaking.errors import UserError
 from circuit_breaking.runs.checkpoints import optimizer_state, part_of, restore_optimizer
 from circuit_breaking.training.config import MaskConfig
 from circuit_breaking.training.gates import falling_count
@@ -70,6 +71,10 @@ class MaskMethod(ABC):
     def step(self, number: int) -> StepResult:
         """Run step `number`, from 0 to `steps - 1`."""
 
+    def start_from(self, cut: Tensor) -> None:
+        """Start from a mask that cuts some edges, bool [E], instead of from none."""
+        raise UserError(f"method {self.config.method} cannot start from a mask. Use ranking, ugs or clamped.")
+
     def scores(self) -> Tensor | None:
         """Scores of all edges [E], by which they are cut at any budget, the highest first; None if there are none.
 
@@ -108,6 +113,15 @@ class LearnedScores(MaskMethod):
         every = torch.ones_like(self.weights, dtype=torch.bool)
         self.candidates = (every if self.allowed is None else self.allowed).nonzero()[:, 0]  # [C]
         self.parameter = torch.full_like(self.weights[self.candidates], start).requires_grad_()
+
+    @torch.no_grad()
+    def start_from(self, cut: Tensor) -> None:
+        """Let the scores of cut edges lead all others by `head_start`."""
+        self.parameter += self.sign * self.head_start() * cut[self.candidates]
+
+    def head_start(self) -> float:
+        """By how much the scores of the edges of a mask to start from lead those of others."""
+        return 2 * abs(float(self.parameter[0]))
 
     def whole_mask(self, weights: Tensor) -> Tensor:
         """A mask [E] from the weights of the candidates [C]."""

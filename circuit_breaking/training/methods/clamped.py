@@ -27,6 +27,11 @@ class ClampedWeights(RelaxAndAnneal):
         super().setup()
         self.penalty = self.config.edge_penalty  # in the anneal phase
 
+    @torch.no_grad()
+    def start_from(self, cut: Tensor) -> None:
+        """Start with the weights of a mask."""
+        self.weights.masked_fill_(cut, 0.0)
+
     def make_optimizer(self) -> torch.optim.Optimizer:
         """AdamW without weight decay."""
         return torch.optim.AdamW([self.weights], lr=self.config.lr, weight_decay=0.0)

@@ -62,6 +62,10 @@ class EdgeScores(LearnedScores):
         self.answer()
         return StepResult("rank", float(value.detach()), round(budgets[-1]))
 
+    def head_start(self) -> float:
+        """τ log(C) at the first temperature: such a lead makes the mask nearly binary."""
+        return TEMPERATURES[0][1] * self.steps
+
     def budgets(self, number: int, count: int) -> list[float]:
         """The budgets of a step, in the open interval from 0 to C, the smallest first.
 

@@ -1,0 +1,77 @@
+"""Which edges `toxicity/train_mask.py` may cut, from which mask it starts, and what it measures meanwhile."""
+
+import pytest
+import torch
+from helpers.scripts import load_script, save_toxic_data
+
+from circuit_breaking.engine.load import load_model
+from circuit_breaking.errors import UserError
+from circuit_breaking.runs.circuit_files import write_circuit
+from circuit_breaking.runs.circuits import Circuit
+from circuit_breaking.runs.files import read_jsonl
+from circuit_breaking.runs.mask_record import CutEdges
+from circuit_breaking.training.localise import localise
+
+script = load_script("toxicity/train_mask.py")
+alternative = load_script("ioi/alternative_masks.py")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return save_toxic_data(tmp_path_factory.mktemp("data"))
+
+
+def train(data, out, run, **changes):
+    """The edges that a run cuts, and its folder."""
+    given = {
+        "model": str(data / "model"), "toxic_train": data / "train.jsonl", "toxic_test": data / "test.jsonl",
+        "ordinary": str(data / "plain.txt"), "out": out, "run": run, "steps": 4, "batch_size": 3, "max_edges": 3,
+        "budgets": (2,), "num_texts": 5, "device": "cpu", **changes,
+    }  # fmt: skip
+    script.main(script.Settings(**given))
+    return CutEdges.read(out / run / "edges.json").edges, out / run
+
+
+def test_only_edges_of_a_circuit_are_cut(data, tmp_path):
+    graph = load_model(str(data / "model"), device="cpu").graph
+    kept = torch.zeros(len(graph), dtype=torch.bool)
+    kept[[1, 4, 7, 9]] = True
+    write_circuit(tmp_path / "circuit.json", Circuit(graph, kept), d_model=24)
+    names = {str(graph.edges[at]) for at in (1, 4, 7, 9)}
+    edges, folder = train(data, tmp_path, "circuit", inside=tmp_path / "circuit.json")
+    assert len(edges) == 3 and set(edges) < names
+    again, _ = train(data, tmp_path, "mask", inside=folder / "mask.safetensors", max_edges=2)
+    assert len(again) == 2 and set(again) < set(edges)
+    listed, _ = train(data, tmp_path, "list", inside=folder / "edges.json", max_edges=2)
+    assert listed == again
+    with pytest.raises(UserError, match="Give one of them"):
+        train(data, tmp_path, "both", inside=folder / "edges.json", localise="eap")
+
+
+@pytest.mark.parametrize("way", ["eap", "random"])
+def test_localise_then_train(data, tmp_path, way):
+    edges, _ = train(data, tmp_path, way, localise=way, localise_edges=4)
+    assert len(edges) == 3
+    if way == "random":
+        model = load_model(str(data / "model"), device="cpu")
+        allowed = localise(model, None, None, script.Settings(), "random", 4)
+        assert int(allowed.sum()) == 4 and set(edges) < {str(model.graph.edges[at]) for at in allowed.nonzero()[:, 0]}
+        for wrong, message in ((("eap", 0), "0 edges cannot be localised"), (("guess", 3), "no way 'guess'")):
+            with pytest.raises(UserError, match=message):
+                localise(model, None, None, script.Settings(), *wrong)
+
+
+def test_a_run_starts_from_the_mask_of_another(data, tmp_path):
+    edges, folder = train(data, tmp_path, "first")
+    again, later = train(
+        data, tmp_path, "more", from_mask=folder / "mask.safetensors", method="clamped", lr=1e-6, steps=2, eval_every=1
+    )
+    assert again == edges
+    rows = read_jsonl(later / "metrics.jsonl")
+    assert [sorted(row["held_out"]) for row in rows] == [["ordinary", "toxic"]] * 2
+    plain = read_jsonl(folder / "metrics.jsonl")
+    assert len(plain) == 4 and not any("held_out" in row for row in plain)
+
+
+def test_kinds_of_alternative_masks():
+    assert set(alternative.KINDS) == {"necessary", "sufficient", "outside", "inside", "covering"}
