@@ -36,6 +36,8 @@ from circuit_breaking.engine.reads import DenseReads, MaskedReads, RunningSumRea
 from circuit_breaking.graph import LayerSlice
 from circuit_breaking.runs.devices import without_autocast
 
+CONVERTED = 1 << 14  # columns of a product that are converted to float32 at a time, where no kernel does it
+
 
 class MaskedForward(torch.autograd.Function):
     """What `output` reads [N, D], as a function of the edge weights [E] and, if learned, of ablation constants [P, D].
@@ -210,10 +212,10 @@ class MaskedPass:
         if self.buffers is None:
             self.forward()
         network, nodes, reader_inputs = self.network, self.buffers.node_outputs, self.buffers.reader_inputs
-        grad_matrix = network.mask_matrix()
+        grad_matrix = network.mask_matrix(dtype=precise_type(nodes))
         reader_inputs[-1] = gradient.reshape(-1)
         self.reads.drop_early(reader_inputs[-1:])
-        grad_matrix[-1] = nodes @ reader_inputs[-1]
+        grad_matrix[-1] = products_with(nodes, reader_inputs[-1])
         self.reads.start_backward()
         layer = network.graph.n_layers
         for group in reversed(network.groups):
@@ -249,7 +251,7 @@ class MaskedPass:
         (grad_mlp_input,) = torch.autograd.grad(hidden, mlp_input, grad_hidden)
         if part.n_same_layer_edges:
             if not nodes.is_cuda:
-                grad_matrix[end - 1, own] = nodes[own] @ grad_mlp_input.view(-1)
+                grad_matrix[end - 1, own] = products_with(nodes[own], grad_mlp_input.view(-1))
             self.reads.grad_own_heads(grad_heads, grad_mlp_input.view(-1), part)
         grad_heads = grad_heads.view(heads, -1, self.width)
         if block.attention_out_norm is None:
@@ -263,7 +265,7 @@ class MaskedPass:
         layer_inputs[-1] = grad_mlp_input.view(-1)
         self.reads.drop_early(layer_inputs)
         if in_group.start < in_group.stop and not nodes.is_cuda:
-            grad_matrix[first:end, in_group] = layer_inputs @ nodes[in_group].t()
+            grad_matrix[first:end, in_group] = inner_products(layer_inputs, nodes[in_group])
 
     def _take_saved(self, layer: int, part: LayerSlice) -> tuple:
         """What the backward of a layer needs of its forward, computed again with gradient checkpointing."""
@@ -278,18 +280,33 @@ class MaskedPass:
 
     def _grad_constants(self, grad_inputs: Tensor) -> Tensor:
         """Gradients of the ablation constants, Σ_j (1 - m_ij) ∂L/∂r_j summed over tokens: [P, D]."""
-        ones = self.inputs.mask.new_ones(len(self.inputs.mask), dtype=self.mask.dtype)
-        cut = self.network.mask_matrix(ones) - self.mask  # 1 - m where there is an edge
-        return cut.t() @ grad_inputs.view(len(self.mask), -1, self.width).sum(1)
+        precise = precise_type(grad_inputs)
+        cut = self.network.mask_matrix(1 - self.inputs.mask.to(precise), precise)
+        return cut.t() @ grad_inputs.view(len(self.mask), -1, self.width).sum(1, dtype=precise)
+
+
+def precise_type(x: Tensor) -> torch.dtype:
+    """The type of long sums over numbers like those of x: its own, but not less precise than float32."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def products_with(rows: Tensor, vector: Tensor) -> Tensor:
+    """rows [P, F] · vector [F], where F is large, in float32 or better."""
+    return rows @ vector if vector.dtype == precise_type(vector) else inner_products(rows, vector[None])[:, 0]
 
 
 def inner_products(a: Tensor, b: Tensor) -> Tensor:
-    """a [R, F] · b [P, F]ᵀ, where F is far larger than R and P.
+    """a [R, F] · b [P, F]ᵀ in float32 or better, where F is far larger than R and P.
 
     One such product keeps few of a GPU's processors busy, so there F is split into parts that run at the same time.
     """
-    parts = math.gcd(a.shape[1], 256) if a.is_cuda else 1
-    if parts == 1:
+    precise = precise_type(a)
+    if a.is_cuda:
+        parts = math.gcd(a.shape[1], 256)
+        a, b = (x.view(len(x), parts, -1).transpose(0, 1) for x in (a, b))
+        as_precise = {} if a.dtype == precise else {"out_dtype": precise}  # else each part would be rounded
+        return torch.bmm(a, b.transpose(1, 2), **as_precise).sum(0)
+    if a.dtype == precise:
         return a @ b.t()
-    a, b = (x.view(len(x), parts, -1).transpose(0, 1) for x in (a, b))
-    return torch.bmm(a, b.transpose(1, 2)).sum(0)
+    pairs = zip(a.split(CONVERTED, 1), b.split(CONVERTED, 1), strict=True)
+    return sum(x.to(precise) @ y.to(precise).t() for x, y in pairs)

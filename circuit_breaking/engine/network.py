@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, Self
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -83,9 +84,12 @@ class Network:
             embedding += self.positions[: tokens.shape[1]]
         return embedding.flatten(0, 1)
 
-    def mask_matrix(self, weights: Tensor | None = None) -> Tensor:
-        """Edge weights [E] as a matrix [R, P], zero where there is no edge; all zeros without weights."""
-        matrix = self.embedding.new_zeros(len(self.graph.readers), len(self.graph.sources))
+    def mask_matrix(self, weights: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
+        """Edge weights [E] as a matrix [R, P], zero where there is no edge; all zeros without weights.
+
+        Of the type of the network unless another `dtype` is given.
+        """
+        matrix = self.embedding.new_zeros(len(self.graph.readers), len(self.graph.sources), dtype=dtype)
         if weights is not None:
             matrix[self.edge_readers, self.edge_sources] = weights
         return matrix

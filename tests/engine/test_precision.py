@@ -6,6 +6,7 @@ from helpers.masks import TOKENS, make_masks, make_means
 from helpers.models import small_gpt2
 
 from circuit_breaking.engine.load import load_model
+from circuit_breaking.engine.masked_pass import inner_products, products_with
 from circuit_breaking.models.tokens import TokenBatch
 from circuit_breaking.tasks.losses import prediction_losses
 
@@ -55,6 +56,37 @@ def test_later_changes_of_a_given_model_are_not_seen(family, dtype):
     assert torch.equal(model(TOKENS), before)
     fresh = load_model(hf, device="cpu", dtype=dtype)
     torch.testing.assert_close(fresh(TOKENS).to(before), hf(TOKENS).logits.to(before), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_products_of_the_masks_gradient_are_summed_in_float32(dtype):
+    torch.manual_seed(0)
+    a, b = torch.randn(3, 100_000).to(dtype), torch.randn(5, 100_000).to(dtype)
+    exact, sizes = a.double() @ b.double().t(), a.double().abs() @ b.double().abs().t()
+    assert inner_products(a, b).dtype == torch.float32
+    assert (inner_products(a, b) - exact).abs().div(sizes).max() < 1e-6
+    assert (products_with(b, a[0]) - exact[0]).abs().div(sizes[0]).max() < 1e-6
+
+
+@pytest.mark.parametrize("kind", ["zero", "mean"])
+def test_gradients_in_bfloat16_are_near_those_in_float64(kind):
+    """Of the same weights, so that what differs is how activations and gradients are rounded and summed."""
+    hf = small_gpt2(n_layer=6, n_embd=48).bfloat16()
+    low, exact = (load_model(hf, device="cpu", dtype=dtype) for dtype in ("bfloat16", "float64"))
+    for mine, theirs in zip(low.buffers(), exact.buffers(), strict=True):
+        if theirs.is_floating_point():
+            theirs.copy_(mine)
+    some, _, few = make_masks(len(low.graph))
+    for mask in (0.5 + some / 2, few):  # a first layer that reads next to nothing would be divided by next to nothing
+        found = []
+        for model in (low, exact):
+            model.means = make_means(low, kind) if kind == "zero" else make_means(low, kind).float().requires_grad_()
+            weights = mask.float().requires_grad_()
+            of = weights if model.means is None else (weights, model.means)
+            found.append(torch.autograd.grad(model(TOKENS, mask=weights).double().square().mean(), of))
+        for one, other in zip(*found, strict=True):
+            assert one.dtype == torch.float32
+            assert (one - other).norm() < 0.02 * other.norm()
 
 
 @torch.no_grad()
