@@ -134,3 +134,32 @@ def test_text_from_data_stays_text(tmp_path, browser):
     assert open_page(browser, write_page(tmp_path)) == []
     assert browser.title == tmp_path.name and browser.execute_script("return document.images.length") == 0
     assert "<img src=x onerror=" in browser.execute_script("return document.body.textContent")
+
+
+@pytest.mark.slow
+def test_the_page_answers_while_all_edges_are_drawn(tmp_path, browser):
+    """Frames while the number of edges jumps from 200 to all 44,371: `pytest -m slow -s` prints their milliseconds."""
+    write_ranking(tmp_path, SMOLLM2)
+    open_page(browser, write_page(tmp_path))
+    browser.set_script_timeout(120)
+    whole, median, longest = browser.execute_async_script(
+        """
+        const done = arguments[0], gaps = [], start = performance.now();
+        let last = start;
+        const slider = document.querySelector("input[type=range]");
+        slider.value = 1000;
+        slider.dispatchEvent(new Event("input"));
+        const frame = () => {
+            const now = performance.now();
+            gaps.push(now - last);
+            last = now;
+            if (document.querySelector(".curves").dataset.done !== "yes") return requestAnimationFrame(frame);
+            gaps.sort((one, other) => one - other);
+            done([now - start, gaps[gaps.length >> 1], gaps.at(-1)]);
+        };
+        requestAnimationFrame(frame);
+        """
+    )
+    print(f"{len(SMOLLM2):,} edges in {whole:.0f} ms; a frame takes {median:.0f} ms, the longest {longest:.0f} ms")
+    assert drawn(browser) == 44_371
+    assert whole < 20_000 and median < 250  # on a machine that has other things to do, too
