@@ -142,3 +142,38 @@ def prefix_token(tokenizer: PreTrainedTokenizerBase) -> int:
     if token is None:
         raise UserError(f"the tokenizer has neither {END_OF_TEXT} nor a bos_token to start a text with.")
     return token
+
+
+def packed(texts: TokenBatch, length: int) -> TokenBatch:
+    """Texts joined, each with its prefix token, and cut into full contexts of `length` tokens.
+
+    A context starts with the prefix token and continues wherever the one before it ended; what is left at the end is
+    dropped.
+
+    Raises:
+        UserError: the texts have fewer tokens than one context.
+    """
+    prefix, joined = texts.tokens[0, 0], texts.tokens[texts.real][1:]
+    count = len(joined) // (length - 1) if length > 1 else 0
+    if not count:
+        raise UserError(f"the texts have {len(joined)} tokens, too few for a context of {length}. Give more text.")
+    body = joined[: count * (length - 1)].view(count, length - 1)
+    tokens = torch.cat([prefix.expand(count, 1), body], 1)
+    return TokenBatch(tokens, torch.full((count,), length))
+
+
+def behind(prompts: TokenBatch, texts: TokenBatch, limit: int) -> TokenBatch:
+    """Texts behind prompts, the prompts in turn; only the predictions of the texts' own tokens count.
+
+    Args:
+        prompts, texts: both with the prefix token before each; that of a text is left out.
+        limit: most tokens of a prompt with its text; the text is cut off there.
+    """
+    rows, starts = [], []
+    for number in range(len(texts)):
+        at = number % len(prompts)
+        prompt = prompts.tokens[at, : prompts.lengths[at]].tolist()
+        text = texts.tokens[number, 1 : texts.lengths[number]].tolist()
+        rows.append([*prompt, *text][:limit])
+        starts.append(len(prompt))
+    return replace(pad_right(rows, int(prompts.tokens[0, 0])), starts=torch.tensor(starts))

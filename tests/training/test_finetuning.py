@@ -116,7 +116,8 @@ def test_rmu_by_hand(family):
 @pytest.mark.parametrize("method", TRAINED)
 def test_the_best_checkpoint_is_left_and_is_the_best(method):
     before = small_gpt2()
-    result, hf = run(method)
+    changes = {"lr": 3e-2} if method == "rerouting" else {}  # at the others' rate nothing is better on random weights
+    result, hf = run(method, **changes)
     scores = [row["score"] for row in result.history]
     assert result.best["score"] == min(scores) < scores[0]
     losses = {}
@@ -131,7 +132,7 @@ def test_the_best_checkpoint_is_left_and_is_the_best(method):
     expected = {"rmu": (0, 0.3), "lora_npo": (0.7, 0.9), "rerouting": (0.7, 0.9)}
     low, high = expected.get(method, (0.9, 1.0))
     assert low < share <= high
-    again, twin = run(method)
+    again, twin = run(method, **changes)
     assert again.history == result.history and all(
         map(torch.equal, hf.state_dict().values(), twin.state_dict().values())
     )
