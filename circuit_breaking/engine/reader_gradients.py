@@ -51,7 +51,7 @@ class ReaderGradientPass(MaskedPass):
 
     def __init__(self, *args, changes: Tensor, embedded: Tensor | None, constant: slice | None) -> None:
         self.changes, self.embedded, self.constant = changes, embedded, constant
-        super().__init__(*args)
+        super().__init__(*args[:4])  # without a cache of node outputs, which may differ from the model's own
 
     def read_mask(self) -> None:
         """Take the edge weights as they are now."""

@@ -201,6 +201,16 @@ def test_passes_are_not_replayed(monkeypatch):
     assert len(model.cuda_graphs._kept) == 1
 
 
+def test_layers_whose_weights_are_offloaded():
+    mask = torch.ones(207)
+    mask[::5] = 0.0
+    found = []
+    for offload in (False, True):
+        model = load_model("tiny", device="cpu", offload=offload)
+        found.append(logits_and_gradient(resampled(model), mask))
+    assert_same(*found, 1e-5)
+
+
 def test_what_is_refused():
     model = exact(small_gpt2())
     model.means = torch.zeros(4, len(model.graph.sources), 24)  # by position, and shorter than the texts
