@@ -2,14 +2,21 @@
 
 The number of texts in a size is that of both batches together, 5 + 5 by default; with `micro_batch`, that many texts.
 
-Computed from the shape alone: the weights; the engine's memory of node outputs and reader inputs; what autograd keeps
-of one layer, counted on a model of that one layer, times the number of layers (once, with gradient checkpointing); and
-the largest temporary tensor. So one knows before a job is queued whether it fits, and with which settings. Measured in
-a new process, on random weights, if the computed sum is below `limit_gb`.
+Computed from the shape alone, with P nodes, R readers, N tokens and width D:
+
+    step = (P + R + nodes of a group of layers + 4) N D    node outputs, reader inputs, and gradients of a group
+           + L kept                                        what autograd keeps of each of L layers
+           + max(kept, logits, sums)                       the largest temporary tensors
+
+`kept` is counted on a model of one layer; with gradient checkpointing it counts once in place of L times. `logits` are
+a chunk of logits in float32 with its gradients. `sums` are those of a layer's readers and nodes in float32, for a type
+less precise than that. So one knows before a job is queued whether it fits, and with which settings; the second table
+says how many texts of 50 tokens fit at a time, with a tenth of the GPU's memory left free. Measured in a new process,
+on random weights, if the computed sum is below `limit_gb`; `layers` makes a large model small enough for that.
 
 Reads   nothing.
 Writes  data/benchmarks/memory.json.
-Time    minutes per size on two cores.
+Time    minutes per size on two cores; --limit-gb 0 computes only.
 """
 
 from dataclasses import dataclass, replace
@@ -24,16 +31,19 @@ from circuit_breaking.runs.settings import DeviceSettings
 @dataclass
 class Settings(DeviceSettings):
     MOST_USED: ClassVar = (
-        "shapes", "dtypes", "sizes", "gradient_checkpointing", "split_qkv", "limit_gb", "threads", "device", "out",
+        "shapes", "dtypes", "sizes", "layers", "gradient_checkpointing", "split_qkv", "limit_gb", "threads", "device",
+        "out",
     )  # fmt: skip
 
-    shapes: tuple[str, ...] = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # shapes of models, see steps.SHAPES
+    shapes: tuple[str, ...] = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # shapes, see steps.SHAPES and LARGE
     dtypes: tuple[str, ...] = ("float32", "bfloat16")  # types of weights and activations
     sizes: tuple[str, ...] = ("10 x 50", "32 x 64")  # texts x tokens that are computed at a time
+    layers: int = 0  # layers of each model; 0: all that it has
     gradient_checkpointing: tuple[bool, ...] = (False, True)  # without or with recomputing parts of each layer
     split_qkv: bool = False  # a mask for each head's query, key and value
     limit_gb: float = 12.0  # largest computed sum of weights and step that is measured; 0: nothing is measured
     threads: int = 2  # CPU threads
+    gpus: tuple[float, ...] = (24, 40, 80, 141)  # GB of the GPUs of the second table
     device: str = "cpu"  # where it is measured: cpu or cuda
     out: Path = DATA / "benchmarks" / "memory.json"  # file to write
 
@@ -44,10 +54,12 @@ if __name__ == "__main__":
 import copy
 import multiprocessing
 import re
+from bisect import bisect_left
+from functools import cache
 from types import SimpleNamespace
 
 import torch
-from steps import SHAPES, added_at_peak, engine_step, make_engine, make_tokens
+from steps import LARGE, SHAPES, added_at_peak, config_of, engine_step, make_engine, make_tokens
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -59,6 +71,9 @@ from circuit_breaking.runs.devices import pick_dtype
 from circuit_breaking.runs.plain_table import print_table
 from circuit_breaking.tasks.losses import PREDICTIONS_AT_ONCE, WORDS_AT_ONCE
 
+TEXT = 50  # tokens of a text in the second table
+FREE = 0.1  # of a GPU's memory, for the CUDA context and for gaps
+MOST_TEXTS = 4096
 SIZE = re.compile(r"([1-9]\d*) x ([1-9]\d*)")  # texts x tokens
 
 
@@ -89,27 +104,62 @@ def kept_by_layer(block: nn.Module, rows: int, width: int, length: int, rotary) 
     return sum(seen.values()) / length
 
 
+@dataclass(frozen=True)
+class OneLayer:
+    """What memory is computed from: the graph of the whole model, its width, and counts of numbers.
+
+    `kept` is for one token: what a layer keeps for its backward pass. `block` are the weights of a layer, `outer` all
+    others.
+    """
+
+    graph: EdgeGraph
+    width: int
+    kept: float
+    block: int
+    outer: int
+
+
+@cache
+def one_layer(shape: str, layers: int, length: int, split_qkv: bool) -> OneLayer:
+    """Count what one layer needs, on a model with that layer alone and few tokens in its vocabulary."""
+    config = copy.deepcopy(config_of(SimpleNamespace(shape=shape, layers=1)))
+    full = config_of(SimpleNamespace(shape=shape, layers=layers))
+    config.vocab_size, config.bos_token_id, config.eos_token_id, config.pad_token_id = 8, 0, 0, None
+    engine = load_model(AutoModelForCausalLM.from_config(config).eval(), split_qkv, device="cpu", share_weights=True)
+    graph = EdgeGraph(full.num_hidden_layers, engine.graph.n_heads, split_qkv, engine.graph.parallel)
+    tables = engine.rotary_tables(length, torch.device("cpu"))
+    width, per_layer = engine.embedding.shape[1], graph.head_readers + 1
+    kept = kept_by_layer(engine.blocks[0], per_layer, width, length, tables)
+    tied = engine.unembedding is engine.embedding
+    positions = 0 if engine.positions is None else engine.positions.numel()
+    outer = full.vocab_size * width * (1 if tied else 2) + positions
+    return OneLayer(graph, width, kept / 4, size_of(engine.blocks[0], 1), outer)
+
+
 def computed(
-    shape: str, dtype: str, batch: int, length: int, gradient_checkpointing: bool, split_qkv: bool
+    shape: str, dtype: str, batch: int, length: int, gradient_checkpointing: bool, split_qkv: bool, layers: int = 0
 ) -> dict[str, float]:
-    """GB that weights and step need: {"weights", "step"}."""
-    config = copy.deepcopy(SHAPES[shape])
-    layers, config.num_hidden_layers = config.num_hidden_layers, 1
-    engine = load_model(AutoModelForCausalLM.from_config(config).eval(), split_qkv, device="cpu")
-    block, item = engine.blocks[0], torch.empty(0, dtype=pick_dtype(dtype)).element_size()
-    graph = EdgeGraph(layers, engine.graph.n_heads, split_qkv, engine.graph.parallel)
-    width, tokens, at_once = engine.embedding.shape[1], batch * length, len(layer_groups(graph)[0])
-    per_layer = graph.head_readers + 1
-    rows = len(graph.sources) + len(graph.readers) + at_once * (graph.n_heads + 1)
-    kept = kept_by_layer(block, per_layer, width, length, engine.rotary_tables(length, torch.device("cpu")))
-    kept *= tokens * item / 4  # counted in float32
-    tied = engine.unembedding.data_ptr() == engine.embedding.data_ptr()
-    outer = size_of(engine, item) - size_of(block, item) - (engine.unembedding.numel() * item if tied else 0)
-    # for a moment: chunks of logits beside the states and their gradients, or the gradients within a layer
-    chunk = min(tokens, PREDICTIONS_AT_ONCE) * WORDS_AT_ONCE * 4 * 3 + 4 * tokens * width * 4
-    moment = max(chunk, kept)
-    step = (rows + 4) * tokens * width * item + (1 if gradient_checkpointing else layers) * kept + moment
-    return {"weights": (outer + layers * size_of(block, item)) / 1e9, "step": step / 1e9}
+    """GB that weights and step need: {"weights", "offloaded", "step"}; `offloaded` are the weights with `offload`."""
+    one, item = one_layer(shape, layers, length, split_qkv), torch.empty(0, dtype=pick_dtype(dtype)).element_size()
+    graph, tokens, depth = one.graph, batch * length, one.graph.n_layers
+    in_group, per_layer = len(layer_groups(graph)[0]) * (graph.n_heads + 1), graph.head_readers + 1
+    rows = len(graph.sources) + len(graph.readers) + in_group
+    kept = one.kept * tokens * item
+    chunk = min(tokens, PREDICTIONS_AT_ONCE) * WORDS_AT_ONCE * 4 * 3 + 4 * tokens * one.width * 4
+    sums = 0 if item >= 4 else (per_layer + graph.n_heads + 1) * tokens * one.width * 4
+    step = (rows + 4) * tokens * one.width * item + (1 if gradient_checkpointing else depth) * kept
+    weights = {"weights": one.outer + depth * one.block, "offloaded": one.outer + min(depth, 2) * one.block}
+    return {name: n * item / 1e9 for name, n in weights.items()} | {"step": (step + max(chunk, kept, sums)) / 1e9}
+
+
+def texts_that_fit(shape: str, dtype: str, gb: float, recompute: bool, offload: bool, settings: Settings) -> int:
+    """Most texts of `TEXT` tokens in a micro-batch for which weights and step fit on a GPU; 0: not one does."""
+
+    def fits(texts: int) -> bool:
+        need = computed(shape, dtype, texts, TEXT, recompute, settings.split_qkv, settings.layers)
+        return need["offloaded" if offload else "weights"] + need["step"] <= (1 - FREE) * gb
+
+    return bisect_left(range(1, MOST_TEXTS), True, key=lambda texts: not fits(texts))
 
 
 def measured(settings: SimpleNamespace) -> float:
@@ -122,8 +172,8 @@ def measured(settings: SimpleNamespace) -> float:
 
 def main(settings: Settings) -> None:
     for name in settings.shapes:
-        if name not in SHAPES:
-            raise UserError(f"{name!r} is not one of {', '.join(SHAPES)}.")
+        if name not in SHAPES | LARGE:
+            raise UserError(f"{name!r} is not one of {', '.join(SHAPES | LARGE)}.")
     for size in settings.sizes:
         if not SIZE.fullmatch(size):
             raise UserError(f"{size!r} is not a number of texts and of tokens in each, such as '10 x 50'.")
@@ -139,20 +189,42 @@ def main(settings: Settings) -> None:
                         "dtype": dtype,
                         "gradient_checkpointing": gradient_checkpointing,
                     }
-                    row |= computed(shape, dtype, batch, length, gradient_checkpointing, settings.split_qkv)
+                    row |= computed(
+                        shape, dtype, batch, length, gradient_checkpointing, settings.split_qkv, settings.layers
+                    )
                     row["measured"] = None
                     if row["weights"] * 2 + row["step"] < settings.limit_gb:
                         one = SimpleNamespace(
                             shape=shape, dtype=dtype, batch=batch, length=length, split_qkv=settings.split_qkv,
                             gradient_checkpointing=gradient_checkpointing, threads=settings.threads,
-                            device=settings.device,
+                            device=settings.device, layers=settings.layers,
                         )  # fmt: skip
                         with context.Pool(1) as pool:
                             row["measured"] = pool.apply(measured, (one,))
                     rows.append(row)
                     print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
-    write_json(settings.out, {"settings": replace(settings), "rows": rows})
+    fits = [
+        {"shape": shape, "dtype": dtype, "gb": gb, **{
+            name: texts_that_fit(shape, dtype, gb, recompute, offload, settings)
+            for name, (recompute, offload) in WAYS.items()
+        }}
+        for shape in settings.shapes for dtype in settings.dtypes for gb in settings.gpus
+    ]  # fmt: skip
+    write_json(settings.out, {"settings": replace(settings), "rows": rows, "fits": fits})
     show(rows)
+    show_fits(fits, settings.gpus)
+
+
+WAYS = {"plain": (False, False), "recomputing": (True, False), "offloaded": (True, True)}
+
+
+def show_fits(fits: list[dict], gpus: tuple[float, ...]) -> None:
+    """Print a row for each shape and type, and in the column of each GPU how many texts fit in each of three ways."""
+    cells: dict[tuple, list[str]] = {}
+    for row in fits:
+        cells.setdefault((row["shape"], row["dtype"]), []).append(" / ".join(str(row[name] or "–") for name in WAYS))
+    title = f"Texts of {TEXT} tokens that fit at a time: {' / '.join(WAYS)}"
+    print_table(["", "type", *(f"{gb:g} GB" for gb in gpus)], [[*key, *row] for key, row in cells.items()], title)
 
 
 def show(rows: list[dict]) -> None:

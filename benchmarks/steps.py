@@ -5,6 +5,7 @@ embeddings for plain Hugging Face. `settings` are a script's own, with shape, ba
 the engine split_qkv and gradient_checkpointing.
 """
 
+import copy
 import itertools
 import statistics
 import time
@@ -85,22 +86,51 @@ SHAPES_OF = {
         "intermediate_size": 8192, "pad_token_id": 0,
     }),
 }  # fmt: skip
-SHAPES = {name: AutoConfig.for_model(family, **options) for name, (family, options) in SHAPES_OF.items()}
+# larger models, for which memory is computed, and measured with fewer layers
+LARGE_OF = {
+    "pythia-6.9b": ("gpt_neox", {
+        "num_hidden_layers": 32, "num_attention_heads": 32, "hidden_size": 4096, "intermediate_size": 16384,
+        "vocab_size": 50432,
+    }),
+    "gemma-2-2b": ("gemma2", {
+        "num_hidden_layers": 26, "num_attention_heads": 8, "num_key_value_heads": 4, "hidden_size": 2304,
+        "head_dim": 256, "intermediate_size": 9216, "vocab_size": 256000,
+    }),
+    "llama-3.1-8b": ("llama", {
+        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "hidden_size": 4096,
+        "intermediate_size": 14336, "vocab_size": 128256,
+    }),
+}  # fmt: skip
+SHAPES, LARGE = (
+    {name: AutoConfig.for_model(family, **options) for name, (family, options) in shapes.items()}
+    for shapes in (SHAPES_OF, LARGE_OF)
+)
 
 Step = Callable[[torch.Tensor], None]
 WARM_ON_GPU = 5  # steps until kernels are chosen and a pass is recorded as a CUDA graph
 
 
 def make_hf(settings: Any) -> nn.Module:
-    """A model of `settings.shape` with random weights."""
-    return make_hf_of(SHAPES[settings.shape], settings.device, settings.dtype)
+    """A model of `settings.shape` with random weights, and with `settings.layers` layers if that is set."""
+    return make_hf_of(config_of(settings), settings.device, settings.dtype)
+
+
+def config_of(settings: Any) -> PreTrainedConfig:
+    """The configuration of `settings.shape`, with `settings.layers` layers if that is set."""
+    config, layers = (SHAPES | LARGE)[settings.shape], getattr(settings, "layers", 0)
+    if layers and layers != config.num_hidden_layers:
+        config = copy.deepcopy(config)
+        config.num_hidden_layers = layers
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[:layers]
+    return config
 
 
 def make_hf_of(config: PreTrainedConfig, device: str, dtype: str) -> nn.Module:
     """A model of a configuration with random weights."""
     torch.manual_seed(0)
     with torch.device(pick_device(device)):
-        return AutoModelForCausalLM.from_config(config).to(pick_dtype(dtype)).eval()
+        return AutoModelForCausalLM.from_config(config, dtype=pick_dtype(dtype)).eval()
 
 
 def make_engine(settings: Any) -> EdgeMaskedTransformer:
@@ -111,13 +141,14 @@ def make_engine(settings: Any) -> EdgeMaskedTransformer:
         settings.device,
         settings.dtype,
         gradient_checkpointing=settings.gradient_checkpointing,
+        share_weights=True,  # the Hugging Face model is not kept
     )
 
 
 def make_tokens(settings: Any) -> torch.Tensor:
     """Random tokens [batch, length] of the vocabulary of `settings.shape`."""
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(0, SHAPES[settings.shape].vocab_size, (settings.batch, settings.length), generator=generator)
+    tokens = torch.randint(0, config_of(settings).vocab_size, (settings.batch, settings.length), generator=generator)
     return tokens.to(pick_device(settings.device))
 
 
