@@ -1,10 +1,10 @@
 """Peak memory of loading a model from sharded files, and of one mask-training step after it.
 
-A model with random weights is written in bfloat16, in shards, to a temporary folder, and is then loaded from there by
-`load_model` in a new process. Three figures are of its memory: `peak` is the highest resident memory of the process,
-less that before loading; of it, `private` belongs to the process alone, and the rest are pages of the weight files,
-which the system reads when they are needed and drops when memory runs short. `weights` are all weights of the loaded
-model, for comparison.
+A model with random weights is written in bfloat16, in several files, to a temporary folder, and is then loaded from
+there by `load_model` in a new process. Three figures are of its memory: `peak` is the highest resident memory of the
+process, less that before loading; of it, `private` belongs to the process alone, and the rest are pages of the weight
+files, which the system reads when they are needed and drops when memory runs short. `weights` are all weights of the
+loaded model, for comparison.
 
 Reads   nothing.
 Writes  data/benchmarks/loading.json.
@@ -46,7 +46,8 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 
 import torch
-from steps import SHAPES, dense_mask, engine_step, make_hf_of, make_tokens
+from steps import SHAPES, dense_mask, engine_step, make_tokens
+from transformers import AutoModelForCausalLM
 
 from circuit_breaking.engine.load import load_model
 from circuit_breaking.errors import UserError
@@ -59,13 +60,17 @@ EVERY = 0.005  # seconds between two looks at the private memory, whose peak Lin
 
 
 def write_model(shape: str, folder: str, shard: str) -> None:
-    """Write a model of random weights, in bfloat16. Run in a process of its own."""
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)  # so that there is no copy in float32
-    try:
-        make_hf_of(SHAPES[shape], "cpu", "bfloat16").save_pretrained(folder, max_shard_size=shard)
-    finally:
-        torch.set_default_dtype(default)
+    """Write a model in bfloat16. Run in a process of its own. Its weights repeat a million random numbers."""
+    with torch.device("meta"):
+        hf = AutoModelForCausalLM.from_config(SHAPES[shape], dtype=torch.bfloat16)
+    hf = hf.to_empty(device="cpu")
+    hf.tie_weights()
+    numbers = 0.02 * torch.randn(1 << 20, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for parameter in hf.parameters():
+            for part in parameter.view(-1).split(len(numbers)):
+                part.copy_(numbers[: len(part)])
+    hf.save_pretrained(folder, max_shard_size=shard)
 
 
 @contextmanager

@@ -36,7 +36,7 @@ from circuit_breaking.engine.reads import DenseReads, MaskedReads, RunningSumRea
 from circuit_breaking.graph import LayerSlice
 from circuit_breaking.runs.devices import without_autocast
 
-CONVERTED = 1 << 14  # columns of a product that are converted to float32 at a time, where no kernel does it
+CONVERTED = 1 << 12  # columns of a product that are converted to float32 at a time, where no kernel does it
 
 
 class MaskedForward(torch.autograd.Function):
