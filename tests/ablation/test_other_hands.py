@@ -16,6 +16,7 @@ from circuit_breaking.errors import UserError
 from circuit_breaking.models.families import describe
 
 TOKENS = torch.randint(1, 50, (2, 9), generator=torch.Generator().manual_seed(3))
+SHAPES = pytest.mark.parametrize("make", [small_gpt2, small_neox, small_llama])
 KEYWORDS = {"max_new_tokens": 7, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
 
 
@@ -48,7 +49,7 @@ def layer_by_layer(hf):
 
 
 @pytest.mark.parametrize("how", [whole_model, in_place, layer_by_layer])
-@pytest.mark.parametrize("make", [small_gpt2, small_neox, small_llama])
+@SHAPES
 def test_what_was_compiled_before_is_cut_and_whole_at_once(make, how):
     plain, hf = make(), make()
     edges = some_edges(plain, 15)
@@ -68,7 +69,7 @@ def test_what_was_compiled_before_is_cut_and_whole_at_once(make, how):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("make", [small_gpt2, small_neox, small_llama])
+@SHAPES
 def test_inductor_sees_the_cuts_too(make):
     hf = make()
     edges, whole = some_edges(hf, 15), logits(hf)
@@ -198,8 +199,9 @@ def test_new_weights_count(family, name, change):
         torch.testing.assert_close(logits(hf), expected)
 
 
-def test_masked_weights_count():
-    hf = small_llama()
+@SHAPES
+def test_masked_weights_count(make):
+    hf = make()
     edges = some_edges(hf, 20)
     units = {matrix.name: torch.arange(0, matrix.count, 3) for matrix in find_matrices(hf, "neuron")}
     mask = WeightMask("neuron", units)
@@ -212,29 +214,35 @@ def test_masked_weights_count():
 # Modules that compute something else
 
 
-class Doubled(torch.nn.Linear):
-    def forward(self, x):
-        return 2 * super().forward(x)
+def doubled(kind):
+    class Doubled(kind):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    return Doubled
 
 
-def test_a_module_that_computes_something_else_is_refused():
-    hf = small_llama()
-    attention = hf.model.layers[1].self_attn
-    attention.q_proj.__class__ = Doubled
+@SHAPES
+def test_a_module_that_computes_something_else_is_refused(make):
+    hf = make()
+    module = describe(hf).layers[1].query.module
+    module.__class__ = doubled(type(module))
     for use in (lambda: ablate(hf, ["m0->a1.0"]), lambda: load_model(hf, device="cpu")):
         with pytest.raises(UserError, match="Doubled where a plain linear layer is needed"):
             use()
 
 
-def test_a_module_that_is_replaced_after_the_cut_is_refused():
-    hf = small_llama()
+@SHAPES
+def test_a_module_that_is_replaced_after_the_cut_is_refused(make):
+    hf = make()
+    layer = describe(hf).layers[1]
+    attention, plain = layer.attention, layer.query.module
+    name = next(name for name, child in attention.named_children() if child is plain)
     with ablate(hf, ["m0->a1.0"]):
-        attention = hf.model.layers[1].self_attn
-        plain = attention.q_proj
-        attention.q_proj = torch.nn.Sequential(plain)
-        with pytest.raises(UserError, match="q_proj was replaced by a Sequential after the edges were cut"):
+        setattr(attention, name, torch.nn.Sequential(plain))
+        with pytest.raises(UserError, match=f"{name} was replaced by a Sequential after the edges were cut"):
             logits(hf)
-        attention.q_proj = plain
+        setattr(attention, name, plain)
         logits(hf)
 
 
