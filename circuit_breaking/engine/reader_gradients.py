@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from circuit_breaking.engine.masked_pass import MaskedPass
+from circuit_breaking.errors import UserError
 
 if TYPE_CHECKING:
     from circuit_breaking.engine.transformer import EdgeMaskedTransformer
@@ -32,6 +33,10 @@ def reader_gradients(
         changes: Δ of all nodes [P, B, T, D].
         embedded: output of `embed` [B, T, D] in place of that for the tokens.
         constant: nodes that pass no gradient back to what they read.
+
+    Raises:
+        UserError: at a pass without gradient while `embedded` is given, such as one of the original model that a metric
+            compares with: it would start from these embeddings too.
     """
     before, rows = model.make_pass, changes.reshape(len(changes), -1)
     embedded = None if embedded is None else embedded.flatten(0, 1)
@@ -50,6 +55,11 @@ class ReaderGradientPass(MaskedPass):
     """
 
     def __init__(self, *args, changes: Tensor, embedded: Tensor | None, constant: slice | None) -> None:
+        if embedded is not None and not args[3]:
+            raise UserError(
+                "the metric of EAP-IG runs a pass of the model without gradient, which would start from the "
+                "interpolated embeddings too. Compute the predictions that it compares with before."
+            )
         self.changes, self.embedded, self.constant = changes, embedded, constant
         super().__init__(*args[:4])  # without a cache of node outputs, which may differ from the model's own
 

@@ -190,6 +190,21 @@ def test_nothing_is_attributed_before_ablate_from():
     assert (eap_ig_inputs(early, model, 2) - whole).abs().max() > 1e-6
 
 
+def test_a_metric_that_compares_with_a_pass_of_its_own_is_refused():
+    model = exact()
+
+    def divergence(mask):
+        with torch.no_grad():
+            before = model(TEXTS, at=LAST).softmax(-1)
+        return -(before * model(TEXTS, at=LAST, mask=mask).log_softmax(-1)).sum(-1).mean()
+
+    batches = [PairedMetric(divergence, TEXTS, OTHERS)]
+    with pytest.raises(UserError, match="without gradient"):
+        eap_ig_inputs(batches, model, 2)
+    assert model(TEXTS).isfinite().all()
+    assert eap_ig_activations(batches, model, 2).any()  # whose passes without gradient are those of the model
+
+
 def by_masks(model, metric):
     """Effects of single edges, one masked pass for each."""
     ones, found = torch.ones(len(model.graph), dtype=torch.float64), []
