@@ -74,7 +74,7 @@ class Method:
         adapts: the weights that get low-rank adapters (LoRA), by name; the parameters themselves are then frozen. The
             adapters are merged into the weights at the end.
         spread: standard deviation of the adapters' initial output factors; see `LowRank`.
-        lrs: learning rates that scripts try. On the shipped model the next one up or down was worse.
+        lrs: learning rates that scripts try.
     """
 
     about: str
