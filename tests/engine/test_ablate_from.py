@@ -171,7 +171,7 @@ def test_micro_batches_have_the_gradients_of_the_whole_batch():
         model.ablate_from = 2
         model.means = (0.1 * make_means(model, "mean")).requires_grad_()
         settings = MaskConfig(micro_batch=micro_batch, constants_loss="objective")
-        objective = StepObjective(model, make_task("keep", 5), make_task("break", 1), settings).draw(4)
+        objective = StepObjective.of_two(model, make_task("keep", 5), make_task("break", 1), settings).draw(4)
         mask = make_masks(len(model.graph))[0].requires_grad_()
         value = objective(mask)
         found.append([value.detach(), *torch.autograd.grad(value, [mask, model.means])])

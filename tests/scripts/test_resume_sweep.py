@@ -15,7 +15,7 @@ from circuit_breaking.engine.load import load_model
 from circuit_breaking.errors import UserError
 from circuit_breaking.models.load import load_tokenizer
 from circuit_breaking.runs.files import read_jsonl
-from circuit_breaking.runs.mask_record import CutEdges
+from circuit_breaking.runs.mask_record import CONTROL, ControlRecord, CutEdges
 from circuit_breaking.runs.run_folder import locked
 from circuit_breaking.runs.signals import Stopped
 from circuit_breaking.runs.tensors import read_tensors
@@ -31,6 +31,7 @@ RANK, STEPS, CONSTANTS = 8, 11, 2  # steps: of the ranking that budgets share, o
 SHARED, LEARNED, FIXED = range(RANK), range(RANK, STEPS + CONSTANTS), range(RANK, STEPS)
 TRAININGS = [SHARED, LEARNED, LEARNED, SHARED, LEARNED, SHARED, FIXED, FIXED, SHARED, FIXED, range(STEPS + CONSTANTS)]
 TOTAL = sum(map(len, TRAININGS))
+CONTROLS = {"optimal_2_bias", "optimal_2_added", "optimal_2_mean"}
 
 
 def given(data, out, **changes):  # noqa: F811
@@ -56,7 +57,8 @@ def made(out):
         tensors = [read_tensors(path)[0] for path in sorted(place.glob("*.safetensors"))]
         values = [{key: tensor.tolist() for key, tensor in one.items()} for one in tensors]
         rows = [{**row, "seconds": 0} for row in rows]
-        found[place.name] = (files, rows, values, CutEdges.read(place / "edges.json").edges)
+        cut = ControlRecord.read(place / CONTROL) if CONTROL in files else CutEdges.read(place / "edges.json")
+        found[place.name] = (files, rows, values, cut.edges)
     return found
 
 
@@ -87,9 +89,11 @@ def test_the_same_seed_gives_the_same_masks_twice(data, whole, tmp_path):  # noq
     assert made(tmp_path) == whole
     trained = {f"{ablation}_{name}" for ablation in ("optimal", "mean") for name in ("2", "4", "2_seed1")}
     chance = {"random_optimal_2_seed0", "random_mean_2_seed0", "random_mean_4_seed0"}
-    assert set(whole) == trained | chance
+    assert set(whole) == trained | chance | CONTROLS
+    assert all(whole[name][3] == whole["optimal_2"][3] for name in CONTROLS)
     for name, (files, rows, _, _) in whole.items():
-        steps = STEPS + CONSTANTS if "optimal" in name else 0 if name in chance else STEPS
+        untrained = name in CONTROLS or name in chance and "optimal" not in name
+        steps = 0 if untrained else STEPS + CONSTANTS if "optimal" in name else STEPS
         assert [row["step"] for row in rows] == list(range(steps))
         assert not any("checkpoint" in file for file in files)
 
@@ -97,7 +101,7 @@ def test_the_same_seed_gives_the_same_masks_twice(data, whole, tmp_path):  # noq
 def test_sharing_a_phase_changes_nothing(data, whole):  # noqa: F811
     """Each mask is what training gives that knows of no other budget."""
     for name, (_, rows, tensors, edges) in whole.items():
-        if name.startswith("random"):
+        if name.startswith("random") or name in CONTROLS:
             continue
         ablation, budget, *more = name.split("_")
         seed = 1 if more else 0

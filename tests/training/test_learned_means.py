@@ -100,7 +100,7 @@ def test_the_script_saves_what_it_learned(tmp_path):
     settings = script.Settings(
         model=str(tmp_path / "model"), ordinary=str(tmp_path / "plain.txt"), toxic_train=tmp_path / "train.jsonl",
         toxic_test=tmp_path / "test.jsonl", out=tmp_path, device="cpu", num_texts=4, constants_lr=0.05, alpha=1.0,
-        max_edges=6, relax_steps=4, anneal_steps=6, refine_rounds=2, batch_size=3, refine_batch_size=3,
+        max_edges=6, steps=10, refine_rounds=2, batch_size=3, refine_batch_size=3,
     )  # fmt: skip
     script.main(settings)
     model = load_model(str(tmp_path / "model"), device="cpu")

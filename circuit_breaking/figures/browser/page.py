@@ -42,8 +42,15 @@ def write_page(folder: Path | str, generations: int = 0) -> Path:
             be offensive. 0: none.
 
     Raises:
-        UserError: the folder holds no results, or a file of results is damaged.
+        UserError: the folder holds no results, a file of results is damaged, or the page cannot be written.
     """
+    page = make_page(folder, generations)
+    write_text(Path(folder) / PAGE, page)
+    return Path(folder) / PAGE
+
+
+def make_page(folder: Path | str, generations: int = 0) -> str:
+    """The page of a folder of results as HTML. Arguments and errors are those of `write_page`."""
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}. Give the folder of a run, such as data/toxicity/demo.")
@@ -53,22 +60,26 @@ def write_page(folder: Path | str, generations: int = 0) -> Path:
     if generations:
         texts = Generations(list(read_first_continuations(folder, generations).items()))
         found.insert(-1, Section("What the models write", [texts]))
-    write_text(folder / PAGE, render(folder.resolve().name, model_of(folder), models.key_figures(folder), found))
-    return folder / PAGE
+    return render(folder.resolve().name, model_of(folder), models.key_figures(folder), found)
 
 
 def end_with_page(folder: Path | str, generations: int = 0) -> None:
-    """Write the page at the end of a script, in the main process. If it cannot be written, stderr says why.
+    """Write the page at the end of a script, in the main process. If it cannot be made, stderr says why.
 
     The results are written by then, so that a damaged file of an earlier run in the same folder ends no script. The
     arguments are those of `write_page`.
+
+    Raises:
+        UserError: the page cannot be written, for example because the disk is full.
     """
     if not is_main():
         return
     try:
-        write_page(folder, generations)
+        page = make_page(folder, generations)
     except UserError as error:
         print(f"note: there is no new {PAGE}: {error}", file=sys.stderr)
+        return
+    write_text(Path(folder) / PAGE, page)
 
 
 def render(title: str, model: str, figures: list[tuple[str, str]], sections: list[Section]) -> str:
