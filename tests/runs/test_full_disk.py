@@ -145,8 +145,10 @@ def same_run(name, data):
     return data
 
 
+@pytest.mark.parametrize("every", [7, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_a_script_on_a_disk_that_fills_at_any_moment(inputs, finished, tmp_path, monkeypatch, capsys, name):
+def test_a_script_on_a_disk_that_fills_at_any_moment(inputs, finished, tmp_path, monkeypatch, capsys, name, every):
+    """The disk is full from the k-th operation on, for every k, or for every seventh and the last."""
     script, run = load_script(f"toxicity/{name}.py"), a_run(finished, tmp_path, name)
     before = content(run)
     again = script.Settings(**SCRIPTS[name](inputs, tmp_path, seed=1))
@@ -155,7 +157,7 @@ def test_a_script_on_a_disk_that_fills_at_any_moment(inputs, finished, tmp_path,
         script.main(again)
     after = content(run)
     assert disk.count > 5
-    for k in range(1, disk.count + 1):
+    for k in {*range(1, disk.count + 1, every), disk.count}:
         restore(run, before)
         with monkeypatch.context() as patch:
             Disk(patch, k)

@@ -92,7 +92,7 @@ def test_the_same_seed_gives_the_same_masks_twice(data, whole, tmp_path):  # noq
     assert set(whole) == trained | chance | CONTROLS
     assert all(whole[name][3] == whole["optimal_2"][3] for name in CONTROLS)
     for name, (files, rows, _, _) in whole.items():
-        untrained = name in CONTROLS or name in chance and "optimal" not in name
+        untrained = name in CONTROLS or (name in chance and "optimal" not in name)
         steps = 0 if untrained else STEPS + CONSTANTS if "optimal" in name else STEPS
         assert [row["step"] for row in rows] == list(range(steps))
         assert not any("checkpoint" in file for file in files)
