@@ -1,6 +1,7 @@
 """Loss curves: of the training of a mask, and of fine-tuning by several methods."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -156,6 +157,16 @@ class Checkpoint:
     toxic: float
     ordinary: float
 
+    @property
+    def trained(self) -> bool:
+        """Whether it is a checkpoint of training, and not a candidate."""
+        return not math.isnan(self.lr)
+
+
+def learning_rates(rows: Iterable[Checkpoint]) -> list[float]:
+    """The learning rates of checkpoints, the lowest first."""
+    return sorted({row.lr for row in rows if row.trained})
+
 
 def draw_finetuning(folder: Path | str) -> Path:
     """Draw the losses of each checkpoint of fine-tuning by step: one column per method, one colour per learning rate.
@@ -172,7 +183,7 @@ def draw_finetuning(folder: Path | str) -> Path:
     methods = [read_finetuning(path.parent) for path in sorted(folder.glob("*/finetuning.json"))]
     if not methods:
         raise UserError(f"{folder} holds no fine-tuned models. Make some with toxicity/finetune_gpt2.py.")
-    rates = sorted({row.lr for _, rows, _ in methods for row in rows if not math.isnan(row.lr)})
+    rates = learning_rates(row for _, rows, _ in methods for row in rows)
     path = folder / "finetuning.png"
     with figure(path, 1.2 + 1.5 * len(methods), 3.4) as drawn:
         axes = drawn.subplots(2, len(methods), sharex="col", sharey="row", squeeze=False)
@@ -184,7 +195,7 @@ def draw_finetuning(folder: Path | str) -> Path:
                         [row.step for row in mine], [getattr(row, text) for row in mine],
                         color=COLOURS[number % 6], linewidth=1, label=f"lr {lr:g}",
                     )  # fmt: skip
-                untrained = [row for row in rows if math.isnan(row.lr)]
+                untrained = [row for row in rows if not row.trained]
                 if untrained:
                     panel.plot(
                         [row.step for row in untrained], [getattr(row, text) for row in untrained], "o",

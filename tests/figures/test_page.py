@@ -16,6 +16,7 @@ from circuit_breaking.errors import UserError
 from circuit_breaking.figures.browser.edge_list import EdgeList
 from circuit_breaking.figures.browser.page import PAGE, end_with_page, write_page
 from circuit_breaking.figures.browser.parts import Plot
+from circuit_breaking.figures.browser.training import finetuning
 from circuit_breaking.graph import EdgeGraph
 from circuit_breaking.runs.files import write_json, write_jsonl
 
@@ -68,6 +69,14 @@ def test_a_comparison_has_every_section_and_stays_small(tmp_path):
     assert all(one.startswith(("#", "data:")) for one in page.loaded)  # nothing is loaded
     assert len(data["plots"]) >= 7 and data["graphs"][0][0]["graph"]["n_edges"] == 207
     assert "What the models write" not in page.text
+
+
+def test_candidates_of_methods_without_training_are_dots(tmp_path):
+    write_comparison(tmp_path)
+    plots = [plot for part in finetuning(tmp_path).parts for plot in part.plots]
+    names = {plot.title: [trace["name"] for trace in plot.traces] for plot in plots}
+    assert names["steering: toxic loss"] == ["candidates", "kept"]
+    assert names["joint: toxic loss"] == ["lr 0.0001", "kept"]
 
 
 def test_a_run_on_prompts_shows_tokens_training_and_settings(tmp_path):

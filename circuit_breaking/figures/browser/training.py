@@ -7,10 +7,10 @@ import numpy as np
 
 from circuit_breaking.figures.browser.about import settings_of
 from circuit_breaking.figures.browser.parts import Plot, Plots, Section
-from circuit_breaking.figures.browser.traces import SYMBOLS, axes, level, line
+from circuit_breaking.figures.browser.traces import SYMBOLS, axes, level, line, points
 from circuit_breaking.figures.edge_curve import LINES, read_curve
-from circuit_breaking.figures.style import BLACK, BLUE, COLOURS, GREY, VERMILION, readable
-from circuit_breaking.figures.training import COLUMNS, METRICS, read_finetuning, smoothed
+from circuit_breaking.figures.style import BLACK, BLUE, COLOURS, DARK_GREY, GREY, VERMILION, readable
+from circuit_breaking.figures.training import COLUMNS, METRICS, learning_rates, read_finetuning, smoothed
 from circuit_breaking.runs.files import read_jsonl
 from circuit_breaking.runs.ranking_record import CURVE
 
@@ -104,7 +104,7 @@ def curve(folder: Path) -> Section | None:
 
 
 def finetuning(folder: Path) -> Section | None:
-    """Losses of each checkpoint of fine-tuning by step, a plot for each method."""
+    """Losses of each checkpoint of fine-tuning by step, or of each candidate, a plot for each method and loss."""
     found = [read_finetuning(path.parent) for path in sorted(folder.glob("finetuned/*/finetuning.json"))]
     if not found:
         return None
@@ -112,11 +112,16 @@ def finetuning(folder: Path) -> Section | None:
     for name, rows, kept in found:
         for text in ("toxic", "ordinary"):
             traces = []
-            for at, lr in enumerate(sorted({row.lr for row in rows})):
+            for at, lr in enumerate(learning_rates(rows)):
                 mine = [row for row in rows if row.lr == lr]
                 x, y = [row.step for row in mine], [getattr(row, text) for row in mine]
                 traces.append(line(f"lr {lr:g}", x, y, COLOURS[at % 6], line={"width": 1.2}))
+            candidates = [row for row in rows if not row.trained]
+            if candidates:
+                x, y = [row.step for row in candidates], [getattr(row, text) for row in candidates]
+                traces.append(points("candidates", x, y, DARK_GREY))
             star = {"type": "scatter", "mode": "markers", "name": "kept", "x": [kept.step], "y": [getattr(kept, text)],
                     "marker": {"symbol": "star", "size": 11, "color": BLACK}}  # fmt: skip
-            plots.append(Plot(f"{readable(name)}: {text} loss", [*traces, star], axes("step", "nats per token")))
+            layout = axes("candidate" if candidates else "step", "nats per token")
+            plots.append(Plot(f"{readable(name)}: {text} loss", [*traces, star], layout))
     return Section("Fine-tuning", [Plots(plots)])
