@@ -43,6 +43,8 @@ class Settings:
 if __name__ == "__main__":
     settings = read_settings(Settings)
 
+from types import SimpleNamespace
+
 import torch
 from memory import one_layer
 from steps import LARGE, SHAPES, config_of
@@ -58,16 +60,9 @@ COLUMNS = {
 }  # fmt: skip
 
 
-class Shape:
-    """What `config_of` wants to know of a shape."""
-
-    def __init__(self, shape: str) -> None:
-        self.shape = shape
-
-
 def operations(shape: str, tokens: int, length: int, split_qkv: bool) -> dict[str, float]:
     """10^12 operations of one pass over the layers' weights, of the mask's products, and of the logits."""
-    one, vocabulary = one_layer(shape, 0, length, split_qkv), config_of(Shape(shape)).vocab_size
+    one, vocabulary = one_layer(shape, 0, length, split_qkv), config_of(SimpleNamespace(shape=shape)).vocab_size
     pairs = {  # of numbers that are multiplied and added for each token
         "layers": 2 * one.graph.n_layers * one.block,  # forward and backward
         "mask": 3 * len(one.graph) * one.width,

@@ -1,11 +1,10 @@
 """Low-rank adapters (LoRA; Hu et al. 2021, arXiv:2106.09685): W + A B in place of a weight W [in, out].
 
 A [in, r] starts at random and B [r, out] at zero, so that the model is the original at first (unless a loss needs
-another start). The factor alpha / r of
-the paper is 1 here (alpha = r). Only the factors are trained. Adapted weights take the place of the model's own while a
-function runs, so the model's modules stay as they are and every computation sees them, that of a model with cut edges
-included; peft's adapters are modules of their own. This takes the memory of one more copy of the adapted weights, and
-of their gradients.
+another start). The factor alpha / r of the paper is 1 here (alpha = r). Only the factors are trained. Adapted weights
+take the place of the model's own while a function runs, so the model's modules stay as they are and every computation
+sees them, that of a model with cut edges included; peft's adapters are modules of their own. This takes the memory of
+one more copy of the adapted weights, and of their gradients.
 """
 
 import math
