@@ -14,7 +14,7 @@ from circuit_breaking.training.budgets import masks_at
 from circuit_breaking.training.config import MaskConfig
 from circuit_breaking.training.edge_ranking import EdgeRanking, load_ranking, save_ranking
 from circuit_breaking.training.mask_trainer import train_mask
-from circuit_breaking.training.methods.ranking import EdgeScores
+from circuit_breaking.training.methods.ranking import EdgeScores, temperature
 from circuit_breaking.training.soft_top_k import soft_top_k, threshold
 
 ALL = 26  # edges of that model
@@ -95,7 +95,7 @@ def test_a_small_and_a_large_budget_share_the_texts_of_a_step(batch_size):
     assert (budgets == sorted(budgets) and len(budgets) == 1) or budgets[0] < (ALL - 0.5) ** 0.5 < budgets[1]
     row = method.step(7)
     assert drawn == shares and row.n_cut == round(budgets[-1])
-    masks = [1 - soft_top_k(scores, budget, method.temperature(7 / 50)) for budget in budgets]
+    masks = [1 - soft_top_k(scores, budget, temperature(7 / 50, 50, ALL)) for budget in budgets]
     parts = [share / batch_size * (mask * effects).sum() for share, mask in zip(shares, masks, strict=True)]
     expected = sum(number * part for number, part in enumerate(parts, 1))
     assert row.loss == pytest.approx(float(expected.detach()), abs=1e-5)
@@ -108,9 +108,9 @@ def test_budgets_are_spread_evenly_and_the_temperature_falls():
     assert all(abs(log - (number + 0.5) / 200) < 0.02 for number, log in enumerate(logs))
     few = EdgeScores(small(), MaskConfig(method="ranking"), torch.arange(ALL) < 1, None, None)
     assert 0 < few.budgets(0, 1)[0] < 1
-    temperatures = [method.temperature(progress / 10) for progress in range(11)]
+    temperatures = [temperature(progress / 10, 200, ALL) for progress in range(11)]
     assert temperatures == sorted(temperatures, reverse=True)
-    shares = [method.temperature(progress) * math.log(ALL) / 200 for progress in (0, 0.375, 0.75, 0.875, 1)]
+    shares = [temperature(progress, 200, ALL) * math.log(ALL) / 200 for progress in (0, 0.375, 0.75, 0.875, 1)]
     assert shares == pytest.approx([0.12, 0.12 / 10**0.5, 0.012, (0.012 * 0.002) ** 0.5, 0.002])
 
 

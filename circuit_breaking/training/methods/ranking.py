@@ -52,10 +52,10 @@ class EdgeScores(LearnedScores):
         progress, shares = number / self.steps, shares_of(texts, BUDGETS)
         budgets, values = self.budgets(number, len(shares)), []
         for share, budget in zip(shares, budgets, strict=True):
-            degrees = soft_top_k(self.parameter, budget, self.temperature(progress))
+            degrees = soft_top_k(self.parameter, budget, temperature(progress, self.steps, len(self.candidates)))
             values.append(share / texts * self.next_objective(share)(self.whole_mask(1 - degrees)))
         value = torch.stack(values).sum()
-        self.optimizer.param_groups[0]["lr"] = 1 - progress * (1 - LAST_RATE)
+        self.optimizer.param_groups[0]["lr"] = learning_rate(progress)
         self.optimizer.zero_grad()
         self.backward(value)
         self.optimizer.step()
@@ -67,18 +67,28 @@ class EdgeScores(LearnedScores):
         return TEMPERATURES[0][1] * self.steps
 
     def budgets(self, number: int, count: int) -> list[float]:
-        """The budgets of a step, in the open interval from 0 to C, the smallest first.
-
-        The logarithms are one in each of `count` equal intervals from 0 to log K, at the same place in each. Over the
-        steps, multiples of the golden ratio spread them evenly.
-        """
+        """The budgets of a step, in the open interval from 0 to C, the smallest first."""
         wanted = max(self.config.max_edges, *self.config.budgets, 1)
-        most = min(BEYOND * wanted, len(self.candidates) - 0.5)
-        place = (number + 0.5) * GOLDEN % 1
-        return [most ** ((interval + place) / count) if most > 1 else most for interval in range(count)]
+        return drawn_budgets(number, count, min(BEYOND * wanted, len(self.candidates) - 0.5))
 
-    def temperature(self, progress: float) -> float:
-        """τ after a share `progress` of all steps."""
-        (start, first), (end, last) = TEMPERATURES[:2] if progress < TEMPERATURES[1][0] else TEMPERATURES[1:]
-        share = first * (last / first) ** ((progress - start) / (end - start))
-        return share * self.steps / math.log(max(len(self.candidates), 2))
+
+def drawn_budgets(number: int, count: int, most: float) -> list[float]:
+    """`count` budgets between 1 and `most` for step `number`, the smallest first.
+
+    The logarithms are one in each of `count` equal intervals from 0 to log(most), at the same place in each. Over the
+    steps, multiples of the golden ratio spread them evenly.
+    """
+    place = (number + 0.5) * GOLDEN % 1
+    return [most ** ((interval + place) / count) if most > 1 else most for interval in range(count)]
+
+
+def temperature(progress: float, steps: int, candidates: int) -> float:
+    """τ after a share `progress` of all steps."""
+    (start, first), (end, last) = TEMPERATURES[:2] if progress < TEMPERATURES[1][0] else TEMPERATURES[1:]
+    share = first * (last / first) ** ((progress - start) / (end - start))
+    return share * steps / math.log(max(candidates, 2))
+
+
+def learning_rate(progress: float) -> float:
+    """The learning rate after a share `progress` of all steps."""
+    return 1 - progress * (1 - LAST_RATE)
