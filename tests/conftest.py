@@ -34,6 +34,20 @@ def family(request):
     return partial(small, request.param)
 
 
+@pytest.fixture(scope="module")
+def coarse_pictures():
+    """Pictures are drawn with few pixels and without fitting their parts together, which takes most of the time.
+
+    For tests that start scripts and do not look at the pictures; `tests/figures` draws them all as they are.
+    """
+    from circuit_breaking.figures import style
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(style.RC_PARAMS, "savefig.dpi", 40)
+        patch.setattr(style, "Figure", lambda figsize, layout, plain=style.Figure: plain(figsize=figsize))
+        yield
+
+
 @pytest.fixture
 def drawn(monkeypatch):
     """The figures that were drawn, for a look at what is in them."""

@@ -9,6 +9,7 @@ from helpers.scripts import Killed, die
 from test_ioi_scripts import data, start  # noqa: F401 (data is a fixture)
 
 from circuit_breaking.errors import UserError
+from circuit_breaking.evaluation import edge_importance
 from circuit_breaking.models.load import TINY
 from circuit_breaking.runs.files import read_json, read_jsonl
 from circuit_breaking.runs.run_folder import locked
@@ -51,8 +52,9 @@ COVERING = {"kind": "covering", "masks": 2, "max_edges": 3, "broken": 9.0, "chec
 
 @pytest.fixture(scope="module", autouse=True)
 def undrawn():
-    """Pictures take most of the time and are not looked at here."""
+    """Pictures and the importance of edges in them take most of the time and are not looked at here."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(edge_importance, "STEPS", 1)
         for name in ("draw_edges", "draw_next_tokens", "draw_training"):
             patch.setattr(f"circuit_breaking.figures.indirect_objects.{name}", lambda *args, **kwargs: None)
         yield
