@@ -12,8 +12,8 @@ it and 1; circuit_breaking/evaluation/faithfulness.py defines them. MIB has sepa
 (--split-qkv), and outputs on counterfactual prompts as ablation values (--resample).
 
 Edges are scored by EAP, by EAP-IG over inputs (if every prompt has a counterfactual), by EAP-IG over activations
-(--activations, which takes two passes a layer more), by integrated mask gradients and at random. docs/methods.md
-defines them.
+(--activations, which takes two passes a layer more), by integrated mask gradients, by a ranking that is learned for
+circuits of all sizes, and at random. docs/methods.md defines them.
 """
 
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ from circuit_breaking.runs.settings import SeedSettings
 class Settings(IOIMaskSettings, SeedSettings):
     MOST_USED: ClassVar = (
         "model", "task", "prompts", "circuits", "means", "resample", "split_qkv", "num_attribution", "num_test",
-        "eap_ig_steps", "ig_steps", "run", "seed", "device",
+        "eap_ig_steps", "ig_steps", "rank_steps", "run", "seed", "device",
     )  # fmt: skip
 
     circuits: tuple[Path, ...] = ()  # files of circuits with scores: graphs of EAP-IG (.json) or tables of edges (.csv)
@@ -41,6 +41,7 @@ class Settings(IOIMaskSettings, SeedSettings):
     points: Literal["gauss", "even"] = "gauss"  # where EAP-IG has its points; even: as in the published code
     activations: bool = False  # also run EAP-IG over activations
     ig_steps: int = 20  # points of integrated mask gradients; 0: leave them out
+    rank_steps: int = 100  # steps of a learned ranking, each with two batches of half size; 0: leave it out
     attention_bias: Literal["heads", "stream"] = "heads"  # stream: cuts leave the output bias of attention there
     positions: Literal["embed", "stream"] = "embed"  # stream: cuts leave learned positions there
     prune: bool = True  # cut edges that are on no path from embed to output, as MIB does
@@ -49,8 +50,8 @@ class Settings(IOIMaskSettings, SeedSettings):
     def check(self) -> None:
         super().check()
         check_counts(self, "num_attribution", "num_test")
-        if self.eap_ig_steps < 0 or self.ig_steps < 0:
-            raise UserError("the numbers of points, eap_ig_steps and ig_steps, are 0 or more.")
+        if min(self.eap_ig_steps, self.ig_steps, self.rank_steps) < 0:
+            raise UserError("eap_ig_steps, ig_steps and rank_steps are 0 or more.")
 
 
 if __name__ == "__main__":
@@ -59,6 +60,7 @@ if __name__ == "__main__":
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -73,10 +75,11 @@ from circuit_breaking.runs.ioi_results import MASK_GRADIENTS, Faithfulness
 from circuit_breaking.runs.plain_table import print_table
 from circuit_breaking.runs.progress import progress_bar
 from circuit_breaking.training.attribution import eap, integrated_mask_gradients
+from circuit_breaking.training.circuit_ranking import rank_circuit
 from circuit_breaking.training.input_attribution import PairedMetric, eap_ig_activations, eap_ig_inputs
 
 BATCH = 20  # prompts of a forward pass
-INPUTS, ACTIVATIONS = "EAP-IG", "EAP-IG activations"
+INPUTS, ACTIVATIONS, RANKING = "EAP-IG", "EAP-IG activations", "ranking"
 
 
 def main(settings: Settings) -> None:
@@ -100,18 +103,10 @@ def main(settings: Settings) -> None:
     ends = ends_of(metric, model.mask.weights)
     curves: dict[str, dict[str, Curve]] = {}
     for name, circuit in circuits.items():
-        curves[name] = {
-            kind: faithfulness_curve(
-                metric,
-                circuit,
-                model.mask.weights,
-                absolute=absolute,
-                prune=settings.prune,
-                progress=f"{name}, {kind}",
-                ends=ends,
-            )
-            for kind, absolute in (("cpr", False), ("cmd", True))
-        }
+        curve = partial(faithfulness_curve, metric, circuit, model.mask.weights, prune=settings.prune, ends=ends)
+        signed = curve(progress=f"{name}, cpr")
+        signs = bool((circuit.scores < 0).any())  # else both orders are the same
+        curves[name] = {"cpr": signed, "cmd": curve(absolute=True, progress=f"{name}, cmd") if signs else signed}
         path = folder / f"{name.replace(' ', '-')}.json"
         write_circuit(path, circuit.with_kept(circuit.scores > 0), model.embedding.shape[1])
     result = Faithfulness(
@@ -170,6 +165,9 @@ def attributed(experiment: Experiment) -> list[tuple[str, Callable[[], Tensor]]]
     if settings.ig_steps:
         along = bar(MASK_GRADIENTS, experiment.metrics(settings.num_attribution, BATCH))
         ways.append((MASK_GRADIENTS, lambda: integrated_mask_gradients(along, model, settings.ig_steps)))
+    if settings.rank_steps:
+        halves = experiment.metrics(settings.num_attribution, BATCH // 2)
+        ways.append((RANKING, lambda: rank_circuit(halves, model, settings.rank_steps, progress=RANKING)))
     return [*ways, ("random", drawn)]
 
 

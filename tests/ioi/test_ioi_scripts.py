@@ -268,9 +268,10 @@ def test_scripts_work_for_other_tasks(tmp_path):
     report = read_json(tmp_path / "report" / "ioi_report.json")
     assert report["provenance"]["settings"]["task"] == "agreement" and report["measured_on"]["prompts"] == 12
     assert set(report["models"]) == {"original", "run", "resampled", "fine-tuned"}
-    run("faithfulness", num_attribution=8, ig_steps=2, eap_ig_steps=1, activations=True, split_qkv=True, means=means)
+    few = {"num_attribution": 8, "ig_steps": 2, "eap_ig_steps": 1, "rank_steps": 2}
+    run("faithfulness", **few, activations=True, split_qkv=True, means=means)
     found = read_json(tmp_path / "faithfulness" / "faithfulness.json")
-    ways = ["EAP", "EAP-IG", "EAP-IG activations", MASK_GRADIENTS, "random"]
+    ways = ["EAP", "EAP-IG", "EAP-IG activations", MASK_GRADIENTS, "ranking", "random"]
     assert list(found["circuits"]) == ways and found["num_prompts"] == 12
     assert all((tmp_path / "faithfulness" / f"{way.replace(' ', '-')}.json").is_file() for way in ways)
     assert found["n_edges"] == 479
@@ -280,7 +281,7 @@ def test_scripts_work_for_other_tasks(tmp_path):
     # circuits that were written are read, and measured the same; those of another shape are refused
     path = tmp_path / "submitted.json"
     path.write_bytes((tmp_path / "faithfulness" / "EAP.json").read_bytes())
-    only_eap = {"num_attribution": 8, "ig_steps": 0, "eap_ig_steps": 0}
+    only_eap = {"num_attribution": 8, "ig_steps": 0, "eap_ig_steps": 0, "rank_steps": 0}
     run("faithfulness", **only_eap, split_qkv=True, means=means, circuits=(path,), run="again")
     again = read_json(tmp_path / "again" / "faithfulness.json")["circuits"]
     assert again["submitted"]["cpr"] == again["EAP"]["cpr"] == pytest.approx(found["circuits"]["EAP"]["cpr"], abs=1e-6)
