@@ -27,6 +27,7 @@ from circuit_breaking.runs.files import read_csv, write_csv, write_json, write_j
 from circuit_breaking.runs.results import Report
 from circuit_breaking.toxicity.uniform import read_uniform, spread
 
+pytestmark = pytest.mark.usefixtures("coarse_pictures")
 script = load_script("toxicity/report.py")
 
 

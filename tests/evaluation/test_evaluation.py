@@ -31,6 +31,7 @@ from circuit_breaking.runs.mask_record import MaskRecord
 from circuit_breaking.runs.results import Report
 from circuit_breaking.tasks import TextTask
 
+pytestmark = pytest.mark.usefixtures("coarse_pictures")
 script = load_script("toxicity/evaluation.py")
 ROWS = [[0, 5, 7, 9, 11, 3], [0, 4], [0, 8, 8, 8], [0, 21, 2, 6, 40]]
 

@@ -23,6 +23,7 @@ from circuit_breaking.tasks.losses import trainable_prediction_losses
 from circuit_breaking.training.baselines.lora import LowRank, linear_weights
 from circuit_breaking.training.config import RelearnSettings, check_relearn
 
+pytestmark = pytest.mark.usefixtures("coarse_pictures")
 EDGES = ["embed->a0.1", "a0.0->m1", "a0.1->a1.2", "a0.1->a2.0", "m0->a2.0", "m1->output", "embed->output"]
 
 

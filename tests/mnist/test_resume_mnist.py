@@ -15,6 +15,7 @@ from circuit_breaking.runs.run_folder import locked
 from circuit_breaking.runs.signals import Stopped
 from circuit_breaking.runs.tensors import read_tensors
 
+pytestmark = pytest.mark.usefixtures("coarse_pictures")
 QUICK = {
     main: {"steps": 12, "ramp_steps": 4, "round_every": 5, "train_steps": 20, "max_edges": 9, "evaluate_every": 5},
     old: {"steps": 9, "train_steps": 20, "n_keep": 20, "evaluate_every": 2},

@@ -17,6 +17,7 @@ from circuit_breaking.runs.grid import combinations, parse_grid
 from circuit_breaking.runs.jobs import LocalJob, SlurmJob, run_job, stop_all
 from circuit_breaking.runs.sweep import flatten, read_table
 
+pytestmark = pytest.mark.usefixtures("coarse_pictures")
 # a script in the manner of ours: fails for size 2, leaves a report otherwise, and counts how often it ran
 STUB = """
 import argparse, json, pathlib, sys

@@ -25,6 +25,7 @@ from circuit_breaking.runs.run_folder import locked
 from circuit_breaking.runs.signals import Stopped
 from circuit_breaking.tasks.base import TextTask
 
+pytestmark = pytest.mark.usefixtures("coarse_pictures")
 compare = load_script("toxicity/compare.py")
 LENGTH = 50  # the scripts' own
 QUICK = {
@@ -32,7 +33,7 @@ QUICK = {
     "refine_batch_size": 3, "constants_steps": 2,
 }  # fmt: skip
 SHORT = [f"--training.{name.replace('_', '-')}={value}" for name, value in QUICK.items()]
-LITTLE = {"relearn.py": ["--new-tokens=4", "--checks", "0", "2", "4"], "evaluation.py": ["--new-tokens=6"]}
+LITTLE = {"relearn.py": ["--new-tokens=3", "--checks", "0", "1"], "evaluation.py": ["--new-tokens=4"]}
 MADE = ("joint", "task_arithmetic", "lora_npo", "rerouting", "steering")  # test_finetuning.py has the others
 VARYING = {"cost.json", "costs.json"}  # and, of report.md, what is below the heading of costs
 
@@ -48,7 +49,7 @@ def data(tmp_path_factory):
 def settings(data, out, **changes):
     small = {
         "budgets": (1, 2), "examined_budget": 2, "seeds": 2, "random_seeds": 2, "lrs": (1e-3,), "steps": 4,
-        "num_texts": 10, "num_prompts": 4, "methods": MADE, "model": str(data / "model"), "out": out,
+        "num_texts": 6, "num_prompts": 2, "methods": MADE, "model": str(data / "model"), "out": out,
         "toxic_train": data / "train.jsonl", "toxic_test": data / "test.jsonl", "ordinary": str(data / "plain.txt"),
     }  # fmt: skip
     return compare.Settings(**{**small, **changes})

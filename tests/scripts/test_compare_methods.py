@@ -14,6 +14,7 @@ from circuit_breaking.runs.tensors import read_tensors
 from circuit_breaking.tasks import TextTask
 from circuit_breaking.training.config import MaskConfig
 
+pytestmark = pytest.mark.usefixtures("coarse_pictures")
 script = load_script("toxicity/compare_methods.py")
 QUICK = MaskConfig(steps=5, refine_rounds=2, batch_size=3, refine_batch_size=6, alpha=1.0)
 LINES = ("ranking", "clamped", "hard-concrete", "ugs", "attribution")

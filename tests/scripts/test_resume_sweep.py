@@ -22,6 +22,7 @@ from circuit_breaking.runs.tensors import read_tensors
 from circuit_breaking.training import mask_trainer as training
 from circuit_breaking.training.config import MaskConfig
 
+pytestmark = pytest.mark.usefixtures("coarse_pictures")
 sweep = load_script("toxicity/sweep_masks.py")
 QUICK = MaskConfig(
     steps=8, refine_rounds=3, constants_steps=2, batch_size=3, refine_batch_size=3

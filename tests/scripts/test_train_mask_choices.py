@@ -12,6 +12,7 @@ from circuit_breaking.runs.files import read_jsonl
 from circuit_breaking.runs.mask_record import CutEdges
 from circuit_breaking.training.localise import localise
 
+pytestmark = pytest.mark.usefixtures("coarse_pictures")
 script = load_script("toxicity/train_mask.py")
 alternative = load_script("ioi/alternative_masks.py")
 

@@ -152,6 +152,8 @@ def test_no_more_than_a_part_is_in_memory(method, constants_lr, monkeypatch):
             micro_batch=micro_batch,
             constants_lr=constants_lr,
             refine_batch_size=3,
+            steps=3,
+            refine_rounds=2,
         )
         assert max(peaks) <= most and (micro_batch or max(peaks) > 8)
 

@@ -22,6 +22,7 @@ from circuit_breaking.training import finetune as finetuning
 from circuit_breaking.training.config import FinetuneSettings
 from circuit_breaking.training.finetune import finetune
 
+pytestmark = pytest.mark.usefixtures("coarse_pictures")
 toxicity = load_script("toxicity/finetune_gpt2.py")
 
 

@@ -22,6 +22,8 @@ from circuit_breaking.training.config import WeightMaskSettings
 from circuit_breaking.training.gates import METHODS
 from circuit_breaking.training.weight_trainer import train_weight_mask
 
+pytestmark = pytest.mark.usefixtures("coarse_pictures")
+
 
 def run(checkpoints=None, die_at=None, how=None, **changes):
     """Train from the beginning or from the folder's checkpoint; at step `die_at`, call `how`. The mask and the rows."""
