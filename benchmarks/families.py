@@ -15,7 +15,6 @@ from typing import ClassVar
 
 from step_settings import StepSettings
 
-from circuit_breaking.errors import UserError
 from circuit_breaking.runs.cli import read_settings, run_script
 from circuit_breaking.runs.files import DATA, read_json, write_json
 
@@ -34,7 +33,7 @@ if __name__ == "__main__":
     settings = read_settings(Settings)
 
 import torch
-from steps import SHAPES, binary_mask, make_hf, make_tokens, medians
+from steps import SHAPES, binary_mask, check_shapes, make_hf, make_tokens, medians
 
 from circuit_breaking.ablation.ablate import ablate
 from circuit_breaking.engine.load import load_model
@@ -121,8 +120,7 @@ def show(rows: dict[str, dict]) -> None:
 
 def main(settings: Settings) -> None:
     settings.check()
-    if unknown := [shape for shape in settings.shapes if shape not in SHAPES]:
-        raise UserError(f"shape {unknown[0]!r} is not one of {', '.join(SHAPES)}.")
+    check_shapes(*settings.shapes)
     torch.set_num_threads(settings.threads)
     rows = read_json(settings.out)["rows"] if settings.out.is_file() else {}
     for shape in settings.shapes or SHAPES:

@@ -49,7 +49,7 @@ import time
 
 import matplotlib
 import torch
-from steps import SHAPES
+from steps import SHAPES, check_shapes
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -139,8 +139,7 @@ def draw(path: Path, settings: Settings, against: dict[str, list[float]]) -> Non
 
 def main(settings: Settings) -> None:
     settings.check()
-    if settings.shape not in SHAPES:
-        raise UserError(f"shape {settings.shape!r} is not one of {', '.join(SHAPES)}.")
+    check_shapes(settings.shape)
     torch.set_num_threads(settings.threads)
     times, cutting = measure(settings)
     against = ratios(times)

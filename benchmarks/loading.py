@@ -46,7 +46,7 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 
 import torch
-from steps import SHAPES, dense_mask, engine_step, make_tokens
+from steps import SHAPES, check_shapes, dense_mask, engine_step, make_tokens
 from transformers import AutoModelForCausalLM
 
 from circuit_breaking.engine.load import load_model
@@ -114,8 +114,7 @@ def measure(settings: SimpleNamespace, folder: str) -> dict[str, float]:
 
 def main(settings: Settings) -> None:
     check_counts(settings, "batch", "length", "threads")
-    if unknown := [shape for shape in settings.shapes if shape not in SHAPES]:
-        raise UserError(f"shape {unknown[0]!r} is not one of {', '.join(SHAPES)}.")
+    check_shapes(*settings.shapes)
     context, rows = multiprocessing.get_context("spawn"), []
     for shape in settings.shapes:
         with tempfile.TemporaryDirectory() as folder:

@@ -59,7 +59,7 @@ from functools import cache
 from types import SimpleNamespace
 
 import torch
-from steps import LARGE, SHAPES, added_at_peak, config_of, engine_step, make_engine, make_tokens
+from steps import added_at_peak, check_shapes, config_of, engine_step, make_engine, make_tokens
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -171,9 +171,7 @@ def measured(settings: SimpleNamespace) -> float:
 
 
 def main(settings: Settings) -> None:
-    for name in settings.shapes:
-        if name not in SHAPES | LARGE:
-            raise UserError(f"{name!r} is not one of {', '.join(SHAPES | LARGE)}.")
+    check_shapes(*settings.shapes, large=True)
     for size in settings.sizes:
         if not SIZE.fullmatch(size):
             raise UserError(f"{size!r} is not a number of texts and of tokens in each, such as '10 x 50'.")

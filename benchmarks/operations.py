@@ -47,7 +47,7 @@ from types import SimpleNamespace
 
 import torch
 from memory import one_layer
-from steps import LARGE, SHAPES, config_of
+from steps import check_shapes, config_of
 
 from circuit_breaking.errors import UserError
 from circuit_breaking.runs.config import check_counts
@@ -73,8 +73,7 @@ def operations(shape: str, tokens: int, length: int, split_qkv: bool) -> dict[st
 
 def main(settings: Settings) -> None:
     check_counts(settings, "batch", "length", "measured_batch", "measured_length")
-    if unknown := [shape for shape in (*settings.shapes, settings.measured_shape) if shape not in SHAPES | LARGE]:
-        raise UserError(f"shape {unknown[0]!r} is not one of {', '.join(SHAPES | LARGE)}.")
+    check_shapes(*settings.shapes, settings.measured_shape, large=True)
     if min(settings.measured_ms, settings.copy_gbps) <= 0:
         raise UserError("measured_ms and copy_gbps are above 0.")
     item, length = torch.empty(0, dtype=pick_dtype(settings.dtype)).element_size(), settings.measured_length

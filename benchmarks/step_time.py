@@ -44,9 +44,9 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from steps import (
-    SHAPES,
     added_at_peak,
     binary_mask,
+    check_shapes,
     dense_mask,
     engine_step,
     make_engine,
@@ -58,7 +58,6 @@ from steps import (
 
 from circuit_breaking.engine.load import load_model
 from circuit_breaking.engine.reference import ReferenceModel
-from circuit_breaking.errors import UserError
 from circuit_breaking.runs.devices import pick_device
 from circuit_breaking.runs.plain_table import print_table
 
@@ -123,8 +122,7 @@ def peak_memories(settings: Settings, names: list[str]) -> dict[str, float]:
 
 def main(settings: Settings) -> None:
     settings.check()
-    if settings.shape not in SHAPES:
-        raise UserError(f"shape {settings.shape!r} is not one of {', '.join(SHAPES)}.")
+    check_shapes(settings.shape)
     torch.set_num_threads(settings.threads)
     torch.backends.cuda.matmul.allow_tf32 = settings.tf32
     tokens = make_tokens(settings)

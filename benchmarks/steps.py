@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from circuit_breaking.engine.load import load_model
 from circuit_breaking.engine.transformer import EdgeMaskedTransformer
 from circuit_breaking.runs import cost
+from circuit_breaking.runs.config import check_choice
 from circuit_breaking.runs.devices import pick_device, pick_dtype
 from circuit_breaking.tasks.losses import cross_entropy_of_hidden
 
@@ -108,6 +109,12 @@ SHAPES, LARGE = (
 
 Step = Callable[[torch.Tensor], None]
 WARM_ON_GPU = 5  # steps until kernels are chosen and a pass is recorded as a CUDA graph
+
+
+def check_shapes(*shapes: str, large: bool = False) -> None:
+    """Raise a `UserError` for a name that is not in `SHAPES` or, if `large`, in `LARGE` either."""
+    for shape in shapes:
+        check_choice("shape", shape, SHAPES | LARGE if large else SHAPES)
 
 
 def make_hf(settings: Any) -> nn.Module:

@@ -27,7 +27,7 @@ from circuit_breaking.runs.checkpoints import (
 )
 from circuit_breaking.tasks.base import TextTask
 from circuit_breaking.training.baselines import METHODS, baseline
-from circuit_breaking.training.baselines.base import Edit, Method, Weights, candidates, start
+from circuit_breaking.training.baselines.base import BaselineRun, Edit, Method, Weights, candidates, start
 from circuit_breaking.training.baselines.search import Search
 from circuit_breaking.training.baselines.validation import Validation, load_weights
 from circuit_breaking.training.config import FinetuneSettings, check_finetune
@@ -90,7 +90,8 @@ def finetune(
     if method not in METHODS:
         raise UserError(f"there is no method {method!r}; choose from {', '.join(METHODS)}.")
     chosen = baseline(method)
-    run = (Search if isinstance(chosen, Edit) else _Run)(model.eval(), chosen, toxic, ordinary, settings)
+    kind = Search if isinstance(chosen, Edit) else _Run
+    run: BaselineRun = kind(model.eval(), chosen, toxic, ordinary, settings)
     if resume_from is None:
         run.begin()
     else:
@@ -118,7 +119,7 @@ def finetune(
 
 
 class _Run:
-    """State of a run: `advance` runs one step; `state_tensors`, `values` and `restore` let it continue."""
+    """State of a run by a `Method`, a `BaselineRun`."""
 
     unit = "step"
 

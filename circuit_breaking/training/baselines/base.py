@@ -7,11 +7,12 @@ import copy
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from circuit_breaking.models.tokens import TokenBatch
+from circuit_breaking.runs.checkpoints import Saved
 from circuit_breaking.tasks.base import TextTask
 from circuit_breaking.tasks.losses import trainable_prediction_losses
 from circuit_breaking.training.baselines.lora import LowRank
@@ -105,6 +106,52 @@ class Edit:
     candidates: Callable[[nn.Module, LossSettings], list[Candidate]]
     measure: Callable[[nn.Module, TextTask, TextTask], Weights]
     weights: Callable[[nn.Module, Weights, Candidate], Weights]
+
+
+class BaselineRun(Protocol):
+    """What `finetune` needs of a run: it trains by a `Method`, or searches the candidates of an `Edit`.
+
+    Attributes:
+        unit: what the progress bar calls a step.
+        steps, done: number of steps of the whole run, and how many of them are done.
+        ended: whether the last step is done; a run may end early.
+        note: why the run ended early, or None.
+        best: the row of the best validation so far; its `step` is 0 for the original model.
+        history: the row of every validation.
+        texts: texts of both kinds that were read, each counted whenever it was read.
+    """
+
+    unit: str
+    steps: int
+    done: int
+    ended: bool
+    note: str | None
+    best: dict[str, Any]
+    history: list[dict[str, Any]]
+
+    @property
+    def texts(self) -> int: ...
+
+    def begin(self) -> None:
+        """Measure the original model."""
+
+    def advance(self, number: int) -> None:
+        """Run step `number`, from 0."""
+
+    def describe(self) -> str:
+        """Text at the end of the progress bar."""
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """The tensors that the next steps depend on."""
+
+    def values(self) -> dict[str, Any]:
+        """Everything else that they depend on, JSON-able."""
+
+    def restore(self, saved: Saved) -> None:
+        """Continue from what `state_tensors` and `values` returned."""
+
+    def finish(self) -> None:
+        """Leave the best weights in the model."""
 
 
 def start(method: Method, model: nn.Module, settings: LossSettings, seed: int = 0) -> tuple[State, LowRank | None]:

@@ -45,7 +45,8 @@ def rerouting(state: State, toxic: TokenBatch, ordinary: TokenBatch) -> Tensor:
 
 def streams(model: nn.Module, batch: TokenBatch) -> Tensor:
     """The residual stream before the first layer and after every layer, at the positions of predictions: [·, M, D]."""
-    where = batch.to(model.device).predicted
+    batch = batch.to(model.device)
+    where = batch.predicted
     return torch.stack([stream[where] for stream in after_layers(model, batch)])
 
 

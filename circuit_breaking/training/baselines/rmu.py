@@ -40,7 +40,8 @@ def rmu(state: State, toxic: TokenBatch, ordinary: TokenBatch) -> Tensor:
 
 def activations(model: nn.Module, batch: TokenBatch, layer: int) -> Tensor:
     """The residual stream after a layer, at the positions of predictions: [M, D]."""
-    return after_layers(model, batch)[layer + 1][batch.to(model.device).predicted]
+    batch = batch.to(model.device)
+    return after_layers(model, batch)[layer + 1][batch.predicted]
 
 
 def rmu_layer(model: nn.Module, settings: LossSettings) -> int:

@@ -13,8 +13,7 @@ from circuit_breaking.training.config import FinetuneSettings
 
 
 class Search:
-    """State of a search, with the interface of a training run: step `n` measures candidate `n`, from 1; 0 is the
-    original model.
+    """State of a search, a `BaselineRun`: step `n` measures candidate `n`, from 1; 0 is the original model.
 
     Attributes:
         texts: texts of both kinds that the candidates were made from.
@@ -36,7 +35,8 @@ class Search:
         self.texts = 2 * min(len(toxic.train), len(ordinary.train))
         self.best: dict[str, Any] = {}
         self.history: list[dict[str, Any]] = []
-        self.done, self.ended, self.note = 0, not self.candidates, None
+        self.done, self.ended = 0, not self.candidates
+        self.note: str | None = None
 
     def begin(self) -> None:
         """Measure the original model, and what the candidates are made of."""

@@ -12,10 +12,9 @@ from circuit_breaking.models.tokens import TokenBatch
 def after_layers(model: nn.Module, batch: TokenBatch) -> tuple[Tensor, ...]:
     """The residual stream before the first layer and after every layer: L + 1 tensors [n, T, D].
 
-    The last one comes after the final norm, as Hugging Face gives it.
+    The last one comes after the final norm, as Hugging Face gives it. The texts are on the model's device.
     """
-    tokens = batch.tokens.to(model.device)
-    return model.base_model(input_ids=tokens, use_cache=False, output_hidden_states=True).hidden_states
+    return model.base_model(input_ids=batch.tokens, use_cache=False, output_hidden_states=True).hidden_states
 
 
 @torch.no_grad()
@@ -27,7 +26,8 @@ def mean_streams(model: nn.Module, texts: TokenBatch, batch_size: int = 32) -> T
     """
     total, count = 0.0, 0
     for batch in texts.batches(batch_size):
-        where = batch.to(model.device).predicted.clone()
+        batch = batch.to(model.device)
+        where = batch.predicted.clone()
         where[:, 0] = False
         streams = torch.stack(after_layers(model, batch)[1:-1])
         total = total + streams[:, where].double().sum(1)
