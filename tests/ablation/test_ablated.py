@@ -206,7 +206,7 @@ def test_bfloat16_is_as_close_as_the_plain_model_is(family):
 
 @pytest.mark.seconds_per_family
 def test_torch_compile_takes_the_hooks_without_a_graph_break(family):
-    hf = family(**{"n_layer" if family is small_gpt2 else "num_hidden_layers": 2})
+    hf = family(num_hidden_layers=2)
     tokens = torch.randint(1, 50, (2, 9), generator=torch.manual_seed(3))
     with ablate(hf, some_edges(hf, 30)), torch.no_grad():
         expected = hf(tokens, use_cache=False).logits

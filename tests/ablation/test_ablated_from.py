@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from helpers.models import small_gpt2, small_llama, small_neox, small_qwen3
+from helpers.models import small_gpt2, small_llama, small_neox, small_qwen3, two_layers
 from test_ablated import some_edges
 from transformers import DynamicCache, StaticCache
 
@@ -33,7 +33,8 @@ def means_of(hf, kind: str) -> torch.Tensor | None:
 
 def edges_of(hf, count: int = 25) -> list[str]:
     """Random edges, and some of each kind of reader and source: an MLP's own heads, the last MLP and `output`."""
-    own = [] if describe(hf).graph().parallel else ["a1.0->m1", "a2.1->m2"]
+    last = hf.config.num_hidden_layers - 1
+    own = [] if describe(hf).graph().parallel else ["a1.0->m1", f"a{last}.1->m{last}"]
     return [*some_edges(hf, count), *own, "m1->output", "embed->a0.0.q", "embed->m0", "m0->a1.1.k", "m0->a1.1.v"]
 
 
@@ -205,7 +206,7 @@ def test_a_cache_of_another_ablate_from_is_refused():
 
 @COMPILED
 def test_compiled(make):
-    hf = make()
+    hf = two_layers(make)
     edges, whole = edges_of(hf), logits(hf, use_cache=False)
     torch._dynamo.reset()
     compiled = torch.compile(hf, backend="aot_eager", fullgraph=True)

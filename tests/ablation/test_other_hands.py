@@ -4,7 +4,7 @@ import threading
 
 import pytest
 import torch
-from helpers.models import small_gpt2, small_llama, small_neox, small_phi3
+from helpers.models import small_gpt2, small_llama, small_neox, small_phi3, two_layers
 from test_ablated import some_edges
 from transformers import DynamicCache
 
@@ -48,10 +48,17 @@ def layer_by_layer(hf):
     return hf
 
 
-@pytest.mark.parametrize("how", [whole_model, in_place, layer_by_layer])
-@SHAPES
+BY_DEFAULT = {(small_llama, in_place), (small_gpt2, layer_by_layer)}  # each takes seconds
+COMPILED = [
+    pytest.param(make, how, marks=() if how is whole_model or (make, how) in BY_DEFAULT else pytest.mark.slow)
+    for make in (small_gpt2, small_neox, small_llama)
+    for how in (whole_model, in_place, layer_by_layer)
+]
+
+
+@pytest.mark.parametrize("make, how", COMPILED)
 def test_what_was_compiled_before_is_cut_and_whole_at_once(make, how):
-    plain, hf = make(), make()
+    plain, hf = two_layers(make), two_layers(make)
     edges = some_edges(plain, 15)
     whole = logits(plain)
     with ablate(plain, edges):

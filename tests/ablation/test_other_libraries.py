@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers.models import small_gpt2, small_llama, small_neox
+from helpers.models import small_gpt2, small_llama, small_neox, two_layers
 from test_ablated import some_edges
 from test_other_hands import TOKENS, generated, logits
 from transformers import CompileConfig, StaticCache
@@ -170,7 +170,7 @@ def test_generate_compiles_decoding_with_a_static_cache(make, ablate_from):
 
 @COMPILED
 def test_one_cut_after_another_in_a_compiled_model(make):
-    hf = make()
+    hf = two_layers(make)
     torch._dynamo.reset()
     compiled = torch.compile(hf, backend="aot_eager")
     for seed in range(3):

@@ -1,5 +1,7 @@
 """Small random models of every registered family, whose every weight counts."""
 
+from collections.abc import Callable
+
 import torch
 import transformers
 from torch import nn
@@ -43,6 +45,11 @@ def small(model_type: str, seed: int | None = None, **changes) -> nn.Module:
         changes = {**changes, "attn_implementation": "eager"}  # Gemma 2, whose scores are capped
     torch.manual_seed(seed)
     return spread(model_class(model_class.config_class(**{**keywords, **changes})))
+
+
+def two_layers(make: Callable[..., nn.Module]) -> nn.Module:
+    """The model that one of the functions below makes, with two layers, for what takes long for every layer."""
+    return make(**{"n_layer" if make is small_gpt2 else "num_hidden_layers": 2})
 
 
 def small_gpt2(**changes) -> nn.Module:
