@@ -91,6 +91,7 @@ from circuit_breaking.toxicity.splits import Splits, load_splits
 from circuit_breaking.training.mask_trainer import MaskResult, train_mask
 from circuit_breaking.training.methods import method_class
 from circuit_breaking.training.methods.base import MaskMethod
+from circuit_breaking.training.prefix_choice import choice_steps
 
 RANDOM = "random"
 # settings that a mask depends on, besides its own budget, seed and training; others may differ in a run that is resumed
@@ -102,12 +103,20 @@ MADE_BY = (
 
 def texts_seen(training: MaskConfig) -> int:
     """Texts of each task that training draws, a text drawn twice counted twice."""
-    return training.batch_size * training.steps + training.refine_batch_size * training.refine_rounds
+    in_steps = training.batch_size * (training.steps + choice_steps(training))
+    return in_steps + training.refine_batch_size * training.refine_rounds
 
 
 def unrefined(training: MaskConfig) -> MaskConfig:
     """The same without refinement, whose texts are seen in more steps that find edges."""
-    return replace(training, refine_rounds=0, steps=texts_seen(training) // training.batch_size)
+    texts = training.batch_size * training.steps + training.refine_batch_size * training.refine_rounds
+    return replace(training, refine_rounds=0, steps=texts // training.batch_size)
+
+
+def at_equal_texts(training: MaskConfig) -> MaskConfig:
+    """The same with fewer steps that find edges, in exchange for those that choose how many of them to cut."""
+    extra = choice_steps(training)
+    return replace(training, steps=max(1, training.steps - extra)) if extra else training
 
 
 def for_all_budgets(training: MaskConfig) -> bool:
@@ -120,6 +129,7 @@ def plan(settings: Settings, budgets: list[int]) -> Iterator[tuple[str, int, int
     ways = {method: replace(settings.training, method=method) for method in settings.methods}
     ways |= {f"{method} alone": unrefined(replace(settings.training, method=method)) for method in settings.alone}
     for method, training in ways.items():
+        training = at_equal_texts(training)
         for budget in budgets:
             of_budget = replace(training, max_edges=budget)
             if for_all_budgets(training):
@@ -179,7 +189,8 @@ def main(settings: Settings) -> None:
         row = {"method": method, "budget": budget, "seed": seed, "edges_cut": model.mask.n_cut(), **measured()}
         rows.append({**row, "gain": original["objective"] - row["objective"]})
 
-    seen = {"refined": texts_seen(settings.training), "alone": texts_seen(unrefined(settings.training))}
+    each = {"refined": settings.training, "alone": unrefined(settings.training)}
+    seen = {name: texts_seen(at_equal_texts(training)) for name, training in each.items()}
     write_csv(folder / "methods.csv", rows)
     MethodComparison(original=original, masks=rows, texts_seen=seen, provenance=run).write(folder / FILE)
     draw_methods(folder)

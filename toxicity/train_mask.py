@@ -4,7 +4,7 @@ Reads   a model; toxic posts for training and held-out ones; ordinary text; abla
 Writes  data/toxicity/<run>/: settings.json; metrics.jsonl, one row per step; mask.safetensors; edges.json, the cut
         edges; graph.json, how important each is, and drawn from it graph.png, heat_map.png and edges.tex (LaTeX);
         means.safetensors, if ablation constants are learned (--constants-lr). Methods that rank edges also write
-        ranking.safetensors; curve.json and curve.png, the held-out losses by edges cut; and in masks/ the mask, edges
+        ranking.safetensors; curve.json and curve.png, the held-out losses by budget; and in masks/ the mask, edges
         and constants for each of --budgets. report.html shows all of these in a browser. During training also
         checkpoints, from which the same command continues an interrupted run.
 Time    a minute for the shipped model on two cores; seconds per step for GPT-2 small on two cores.
@@ -238,7 +238,10 @@ def write_ranking(
     for budget in masks_at(budgets, result, model, tasks["toxic"], tasks["ordinary"], settings):
         if is_main():
             losses = held_out(model, tasks, settings)
-            rows.append({"edges_cut": budget, **losses, "gain": objective(before) - objective(losses)})
+            cut = model.mask.n_cut()
+            rows.append({"budget": budget, "edges_cut": cut, **losses, "gain": objective(before) - objective(losses)})
+            if cut < budget:
+                print(f"budget {budget}: {cut} edges cut, because more were worse on training texts")
             value = write_mask(
                 folder / MASKS / f"{settings.method}_{budget}", model, budget, run, settings,
                 {"before": before, "after": losses},

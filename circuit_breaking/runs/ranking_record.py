@@ -1,4 +1,4 @@
-"""Records of a ranking of edges, and of the curve of losses by edges cut."""
+"""Records of a ranking of edges, and of the curve of losses by budget."""
 
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -30,12 +30,12 @@ class RankingRecord(Record):
 
 @dataclass(kw_only=True)
 class Curve(Results):
-    """`curve.json`: held-out losses by the number of edges cut.
+    """`curve.json`: held-out losses by budget.
 
     Attributes:
         original: losses with all edges, by set of texts ("toxic", "ordinary").
-        rows: a row for each number of edges: `edges_cut`, these losses, and `gain`, by how much the objective is lower
-            than with all edges.
+        rows: a row for each budget: `budget`, the largest number of edges to cut; `edges_cut`, how many are; these
+            losses; and `gain`, by how much the objective is lower than with all edges.
     """
 
     NAME: ClassVar[str] = "curve"

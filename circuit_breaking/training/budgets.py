@@ -1,4 +1,4 @@
-"""Masks of several budgets from one ranking: the first edges of the ranking, and the constants that go with them."""
+"""Masks of several budgets from one ranking: its first edges, and ablation constants for each mask."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -49,7 +49,7 @@ def masks_at(
             if budget > len(result.ranking):
                 continue
             model.means, mask = means, result.at(budget)
-            if settings.constants_lr and budget:
+            if settings.constants_lr and bool((mask == 0).any()):
                 train_mask(
                     model, break_task, keep_task, replace(given, max_edges=budget), mask == 0, progress=False
                 )  # fmt: skip

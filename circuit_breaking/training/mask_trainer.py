@@ -5,6 +5,8 @@ Minimises  keep_weight · L_keep(m) - alpha · L_break(m) + penalty(m)  over mas
 
 find       `steps` steps of a method: a ranking of the edges, clamped weights (the paper's), hard-concrete gates,
            uniform gradient sampling, or attribution (`training.methods`).
+choose     For methods that learn a ranking: which budgets should cut fewer edges than they allow
+           (`training.prefix_choice`).
 refine     Single edges are cut, restored or exchanged by their measured effect on new batches (`training.refine`).
 constants  The edges are fixed, and ablation constants, if they are learned, are trained for them
            (`training.optimal_ablation`).
@@ -32,9 +34,10 @@ from circuit_breaking.training.edge_ranking import EdgeRanking
 from circuit_breaking.training.held_out import HeldOut
 from circuit_breaking.training.loop import Row, run_steps
 from circuit_breaking.training.methods import method_class
-from circuit_breaking.training.methods.base import StepResult
+from circuit_breaking.training.methods.base import LearnedScores, StepResult
 from circuit_breaking.training.objective import StepObjective, Term, terms_of, terms_of_two
 from circuit_breaking.training.optimal_ablation import AblationConstants
+from circuit_breaking.training.prefix_choice import BATCHES, PrefixChoice, choice_steps, lengths_to_measure
 from circuit_breaking.training.refine import EdgeRefiner
 
 
@@ -49,6 +52,7 @@ class MaskResult:
         seconds: training time.
         ranking: the edges in the order in which they are worth cutting, before any refinement; None for methods that
             find a mask for one budget only.
+        choice: how many of the ranked edges a budget cuts; None if it cuts as many as it allows.
     """
 
     weights: Tensor
@@ -56,16 +60,21 @@ class MaskResult:
     history: list[Row] = field(default_factory=list)
     seconds: float = 0.0
     ranking: EdgeRanking | None = None
+    choice: PrefixChoice | None = None
 
-    def at(self, count: int) -> Tensor:
-        """A binary mask [E], on the CPU, that cuts the first `count` edges of the ranking.
+    def at(self, budget: int) -> Tensor:
+        """A binary mask [E], on the CPU, that cuts at most `budget` edges, the first of the ranking.
+
+        It cuts fewer than `budget` only if that was clearly better on training texts (`training.prefix_choice`).
+        `ranking.mask(count)` always cuts `count` edges.
 
         Raises:
             UserError: there is no ranking, or it holds fewer edges.
         """
         if self.ranking is None:
             raise UserError("this mask was trained for one budget. Train with method ranking for a mask of any budget.")
-        return self.ranking.mask(count)
+        mask = self.ranking.mask(budget)
+        return mask if self.choice is None else self.ranking.mask(self.choice.length(budget))
 
 
 def train_mask(
@@ -154,9 +163,10 @@ def train_mask(
     if trainer.constants is not None:
         trainer.constants.freeze()
     seconds = history[-1]["seconds"] if history else before
-    mask, scores = model.mask, trainer.method.scores()
-    ranking = None if scores is None else EdgeRanking.of_scores(model.graph, scores)
-    return MaskResult(mask.weights.detach().clone(), mask.cut_edges(), history, seconds, ranking)
+    mask = model.mask
+    return MaskResult(
+        mask.weights.detach().clone(), mask.cut_edges(), history, seconds, trainer.ranking(), trainer.choice
+    )
 
 
 @contextmanager
@@ -196,14 +206,18 @@ class _Trainer:
             )
         self.constants = AblationConstants(model, config.constants_lr) if learns_constants else None
         self.done = 0
+        method = method_class(config.method)
+        self.method = method(model, config, allowed, self.objective.draw, self._backward)
+        self.choice = None
+        if config.steps and isinstance(self.method, LearnedScores):
+            self.choice = PrefixChoice(lengths_to_measure(config, len(self.method.candidates)))
         self.phases = [
             (self._find, config.steps),
+            (self._choose, choice_steps(config)),
             (self._refine, config.refine_rounds),
             (self._fit_constants, config.constants_steps if self.constants is not None else 0),
         ]
         self.total = sum(steps for _, steps in self.phases) if config.max_edges else 0
-        method = method_class(config.method)
-        self.method = method(model, config, allowed, self.objective.draw, self._backward)
         self.refiner = EdgeRefiner(config.max_edges, allowed)
         self.last: StepResult | None = None
         model.mask.reset_()
@@ -243,11 +257,19 @@ class _Trainer:
         restore_parts(saved.tensors, self._stateful(), self.weights.device)
         if saved.step <= self.config.steps:
             self.method.answer()
+        elif self.choice is not None and saved.step == self.config.steps + BATCHES:
+            self._cut_chosen()
+
+    def ranking(self) -> EdgeRanking | None:
+        """The edges by their scores; None if the method has none."""
+        scores = self.method.scores()
+        return None if scores is None else EdgeRanking.of_scores(self.model.graph, scores)
 
     def _stateful(self) -> dict[str, Any]:
         """The objects that have a `state`, by their names in checkpoints."""
         objects = {"method": self.method, "refiner": self.refiner, **self.tasks}
-        return objects if self.constants is None else {**objects, "constants": self.constants}
+        optional = {"choice": self.choice, "constants": self.constants}
+        return objects | {name: part for name, part in optional.items() if part is not None}
 
     def _start_from(self, mask: Tensor, allowed: Tensor | None) -> None:
         """Start from a binary mask. Raises a `UserError` if it cuts edges that may not be cut."""
@@ -264,6 +286,21 @@ class _Trainer:
 
     def _find(self, number: int) -> StepResult:
         return self.method.step(number)
+
+    def _choose(self, number: int) -> StepResult:
+        config, order = self.config, self.ranking().order
+        with self.model.caching_prefixes(not config.micro_batch):  # the cache takes memory, which micro_batch saves
+            objective = self.objective.draw(config.batch_size, record=True)
+            loss = self.choice.measure(objective, order.to(self.weights.device), torch.ones_like(self.weights))
+        if number + 1 == BATCHES:
+            self._cut_chosen()
+        return StepResult("choose", loss, self.choice.lengths[-1])
+
+    @torch.no_grad()
+    def _cut_chosen(self) -> None:
+        """Cut as many of the first edges of the ranking as are chosen for the budget."""
+        ranking, budget = self.ranking(), self.config.max_edges
+        self.weights.copy_(ranking.mask(self.choice.length(min(budget, len(ranking)))))
 
     def _refine(self, number: int) -> StepResult:
         config = self.config

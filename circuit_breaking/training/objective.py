@@ -118,7 +118,8 @@ class StepObjective:
 
     Attributes:
         terms: the terms.
-        losses: the loss of each over its whole batch, without the weight, at the last mask whose gradient was computed.
+        losses: the loss of each over its whole batch, without the weight, at the last mask whose gradient was computed
+            or that was recorded (see `draw`).
     """
 
     def __init__(self, model: EdgeMaskedTransformer, terms: Sequence[Term], micro_batch: int = 0) -> None:
@@ -132,20 +133,21 @@ class StepObjective:
         """Of a task to keep and one to break; see `terms_of_two`."""
         return cls(model, terms_of_two(model, keep_task, break_task, settings), settings.micro_batch)
 
-    def draw(self, batch_size: int) -> MaskFunction:
+    def draw(self, batch_size: int, record: bool = False) -> MaskFunction:
         """The objective on the next batches of `batch_size` texts each, as a function of the mask [E].
 
-        The function raises a `UserError` if a loss is not finite.
+        The function raises a `UserError` if a loss is not finite. With `record` it sets `losses` at every mask, not
+        only where a gradient is computed.
         """
         batches = [term.task.draw(batch_size) for term in self.terms]
 
         def whole(mask: Tensor) -> Tensor:
             losses = [term.loss(self.model, batch, mask) for term, batch in zip(self.terms, batches, strict=True)]
-            self._note([float(loss.detach()) for loss in losses], torch.is_grad_enabled())
+            self._note([float(loss.detach()) for loss in losses], record or torch.is_grad_enabled())
             return self._sum(losses)
 
         def measure(mask: Tensor, wanted: Sequence[bool]) -> tuple[Tensor, Tensor | None, Tensor | None]:
-            return self._add_micro_batches(batches, mask, wanted)
+            return self._add_micro_batches(batches, mask, wanted, record)
 
         def in_micro_batches(mask: Tensor) -> Tensor:
             if torch.is_grad_enabled():
@@ -160,7 +162,7 @@ class StepObjective:
         return reduce(add, weighted)
 
     def _add_micro_batches(
-        self, batches: Sequence[Batch], mask: Tensor, wanted: Sequence[bool]
+        self, batches: Sequence[Batch], mask: Tensor, wanted: Sequence[bool], record: bool
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         mask = mask.detach().requires_grad_(wanted[0])
         leaves = [leaf for leaf, want in zip((mask, self._learned()), wanted, strict=True) if want]
@@ -183,7 +185,7 @@ class StepObjective:
                         gradient += addition
             losses.append(total)
         losses = sum_(torch.tensor(losses, dtype=torch.float64)).tolist()
-        self._note(losses, bool(leaves))
+        self._note(losses, record or bool(leaves))
         value = mask.new_tensor(self._sum(losses))
         found = iter([sum_(gradient) for gradient in gradients])
         return value, *(next(found) if want else None for want in wanted)

@@ -52,8 +52,8 @@ def write_others(folder):
     write_jsonl(folder / "metrics.jsonl", metrics)
     rows = [{"method": "clamped", "budget": 2, "toxic": 1.0, "ordinary": 1.0, "gain": 0.1}]
     write_json(folder / "methods.json", {"original": {"toxic": 1.0, "ordinary": 1.0}, "masks": rows})
-    row = {"edges_cut": 2, "toxic": 1.0, "ordinary": 0.9, "gain": 0.1}
-    curve = {"original": {"toxic": 0.5, "ordinary": 0.9}, "rows": [row, {**row, "edges_cut": 5}]}
+    row = {"budget": 2, "edges_cut": 2, "toxic": 1.0, "ordinary": 0.9, "gain": 0.1}
+    curve = {"original": {"toxic": 0.5, "ordinary": 0.9}, "rows": [row, {**row, "budget": 5, "edges_cut": 4}]}
     write_json(folder / "curve.json", curve)
     write_text(folder / "sweep.csv", "lr,exit_code,seconds,loss\n1,0,3,0.5\n2,0,3,0.4\n")
 

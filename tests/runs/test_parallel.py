@@ -16,6 +16,8 @@ from circuit_breaking.runs import distributed as parallel
 from circuit_breaking.runs.distributed import World, from_main, largest, launched, share, sum_
 from circuit_breaking.runs.files import ROOT, read_json, read_jsonl, write_jsonl, write_text
 from circuit_breaking.runs.tensors import read_tensors
+from circuit_breaking.training.config import MaskConfig
+from circuit_breaking.training.prefix_choice import choice_steps
 
 LAUNCH = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "--num_processes=2"]
 LAUNCH += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
@@ -51,7 +53,8 @@ def test_two_processes_find_what_one_finds(tmp_path):
     for name, expected in one["found"].items():
         found = two[0]["found"][name]
         close = 1e-4 if name == "IOI" else 1e-6  # float32 logits there
-        steps = 20 if "constants_lr" in parallel_case.CASES[name] else 18
+        changes = parallel_case.CASES[name]
+        steps = (20 if "constants_lr" in changes else 18) + choice_steps(MaskConfig(**changes))
         assert found["weights"] == expected["weights"] and len(expected["rows"]) == steps, name
         for key in ("rows", "means"):
             torch.testing.assert_close(torch.tensor(found[key]), torch.tensor(expected[key]), atol=close, rtol=close)

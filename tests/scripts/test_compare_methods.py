@@ -13,10 +13,11 @@ from circuit_breaking.runs.mask_record import CutEdges
 from circuit_breaking.runs.tensors import read_tensors
 from circuit_breaking.tasks import TextTask
 from circuit_breaking.training.config import MaskConfig
+from circuit_breaking.training.methods import METHODS
 
 pytestmark = pytest.mark.usefixtures("coarse_pictures")
 script = load_script("toxicity/compare_methods.py")
-QUICK = MaskConfig(steps=5, refine_rounds=2, batch_size=3, refine_batch_size=6, alpha=1.0)
+QUICK = MaskConfig(steps=11, refine_rounds=2, batch_size=3, refine_batch_size=6, alpha=1.0)
 LINES = ("ranking", "clamped", "hard-concrete", "ugs", "attribution")
 LINES += ("ranking alone", "clamped alone", "attribution alone", "random")
 
@@ -74,7 +75,8 @@ def test_every_mask_is_within_its_budget_and_measured(finished):
         tensors, record = read_tensors(folder / "masks" / name / "mask.safetensors")
         assert int((tensors["weights"] == 0).sum()) == row["edges_cut"] <= row["budget"]
         assert len(CutEdges.read(folder / "masks" / name / "edges.json").edges) == row["edges_cut"]
-        assert row["edges_cut"] or row["method"] == "clamped alone"  # in so few steps that finds none
+        if row["method"] == "attribution alone":  # in so few steps others may find no edge that is worth cutting
+            assert row["edges_cut"] == row["budget"]
         assert record["budget"] == row["budget"]
         objective = row["ordinary"] - 1.0 * row["toxic"]
         original = about["original"]["ordinary"] - 1.0 * about["original"]["toxic"]
@@ -85,18 +87,22 @@ def test_every_mask_is_within_its_budget_and_measured(finished):
         for method in ("ranking", "attribution"):
             places = [folder / "masks" / f"{method}_alone_{budget}_seed{seed}" for budget in (1, 4)]
             few, many = (set(CutEdges.read(place / "edges.json").edges) for place in places)
-            assert few < many and len({(place / "metrics.jsonl").read_bytes() for place in places}) == 1
+            assert few < many or (few == many and method == "ranking")  # a budget may be more than is worth cutting
+            assert len({(place / "metrics.jsonl").read_bytes() for place in places}) == 1
     assert len(read_csv(folder / "methods.csv")) == len(rows)
 
 
 def test_every_method_sees_as_many_texts(finished):
     folder, drawn = finished
-    assert len(drawn) == 28 and all(each == {"toxic text": 27, "ordinary text": 27} for each in drawn)
-    assert read_json(folder / "methods.json")["texts_seen"] == {"refined": 27, "alone": 27}
+    assert len(drawn) == 28 and all(each == {"toxic text": 45, "ordinary text": 45} for each in drawn)
+    assert read_json(folder / "methods.json")["texts_seen"] == {"refined": 45, "alone": 45}
     for training in (MaskConfig(), MaskConfig(refine_rounds=7), MaskConfig(steps=0, refine_rounds=7), QUICK):
-        alone = script.unrefined(training)
-        assert alone.refine_rounds == 0
-        assert 0 <= script.texts_seen(training) - script.texts_seen(alone) < training.batch_size
+        for method in METHODS:
+            of_method = replace(training, method=method)
+            seen = [script.texts_seen(script.at_equal_texts(one)) for one in (of_method, script.unrefined(of_method))]
+            assert script.unrefined(of_method).refine_rounds == 0
+            texts = training.batch_size * training.steps + training.refine_batch_size * training.refine_rounds
+            assert 0 <= texts - seen[1] < training.batch_size and (seen[0] == texts or not training.steps)
 
 
 def test_masks_that_are_there_are_kept_and_others_made_again(data, finished, monkeypatch, capsys):

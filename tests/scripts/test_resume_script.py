@@ -14,6 +14,7 @@ from circuit_breaking.runs.files import ROOT, read_json, read_jsonl
 from circuit_breaking.runs.mask_record import CutEdges
 from circuit_breaking.runs.tensors import read_tensors
 from circuit_breaking.training.edge_ranking import load_ranking
+from circuit_breaking.training.prefix_choice import BATCHES
 
 PHASES = ["--steps=80", "--refine-rounds=50"]
 
@@ -52,7 +53,7 @@ def test_the_same_seed_gives_the_same_files_twice(tmp_path):
         rows = [{**row, "seconds": 0} for row in read_jsonl(tmp_path / "run" / "metrics.jsonl")]
         names = ("mask.safetensors", "means.safetensors", "edges.json", "settings.json")
         found.append(([(tmp_path / "run" / name).read_bytes() for name in names], rows))
-        assert len(rows) == 22
+        assert len(rows) == 22 + BATCHES
     assert found[0] == found[1]
 
 
@@ -70,16 +71,17 @@ def test_a_ranking_is_written_with_masks_of_all_budgets_and_their_curve(tmp_path
     folder, curve = tmp_path / "run", read_json(tmp_path / "run" / "curve.json")
     ranking, record = load_ranking(folder / "ranking.safetensors")
     assert (record.method, record.ablation_value.kind) == ("ranking", "optimal" if constants_lr else "zero")
-    assert [row["edges_cut"] for row in curve["rows"]] == [2, 5, 9]
+    assert [row["budget"] for row in curve["rows"]] == [2, 5, 9]
     for row in curve["rows"]:
-        here = folder / "masks" / f"ranking_{row['edges_cut']}"
+        assert row["edges_cut"] <= row["budget"]
+        here = folder / "masks" / f"ranking_{row['budget']}"
         edges, about = read_cut_edges(here / "mask.safetensors")
         assert set(edges) == set(ranking.edges[: row["edges_cut"]]) == set(CutEdges.read(here / "edges.json").edges)
-        assert about.budget == row["edges_cut"] and (here / "means.safetensors").is_file() == bool(constants_lr)
+        assert about.budget == row["budget"] and (here / "means.safetensors").is_file() == bool(constants_lr)
         losses = about.losses["after"]
         gain = curve["original"]["ordinary"] - losses["ordinary"] + 0.2 * (losses["toxic"] - curve["original"]["toxic"])
         assert row["gain"] == pytest.approx(gain) and losses["toxic"] == row["toxic"]
-    assert set(read_cut_edges(folder / "mask.safetensors")[0]) == set(ranking.edges[:5])
+    assert set(read_cut_edges(folder / "mask.safetensors")[0]) == set(ranking.edges[: curve["rows"][1]["edges_cut"]])
     assert (folder / "curve.png").stat().st_size > 10_000
     if not constants_lr:  # else other constants are learned there
         main = read_cut_edges(folder / "mask.safetensors")[1]

@@ -18,6 +18,7 @@ from circuit_breaking.tasks import Task, TextTask
 from circuit_breaking.training.config import MaskConfig, keeps_predictions
 from circuit_breaking.training.methods import METHODS
 from circuit_breaking.training.objective import StepObjective
+from circuit_breaking.training.prefix_choice import choice_steps
 
 SETTINGS = {"alpha": 0.7, "keep_weight": 1.3, "break_cap": 3.9, "keep_loss": "loss"}
 
@@ -117,7 +118,7 @@ def test_every_method_comes_to_the_same_mask(changes, micro_batch, constants_lr)
         torch.manual_seed(3)
         result, model = run(double(**FEW), max_edges=9, micro_batch=size, constants_lr=constants_lr, **changes)
         rows = [[row[key] for key in ("loss", "keep_loss", "break_loss", "n_cut")] for row in result.history]
-        assert len(rows) == (20 if constants_lr else 18)
+        assert len(rows) == (20 if constants_lr else 18) + choice_steps(MaskConfig(max_edges=9, **changes))
         found.append((result.weights, torch.tensor(rows, dtype=torch.float64), model.means))
     assert torch.equal(found[0][0], found[1][0])
     torch.testing.assert_close(found[0][1], found[1][1], atol=1e-7, rtol=1e-7)

@@ -15,6 +15,7 @@ from circuit_breaking.training.config import MaskConfig
 from circuit_breaking.training.edge_ranking import EdgeRanking, load_ranking, save_ranking
 from circuit_breaking.training.mask_trainer import train_mask
 from circuit_breaking.training.methods.ranking import EdgeScores, temperature
+from circuit_breaking.training.prefix_choice import BATCHES, PrefixChoice, lengths_to_measure
 from circuit_breaking.training.soft_top_k import soft_top_k, threshold
 
 ALL = 26  # edges of that model
@@ -124,14 +125,61 @@ def test_a_mask_of_every_budget(refine_rounds):
     assert all(allowed[model.graph.index(edge)] for edge in ranking.edges)
     assert ranking.scores.tolist() == sorted(ranking.scores.tolist(), reverse=True)
     for count in (0, 1, 5, len(ranking)):
-        mask = result.at(count)
-        cut = {edge for edge, weight in zip(model.graph.edges, mask.tolist(), strict=True) if weight == 0}
-        assert cut == set(ranking.edges[:count]) and set(mask.tolist()) <= {0.0, 1.0}
+        for mask, n_cut in ((ranking.mask(count), count), (result.at(count), result.choice.length(count))):
+            cut = {edge for edge, weight in zip(model.graph.edges, mask.tolist(), strict=True) if weight == 0}
+            assert cut == set(ranking.edges[:n_cut]) and set(mask.tolist()) <= {0.0, 1.0} and n_cut <= count
     if not refine_rounds:
         assert torch.equal(result.at(5), result.weights)
     for count in (-1, len(ranking) + 1):
         with pytest.raises(UserError, match="edges cannot be cut: the ranking holds"):
             result.at(count)
+
+
+def test_an_edge_that_spoils_a_mask_is_left_out_of_larger_budgets_too():
+    """Measured at 0, 1, 2, 3, 5, 8 and 12 edges: the fourth edge does damage that the later ones do not undo."""
+    lengths = [0, 1, 2, 3, 5, 8, 12]
+    effects = torch.tensor([1.0, 1, 1, -9, 1, 1, 1, 1, 0, 0, 0, 0])
+    batches = iter([-1.0, 0.0, 1.0])
+
+    def objective(mask):
+        return offset - ((1 - mask) * effects).sum()
+
+    choice = PrefixChoice(lengths)
+    assert [choice.length(budget) for budget in (0, 4, 30)] == [0, 4, 30]  # nothing is measured yet
+    for offset in batches:  # batches differ much more than masks do
+        assert choice.measure(objective, torch.arange(12), torch.ones(12)) == pytest.approx(offset + 2)
+    assert [choice.length(budget) for budget in range(5)] == [0, 1, 2, 3, 3]
+    assert {choice.length(budget) for budget in range(5, 100)} == {3}
+    again = PrefixChoice(lengths)
+    again.restore(choice.state(), torch.device("cpu"))
+    assert again.values.equal(choice.values)
+
+
+def test_budgets_between_lengths_are_trusted_where_more_edges_do_no_harm():
+    choice = PrefixChoice([0, 2, 4, 8])
+    choice.measure(lambda mask: -(mask == 0).sum().clamp(max=4), torch.arange(9), torch.ones(9))
+    assert [choice.length(budget) for budget in range(10)] == list(range(10))
+    worse = PrefixChoice([0, 2, 4, 8])
+    worse.measure(lambda mask: (mask == 0).sum(), torch.arange(9), torch.ones(9))
+    assert [worse.length(budget) for budget in range(10)] == [0] * 10
+
+
+def test_lengths_are_the_budgets_and_some_between():
+    assert lengths_to_measure(MaskConfig(), 200) == [0, 1, 2, 3, 4, 5, 6, 8, 12, 17, 25, 35, 50]
+    assert lengths_to_measure(MaskConfig(max_edges=30), 200) == lengths_to_measure(MaskConfig(), 200)
+    assert max(lengths_to_measure(MaskConfig(max_edges=70), 200)) == 70
+    assert lengths_to_measure(MaskConfig(max_edges=5, budgets=()), 4) == [0, 1, 2, 3, 4]
+    assert lengths_to_measure(MaskConfig(), 0) == [0]
+
+
+def test_the_mask_in_the_model_is_the_best_prefix_that_the_budget_allows():
+    result, model = run(small(), method="ranking", max_edges=5, refine_rounds=0)
+    rows = [row for row in result.history if row["phase"] == "choose"]
+    assert len(rows) == BATCHES and {row["n_cut"] for row in rows} == {ALL}
+    means = result.choice.values.mean(0)
+    best = result.choice.lengths[int(means[[length <= 5 for length in result.choice.lengths]].argmin())]
+    assert model.mask.n_cut() == best == len(result.edges) and result.at(5).equal(result.weights)
+    assert [row["loss"] for row in rows] == result.choice.values[:, -1].tolist()
 
 
 def test_a_method_for_one_budget_has_no_ranking():

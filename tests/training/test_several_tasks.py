@@ -59,7 +59,7 @@ def test_rows_name_the_losses_and_held_out_losses_are_of_the_mask_that_would_be_
         eval_tasks=measured, eval_every=4, eval_texts=5,
     )  # fmt: skip
     rows = result.history
-    assert [row["step"] for row in rows if "held_out" in row] == [3, 5]
+    assert [row["step"] for row in rows if "held_out" in row] == [3, 7, 11, 13]
     assert all(set(row["losses"]) == set(tasks) for row in rows)
     assert rows[-1]["held_out"] == {"ordinary": measured["ordinary"].get_test_loss(model, 5)}
     plain = train_mask(
@@ -79,7 +79,7 @@ def test_training_starts_from_a_mask(method):
         settings = MaskConfig(**{**QUICK, "steps": 200})
     seen = []
     train = dict(settings=settings, progress=False, start=start)
-    if method == "ranking":
+    if method != "clamped":  # after its first step; later ones measure how many of these edges are worth cutting
         with pytest.raises(StopIteration):
             train_mask(model, make_task("b", 1), make_task("k", 5), on_step=lambda row: next(iter(())), **train)
         assert model.mask.weights.detach().equal(start)

@@ -87,19 +87,19 @@ def _marks(steps: np.ndarray, phases: list[str]) -> dict[str, Any]:
 
 
 def curve(folder: Path) -> Section | None:
-    """Held-out losses and gain of the objective by the number of edges cut, in the order of a ranking."""
+    """Held-out losses and gain of the objective by the budget, the largest number of edges to cut."""
     if not (folder / CURVE).is_file():
         return None
     original, rows = read_curve(folder)
-    counts = [row["edges_cut"] for row in rows]
-    x = {"type": "log", "tickvals": counts, "ticktext": [f"{count:,.0f}" for count in counts]}
+    budgets = [row["budget"] for row in rows]
+    x = {"type": "log", "tickvals": budgets, "ticktext": [f"{budget:,.0f}" for budget in budgets]}
     plots = []
     for name, (label, colour, marker) in LINES.items():
-        trace = line(label, counts, [row[name] for row in rows], colour, marker={"size": 7, "symbol": SYMBOLS[marker]})
-        layout = axes("edges cut", "nats per token", xaxis=x, **level(original[name], "all edges", colour))
+        trace = line(label, budgets, [row[name] for row in rows], colour, marker={"size": 7, "symbol": SYMBOLS[marker]})
+        layout = axes("most edges to cut", "nats per token", xaxis=x, **level(original[name], "all edges", colour))
         plots.append(Plot(f"held-out loss on {label}", [trace], layout))
-    trace = line("gain", counts, [row["gain"] for row in rows], BLACK, marker={"size": 7, "symbol": SYMBOLS["D"]})
-    plots.append(Plot("gain of the objective", [trace], axes("edges cut", "nats", xaxis=x, **level(0.0))))
+    trace = line("gain", budgets, [row["gain"] for row in rows], BLACK, marker={"size": 7, "symbol": SYMBOLS["D"]})
+    plots.append(Plot("gain of the objective", [trace], axes("most edges to cut", "nats", xaxis=x, **level(0.0))))
     return Section("Edges in the order of the ranking", [Plots(plots)])
 
 
