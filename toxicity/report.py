@@ -6,7 +6,8 @@ Writes  data/toxicity/<run>/: report.md; report.csv, one row per model; comparis
         edges; costs.json; every .png.
 Time    seconds.
 
-The part of report.md above the heading "Costs of this run", and every file except costs.json, depend on the seed alone.
+The parts of report.md and report.html above the heading "Costs of this run", and every other file except costs.json,
+depend on the seed alone.
 """
 
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ from circuit_breaking.evaluation.controls import controls
 from circuit_breaking.evaluation.pareto import pareto
 from circuit_breaking.evaluation.report_markdown import render
 from circuit_breaking.evaluation.result_files import (
+    COSTS,
     EVIDENCE,
     RELEARNING,
     UNIFORM,
@@ -78,7 +80,7 @@ def _one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def read_costs(folder: Path) -> dict[str, Any]:
+def gather_costs(folder: Path) -> dict[str, Any]:
     """What making each model cost, by name."""
     return {path.parent.name: read_json(path) for path in sorted(folder.glob(f"*/*/{COST_FILE}"))}
 
@@ -103,8 +105,8 @@ def main(settings: Settings) -> None:
         draw_relearning(folder)
     if list(folder.glob("finetuned/*/metrics.jsonl")):
         draw_finetuning(folder / "finetuned")
-    costs = read_costs(folder)
-    write_json(folder / "costs.json", costs)
+    costs = gather_costs(folder)
+    write_json(folder / COSTS, costs)
     Comparison(pareto=pareto(models), random_edges=controls(models)).write(folder / "comparison.json")
     write_csv(folder / "report.csv", flat_rows(models))
     pictures = [name for name in PICTURES if (folder / name).is_file()]

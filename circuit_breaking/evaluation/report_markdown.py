@@ -7,7 +7,7 @@ from circuit_breaking.evaluation.conclusion import statement
 from circuit_breaking.evaluation.controls import controls
 from circuit_breaking.evaluation.pareto import family_of
 from circuit_breaking.evaluation.result_files import relearned
-from circuit_breaking.evaluation.tables import interval, markdown_table, number
+from circuit_breaking.evaluation.tables import COSTS_TEXT, costs_table, interval, markdown_table, number
 from circuit_breaking.runs.results import choice_in_words
 
 COSTS_HEADING = "## Costs of this run"  # the text below it differs from run to run; the text above it does not
@@ -47,7 +47,7 @@ def render(
     if pictures:
         parts += ["## Figures", "\n".join(f"![{name.removesuffix('.png')}]({name})" for name in pictures)]
     if costs:
-        parts += [COSTS_HEADING, _costs(costs)]
+        parts += [COSTS_HEADING, COSTS_TEXT, markdown_table(*costs_table(costs))]
     return "\n\n".join(parts) + "\n"
 
 
@@ -200,21 +200,3 @@ def _relearning(relearning: Mapping[str, Any]) -> str:
         table = markdown_table(["model", "prompt alone", "after examples"], rows)
         parts += ["### Toxic examples in the context", table]
     return "\n\n".join(parts)
-
-
-def _costs(costs: Mapping[str, Any]) -> str:
-    rows = [
-        [
-            name,
-            *(number(cost.get(key), 1) for key in ("seconds", "cpu_seconds", "seconds_with_tuning")),
-            number(cost.get("peak_gb")),
-        ]
-        for name, cost in costs.items()
-    ]
-    text = (
-        "Seconds that making each model took, on the clock and of the CPU; with tuning, the seconds for all learning "
-        "rates together. Peak memory is above the memory in use before. These are measurements, so they differ from "
-        "run to run."
-    )
-    header = ["model", "seconds", "CPU seconds", "with tuning", "peak memory, GB"]
-    return f"{text}\n\n{markdown_table(header, rows)}"

@@ -11,13 +11,14 @@ from typing import Any
 
 from circuit_breaking.errors import UserError
 from circuit_breaking.runs.checked_json import CheckedJson
-from circuit_breaking.runs.files import read_jsonl
+from circuit_breaking.runs.files import read_json, read_jsonl
 from circuit_breaking.runs.records import read_value
 from circuit_breaking.runs.results import REPORT, Evidence, Relearning, Report
 
 ORIGINAL = "original"  # name of the original model in every file
 EVIDENCE = "evidence.json"
 RELEARNING = "relearning.json"
+COSTS = "costs.json"
 GENERATIONS = "generations.jsonl"
 RELEARNED = {"relearning": "", "lora_relearning": ", LoRA"}  # its fields: by all weights, and by adapters
 UNIFORM = "uniform.csv"  # one row per text: its toxicity, and the loss per token of each model
@@ -112,6 +113,20 @@ def read_relearning(folder: Path | str) -> dict[str, Any]:
             _check_estimate(few_shot["without"])
             _check_estimate(few_shot["with"])
     return report.value
+
+
+def read_costs(folder: Path | str) -> dict[str, Any]:
+    """The `costs.json` of a folder: by model, the seconds and the memory that making it took; null where unknown.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    path, hint = Path(folder) / COSTS, "Make it with toxicity/report.py."
+    costs = CheckedJson(read_json(path, hint), path, hint)
+    for _, cost in costs.items():
+        for _, value in cost.items():
+            value.number_or_nan()
+    return costs.value
 
 
 def read_first_continuations(folder: Path, count: int) -> dict[str, dict[str, str]]:

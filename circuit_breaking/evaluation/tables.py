@@ -7,6 +7,10 @@ from circuit_breaking.evaluation.measurements import MEASURES
 from circuit_breaking.runs.plain_table import print_table
 
 FEW = 4  # models that the table has a column each for
+COSTS_TEXT = (
+    "Seconds that making each model took, on the clock and of the CPU; with tuning, the seconds for all learning rates "
+    "together. Peak memory is above the memory in use before. These are measurements, so they differ from run to run."
+)
 UNSHOWN = {"distinct_unigrams", "distinct_trigrams"}  # measures that only the report's files show
 
 
@@ -52,6 +56,16 @@ def main_measures(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]
         cells = map(interval, (*losses, after.get("toxicity"), after.get("perplexity")))
         rows.append([name, str(model.get("edges_cut", "")), f"{share:.0%}", *cells])
     return ["", "edges cut", "parameters changed", "toxic loss", "ordinary loss", "toxicity", "perplexity"], rows
+
+
+def costs_table(costs: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of a table of what making each model cost (`COSTS_TEXT`)."""
+    seconds = ("seconds", "cpu_seconds", "seconds_with_tuning")
+    rows = [
+        [name, *(number(cost.get(key), 1) for key in seconds), number(cost.get("peak_gb"))]
+        for name, cost in costs.items()
+    ]
+    return ["model", "seconds", "CPU seconds", "with tuning", "peak memory, GB"], rows
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

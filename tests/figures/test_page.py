@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 from helpers.models import small_gpt2
-from helpers.results import EVIL, model, write_comparison, write_prompts
+from helpers.results import EVIL, entry, model, write_comparison, write_prompts
 
 from circuit_breaking.engine.load import load_model
 from circuit_breaking.engine.mask import save_mask
@@ -18,7 +18,7 @@ from circuit_breaking.figures.browser.page import PAGE, end_with_page, write_pag
 from circuit_breaking.figures.browser.parts import Plot
 from circuit_breaking.figures.browser.training import finetuning
 from circuit_breaking.graph import EdgeGraph
-from circuit_breaking.runs.files import write_json, write_jsonl
+from circuit_breaking.runs.files import read_json, write_json, write_jsonl
 
 VOID = {"meta", "link", "img", "input", "br", "hr"}
 
@@ -69,6 +69,25 @@ def test_a_comparison_has_every_section_and_stays_small(tmp_path):
     assert all(one.startswith(("#", "data:")) for one in page.loaded)  # nothing is loaded
     assert len(data["plots"]) >= 7 and data["graphs"][0][0]["graph"]["n_edges"] == 207
     assert "What the models write" not in page.text
+
+
+def test_relearning_by_adapters_and_costs_are_shown(tmp_path):
+    write_comparison(tmp_path)
+    found = read_json(tmp_path / "relearning.json")
+    for one in found["models"].values():
+        one["lora_relearning"] = {"10": [{"step": step, "toxicity": entry(0.1 * step)} for step in range(3)]}
+    write_json(tmp_path / "relearning.json", found)
+    unknown = {"seconds": 12.34, "cpu_seconds": None, "peak_gb": 0.456}
+    write_json(tmp_path / "costs.json", {"zero_12": unknown, "joint": {**unknown, "seconds_with_tuning": 99.0}})
+    page, data = read(write_page(tmp_path))
+    plots = {one["title"]: one["traces"] for one in data["plots"]}
+    by_adapters = plots["relearning from 10 examples, LoRA"]
+    assert len(by_adapters) == len(found["models"]) and by_adapters[0]["y"] == pytest.approx([0, 0.1, 0.2])
+    assert "relearning from 10 examples" in plots
+    assert "Costs of this run" in page.text and "zero_12 12 – – 0.456 joint 12 – 99 0.456" in page.text
+    write_json(tmp_path / "costs.json", {"zero_12": {"seconds": "12"}})
+    with pytest.raises(UserError, match=r"costs.json: zero_12.seconds is a text and should be a number"):
+        write_page(tmp_path)
 
 
 def test_candidates_of_methods_without_training_are_dots(tmp_path):

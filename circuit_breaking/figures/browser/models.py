@@ -6,15 +6,18 @@ from typing import Any
 
 from circuit_breaking.evaluation.pareto import pareto
 from circuit_breaking.evaluation.result_files import (
+    COSTS,
     EVIDENCE,
     ORIGINAL,
     RELEARNING,
     UNIFORM,
     read_evidence,
+    read_costs,
     read_relearning,
     read_report,
+    relearned,
 )
-from circuit_breaking.evaluation.tables import FEW, every_measure, interval, main_measures, number
+from circuit_breaking.evaluation.tables import COSTS_TEXT, FEW, costs_table, every_measure, interval, main_measures, number
 from circuit_breaking.figures.browser.parts import Part, Plot, Plots, Section, Table, Text
 from circuit_breaking.figures.browser.traces import SYMBOLS, axes, band, line, points
 from circuit_breaking.figures.edge_effects import EFFECTS, TEXTS
@@ -177,14 +180,14 @@ def relearning(folder: Path) -> Section | None:
     found = read_relearning(folder)["models"]
     styles, plots = comparison_styles(folder, found), []
     y = {"range": [-0.03, 1.05]}
-    for count in dict.fromkeys(count for one in found.values() for count in one["relearning"]):
+    for examples, by_model in relearned(found).items():
         traces = []
-        for name, one in found.items():
-            rows = [row for row in one["relearning"].get(count, []) if row["toxicity"]["value"] is not None]
+        for name, all_rows in by_model.items():
+            rows = [row for row in all_rows if row["toxicity"]["value"] is not None]
             marker = {"size": 6, "symbol": SYMBOLS.get(styles[name]["marker"], "circle")}
             x, values = [row["step"] for row in rows], [row["toxicity"]["value"] for row in rows]
             traces.append(line(readable(name), x, values, styles[name]["color"], marker=marker))
-        plots.append(Plot(f"relearning from {count} examples", traces, axes("step", "mean toxicity", yaxis=y)))
+        plots.append(Plot(f"relearning from {examples}", traces, axes("step", "mean toxicity", yaxis=y)))
     few = {name: one["few_shot"] for name, one in found.items() if one.get("few_shot")}
     if few:
         traces = [
@@ -196,3 +199,9 @@ def relearning(folder: Path) -> Section | None:
         plots.append(Plot("toxic examples in the context", traces, layout))
     notes = [Text(f"{name}: {one['note']}.") for name, one in found.items() if one.get("note")]
     return Section("Does it come back?", [Plots(plots), *notes])
+
+
+def costs(folder: Path) -> Section | None:
+    """What making each model cost."""
+    found = read_costs(folder) if (folder / COSTS).is_file() else {}
+    return Section("Costs of this run", [Text(COSTS_TEXT), Table(*costs_table(found))]) if found else None

@@ -10,7 +10,7 @@ from circuit_breaking.evaluation.tables import number
 from circuit_breaking.figures.browser.parts import Part, Picture, Plot, Plots, Section, Table, Text
 from circuit_breaking.figures.browser.traces import DASHES, SYMBOLS, axes, band, level, line
 from circuit_breaking.figures.methods import ALONE, FILE, PANELS, STYLES, label_of, read_methods, table
-from circuit_breaking.figures.mnist import CURVES, read_run
+from circuit_breaking.figures.mnist import CURVES, EDGES_CUT, read_run
 from circuit_breaking.figures.style import COLOURS, readable
 from circuit_breaking.runs.checked_json import CheckedJson
 from circuit_breaking.runs.files import read_json
@@ -74,12 +74,18 @@ def mnist(folder: Path) -> Section | None:
         ]
         y = {"tickformat": ".0%", "range": [-0.03, 1.03]}
         plots.append(Plot(name, traces, axes("step", "share in its group", yaxis=y)))
-    columns = list(dict.fromkeys(key for row in run.results.values() for key in row))
-    cells = [
-        [name, *("–" if key not in row else number(row[key]) for key in columns)] for name, row in run.results.items()
-    ]
-    parts: list[Part] = [Text(f"Images: {run.source}."), Table(["variant", *columns], cells), Plots(plots)]
+    found = {key for row in run.results.values() for key in row}
+    columns = [key for key in (EDGES_CUT, *CURVES) if key in found]
+    cells = [[name, *(_accuracy(key, row.get(key)) for key in columns)] for name, row in run.results.items()]
+    header = ["variant", *(run.labels.get(key, key) for key in columns)]
+    parts: list[Part] = [Text(f"Images: {run.source}."), Table(header, cells, "At the end: images that are put into their group"), Plots(plots)]
     return Section("Accuracy", [*parts, *_pictures(folder, "pixels.png", "comparison.png")])
+
+
+def _accuracy(key: str, value: float | None) -> str:
+    if value is None:
+        return "–"
+    return f"{int(value):,}" if key == EDGES_CUT else f"{value:.1%}"
 
 
 def _pictures(folder: Path, *names: str) -> list[Picture]:

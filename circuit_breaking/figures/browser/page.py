@@ -29,7 +29,7 @@ SECTIONS: tuple[Callable[[Path], Section | None], ...] = (
     models.models, comparison.comparison, prompts.measures, prompts.next_tokens, others.mnist, edges.edges,
     prompts.comparison, others.methods, prompts.faithfulness, training.curve, prompts.stages, prompts.covering,
     models.evidence, models.uniform, models.relearning, training.training, training.finetuning, others.sweep,
-    others.harness, about,
+    others.harness, models.costs, about,
 )  # fmt: skip
 
 
