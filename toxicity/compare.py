@@ -7,8 +7,8 @@ Time    20 minutes for the shipped model on one core that other jobs use too (--
 
 Parts that do not depend on each other run at the same time, each on one thread, so that results do not depend on the
 number of cores. Results that depend on the seed alone are the same each time; costs are in costs.json and at the end of
-report.md and report.html. The same command continues an interrupted comparison with the models that are missing. A finished comparison
-is computed again.
+report.md and report.html. The same command continues an interrupted comparison with the models that are missing. A
+finished comparison is computed again.
 """
 
 from dataclasses import asdict, dataclass

@@ -11,13 +11,21 @@ from circuit_breaking.evaluation.result_files import (
     ORIGINAL,
     RELEARNING,
     UNIFORM,
-    read_evidence,
     read_costs,
+    read_evidence,
     read_relearning,
     read_report,
     relearned,
 )
-from circuit_breaking.evaluation.tables import COSTS_TEXT, FEW, costs_table, every_measure, interval, main_measures, number
+from circuit_breaking.evaluation.tables import (
+    COSTS_TEXT,
+    FEW,
+    costs_table,
+    every_measure,
+    interval,
+    main_measures,
+    number,
+)
 from circuit_breaking.figures.browser.parts import Part, Plot, Plots, Section, Table, Text
 from circuit_breaking.figures.browser.traces import SYMBOLS, axes, band, line, points
 from circuit_breaking.figures.edge_effects import EFFECTS, TEXTS

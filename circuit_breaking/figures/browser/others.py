@@ -78,7 +78,8 @@ def mnist(folder: Path) -> Section | None:
     columns = [key for key in (EDGES_CUT, *CURVES) if key in found]
     cells = [[name, *(_accuracy(key, row.get(key)) for key in columns)] for name, row in run.results.items()]
     header = ["variant", *(run.labels.get(key, key) for key in columns)]
-    parts: list[Part] = [Text(f"Images: {run.source}."), Table(header, cells, "At the end: images that are put into their group"), Plots(plots)]
+    accuracies = Table(header, cells, "At the end: images that are put into their group")
+    parts: list[Part] = [Text(f"Images: {run.source}."), accuracies, Plots(plots)]
     return Section("Accuracy", [*parts, *_pictures(folder, "pixels.png", "comparison.png")])
 
 
