@@ -76,7 +76,7 @@ from circuit_breaking.runs.plain_table import print_table
 from circuit_breaking.runs.progress import progress_bar
 from circuit_breaking.runs.run_folder import locked
 from circuit_breaking.runs.signals import SIGNALS, TERMINAL_SIGNALS, Stopped, stop_signals
-from circuit_breaking.runs.sweep import command_of, results_of
+from circuit_breaking.runs.sweep import command_of, main_columns, results_of
 
 
 def main(settings: Settings) -> None:
@@ -168,8 +168,7 @@ def cell(value: float | str | None) -> str:
 
 def show(rows: list[dict], names: list[str]) -> None:
     """Print the settings and outcome of every job."""
-    columns = [*names, "exit_code", "seconds"]
-    columns += [c for c in dict.fromkeys(k for row in rows for k in row) if c.startswith("loss.") or c == "edges_cut"]
+    columns = main_columns(rows, names)
     cells = [[cell(row.get(column, "")) for column in columns] for row in rows]
     header = [column.replace("_", " ").replace(".", " ") for column in columns]
     print_table(header, cells, f"{sum(row['exit_code'] == 0 for row in rows)} of {len(rows)} jobs done")

@@ -2,6 +2,7 @@
 
 import math
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,12 @@ def flatten(value: Any, prefix: str = "") -> dict[str, float | int]:
 def read_table(path: Path) -> list[dict[str, Any]]:
     """The rows of a sweep's table, with numbers as numbers."""
     return [{key: _number(value) for key, value in row.items()} for row in read_csv(path)]
+
+
+def main_columns(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[str]:
+    """The columns of a sweep's table that are worth seeing first: the settings `names`, the outcome, losses, edges."""
+    found = dict.fromkeys(key for row in rows for key in row)
+    return [*names, "exit_code", "seconds", *(key for key in found if key.startswith("loss.") or key == "edges_cut")]
 
 
 def _number(text: str) -> Any:

@@ -17,8 +17,9 @@ from circuit_breaking.figures.browser.edge_list import EdgeList
 from circuit_breaking.figures.browser.page import PAGE, end_with_page, write_page
 from circuit_breaking.figures.browser.parts import Plot
 from circuit_breaking.figures.browser.training import finetuning
+from circuit_breaking.figures.sweep import draw_sweep
 from circuit_breaking.graph import EdgeGraph
-from circuit_breaking.runs.files import read_json, write_json, write_jsonl
+from circuit_breaking.runs.files import read_json, write_csv, write_json, write_jsonl
 
 VOID = {"meta", "link", "img", "input", "br", "hr"}
 
@@ -192,3 +193,27 @@ def test_figures_that_are_not_finite_become_null():
     plot = Plot("x", [{"y": np.array([1.0, np.nan, np.inf])}], {"a": {"b": float("nan")}}).to_json()
     assert plot["traces"] == [{"y": [1.0, None, None]}] and plot["layout"] == {"a": {"b": None}}
     assert json.dumps(plot, allow_nan=False)
+
+
+def test_a_sweep_shows_its_settings_losses_and_picture(tmp_path):
+    last = {f"last.{name}": 1 for name in "abcdefghij"}  # more than the page shows
+    rows = [
+        {"alpha": alpha, "exit_code": 0, "seconds": 2.5, **last, "edges_cut": 12, "loss.after.toxic": alpha * 10}
+        for alpha in (0.1, 0.2)
+    ]
+    write_csv(tmp_path / "sweep.csv", rows)
+    draw_sweep(tmp_path, "alpha", "loss.after.toxic")
+    page, _ = read(write_page(tmp_path))
+    assert "alpha exit code seconds edges cut loss after toxic 0.1000 0 2.5000 12 1.0000" in page.text
+    assert "last" not in page.text and page.tags.count("img") == 1
+
+
+def test_benchmarks_of_the_harness_have_a_column_for_each_model(tmp_path):
+    results = {"facts": {"acc,none": 0.5, "acc_stderr,none": 0.0312, "alias": "facts"}}
+    models = {"ablated": {"results": results}, "original": {"results": {**results, "sums": {"acc,none": 0.25}}}}
+    write_json(tmp_path / "harness.json", {"models": models})
+    page, _ = read(write_page(tmp_path))
+    assert "ablated original facts, acc,none 0.500 ± 0.031 0.500 ± 0.031 sums, acc,none – 0.250" in page.text
+    write_json(tmp_path / "harness.json", {"models": {"ablated": {}}})
+    with pytest.raises(UserError, match=r"harness.json lacks models.ablated.results"):
+        write_page(tmp_path)

@@ -15,7 +15,7 @@ from circuit_breaking.figures.style import COLOURS, readable
 from circuit_breaking.runs.checked_json import CheckedJson
 from circuit_breaking.runs.files import read_json
 from circuit_breaking.runs.mnist_results import MNIST_REPORT
-from circuit_breaking.runs.sweep import read_table
+from circuit_breaking.runs.sweep import main_columns, read_table
 
 MOST_PICTURES = 300_000  # bytes of the pictures of a page, so that it stays below 2 MB
 MOST_COLUMNS = 12  # of the table of a sweep
@@ -45,15 +45,19 @@ def methods(folder: Path) -> Section | None:
 
 
 def sweep(folder: Path) -> Section | None:
-    """The table of a sweep."""
+    """The main columns of a sweep's table, or the first of them if they are none, and its picture."""
     if not (folder / "sweep.csv").is_file():
         return None
     rows = read_table(folder / "sweep.csv")
     names = list(dict.fromkeys(name for row in rows for name in row))[:MOST_COLUMNS]
     if not names:
         return None
+    if "exit_code" in names:
+        names = main_columns(rows, names[: names.index("exit_code")])
     cells = [[_cell(row.get(name)) for name in names] for row in rows]
-    return Section("Sweep", [Table(names, cells, f"{len(rows)} jobs; all columns are in sweep.csv")])
+    header = [readable(name).replace(".", " ") for name in names]
+    table = Table(header, cells, f"{len(rows)} jobs; all columns are in sweep.csv")
+    return Section("Sweep", [table, *_pictures(folder, "sweep.png")])
 
 
 def _cell(value: Any) -> str:
@@ -111,8 +115,11 @@ def harness(folder: Path) -> Section | None:
     for model, tasks in report["models"].items():
         for task, metrics in tasks["results"].items():
             for name, value in metrics.items() if isinstance(metrics.value, dict) else ():
-                if isinstance(value.value, int | float):
-                    found.setdefault(f"{task}, {name}", {})[model] = number(float(value.value))
+                if isinstance(value.value, int | float) and "_stderr" not in name:
+                    error = metrics.value.get(name.replace(",", "_stderr,", 1))
+                    spread = f" ± {number(float(error))}" if isinstance(error, int | float) else ""
+                    found.setdefault(f"{task}, {name}", {})[model] = number(float(value.value)) + spread
     names = [name for name, _ in report["models"].items()]
     rows = [[task, *(cells.get(name, "–") for name in names)] for task, cells in found.items()]
-    return Section("Benchmarks", [Table(["", *names], rows)]) if rows else None
+    about = Text("Metrics of lm-evaluation-harness, with their standard errors.")
+    return Section("Benchmarks", [about, Table(["", *names], rows)]) if rows else None
