@@ -35,7 +35,17 @@ def family(request):
 
 
 @pytest.fixture(scope="module")
-def coarse_pictures():
+def coarse_importance():
+    """The importance of the edges in pictures is integrated over three points; it takes most of a short run's time."""
+    from circuit_breaking.evaluation import edge_importance
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(edge_importance, "STEPS", 3)
+        yield
+
+
+@pytest.fixture(scope="module")
+def coarse_pictures(coarse_importance):
     """Pictures are drawn with few pixels and without fitting their parts together, which takes most of the time.
 
     For tests that start scripts and do not look at the pictures; `tests/figures` draws them all as they are.

@@ -23,6 +23,7 @@ from circuit_breaking.runs.cli import read_settings, run_script
 from circuit_breaking.runs.mask_record import MaskRecord, write_edges
 from circuit_breaking.runs.results import Report
 
+pytestmark = pytest.mark.usefixtures("coarse_importance")
 EDGES = ["embed->a1.0", "m0->m1", "a0.1->a2.2", "a1.1->output"]
 
 generate = load_script("toxicity/generate.py")

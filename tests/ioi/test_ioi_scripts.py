@@ -21,6 +21,7 @@ pytestmark = [
     pytest.mark.usefixtures("coarse_pictures"),
 ]
 QUICK = {"steps": 6, "refine_rounds": 1, "num_test": 20, "device": "cpu"}
+POINTS = edge_importance.STEPS
 PICTURES = ["graph.png", "heat_map.png", "next_tokens.png"]
 
 
@@ -37,14 +38,10 @@ def data(tmp_path_factory):
 def runs(data, tmp_path_factory):
     """A folder with one trained run, "run"."""
     out = tmp_path_factory.mktemp("runs")
-    start("train_mask", data, out, steps=50, refine_rounds=10, num_test=100)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(edge_importance, "STEPS", POINTS)  # a test adds up the importance of the edges
+        start("train_mask", data, out, steps=50, refine_rounds=10, num_test=100)
     return out
-
-
-@pytest.fixture
-def coarse_importance(monkeypatch):
-    """The importance of edges by integrated gradients with few points, where it is only drawn or counts as an order."""
-    monkeypatch.setattr(edge_importance, "STEPS", 3)
 
 
 def start(name, data, out, **changes):
@@ -82,7 +79,7 @@ def test_breaking_with_few_edges_spares_ordinary_text(runs):
 
 
 @pytest.mark.parametrize("means", [False, True])
-def test_half_of_the_edges_are_sufficient(data, tmp_path, coarse_importance, means):
+def test_half_of_the_edges_are_sufficient(data, tmp_path, means):
     path = None
     if means:
         path = tmp_path / "means.safetensors"
@@ -105,7 +102,7 @@ def test_half_of_the_edges_are_sufficient(data, tmp_path, coarse_importance, mea
     assert all((tmp_path / "sufficient" / name).is_file() for name in ("stages.png", *PICTURES))
 
 
-def test_necessary_and_outside(data, runs, tmp_path, coarse_importance):
+def test_necessary_and_outside(data, runs, tmp_path):
     start("alternative_masks", data, tmp_path, kind="necessary", steps=20)
     results = read_tensors(tmp_path / "necessary" / "mask.safetensors")[1]["results"]
     assert results["after"]["logit_difference"] < 0 < results["before"]["logit_difference"]
@@ -115,7 +112,7 @@ def test_necessary_and_outside(data, runs, tmp_path, coarse_importance):
     assert read_tensors(tmp_path / "outside" / "mask.safetensors")[1]["results"]["frozen"] == frozen
 
 
-def test_a_cover_is_made_of_masks_without_an_edge_in_common(data, tmp_path, coarse_importance):
+def test_a_cover_is_made_of_masks_without_an_edge_in_common(data, tmp_path):
     start("alternative_masks", data, tmp_path, kind="covering", masks=3, max_edges=4, steps=12)
     about = read_json(tmp_path / "covering" / "covering.json")
     seen: list[str] = []

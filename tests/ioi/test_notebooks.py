@@ -6,7 +6,7 @@ from contextlib import chdir
 import nbformat
 import pytest
 from nbclient import NotebookClient
-from test_ioi_scripts import QUICK, coarse_importance, data  # noqa: F401 (two fixtures)
+from test_ioi_scripts import QUICK, data  # noqa: F401 (data is a fixture)
 
 from circuit_breaking.models.load import TINY
 from circuit_breaking.runs.files import ROOT
@@ -26,7 +26,7 @@ pytestmark = [
     ],
 )
 @pytest.mark.parametrize("kernel", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_notebooks_run_from_top_to_bottom(data, tmp_path, coarse_importance, name, changes, kernel):  # noqa: F811
+def test_notebooks_run_from_top_to_bottom(data, tmp_path, name, changes, kernel):  # noqa: F811
     """In this process, or as Jupyter runs them: each in a new process, with pictures as they are."""
     path = ROOT / "ioi" / f"{name}.ipynb"
     notebook = nbformat.read(path, as_version=4)

@@ -16,6 +16,7 @@ from circuit_breaking.runs.tensors import read_tensors
 from circuit_breaking.training.edge_ranking import load_ranking
 from circuit_breaking.training.prefix_choice import BATCHES
 
+pytestmark = pytest.mark.usefixtures("coarse_importance")
 PHASES = ["--steps=80", "--refine-rounds=50"]
 
 

@@ -61,6 +61,7 @@ def test_eap_is_the_finite_difference_of_every_edge(make, split, kind):
 
 @pytest.mark.filterwarnings("ignore:the scores of integrated gradients over 4 points")
 @pytest.mark.parametrize("kind", ["mean", "position"])
+@pytest.mark.seconds_per_family
 def test_integrated_gradients_add_up_to_the_change_of_the_metric(family, kind):
     model = load_model(family(), False, "cpu", "float64")
     model.means = means_of(model, kind)

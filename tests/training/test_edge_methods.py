@@ -16,14 +16,14 @@ TOKENS = torch.arange(6)[None]
 
 
 @pytest.mark.parametrize("alpha", [0.2, 9.0])  # with the second, more edges are worth cutting than may be
-@pytest.mark.parametrize("rest", [{}, {"refine_rounds": 0}])
+@pytest.mark.parametrize("rest", [{"refine_rounds": 4}, {"refine_rounds": 0}])
 @pytest.mark.parametrize("max_edges", [0, 1, 2, 5, 12, ALL])
 @pytest.mark.parametrize("method", METHODS)
 def test_budget_is_a_promise(method, max_edges, rest, alpha, tmp_path):
     model = small()
     assert len(model.graph) == ALL
     before = model(TOKENS)
-    result, _ = run(model, method=method, max_edges=max_edges, alpha=alpha, lr=0.3, **rest)
+    result, _ = run(model, method=method, max_edges=max_edges, alpha=alpha, lr=0.3, steps=6, **rest)
     save_mask(tmp_path / "mask.safetensors", model)
     other = small()
     load_mask(tmp_path / "mask.safetensors", other)

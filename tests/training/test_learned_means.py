@@ -19,6 +19,8 @@ from circuit_breaking.runs.files import write_jsonl, write_text
 from circuit_breaking.training.config import MaskConfig
 from circuit_breaking.training.mask_trainer import train_mask
 
+pytestmark = pytest.mark.usefixtures("coarse_pictures")
+
 
 @pytest.mark.parametrize("split", [False, True])
 def test_gradients_of_learned_means_match_the_oracle(family, split):

@@ -116,9 +116,10 @@ def test_every_method_comes_to_the_same_mask(changes, micro_batch, constants_lr)
     found = []
     for size in (0, micro_batch):
         torch.manual_seed(3)
-        result, model = run(double(**FEW), max_edges=9, micro_batch=size, constants_lr=constants_lr, **changes)
+        short = {"steps": 6, "refine_rounds": 4, "micro_batch": size, "constants_lr": constants_lr}
+        result, model = run(double(**FEW), max_edges=9, **short, **changes)
         rows = [[row[key] for key in ("loss", "keep_loss", "break_loss", "n_cut")] for row in result.history]
-        assert len(rows) == (20 if constants_lr else 18) + choice_steps(MaskConfig(max_edges=9, **changes))
+        assert len(rows) == (12 if constants_lr else 10) + choice_steps(MaskConfig(max_edges=9, **changes))
         found.append((result.weights, torch.tensor(rows, dtype=torch.float64), model.means))
     assert torch.equal(found[0][0], found[1][0])
     torch.testing.assert_close(found[0][1], found[1][1], atol=1e-7, rtol=1e-7)

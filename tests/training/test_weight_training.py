@@ -22,6 +22,7 @@ from circuit_breaking.training.gates import METHODS, HardConcrete
 from circuit_breaking.training.weight_trainer import train_weight_mask
 from circuit_breaking.training.weight_units import Candidates, choose, gradients_taken
 
+pytestmark = pytest.mark.usefixtures("coarse_importance")
 script = load_script("mask_learning.py")
 QUICK = {"relax_steps": 4, "anneal_steps": 6, "batch_size": 3, "choose_size": 6, "lr": 0.3, "alpha": 1.0, "penalty": 0}
 
