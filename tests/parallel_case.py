@@ -25,6 +25,7 @@ CASES = {  # 3 and 4 texts of each task a batch: the first cannot be shared even
     "IOI": {},
     "IOI, counterfactual": {},
 }
+PHASES = {"steps": 5, "refine_rounds": 3}
 
 
 @dataclass
@@ -43,7 +44,7 @@ def main(settings: Settings) -> None:
         model.resample = name.endswith("counterfactual")
         prompts = name.startswith("IOI")
         broken = make_prompts("break", 1, "cross_entropy", model.resample) if prompts else make_task("break", 1)
-        training = MaskConfig(**{**QUICK, **changes}, max_edges=9)
+        training = MaskConfig(**{**QUICK, **PHASES, **changes}, max_edges=9)
         result = train_mask(model, broken, make_task("keep", 5), training, progress=False)
         means = [] if model.means is None else model.means.flatten().tolist()
         rows = [[row[key] for key in ("loss", "keep_loss", "break_loss", "n_cut")] for row in result.history]

@@ -8,11 +8,9 @@ from multiprocessing import get_context
 
 import pytest
 import torch
-from helpers.models import small_gpt2
 from helpers.scripts import Killed, die
-from helpers.tasks import QUICK, make_task
+from helpers.tasks import QUICK, make_task, small
 
-from circuit_breaking.engine.load import load_model
 from circuit_breaking.errors import UserError
 from circuit_breaking.runs.checkpoints import NEWEST, PREVIOUS, Checkpoints
 from circuit_breaking.runs.run_folder import locked
@@ -35,7 +33,7 @@ def run(checkpoints=None, die_at=None, how=None, **changes):
         if row["step"] == die_at:
             how()
 
-    model = load_model(small_gpt2(), device="cpu")
+    model = small()
     saved = checkpoints.load() if checkpoints else None
     tasks = make_task("break", 1), make_task("keep", 5)
     result = train_mask(model, *tasks, replace(SETTINGS, **changes), None, on_step, False, checkpoints, saved)
