@@ -20,9 +20,15 @@ torch.set_num_threads(1)  # small models: more threads only wait for each other
 IN_SHORT = ("gpt2", "gpt_neox", "llama", "mistral", "qwen2", "qwen3")
 
 
+# the files that take longest, by the time that they take: first, so that no process waits for the other at the end
+LONGEST = ("ioi_scripts", "compare", "resume_sweep", "checkpoints", "parallel", "resume_ioi", "objective", "notebooks")
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     """Tests marked `seconds_per_family` run for the families of `IN_SHORT`; `make test-slow` runs the others."""
+    first = {f"test_{name}": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: first.get(item.path.stem, len(first)))
     for item in items:
         if item.get_closest_marker("seconds_per_family") and item.callspec.params["family"] not in IN_SHORT:
             item.add_marker(pytest.mark.slow)
