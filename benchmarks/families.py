@@ -2,7 +2,8 @@
 
 Models have random weights; norms and biases are moved away from ones and zeros so that all of them have an effect.
 Exactness is the largest difference between a logit of the engine and one of Hugging Face: with all edges kept, and with
-`cut` random edges cut, which are cut in the Hugging Face model too. Times are medians of steps that take turns.
+`cut` random edges cut, which are cut in the Hugging Face model too. Times are medians of steps that take turns; on a
+CPU with one thread they are CPU times, which the work of other programs hardly changes.
 
 Reads   the rows of other shapes from earlier results in `out`.
 Writes  data/benchmarks/families.json, one row per shape; prints it as a table.
@@ -102,7 +103,8 @@ def measure(settings: Settings, shape: str) -> dict:
         "device": str(engine.device) if engine.device.type == "cpu" else torch.cuda.get_device_name(engine.device),
     }
     if settings.rounds:
-        middle = medians(hf, engine, tokens, settings.cut, settings.rounds)
+        computed = engine.device.type == "cpu" and settings.threads == 1
+        middle = medians(hf, engine, tokens, settings.cut, settings.rounds, computed)
         row |= {"plain": middle["plain"]}
         row |= {f"ratio_{name}": middle[name] / middle["plain"] for name in ("binary", "any")}
     return row

@@ -142,7 +142,7 @@ def computed(
     """GB that weights and step need: {"weights", "offloaded", "step"}; `offloaded` are the weights with `offload`."""
     one, item = one_layer(shape, layers, length, split_qkv), torch.empty(0, dtype=pick_dtype(dtype)).element_size()
     graph, tokens, depth = one.graph, batch * length, one.graph.n_layers
-    in_group, per_layer = len(layer_groups(graph)[0]) * (graph.n_heads + 1), graph.head_readers + 1
+    in_group, per_layer = len(layer_groups(graph)[0].parts) * (graph.n_heads + 1), graph.head_readers + 1
     rows = len(graph.sources) + len(graph.readers) + in_group
     kept = one.kept * tokens * item
     chunk = min(tokens, PREDICTIONS_AT_ONCE) * WORDS_AT_ONCE * 4 * 3 + 4 * tokens * one.width * 4

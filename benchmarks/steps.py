@@ -159,19 +159,25 @@ def make_tokens(settings: Any) -> torch.Tensor:
     return tokens.to(pick_device(settings.device))
 
 
-def seconds(step: Step, tokens: torch.Tensor) -> float:
-    """Duration of one step."""
-    start = time.perf_counter()
+def seconds(step: Step, tokens: torch.Tensor, computed: bool = False) -> float:
+    """Duration of one step; with `computed`, the CPU time of this process, which the work of others hardly changes."""
+    clock = time.process_time if computed else time.perf_counter
+    start = clock()
     step(tokens)
     if tokens.is_cuda:
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return clock() - start
 
 
-def times_of(steps: Mapping[str, Step], tokens: torch.Tensor, rounds: int) -> dict[str, list[float]]:
-    """Seconds of `rounds` steps of each variant. The variants take turns, so that other load slows all of them."""
+def times_of(
+    steps: Mapping[str, Step], tokens: torch.Tensor, rounds: int, computed: bool = False
+) -> dict[str, list[float]]:
+    """Seconds of `rounds` steps of each variant; `computed` as for `seconds`.
+
+    The variants take turns, so that other load slows all of them.
+    """
     warm = WARM_ON_GPU if tokens.is_cuda else 1
-    times = [{name: seconds(step, tokens) for name, step in steps.items()} for _ in range(rounds + warm)]
+    times = [{name: seconds(step, tokens, computed) for name, step in steps.items()} for _ in range(rounds + warm)]
     return {name: [row[name] for row in times[warm:]] for name in steps}
 
 
@@ -236,12 +242,13 @@ def dense_mask(n_edges: int) -> torch.Tensor:
 
 
 def medians(
-    hf: nn.Module, engine: EdgeMaskedTransformer, tokens: torch.Tensor, cut: int, rounds: int
+    hf: nn.Module, engine: EdgeMaskedTransformer, tokens: torch.Tensor, cut: int, rounds: int, computed: bool = False
 ) -> dict[str, float]:
-    """Median seconds of a plain step, of one with a binary mask that cuts `cut` edges, and of one with any mask."""
+    """Median seconds of a plain step, of one with a binary mask that cuts `cut` edges, and of one with any mask;
+    `computed` as for `seconds`."""
     steps = {
         "plain": plain_step(hf),
         "binary": engine_step(engine, binary_mask(len(engine.graph), cut)),
         "any": engine_step(engine, dense_mask(len(engine.graph))),
     }
-    return {name: statistics.median(values) for name, values in times_of(steps, tokens, rounds).items()}
+    return {name: statistics.median(values) for name, values in times_of(steps, tokens, rounds, computed).items()}

@@ -72,7 +72,10 @@ def main(settings: Settings) -> None:
     tokenizer = load_tokenizer(settings.model)
     source = settings.abc if settings.texts == "abc" else Path(settings.ordinary)
     texts = None if settings.kind == "zero" else read_texts(settings, tokenizer)
-    model = load_model(settings.model, device=settings.device, dtype=settings.dtype, offload=settings.offload)
+    model = load_model(
+        settings.model, device=settings.device, dtype=settings.dtype, offload=settings.offload,
+        device_map=settings.device_map or None,
+    )  # fmt: skip
     model.ablate_from = settings.ablate_from
     if texts is None:
         means, used = torch.zeros(len(model.graph.sources), model.embedding.shape[1]), 0

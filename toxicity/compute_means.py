@@ -54,7 +54,10 @@ def main(settings: Settings) -> None:
     settings.check()
     settings = resolve_defaults(settings, default_data(settings.model))
     out = settings.out or FOLDER / "means" / f"{Path(settings.model).name}_{settings.kind}_{settings.texts}.safetensors"
-    model = load_model(settings.model, device=settings.device, dtype=settings.dtype, offload=settings.offload)
+    model = load_model(
+        settings.model, device=settings.device, dtype=settings.dtype, offload=settings.offload,
+        device_map=settings.device_map or None,
+    )  # fmt: skip
     model.ablate_from = settings.ablate_from
     if settings.kind == "zero":
         means, used, inputs = torch.zeros(len(model.graph.sources), model.embedding.shape[1]), 0, []

@@ -126,7 +126,10 @@ def main(settings: Settings) -> None:
     toxic = ToxicTask(
         tokenizer, settings.toxic_train, settings.toxic_test, settings.length, settings.examples or None, settings.seed
     )
-    model = load_model(settings.model, settings.split_qkv, settings.device, settings.dtype, offload=settings.offload)
+    model = load_model(
+        settings.model, settings.split_qkv, settings.device, settings.dtype, offload=settings.offload,
+        device_map=settings.device_map or None,
+    )  # fmt: skip
     model.ablate_from = settings.ablate_from
     check_mask(settings, len(model.graph))  # before anything is written
     inputs = [settings.toxic_train, settings.toxic_test, *files_of(settings.model)]

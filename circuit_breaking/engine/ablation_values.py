@@ -78,6 +78,13 @@ class AblationValues:
         sums = F.pad(by_node.cumsum(0), (0, 0, 0, 0, 1, 0))
         return cls((biases - by_node).to(biases.dtype), sums.to(biases.dtype), n_read)
 
+    def to(self, device: torch.device) -> Self:
+        """The same on a device."""
+        sums = self.mean_prefix_sums
+        return type(self)(
+            self.bias_minus_mean.to(device), None if sums is None else sums.to(device), self.n_read.to(device)
+        )
+
     def start(self, rows: Tensor, nodes: slice, batch: int, length: int) -> None:
         """As `Values`."""
         fill_rows(rows, self.bias_minus_mean[nodes], batch, length)
@@ -106,6 +113,14 @@ class TabledSums:
 
     def _sums(self, out: Tensor, first_reader: int) -> Tensor:
         return self.prefix_sums[self.n_read[first_reader : first_reader + len(out)]]
+
+
+def add_means(outputs: Tensor, means: Tensor) -> None:
+    """Add means [P, D] or [T, P, D] to the outputs of all nodes [P, B, T, D]."""
+    if means.dim() == 2:
+        outputs += means[:, None, None]
+    else:
+        outputs += means[: outputs.shape[2]].transpose(0, 1)[:, None]
 
 
 def fill_rows(rows: Tensor, constants: Tensor, batch: int, length: int) -> None:

@@ -59,3 +59,20 @@ def check_ablate_from(value: int) -> None:
     """Raise a `UserError` unless `value` is a position: an int of at least 0."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
         raise UserError(f"ablate_from is {value!r}; give the first position at which cuts act: 0, 1, 2, ...")
+
+
+def check_inputs(
+    tokens: Tensor, counterfactual: Tensor | None, means: Tensor | None, at: Tensor | None, mask: Tensor | None,
+    attention_mask: Tensor | None, n_edges: int,
+) -> None:  # fmt: skip
+    """Raise a `UserError` unless what a model with E edges is given fits tokens [B, T], which are checked already."""
+    if counterfactual is not None:
+        check_counterfactual(tokens, counterfactual)
+    elif means is not None and means.dim() == 3:
+        check_reached(means, tokens)
+    if at is not None:
+        check_positions(at, tokens)
+    if mask is not None and mask.shape != (n_edges,):
+        raise UserError(f"a mask has one weight for each of the {n_edges:,} edges, not {list(mask.shape)}.")
+    if attention_mask is not None:
+        check_right_padding(attention_mask, tokens)

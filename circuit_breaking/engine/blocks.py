@@ -9,6 +9,9 @@ stack of node outputs, so that nothing is copied and autograd saves nothing for 
 norm before attention with the projections after it.
 """
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -33,8 +36,10 @@ OPTIONS = {  # of a description, those that the engine supports
 }  # fmt: skip
 
 
-def make_blocks(spec: ModelSpec, split_qkv: bool, source: WeightSource) -> nn.ModuleList:
-    """The blocks of a model, one after the other.
+def make_blocks(
+    spec: ModelSpec, split_qkv: bool, source: WeightSource, devices: Sequence[torch.device] | None = None
+) -> nn.ModuleList:
+    """The blocks of a model, one after the other, on the device of `source` or each on its own of `devices`.
 
     With `source.release`, the description of each layer is dropped from `spec.layers`, and the layer's weights are
     freed, as soon as its block is made.
@@ -45,18 +50,19 @@ def make_blocks(spec: ModelSpec, split_qkv: bool, source: WeightSource) -> nn.Mo
     check_supported(spec, "the edge-masked transformer", OPTIONS, NORMS)
     kinds, blocks = spec.rotary_kinds, nn.ModuleList()
     for index, layer in enumerate(spec.layers):
-        blocks.append(Block(layer, split_qkv, source, kinds.index(layer.rotary_kind)))
+        own = source if devices is None else replace(source, device=devices[index])
+        blocks.append(Block(layer, split_qkv, own, kinds.index(layer.rotary_kind)))
         if source.release:
             spec.layers[index] = None  # it holds views of the weights
             source.done_with(layer.layer)
     return blocks
 
 
-def biases_of(blocks: nn.ModuleList, n_heads: int) -> Tensor:
+def biases_of(blocks: nn.ModuleList, n_heads: int, device: torch.device) -> Tensor:
     """What each node writes whatever it reads: [P, 1, D]."""
-    biases = [torch.zeros_like(blocks[0].b_down)[None]]  # of `embed`
+    biases = [torch.zeros_like(blocks[0].b_down, device=device)[None]]  # of `embed`
     for block in blocks:
-        head, mlp = block.constants
+        head, mlp = (one.to(device) for one in block.constants)
         biases += [head.expand(n_heads, -1), mlp[None]]
     return torch.cat(biases)[:, None]
 

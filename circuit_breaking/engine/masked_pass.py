@@ -23,20 +23,17 @@ Shapes: B batch, T position, N = B * T tokens, P nodes that write, R readers, H 
 the MLP, E edges.
 """
 
-import math
-
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from circuit_breaking.engine.network import Network, PassBuffers, PassInputs, Workspace
+from circuit_breaking.engine.network import LayerGroup, Network, PassBuffers, PassInputs, Workspace
 from circuit_breaking.engine.norms import OutputNorm
 from circuit_breaking.engine.prefix_cache import PrefixCache
+from circuit_breaking.engine.products import inner_products, precise_type, products_with
 from circuit_breaking.engine.reads import DenseReads, MaskedReads, RunningSumReads, SparseMask, product_is_small
 from circuit_breaking.graph import LayerSlice
 from circuit_breaking.runs.devices import without_autocast
-
-CONVERTED = 1 << 12  # columns of a product that are converted to float32 at a time, where no kernel does it
 
 
 class MaskedForward(torch.autograd.Function):
@@ -83,6 +80,11 @@ class MaskedPass:
         self.buffers: PassBuffers | None = None
         self.read_mask()
 
+    @property
+    def passes(self) -> "list[MaskedPass]":
+        """The passes of all devices: here this one alone."""
+        return [self]
+
     def read_mask(self) -> None:
         """Take the edge weights as they are now."""
         weights = self.inputs.mask.to(self.network.embedding.dtype)
@@ -101,11 +103,7 @@ class MaskedPass:
 
     def _allocate(self) -> None:
         """Take the memory of the pass, and make the masked reads over it."""
-        groups, graph = self.network.groups, self.network.graph
-        largest = len(groups[0]) if groups else 0  # only the last group may be smaller
-        self.buffers = PassBuffers.take(
-            self.workspace, graph, largest, self.inputs.tokens, self.network.embedding, self.save_for_backward
-        )
+        self.buffers = PassBuffers.take(self.workspace, self.network, self.inputs.tokens, self.save_for_backward)
         sizes = self.batch, self.length, self.inputs.ablate_from
         about = self.network, self.mask, self.inputs.values, self.buffers, *sizes
         self.reads: MaskedReads = DenseReads(*about) if self.sparse is None else RunningSumReads(self.sparse, *about)
@@ -115,43 +113,69 @@ class MaskedPass:
         self.workspace.give_back(self.buffers.memory)
         self.buffers = self.reads = None
 
+    def node_outputs(self) -> Tensor:
+        """What the nodes wrote, less their ablation values: [P, N * D], after `forward`."""
+        return self.buffers.node_outputs
+
     def _fill(self, rows: Tensor, nodes: slice) -> None:
         """Start the outputs of some nodes [k, N, D] with their bias less their ablation value."""
         self.inputs.values.start(rows, nodes, self.batch, self.length)
 
     def forward(self) -> Tensor:
         """What `output` reads: [N, D]."""
-        network, graph = self.network, self.network.graph
+        done = self.begin()
+        self.embed()
+        self.compute_layers(done)
+        return self.read_output()
+
+    def begin(self) -> int:
+        """Take the memory of the pass. Returns how many layers have node outputs that are known already."""
         self._allocate()
-        nodes, nodes_3d, reader_inputs = (
-            self.buffers.node_outputs, self.buffers.node_outputs_3d, self.buffers.reader_inputs
-        )  # fmt: skip
-        done = 0  # layers whose node outputs are known already
-        if self.prefix_cache is not None and not self.save_for_backward:
-            done = self.prefix_cache.load(self.inputs, graph, network.edge_readers, nodes)
-        self._embed(nodes_3d)
-        self.saved: list[tuple[Tensor, ...] | None] = [None] * done
-        for group in network.groups:
-            parts = [part for part in group if part.n_earlier_nodes // (graph.n_heads + 1) >= done]
+        if self.prefix_cache is None or self.save_for_backward:
+            return 0
+        nodes = self.buffers.node_outputs
+        return self.prefix_cache.load(self.inputs, self.network.graph, self.network.edge_readers, nodes)
+
+    def compute_layers(self, done: int) -> None:
+        """Compute the nodes of the layers, but for the first `done` layers of the model."""
+        nodes, reader_inputs = self.buffers.node_outputs_3d, self.buffers.reader_inputs
+        # by layer, which those of the first layers of the model are not if other devices compute them
+        self.saved: dict[int, tuple[Tensor, ...] | None] = {}
+        for group in self.network.groups:
+            parts = group.parts[max(done - group.first, 0) :]
             if not parts:
                 continue
             start, end = parts[0].first_reader, parts[-1].first_reader + parts[-1].n_readers
-            group_inputs = reader_inputs[start:end] if self.save_for_backward else reader_inputs[: end - start]
-            self.reads.read_group(group_inputs, start, group[0].n_earlier_nodes)
-            for part in parts:
+            group_inputs = self._rows(start, end) if self.save_for_backward else reader_inputs[: end - start]
+            self.reads.read_group(group_inputs, start, group.first_node)
+            for layer, part in enumerate(parts, max(done, group.first)):
                 layer_inputs = group_inputs[part.first_reader - start :][: part.n_readers]
-                self.reads.read_layer(layer_inputs, len(self.saved), part, group[0].n_earlier_nodes)
-                self._layer(len(self.saved), part, layer_inputs, nodes_3d)
+                self.reads.read_layer(layer_inputs, layer, part, group.first_node)
+                self._layer(layer, part, layer_inputs, nodes)
         if self.prefix_cache is not None:
-            self.prefix_cache.store(self.inputs, nodes)
+            self.prefix_cache.store(self.inputs, self.buffers.node_outputs)
+
+    def read_output(self) -> Tensor:
+        """What `output` reads: [N, D]."""
+        nodes = self.buffers.node_outputs
         output = nodes.new_empty(1, nodes.shape[1])  # not in the workspace, since the caller keeps it
         self.reads.read_output(output)
         return output.view(-1, self.width)
 
-    def _embed(self, nodes: Tensor) -> None:
+    def _rows(self, start: int, end: int) -> Tensor:
+        """The inputs of readers [end - start, N * D], if a backward follows."""
+        first = self.network.first_reader
+        return self.buffers.reader_inputs[start - first : end - first]
+
+    def embed(self) -> None:
         """Write the output of `embed`: token embeddings, and learned positions where there are any."""
+        nodes = self.buffers.node_outputs_3d
         self._fill(nodes[:1], slice(0, 1))
-        nodes[0] += self.network.embed(self.inputs.tokens)
+        nodes[0] += self.embedded()
+
+    def embedded(self) -> Tensor:
+        """The output of `embed` [N, D]."""
+        return self.network.embed(self.inputs.tokens)
 
     def _layer(self, layer: int, part: LayerSlice, layer_inputs: Tensor, nodes: Tensor) -> None:
         """Compute the nodes of one layer [H + 1, N, D] from what its readers get [readers, N * D]."""
@@ -176,7 +200,7 @@ class MaskedPass:
             about = hidden.detach()[None], block.w_down[None], block.b_down, block.mlp_out_norm
             sums[1] = self._write_normed(nodes[mlp : mlp + 1], *about)
         activations = None if network.gradient_checkpointing else (qkv, z, mlp_input, hidden)
-        self.saved.append((sums, inverse, activations) if self.save_for_backward else None)
+        self.saved[layer] = (sums, inverse, activations) if self.save_for_backward else None
 
     def _write_normed(self, rows: Tensor, z: Tensor, weight: Tensor, bias: Tensor, norm: OutputNorm) -> Tensor:
         """Add to rows [n, N, D] the outputs of nodes with a norm after them; return their sum before it [N, D]."""
@@ -211,34 +235,49 @@ class MaskedPass:
         """
         if self.buffers is None:
             self.forward()
-        network, nodes, reader_inputs = self.network, self.buffers.node_outputs, self.buffers.reader_inputs
-        grad_matrix = network.mask_matrix(dtype=precise_type(nodes))
+        self.begin_backward()
+        grad_matrix = self.output_backward(gradient)
+        self.layers_backward(grad_matrix)
+        grad_edges = grad_matrix[self.network.edge_readers, self.network.edge_sources].to(self.inputs.mask.dtype)
+        grad_constants = self.grad_constants() if constants else None
+        self.release()
+        return grad_edges, grad_constants
+
+    def begin_backward(self) -> None:
+        """Called before the backward pass begins."""
+
+    def output_backward(self, gradient: Tensor) -> Tensor:
+        """Start the backward pass with the gradient [N, D] of what `output` reads.
+
+        Returns the gradients of edges as a matrix [R, P], with the row of `output`.
+        """
+        nodes, reader_inputs = self.buffers.node_outputs, self.buffers.reader_inputs
+        grad_matrix = self.network.mask_matrix(dtype=precise_type(nodes))
         reader_inputs[-1] = gradient.reshape(-1)
         self.reads.drop_early(reader_inputs[-1:])
         grad_matrix[-1] = products_with(nodes, reader_inputs[-1])
         self.reads.start_backward()
-        layer = network.graph.n_layers
-        for group in reversed(network.groups):
-            self.reads.grad_group(group)
-            for part in reversed(group):
-                layer -= 1
-                self._layer_backward(layer, part, group, grad_matrix)
-            start, end = group[0].first_reader, group[-1].first_reader + group[-1].n_readers
-            n_nodes = group[0].n_earlier_nodes
-            if nodes.is_cuda:  # edges inside the group too: a third more work, in a quarter of the kernel launches
-                n_nodes += len(group) * (network.graph.n_heads + 1)
-            grad_matrix[start:end, :n_nodes] = inner_products(reader_inputs[start:end], nodes[:n_nodes])
-        grad_edges = grad_matrix[network.edge_readers, network.edge_sources].to(self.inputs.mask.dtype)
-        grad_constants = self._grad_constants(reader_inputs) if constants else None
-        self.release()
-        return grad_edges, grad_constants
+        return grad_matrix
 
-    def _layer_backward(self, layer: int, part: LayerSlice, group: list[LayerSlice], grad_matrix: Tensor) -> None:
+    def layers_backward(self, grad_matrix: Tensor) -> None:
+        """Walk the layers in reverse, and fill in the rows of their readers in the matrix of gradients [R, P]."""
+        nodes = self.buffers.node_outputs
+        for group in reversed(self.network.groups):
+            self.reads.grad_group(group)
+            parts, n_nodes = group.parts, group.first_node
+            for number in reversed(range(len(parts))):
+                self._layer_backward(group.first + number, parts[number], group, grad_matrix)
+            start, end = parts[0].first_reader, parts[-1].first_reader + parts[-1].n_readers
+            if nodes.is_cuda:  # edges inside the group too: a third more work, in a quarter of the kernel launches
+                n_nodes = group.end_node
+            grad_matrix[start:end, :n_nodes] = inner_products(self._rows(start, end), nodes[:n_nodes])
+
+    def _layer_backward(self, layer: int, part: LayerSlice, group: LayerGroup, grad_matrix: Tensor) -> None:
         """Replace the inputs of a layer's readers by their gradients, and note the gradients of edges in the group."""
         block, heads = self.network.blocks[layer], self.network.graph.n_heads
         nodes, first, end = self.buffers.node_outputs, part.first_reader, part.first_reader + part.n_readers
         own = slice(part.n_earlier_nodes, part.n_earlier_nodes + heads)
-        in_group = slice(group[0].n_earlier_nodes, part.n_earlier_nodes)
+        in_group = slice(group.first_node, part.n_earlier_nodes)
         sums, inverse, qkv, z, mlp_input, hidden = self._take_saved(layer, part)
         grad_nodes = self.reads.grad_nodes(layer, part, group)
         grad_heads, grad_mlp = grad_nodes[:heads], grad_nodes[heads].view(-1, self.width)
@@ -260,7 +299,7 @@ class MaskedPass:
             grad_z = block.attention_out_norm.grad_z(grad_heads, z.detach(), block.w_o, block.b_o, sums[0])
         (grad_qkv,) = torch.autograd.grad(z, qkv, grad_z)
 
-        layer_inputs = self.buffers.reader_inputs[first:end]
+        layer_inputs = self._rows(first, end)
         block.qkv.backward_(layer_inputs[:-1].view(len(qkv), -1, self.width), inverse, qkv.detach(), grad_qkv)
         layer_inputs[-1] = grad_mlp_input.view(-1)
         self.reads.drop_early(layer_inputs)
@@ -273,40 +312,14 @@ class MaskedPass:
         self.saved[layer] = None
         if activations is not None:
             return sums, inverse, *activations
-        rows = self.buffers.reader_inputs[part.first_reader : part.first_reader + part.n_readers]
-        layer_inputs = rows.view(part.n_readers, -1, self.width)
+        layer_inputs = self._rows(part.first_reader, part.first_reader + part.n_readers)
+        layer_inputs = layer_inputs.view(part.n_readers, -1, self.width)
         hidden, mlp_input = self._with_graph(self.network.blocks[layer].mlp, layer_inputs[-1])
         return sums, *self._attend(layer, layer_inputs, inverse), mlp_input, hidden
 
-    def _grad_constants(self, grad_inputs: Tensor) -> Tensor:
+    def grad_constants(self) -> Tensor:
         """Gradients of the ablation constants, Σ_j (1 - m_ij) ∂L/∂r_j summed over tokens: [P, D]."""
+        grad_inputs = self.buffers.reader_inputs
         precise = precise_type(grad_inputs)
         cut = self.network.mask_matrix(1 - self.inputs.mask.to(precise), precise)
         return cut.t() @ grad_inputs.view(len(self.mask), -1, self.width).sum(1, dtype=precise)
-
-
-def precise_type(x: Tensor) -> torch.dtype:
-    """The type of long sums over numbers like those of x: its own, but not less precise than float32."""
-    return torch.promote_types(x.dtype, torch.float32)
-
-
-def products_with(rows: Tensor, vector: Tensor) -> Tensor:
-    """rows [P, F] · vector [F], where F is large, in float32 or better."""
-    return rows @ vector if vector.dtype == precise_type(vector) else inner_products(rows, vector[None])[:, 0]
-
-
-def inner_products(a: Tensor, b: Tensor) -> Tensor:
-    """a [R, F] · b [P, F]ᵀ in float32 or better, where F is far larger than R and P.
-
-    One such product keeps few of a GPU's processors busy, so there F is split into parts that run at the same time.
-    """
-    precise = precise_type(a)
-    if a.is_cuda:
-        parts = math.gcd(a.shape[1], 256)
-        a, b = (x.view(len(x), parts, -1).transpose(0, 1) for x in (a, b))
-        as_precise = {} if a.dtype == precise else {"out_dtype": precise}  # else each part would be rounded
-        return torch.bmm(a, b.transpose(1, 2), **as_precise).sum(0)
-    if a.dtype == precise:
-        return a @ b.t()
-    pairs = zip(a.split(CONVERTED, 1), b.split(CONVERTED, 1), strict=True)
-    return sum(x.to(precise) @ y.to(precise).t() for x, y in pairs)

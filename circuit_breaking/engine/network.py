@@ -10,7 +10,7 @@ from typing import Protocol, Self
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from circuit_breaking.engine.ablation_values import Values
 from circuit_breaking.engine.norms import NormedProjection, OutputNorm, PlainProjection
@@ -55,9 +55,11 @@ class Network:
 
     Attributes:
         graph: nodes and edges.
-        groups: the layers, in groups that are read in one product (`layer_groups`).
+        groups: the layers, in groups that are read in one product (`layer_groups`). On one of several devices, only the
+            layers that it computes (`device_map`).
         blocks: one `LayerBlock` a layer.
-        embedding: token embeddings [V, D]; positions: learned position embeddings [max T, D], or None.
+        embedding: token embeddings [V, D], [0, D] on a device that embeds no tokens; its type and device are those of
+            the network. positions: learned position embeddings [max T, D], or None.
         embedding_scale: factor of the token embeddings.
         edge_readers, edge_sources: index of each edge's reader and source, int64 [E].
         n_read: how many nodes each reader reads, int64 [R].
@@ -65,7 +67,7 @@ class Network:
     """
 
     graph: EdgeGraph
-    groups: list[list[LayerSlice]]
+    groups: list["LayerGroup"]
     blocks: Sequence[LayerBlock]
     embedding: Tensor
     positions: Tensor | None
@@ -74,6 +76,21 @@ class Network:
     edge_sources: Tensor
     n_read: Tensor
     gradient_checkpointing: bool = False
+
+    @property
+    def n_nodes(self) -> int:
+        """How many nodes write in these layers and before them: P, on the last device."""
+        return self.groups[-1].end_node if self.groups else 1
+
+    @property
+    def first_node(self) -> int:
+        """Index of the first node of these layers. On the first device, `embed` comes before it."""
+        return self.groups[0].parts[0].n_earlier_nodes if self.groups else 1
+
+    @property
+    def first_reader(self) -> int:
+        """Index of the first reader of these layers: 0, on the first device."""
+        return self.groups[0].parts[0].first_reader if self.groups else 0
 
     def embed(self, tokens: Tensor) -> Tensor:
         """The output of `embed` [N, D] for tokens [B, T]: token embeddings, and learned positions if there are any."""
@@ -114,10 +131,53 @@ class PassInputs:
     ablate_from: int = 0
 
 
-def layer_groups(graph: EdgeGraph) -> list[list[LayerSlice]]:
-    """The layers of a graph, in groups whose readers are served by one product."""
-    size = max(GROUP_LAYERS, GROUP_NODES // (graph.n_heads + 1))
-    return [graph.layers[start : start + size] for start in range(0, graph.n_layers, size)]
+@dataclass(frozen=True)
+class LayerGroup:
+    """Consecutive layers whose readers are served by one product.
+
+    Attributes:
+        parts: the layers. On one of several devices, those of the group that it computes.
+        first: number of the first of `parts`.
+        first_node, end_reader: the first node, and the reader after the last one, of the whole group.
+        end_node: the node after the last one of `parts`.
+    """
+
+    parts: list[LayerSlice]
+    first: int
+    first_node: int
+    end_reader: int
+    end_node: int
+
+
+def layer_groups(graph: EdgeGraph, layers: range | None = None) -> list[LayerGroup]:
+    """The layers of a graph, in groups whose readers are served by one product.
+
+    With `layers`, only those of the same groups, so that sums are added in the same order whichever device computes
+    which layer.
+    """
+    size, layers = max(GROUP_LAYERS, GROUP_NODES // (graph.n_heads + 1)), layers or range(graph.n_layers)
+    groups = []
+    for start in range(0, graph.n_layers, size):
+        whole = graph.layers[start : start + size]
+        first, end = max(start, layers.start), min(start + size, layers.stop)
+        if first < end:
+            last = graph.layers[end - 1]
+            groups.append(
+                LayerGroup(
+                    graph.layers[first:end], first, whole[0].n_earlier_nodes,
+                    whole[-1].first_reader + whole[-1].n_readers, last.n_earlier_nodes + graph.n_heads + 1,
+                )
+            )  # fmt: skip
+    return groups
+
+
+def rotary_tables(
+    rotary: nn.Module, kinds: Sequence[str | None], like: Tensor, length: int, device: torch.device
+) -> Rotary:
+    """cos and sin [kinds, T, r] of Hugging Face's module for the first T positions, of the type of `like`."""
+    ids = torch.arange(length, device=device)[None]
+    cos, sin = zip(*(rotary(like, ids, *([] if kind is None else [kind])) for kind in kinds), strict=True)
+    return torch.cat(cos), torch.cat(sin)
 
 
 class Workspace:
@@ -148,9 +208,11 @@ class PassBuffers:
 
     Attributes:
         memory: the block.
-        node_outputs: what each node writes, less its ablation value: [P, N * D].
+        node_outputs: what each node writes, less its ablation value: [P, N * D]; on one of several devices, of the
+            nodes up to its last layer.
         node_outputs_3d: the same memory as [P, N, D].
-        reader_inputs: what each reader gets, [R, N * D]; without a backward only the readers of one group of layers.
+        reader_inputs: what each reader gets, [R, N * D]; on one of several devices, from its first layer on. Without a
+            backward only the readers of one group of layers.
         grad_scratch: gradients of the nodes of one group of layers, [nodes of a group, N * D]; empty without a
             backward.
     """
@@ -162,16 +224,13 @@ class PassBuffers:
     grad_scratch: Tensor
 
     @classmethod
-    def take(
-        cls, workspace: Workspace, graph: EdgeGraph, layers_per_group: int, tokens: Tensor, like: Tensor, backward: bool
-    ) -> Self:
-        """Buffers for a pass over `tokens` [B, T]; `like` [V, D] says width, type and device.
-
-        `backward` says whether a backward will follow.
-        """
+    def take(cls, workspace: Workspace, network: Network, tokens: Tensor, backward: bool) -> Self:
+        """Buffers for a pass over `tokens` [B, T]; `backward` says whether a backward will follow."""
+        graph, like = network.graph, network.embedding
         width, row = like.shape[1], tokens.numel() * like.shape[1]
-        nodes = len(graph.sources)
-        readers = len(graph.readers) if backward else layers_per_group * (graph.head_readers + 1)
+        layers_per_group = max((len(group.parts) for group in network.groups), default=0)
+        nodes = network.n_nodes
+        readers = len(graph.readers) - network.first_reader if backward else layers_per_group * (graph.head_readers + 1)
         scratch = layers_per_group * (graph.n_heads + 1) if backward else 0
         rows = nodes + readers + scratch
         memory = workspace.take(rows * row, like)

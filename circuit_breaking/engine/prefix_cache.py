@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from circuit_breaking.engine.ablation_values import AblationValues, Values
-from circuit_breaking.engine.counterfactual import CounterfactualValues
+from circuit_breaking.engine.counterfactual import CounterfactualValues, SpreadCounterfactual
 from circuit_breaking.engine.network import PassInputs
 from circuit_breaking.graph import EdgeGraph
 
@@ -26,7 +26,12 @@ class PrefixCache:
 
     def __init__(self) -> None:
         self._kept: list[tuple[PassInputs, Tensor]] = []  # inputs with their mask, node outputs
-        self.counterfactuals: list[CounterfactualValues] = []
+        self.counterfactuals: list[CounterfactualValues | SpreadCounterfactual] = []
+        self._on_devices: dict[int, PrefixCache] = {}
+
+    def on_device(self, number: int) -> "PrefixCache":
+        """The cache of one of several devices, by its number."""
+        return self._on_devices.setdefault(number, PrefixCache())
 
     def _find(self, inputs: PassInputs) -> tuple[Tensor, Tensor] | None:
         """Mask and node outputs stored for a batch and its counterfactual, if it has one.

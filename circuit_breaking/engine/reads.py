@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from circuit_breaking.engine.ablation_values import Values
-from circuit_breaking.engine.network import Network, PassBuffers
+from circuit_breaking.engine.network import LayerGroup, Network, PassBuffers
 from circuit_breaking.graph import EdgeGraph, LayerSlice
 
 # Multiplications and additions a layer up to which a GPU finishes the mask products in the time that Python takes to
@@ -61,10 +61,21 @@ class MaskedReads(ABC):
         self.graph, self.mask = network.graph, mask
         self.value_sums = values.sums(batch, length)  # None if values are zero
         self.nodes, self.inputs, self.scratch = buffers.node_outputs, buffers.reader_inputs, buffers.grad_scratch
+        self.first_reader = network.first_reader  # whose row is the first of `inputs` where a backward follows
         self.batch, self.length = batch, length
         self.n_early = min(ablate_from, length)
         self.early_sum: Tensor | None = None  # of all nodes so far at early positions, [B, early T, D]
         self.n_early_summed = 0
+
+    def continue_from(self, earlier: "MaskedReads") -> None:
+        """Continue the forward pass of the device that computes the layers before."""
+        if earlier.early_sum is not None:
+            self.early_sum = earlier.early_sum.to(self.nodes.device, copy=True)
+        self.n_early_summed = earlier.n_early_summed
+
+    def continue_backward(self, later: "MaskedReads") -> None:
+        """Continue the backward pass of the device that computes the layers after; in place of `start_backward`."""
+        self.start_backward()
 
     @abstractmethod
     def read_group(self, out: Tensor, first_reader: int, n_nodes: int) -> None:
@@ -104,11 +115,11 @@ class MaskedReads(ABC):
         """Get ready to walk the layers in reverse; the gradient of `output`'s read is the last reader input."""
 
     @abstractmethod
-    def grad_group(self, group: list[LayerSlice]) -> None:
+    def grad_group(self, group: LayerGroup) -> None:
         """Start the gradients of a group's nodes from the gradients of all readers after the group."""
 
     @abstractmethod
-    def grad_nodes(self, layer: int, part: LayerSlice, group: list[LayerSlice]) -> Tensor:
+    def grad_nodes(self, layer: int, part: LayerSlice, group: LayerGroup) -> Tensor:
         """Gradients of a layer's nodes, heads and then MLP, from all readers of later layers: [H + 1, N * D]."""
 
     def grad_own_heads(self, grad_heads: Tensor, grad_mlp_input: Tensor, part: LayerSlice) -> None:
@@ -163,18 +174,19 @@ class DenseReads(MaskedReads):
     def start_backward(self) -> None:
         pass
 
-    def grad_group(self, group: list[LayerSlice]) -> None:
-        first, after = group[0].n_earlier_nodes, group[-1].first_reader + group[-1].n_readers
-        nodes = len(group) * (self.graph.n_heads + 1)
-        weights = self.mask[after:, first : first + nodes]
-        self.grads = torch.mm(weights.t(), self.inputs[after:], out=self.scratch[:nodes])
+    def grad_group(self, group: LayerGroup) -> None:
+        first, after = group.parts[0].n_earlier_nodes, group.end_reader
+        nodes = group.end_node - first
+        weights = self.mask[after:, first : group.end_node]
+        self.grads = torch.mm(weights.t(), self.inputs[after - self.first_reader :], out=self.scratch[:nodes])
 
-    def grad_nodes(self, layer: int, part: LayerSlice, group: list[LayerSlice]) -> Tensor:
+    def grad_nodes(self, layer: int, part: LayerSlice, group: LayerGroup) -> Tensor:
         first, count = part.n_earlier_nodes, self.graph.n_heads + 1
-        grad_nodes = self.grads[first - group[0].n_earlier_nodes :][:count]
-        after, end = part.first_reader + part.n_readers, group[-1].first_reader + group[-1].n_readers
+        grad_nodes = self.grads[first - group.parts[0].n_earlier_nodes :][:count]
+        after, end = part.first_reader + part.n_readers, group.end_reader
         if after < end:
-            grad_nodes.addmm_(self.mask[after:end, first : first + count].t(), self.inputs[after:end])
+            gradients = self.inputs[after - self.first_reader : end - self.first_reader]
+            grad_nodes.addmm_(self.mask[after:end, first : first + count].t(), gradients)
         return grad_nodes
 
 
@@ -247,6 +259,17 @@ class RunningSumReads(MaskedReads):
         if len(excess):
             sums.index_add_(0, rows, added.to(self.dtype).mul_(excess[:, None]))
 
+    def continue_from(self, earlier: "RunningSumReads") -> None:
+        super().continue_from(earlier)
+        self._continue(earlier)
+
+    def continue_backward(self, later: "RunningSumReads") -> None:
+        self._continue(later)
+
+    def _continue(self, other: "RunningSumReads") -> None:
+        self.running_sum.copy_(other.running_sum)
+        self.n_summed = other.n_summed
+
     def read_group(self, out: Tensor, first_reader: int, n_nodes: int) -> None:
         pass
 
@@ -273,18 +296,18 @@ class RunningSumReads(MaskedReads):
         # from here on the sum of the gradients of all readers that come later
         self.running_sum, self.n_summed = self._zeros(), len(self.mask)
 
-    def grad_group(self, group: list[LayerSlice]) -> None:
+    def grad_group(self, group: LayerGroup) -> None:
         pass
 
-    def grad_nodes(self, layer: int, part: LayerSlice, group: list[LayerSlice]) -> Tensor:
-        after = part.first_reader + part.n_readers
-        self.running_sum += self.inputs[after : self.n_summed].sum(0, dtype=self.dtype)
+    def grad_nodes(self, layer: int, part: LayerSlice, group: LayerGroup) -> Tensor:
+        after, first = part.first_reader + part.n_readers, self.first_reader
+        self.running_sum += self.inputs[after - first : self.n_summed - first].sum(0, dtype=self.dtype)
         self.n_summed = after
         grad_nodes = self.scratch[: self.graph.n_heads + 1]
         sums = self._sums_in(grad_nodes)
         sums.copy_(self.running_sum.expand_as(sums))
         readers, sources, excess = self.sparse.edges_out_of(layer)
-        self._add_corrections(sums, sources - part.n_earlier_nodes, self.inputs[readers], excess)
+        self._add_corrections(sums, sources - part.n_earlier_nodes, self.inputs[readers - first], excess)
         if sums is not grad_nodes:
             grad_nodes.copy_(sums)
         return grad_nodes

@@ -14,25 +14,20 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from circuit_breaking.engine.ablation_values import AblationValues, check_means
-from circuit_breaking.engine.arguments import (
-    check_ablate_from,
-    check_counterfactual,
-    check_positions,
-    check_reached,
-    check_right_padding,
-    check_tokens,
-)
+from circuit_breaking.engine.ablation_values import AblationValues, add_means, check_means
+from circuit_breaking.engine.arguments import check_ablate_from, check_inputs, check_tokens
 from circuit_breaking.engine.blocks import biases_of, make_blocks
-from circuit_breaking.engine.counterfactual import CounterfactualValues
+from circuit_breaking.engine.counterfactual import CounterfactualValues, SpreadCounterfactual
 from circuit_breaking.engine.cuda_graphs import CudaGraphCache
+from circuit_breaking.engine.device_map import SpreadBlocks
 from circuit_breaking.engine.mask import EdgeMask
 from circuit_breaking.engine.masked_pass import MaskedForward, MaskedPass
-from circuit_breaking.engine.network import Network, PassInputs, Rotary, Workspace, layer_groups
+from circuit_breaking.engine.network import Network, PassInputs, Rotary, Workspace, layer_groups, rotary_tables
 from circuit_breaking.engine.norms import Norm
 from circuit_breaking.engine.offload import OffloadedBlocks
 from circuit_breaking.engine.output import Unembed, select_positions
 from circuit_breaking.engine.prefix_cache import PrefixCache
+from circuit_breaking.engine.spread import Spread, SpreadPass
 from circuit_breaking.engine.weights import WeightSource
 from circuit_breaking.errors import UserError
 from circuit_breaking.models.families import describe, require_plain
@@ -64,13 +59,14 @@ class EdgeMaskedTransformer(nn.Module):
         gradient_checkpointing: recompute attention and MLPs in the backward pass, one layer at a time, instead of
             keeping their activations. Less memory, about a third more time, the same numbers.
         blocks: the layers. With `offload`, their weights are kept in CPU memory and copied to the model's device when
-            they are needed (`engine.offload`), and gradient checkpointing is always on.
+            they are needed (`engine.offload`), and gradient checkpointing is always on. With `device_map`, they are on
+            several devices (`engine.spread`).
         cuda_graphs: captured passes for small batches on a GPU; `cuda_graphs.enabled = False` turns them off.
     """
 
     def __init__(
         self, hf: nn.Module, split_qkv: bool = False, gradient_checkpointing: bool = False,
-        source: WeightSource | None = None, offload: bool = False,
+        source: WeightSource | None = None, offload: bool = False, devices: list[torch.device] | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         self.gradient_checkpointing = gradient_checkpointing or offload
@@ -81,10 +77,14 @@ class EdgeMaskedTransformer(nn.Module):
         # a copy, so that moving this model to another device does not move a module of `hf`
         self.rotary = copy.deepcopy(spec.rotary)
         self.rotary_by_length, self.rotary_kinds = spec.rotary_by_length, spec.rotary_kinds
-        blocks = make_blocks(spec, split_qkv, source.on_cpu() if offload else source)  # may drop layers from `spec`
-        biases = biases_of(blocks, self.graph.n_heads)  # what each node writes whatever it reads, [P, 1, D]
-        self.register_buffer("biases", biases.to(source.device))
-        self.blocks = OffloadedBlocks(blocks, source.device) if offload else blocks
+        # may drop layers from `spec`
+        blocks = make_blocks(spec, split_qkv, source.on_cpu() if offload else source, devices)
+        self.register_buffer("biases", biases_of(blocks, self.graph.n_heads, source.device))
+        if offload:
+            blocks = OffloadedBlocks(blocks, source.device)
+        elif len({*(devices or ())}) > 1:
+            blocks = SpreadBlocks(blocks, devices)
+        self.blocks = blocks
         self.norm = Norm(spec.final_norm, source)
         self.max_positions, self.head = spec.max_positions, spec.head
         self.plain_head = spec.head.is_plain  # see `models.causal_model`
@@ -98,6 +98,7 @@ class EdgeMaskedTransformer(nn.Module):
         self.register_buffer("edge_sources", self.graph.edge_sources)
         self.register_buffer("n_read", self.graph.edge_readers.bincount(minlength=len(self.graph.readers)))
         self.groups = layer_groups(self.graph)
+        self.spread = Spread(self._network(), self.blocks) if isinstance(self.blocks, SpreadBlocks) else None
         self.workspace = Workspace()
         self.cuda_graphs = CudaGraphCache()
         # at least float32, so that an optimizer's small steps are not lost in bfloat16 rounding
@@ -112,8 +113,9 @@ class EdgeMaskedTransformer(nn.Module):
         self.prefix_cache: PrefixCache | None = None
         self.resample = False
         self.make_pass: Callable[..., MaskedPass] = MaskedPass  # see `reader_gradients`
-        self._counterfactual: CounterfactualValues | None = None  # of the block of `resampling` that is open
-        self._last_counterfactual: CounterfactualValues | None = None
+        # of the block of `resampling` that is open, and of the last one
+        self._counterfactual: CounterfactualValues | SpreadCounterfactual | None = None
+        self._last_counterfactual: CounterfactualValues | SpreadCounterfactual | None = None
         self.means = None
         self.name: str | None = None  # set by `load_model`; goes into the files that belong to this model
         self.eval()
@@ -132,7 +134,7 @@ class EdgeMaskedTransformer(nn.Module):
         self.cuda_graphs.clear()  # captured graphs hold the old weight addresses
         self._last_counterfactual = None
         super()._apply(*args, **kwargs)
-        if isinstance(self.blocks, OffloadedBlocks):
+        if isinstance(self.blocks, OffloadedBlocks | SpreadBlocks):
             self.blocks.require(self.device, self.dtype)
         return self
 
@@ -153,6 +155,7 @@ class EdgeMaskedTransformer(nn.Module):
         self._means = None if value is None else value.detach().to(self.device, self.dtype)
         values = AblationValues.of(self.biases, value, self.n_read)
         self.bias_minus_mean, self.mean_prefix_sums = values.bias_minus_mean, values.mean_prefix_sums
+        self._spread_values = None if self.spread is None else self.spread.values(values)
 
     @property
     def ablate_from(self) -> int:
@@ -208,7 +211,7 @@ class EdgeMaskedTransformer(nn.Module):
         values = self._counterfactual
         return None if values is None else values.outputs.view(len(values.outputs), *values.tokens.shape, -1)
 
-    def _counterfactual_values(self, tokens: Tensor) -> CounterfactualValues:
+    def _counterfactual_values(self, tokens: Tensor) -> CounterfactualValues | SpreadCounterfactual:
         known = [] if self.prefix_cache is None else self.prefix_cache.counterfactuals
         for values in (self._last_counterfactual, *known):
             if values is not None and torch.equal(values.tokens, tokens):
@@ -216,7 +219,9 @@ class EdgeMaskedTransformer(nn.Module):
         self._last_counterfactual = None  # so that its memory is free for the next one
         with without_autocast(self.device):
             rotary = self.rotary_tables(tokens.shape[1], tokens.device)
-            values = CounterfactualValues.of(self._network(), tokens, rotary, self.biases, self.ablate_from)
+            about = tokens, rotary, self.biases, self.ablate_from
+            spread, network = self.spread, self._network()
+            values = CounterfactualValues.of(network, *about) if spread is None else spread.counterfactual(*about)
         self._last_counterfactual = values
         if self.prefix_cache is not None:
             self.prefix_cache.counterfactuals.append(values)
@@ -237,25 +242,14 @@ class EdgeMaskedTransformer(nn.Module):
         """cos and sin [kinds, T, r] of the rotary embedding, None where positions are learned."""
         if self.rotary is None:
             return None
-        ids = torch.arange(length, device=device)[None]
-        kinds = [[] if kind is None else [kind] for kind in self.rotary_kinds]
-        cos, sin = zip(*(self.rotary(self.embedding, ids, *kind) for kind in kinds), strict=True)
-        return torch.cat(cos), torch.cat(sin)
+        return rotary_tables(self.rotary, self.rotary_kinds, self.embedding, length, device)
 
     def _check(
         self, tokens: Tensor, at: Tensor | None = None, mask: Tensor | None = None, attention_mask: Tensor | None = None
     ) -> None:
         check_tokens(tokens, self.max_positions)
-        if self._counterfactual is not None:
-            check_counterfactual(tokens, self._counterfactual.tokens)
-        elif self._means is not None and self._means.dim() == 3:
-            check_reached(self._means, tokens)
-        if at is not None:
-            check_positions(at, tokens)
-        if mask is not None and mask.shape != self.mask.weights.shape:
-            raise UserError(f"a mask has one weight for each of the {len(self.graph):,} edges, not {list(mask.shape)}.")
-        if attention_mask is not None:
-            check_right_padding(attention_mask, tokens)
+        counterfactual = None if self._counterfactual is None else self._counterfactual.tokens
+        check_inputs(tokens, counterfactual, self._means, at, mask, attention_mask, len(self.graph))
 
     def hidden(
         self, tokens: Tensor, at: Tensor | None = None, mask: Tensor | None = None,
@@ -282,17 +276,29 @@ class EdgeMaskedTransformer(nn.Module):
     def _output_read(self, weights: Tensor, constants: Tensor | None, tokens: Tensor) -> Tensor:
         """What `output` reads [N, D], differentiable in the edge weights [E] and in ablation constants [P, D]."""
         backward = weights.requires_grad or constants is not None
-        network, inputs = self._network(), self._inputs(weights.detach(), tokens)
         run = None
         # a captured pass is padded, which must not change positions, and has no values that differ by text
         fixed = not self.rotary_by_length and self._counterfactual is None and self.make_pass is MaskedPass
-        if fixed and self.cuda_graphs.usable(network, tokens):
+        if fixed and self.spread is None and self.cuda_graphs.usable(network := self._network(), tokens):
             run = self.cuda_graphs.replay(
-                network, inputs, self.workspace, backward, constants is not None, self.max_positions, self.rotary_tables
-            )
+                network, self._inputs(weights.detach(), tokens), self.workspace, backward, constants is not None,
+                self.max_positions, self.rotary_tables,
+            )  # fmt: skip
         if run is None:
-            run = self.make_pass(network, inputs, self.workspace, backward, self.prefix_cache)
+            run = self.new_pass(weights.detach(), tokens, backward, self.make_pass, self.prefix_cache)
         return MaskedForward.apply(weights, constants, run)
+
+    def new_pass(
+        self, weights: Tensor, tokens: Tensor, backward: bool = False, make: Callable[..., MaskedPass] = MaskedPass,
+        prefix_cache: PrefixCache | None = None,
+    ) -> MaskedPass | SpreadPass:  # fmt: skip
+        """A pass with a mask [E] over tokens [B, T]; `make` makes that of each device, as `MaskedPass`."""
+        inputs = self._inputs(weights, tokens)
+        if self.spread is None:
+            return make(self._network(), inputs, self.workspace, backward, prefix_cache)
+        inputs = self.spread.inputs(inputs, self._counterfactual or self._spread_values)
+        about = self.workspace, backward, prefix_cache, make, self.gradient_checkpointing
+        return SpreadPass(self.spread, inputs, *about)
 
     def _network(self) -> Network:
         return Network(
@@ -335,13 +341,12 @@ class EdgeMaskedTransformer(nn.Module):
     def node_outputs(self, tokens: Tensor) -> Tensor:
         """Output of every node under the mask in force: [P, B, T, D], in the order of `graph.sources`."""
         self._check(tokens)
-        run = MaskedPass(self._network(), self._inputs(self.mask.weights.detach(), tokens), self.workspace, False)
+        run = self.new_pass(self.mask.weights.detach(), tokens)
         with without_autocast(self.device):
             run.forward()
-        outputs = run.buffers.node_outputs_3d.view(len(self.graph.sources), *tokens.shape, -1)
+        outputs = run.node_outputs().view(len(self.graph.sources), *tokens.shape, -1)
         if self._counterfactual is not None:
             outputs += self.counterfactual_outputs
         elif self._means is not None:
-            means = self._means if self._means.dim() == 2 else self._means[: tokens.shape[1]].transpose(0, 1)
-            outputs += means[:, None, None] if self._means.dim() == 2 else means[:, None]
+            add_means(outputs, self._means)
         return outputs

@@ -13,13 +13,23 @@ from circuit_breaking.engine.network import LayerBlock, Network, Rotary
 
 
 @torch.no_grad()
-def whole_outputs(network: Network, tokens: Tensor, rotary: Rotary | None) -> Tensor:
-    """Outputs of all nodes [P, N, D] on tokens [B, T], with every edge kept."""
-    graph, stream = network.graph, network.embed(tokens)
-    nodes = stream.new_empty(len(graph.sources), *stream.shape)
-    nodes[0] = stream
-    for block, part in zip(network.blocks, graph.layers, strict=True):
-        first, mlp = part.n_earlier_nodes, part.n_earlier_nodes + graph.n_heads
+def whole_outputs(
+    network: Network, tokens: Tensor, rotary: Rotary | None, before: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Outputs of all nodes [P, N, D] on tokens [B, T], with every edge kept, and the residual stream after them [N, D].
+
+    Of a network that is one of several devices' share, only the nodes that write there. `before` is then the residual
+    stream before its layers, for every device but the first; it is overwritten.
+    """
+    graph, stream = network.graph, network.embed(tokens) if before is None else before
+    start = 0 if before is None else network.first_node
+    nodes = stream.new_empty(network.n_nodes - start, *stream.shape)
+    if before is None:
+        nodes[0] = stream
+    layers = [one for group in network.groups for one in enumerate(group.parts, group.first)]
+    for layer, part in layers:
+        block, first = network.blocks[layer], part.n_earlier_nodes - start
+        mlp = first + graph.n_heads
         z = block.attention(block.qkv.of_stream(stream), len(tokens), rotary)
         write_heads(block, z, nodes[first:mlp])
         if graph.parallel:
@@ -29,7 +39,7 @@ def whole_outputs(network: Network, tokens: Tensor, rotary: Rotary | None) -> Te
             stream += nodes[first:mlp].sum(0)
             write_mlp(block, stream, nodes[mlp])
             stream += nodes[mlp]
-    return nodes
+    return nodes, stream
 
 
 def write_heads(block: LayerBlock, z: Tensor, out: Tensor) -> None:

@@ -86,6 +86,7 @@ def open_experiment(settings: IOIMaskSettings) -> Experiment:
         settings.dtype,
         settings.gradient_checkpointing,
         offload=settings.offload,
+        device_map=settings.device_map or None,
     )
     model.ablate_from = settings.ablate_from
     if settings.means is not None:

@@ -46,6 +46,7 @@ class OffloadSettings:
     TITLE: ClassVar[str] = "model"
 
     offload: bool = False  # keep layers in CPU memory and copy them to the GPU one at a time: less GPU memory, slower
+    device_map: tuple[str, ...] = ()  # GPUs to spread the layers over, in place of device: auto (all), or cuda:0 cuda:1
 
 
 @dataclass

@@ -6,7 +6,7 @@ from helpers.masks import TOKENS, make_masks, make_means
 from helpers.models import small_gpt2
 
 from circuit_breaking.engine.load import load_model
-from circuit_breaking.engine.masked_pass import inner_products, products_with
+from circuit_breaking.engine.products import inner_products, products_with
 from circuit_breaking.models.tokens import TokenBatch
 from circuit_breaking.tasks.losses import prediction_losses
 

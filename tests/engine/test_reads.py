@@ -32,7 +32,7 @@ def reads_of(network, mask, means, nodes, form):
     """The reads of a pass whose node outputs are all known, and the buffers that they work in."""
     graph, width = network.graph, network.embedding.shape[1]
     tokens = torch.zeros(BATCH, LENGTH, dtype=torch.long)
-    buffers = PassBuffers.take(Workspace(), graph, len(network.groups[0]), tokens, network.embedding, True)
+    buffers = PassBuffers.take(Workspace(), network, tokens, True)
     buffers.node_outputs_3d.copy_(nodes - means)
     values = AblationValues.of(torch.zeros(len(nodes), 1, width, dtype=torch.float64), means[:, 0], network.n_read)
     about = network, network.mask_matrix(mask), values, buffers, BATCH, LENGTH, 0
@@ -53,11 +53,12 @@ def test_reads_and_their_gradients_are_the_formula(network, form):
     reads, buffers = reads_of(network, mask, means, nodes, form)
     inputs = buffers.reader_inputs
     for group in network.groups:
-        start, end = group[0].first_reader, group[-1].first_reader + group[-1].n_readers
-        reads.read_group(inputs[start:end], start, group[0].n_earlier_nodes)
-        for part in group:
+        parts = group.parts
+        start, end = parts[0].first_reader, parts[-1].first_reader + parts[-1].n_readers
+        reads.read_group(inputs[start:end], start, parts[0].n_earlier_nodes)
+        for part in parts:
             rows = inputs[part.first_reader : part.first_reader + part.n_readers]
-            reads.read_layer(rows, graph.layers.index(part), part, group[0].n_earlier_nodes)
+            reads.read_layer(rows, graph.layers.index(part), part, parts[0].n_earlier_nodes)
             if part.n_same_layer_edges:
                 reads.read_own_heads(rows[-1], part)
     reads.read_output(inputs[-1:])
@@ -72,7 +73,7 @@ def test_reads_and_their_gradients_are_the_formula(network, form):
     layer = graph.n_layers
     for group in reversed(network.groups):
         reads.grad_group(group)
-        for part in reversed(group):
+        for part in reversed(group.parts):
             layer -= 1
             found = reads.grad_nodes(layer, part, group)
             if part.n_same_layer_edges:
