@@ -94,7 +94,7 @@ def _by_name(device_map: Mapping[str, Device], hf: nn.Module, spec: ModelSpec) -
 
     devices = [device_of(names[layer.layer]) for layer in spec.layers]
     for module, name in names.items():
-        if not any(True for _ in module.parameters(recurse=False)):
+        if next(module.parameters(recurse=False), None) is None:
             continue
         layer = _layer_of(name, names, spec.layers)
         wanted = devices[0] if layer is None else devices[layer]
@@ -161,3 +161,8 @@ class SpreadBlocks(Sequence[LayerBlock]):
                 "a model with device_map stays on the devices, and in the type, for which it was loaded. Load it again "
                 "with another device_map or dtype."
             )
+
+
+def placed(blocks: nn.ModuleList, devices: list[torch.device] | None) -> nn.ModuleList | SpreadBlocks:
+    """The blocks of a model, which are on `devices` if that is given: as they are if that is one device."""
+    return SpreadBlocks(blocks, devices) if devices and len({*devices}) > 1 else blocks

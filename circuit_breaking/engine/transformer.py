@@ -19,7 +19,7 @@ from circuit_breaking.engine.arguments import check_ablate_from, check_inputs, c
 from circuit_breaking.engine.blocks import biases_of, make_blocks
 from circuit_breaking.engine.counterfactual import CounterfactualValues, SpreadCounterfactual
 from circuit_breaking.engine.cuda_graphs import CudaGraphCache
-from circuit_breaking.engine.device_map import SpreadBlocks
+from circuit_breaking.engine.device_map import SpreadBlocks, placed
 from circuit_breaking.engine.mask import EdgeMask
 from circuit_breaking.engine.masked_pass import MaskedForward, MaskedPass
 from circuit_breaking.engine.network import Network, PassInputs, Rotary, Workspace, layer_groups, rotary_tables
@@ -80,11 +80,7 @@ class EdgeMaskedTransformer(nn.Module):
         # may drop layers from `spec`
         blocks = make_blocks(spec, split_qkv, source.on_cpu() if offload else source, devices)
         self.register_buffer("biases", biases_of(blocks, self.graph.n_heads, source.device))
-        if offload:
-            blocks = OffloadedBlocks(blocks, source.device)
-        elif len({*(devices or ())}) > 1:
-            blocks = SpreadBlocks(blocks, devices)
-        self.blocks = blocks
+        self.blocks = OffloadedBlocks(blocks, source.device) if offload else placed(blocks, devices)
         self.norm = Norm(spec.final_norm, source)
         self.max_positions, self.head = spec.max_positions, spec.head
         self.plain_head = spec.head.is_plain  # see `models.causal_model`

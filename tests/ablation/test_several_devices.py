@@ -14,7 +14,7 @@ KEYWORDS = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_tok
 
 
 def spread(hf):
-    """Move all layers but the first, the last norm and an untied unembedding to a second device, as `device_map` would."""
+    """Move all layers but the first, the last norm and an untied unembedding to a second device."""
     prefix, tied = hf.base_model_prefix, hf.get_output_embeddings().weight is hf.get_input_embeddings().weight
     places = {"lm_head" if hasattr(hf, "lm_head") else "embed_out": "xpu:0" if tied else "xpu:1"}
     for name, module in hf.base_model.named_children():
@@ -51,9 +51,8 @@ def test_logits_and_generated_text_are_those_on_one_device(model_type, monkeypat
             with ablate(hf, edges, **keywords):
                 devices.moves.clear()
                 assert hf(tokens).logits.cpu().equal(logits)
-                carried = [
-                    size for start, _, size in devices.moves if size > TOKENS.numel() * hf.config.hidden_size * 4
-                ]
-                assert len(carried) == 1  # the stream with the outputs that later layers need
+                stream = TOKENS.numel() * hf.config.hidden_size * 4
+                carried = [size for _, to, size in devices.moves if to == "xpu:1" and size > stream]
+                assert len(carried) == 1  # the stream, and the outputs that later layers need
                 assert hf.generate(tokens, **KEYWORDS).cpu().equal(text)
         assert hf(tokens).logits.cpu().equal(whole)
