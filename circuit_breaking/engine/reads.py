@@ -307,7 +307,8 @@ class RunningSumReads(MaskedReads):
         sums = self._sums_in(grad_nodes)
         sums.copy_(self.running_sum.expand_as(sums))
         readers, sources, excess = self.sparse.edges_out_of(layer)
-        self._add_corrections(sums, sources - part.n_earlier_nodes, self.inputs[readers - first], excess)
+        rows = self.inputs[readers - first if first else readers]
+        self._add_corrections(sums, sources - part.n_earlier_nodes, rows, excess)
         if sums is not grad_nodes:
             grad_nodes.copy_(sums)
         return grad_nodes
