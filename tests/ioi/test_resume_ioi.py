@@ -17,9 +17,10 @@ from circuit_breaking.runs.signals import Stopped
 from circuit_breaking.runs.tensors import read_tensors
 from circuit_breaking.tasks import IOITask
 from circuit_breaking.training import mask_trainer as training
+from circuit_breaking.training.prefix_choice import BATCHES
 
 pytestmark = pytest.mark.skipif(not (TINY / "config.json").is_file(), reason="the shipped model is not in tiny_gpt2")
-STEPS = 7  # of a mask with the quick settings of the other tests
+STEPS = 7 + BATCHES  # of a mask with the quick settings of the other tests: to rank edges, refine, and choose a prefix
 
 
 def stop():
@@ -67,7 +68,7 @@ def cover(data, tmp_path_factory):  # noqa: F811
     return out / "covering"
 
 
-@pytest.mark.parametrize(("step", "how"), [(9, die), (7, stop)])
+@pytest.mark.parametrize(("step", "how"), [(STEPS + 2, die), (STEPS, stop)])
 def test_a_cover_goes_on(data, cover, tmp_path, monkeypatch, step, how):  # noqa: F811
     with monkeypatch.context() as patch, pytest.raises(Killed if how is die else Stopped):
         at(patch, training._Trainer, "step", step, how)
