@@ -21,16 +21,19 @@ from circuit_breaking.runs.signals import Stopped
 from circuit_breaking.runs.tensors import read_tensors
 from circuit_breaking.training import mask_trainer as training
 from circuit_breaking.training.config import MaskConfig
+from circuit_breaking.training.prefix_choice import BATCHES
 
 pytestmark = pytest.mark.usefixtures("coarse_pictures")
 sweep = load_script("toxicity/sweep_masks.py")
 QUICK = MaskConfig(
     steps=8, refine_rounds=3, constants_steps=2, batch_size=3, refine_batch_size=3
 )  # fmt: skip
-RANK, STEPS, CONSTANTS = 8, 11, 2  # steps: of the ranking that budgets share, of a mask, of ablation constants
+GIVEN_STEPS, CONSTANTS = 11, 2  # steps of ablation constants: with random edges, with those of a mask
+RANK, STEPS = 8 + BATCHES, 11 + BATCHES  # steps of the ranking that budgets share, and of a mask
 # steps of the trainings of the sweep below, first to last: what is shared, and what masks do behind it; random edges
 SHARED, LEARNED, FIXED = range(RANK), range(RANK, STEPS + CONSTANTS), range(RANK, STEPS)
-TRAININGS = [SHARED, LEARNED, LEARNED, SHARED, LEARNED, SHARED, FIXED, FIXED, SHARED, FIXED, range(STEPS + CONSTANTS)]
+TRAININGS = [SHARED, LEARNED, LEARNED, SHARED, LEARNED, SHARED, FIXED, FIXED, SHARED, FIXED]
+TRAININGS += [range(GIVEN_STEPS + CONSTANTS)]
 TOTAL = sum(map(len, TRAININGS))
 CONTROLS = {"optimal_2_bias", "optimal_2_added", "optimal_2_mean"}
 
@@ -94,7 +97,8 @@ def test_the_same_seed_gives_the_same_masks_twice(data, whole, tmp_path):  # noq
     assert all(whole[name][3] == whole["optimal_2"][3] for name in CONTROLS)
     for name, (files, rows, _, _) in whole.items():
         untrained = name in CONTROLS or (name in chance and "optimal" not in name)
-        steps = 0 if untrained else STEPS + CONSTANTS if "optimal" in name else STEPS
+        steps = 0 if untrained else GIVEN_STEPS if name in chance else STEPS
+        steps += CONSTANTS if "optimal" in name and not untrained else 0
         assert [row["step"] for row in rows] == list(range(steps))
         assert not any("checkpoint" in file for file in files)
 
@@ -123,7 +127,7 @@ def test_sharing_a_phase_changes_nothing(data, whole):  # noqa: F811
 def test_random_edges_are_all_cut_and_only_what_they_carry_is_learned(data, whole):  # noqa: F811
     _, rows, tensors, edges = whole["random_optimal_2_seed0"]
     assert len(edges) == 2 == len(whole["optimal_2"][3]) and {row["n_cut"] for row in rows} == {2}
-    assert [row["phase"] for row in rows] == ["given"] * STEPS + ["constants"] * CONSTANTS
+    assert [row["phase"] for row in rows] == ["given"] * GIVEN_STEPS + ["constants"] * CONSTANTS
     assert tensors[1]["means"] != whole["optimal_2"][2][1]["means"]
 
 
