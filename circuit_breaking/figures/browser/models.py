@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from circuit_breaking.evaluation.pareto import pareto
+from circuit_breaking.evaluation.report_markdown import COSTS_HEADING
 from circuit_breaking.evaluation.result_files import (
     COSTS,
     EVIDENCE,
@@ -212,4 +213,4 @@ def relearning(folder: Path) -> Section | None:
 def costs(folder: Path) -> Section | None:
     """What making each model cost."""
     found = read_costs(folder) if (folder / COSTS).is_file() else {}
-    return Section("Costs of this run", [Text(COSTS_TEXT), Table(*costs_table(found))]) if found else None
+    return Section(COSTS_HEADING.removeprefix("## "), [Text(COSTS_TEXT), Table(*costs_table(found))]) if found else None
