@@ -26,7 +26,7 @@ from circuit_breaking.runs.config import check_choice
 from circuit_breaking.runs.devices import pick_device, pick_dtype
 from circuit_breaking.tasks.losses import cross_entropy_of_hidden
 
-THREE_LAYERS = {"num_hidden_layers": 3, "vocab_size": 32000}
+THREE_LAYERS = {"num_hidden_layers": 3, "vocab_size": 32000, "bos_token_id": 0, "eos_token_id": 0}
 # name -> family (Hugging Face's `model_type`) and its configuration, where that differs from the family's default
 SHAPES_OF = {
     "tiny": ("gpt2", {
