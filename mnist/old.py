@@ -120,7 +120,7 @@ def get_network(settings: Settings, split: Split, source: str, parts: Checkpoint
         if getattr(record, name) != getattr(settings, name):
             raise UserError(
                 f"{settings.network} was made with {name} {getattr(record, name)}, not {getattr(settings, name)}."
-                f" Give the same --{name}, or leave --network out."
+                f" Give the same --{name.replace('_', '-')}, or leave --network out."
             )
     if network.first.in_features != split.x["train"].shape[1] or record.source != source:
         raise UserError(

@@ -216,7 +216,7 @@ def split_images(images: Images, target_class: int, n_bad: int, seed: int) -> Sp
         names = f"{classes[0]} to {classes[-1]}"
         if len(classes) <= classes[-1] - classes[0]:
             names = ", ".join(map(str, classes))
-        raise UserError(f"--target_class {target_class} is not one of the {len(classes)} classes {names}.")
+        raise UserError(f"--target-class {target_class} is not one of the {len(classes)} classes {names}.")
     generator = torch.Generator().manual_seed(seed)
     # pairs of places among the classes that there are, not of labels, which may have gaps
     order = torch.randperm(len(classes), generator=generator).tolist()
@@ -232,7 +232,7 @@ def split_images(images: Images, target_class: int, n_bad: int, seed: int) -> Sp
     targets = is_target.nonzero().flatten()
     if not 0 < n_bad < len(targets):
         raise UserError(
-            f"--n_bad {n_bad} does not fit: the test set has {len(targets)} images of class {target_class}, and"
+            f"--n-bad {n_bad} does not fit: the test set has {len(targets)} images of class {target_class}, and"
             f" at least one must be taken and one held out."
         )
     if untested := [mate for mate in mates if not (images.test_y == mate).any()]:

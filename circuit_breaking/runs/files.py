@@ -266,7 +266,7 @@ def read_text(path: Path | str, hint: str = CHECK) -> str:
         raise UserError(f"cannot read {path}: {error.strerror or error}. {hint}") from error
     # in UTF-16, every second byte of a line feed and of most letters is zero
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in data:
-        kind = "UTF-16 text" if len(data) % 2 == 0 and _is_utf16(data) else "a binary file"
+        kind = "UTF-16 or UTF-32 text" if len(data) % 2 == 0 and _is_utf16(data) else "a binary file"
         raise UserError(f"{path} is not UTF-8 text but {kind}. Save it as UTF-8, or set the path of another file.")
     try:
         return data.decode("utf-8-sig")

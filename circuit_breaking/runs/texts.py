@@ -72,13 +72,19 @@ def column_texts(rows: Iterable[Any], column: str, source: str, hint: str = CHEC
             )
         value = row[column]
         if value is not None and not is_text(value):
-            what = "text that UTF-8 cannot encode" if isinstance(value, str) else f"{type(value).__name__}, not text"
-            raise UserError(f"{source}, row {number}: column {column!r} holds {what}. {hint}")
+            raise UserError(f"{source}, row {number}: column {column!r} holds {describe_no_text(value)}. {hint}")
         if value and (text := value.strip()):
             texts.append(text)
     if not texts:
         raise UserError(f"{source} holds no text in column {column!r}. {hint}")
     return texts
+
+
+def describe_no_text(value: Any) -> str:
+    """What a field that should hold text holds instead, for error messages. See `files.is_text`."""
+    if isinstance(value, str):
+        return "text that UTF-8 cannot encode"  # half of a pair of surrogates, written as an escape in JSON
+    return "null, not text" if value is None else f"{type(value).__name__}, not text"
 
 
 def _is_object(line: str) -> bool:

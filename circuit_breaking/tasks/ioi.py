@@ -116,7 +116,7 @@ class IOITask(PromptTask):
     ) -> None:
         found = [read_prompts(source) if isinstance(source, str | Path) else list(source) for source in (train, test)]
         if both := {prompt.text for prompt in found[0]} & {prompt.text for prompt in found[1]}:
-            raise UserError(f"{len(both)} prompts are both in the training and the held-out data. {PROMPTS_HINT}")
+            raise UserError(f"prompts that are both in the training and the held-out data: {len(both)}. {PROMPTS_HINT}")
         found[0] = found[0][:examples]
         if not all(found):
             raise UserError(f"there are no {'held-out' if found[0] else 'training'} prompts. {PROMPTS_HINT}")

@@ -9,6 +9,7 @@ from circuit_breaking.errors import UserError
 from circuit_breaking.models.shipped import TEXT
 from circuit_breaking.models.tokens import encode, prefix_token
 from circuit_breaking.runs.files import is_text, read_jsonl
+from circuit_breaking.runs.texts import describe_no_text
 from circuit_breaking.tasks.base import TextTask
 from circuit_breaking.tasks.data import TOXIC_HINT
 
@@ -19,8 +20,10 @@ def read_examples(path: Path | str) -> list[Example]:
     """`text` and, where there is one, `prompt` of every row of a JSON Lines file. Raises `UserError` for bad rows."""
     rows = read_jsonl(path, TOXIC_HINT)
     for number, row in enumerate(rows, 1):
-        if not isinstance(row, dict) or not is_text(row.get("text")):
-            raise UserError(f"{path}, row {number}: there is no 'text' with text in it. {TOXIC_HINT}")
+        if not isinstance(row, dict) or "text" not in row:
+            raise UserError(f"{path}, row {number}: there is no 'text'. {TOXIC_HINT}")
+        if not is_text(row["text"]):
+            raise UserError(f"{path}, row {number}: 'text' holds {describe_no_text(row['text'])}. {TOXIC_HINT}")
         if not is_text(row.get("prompt", "")) or not row["text"].startswith(row.get("prompt", "")):
             raise UserError(f"{path}, row {number}: the 'prompt' is not the beginning of the 'text'. {TOXIC_HINT}")
     if not rows:
@@ -60,7 +63,9 @@ class ToxicTask(TextTask):
             for name, source in (("train", train), ("test", test))
         }
         if both := {text for text, _ in examples_of["train"]} & {text for text, _ in examples_of["test"]}:
-            raise UserError(f"{len(both)} texts are both in the training and the held-out toxic data. {TOXIC_HINT}")
+            raise UserError(
+                f"texts that are both in the training and the held-out toxic data: {len(both)}. {TOXIC_HINT}"
+            )
         random.Random(seed).shuffle(examples_of["train"])
         examples_of["train"] = examples_of["train"][:examples]
         prefix = prefix_token(tokenizer)

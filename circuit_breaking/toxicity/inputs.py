@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from circuit_breaking.errors import UserError
 from circuit_breaking.models.tokens import TokenBatch, pad_right, prefix_token
 from circuit_breaking.runs.files import is_text, read_jsonl
+from circuit_breaking.runs.texts import describe_no_text
 from circuit_breaking.tasks.data import TOXIC_HINT
 
 
@@ -14,18 +16,23 @@ def read_prompt_rows(path: Path | str, count: int | None = None) -> list[tuple[s
     """The first rows of a JSON Lines file: the `prompt` of a row and True, or, if it has none, its `text` and False.
 
     Raises:
-        UserError: the file is missing, empty or damaged, or a row has neither.
+        UserError: the file is missing, empty or damaged, a row has neither, or it holds something else than text.
     """
     rows = []
     for number, row in enumerate(read_jsonl(path, TOXIC_HINT)[:count], 1):
-        text = row.get("prompt", row.get("text")) if isinstance(row, dict) else None
-        if not is_text(text):
+        names = [name for name in ("prompt", "text") if isinstance(row, dict) and name in row]
+        if not names:
             raise UserError(f"{path}, row {number}: there is neither a 'prompt' nor a 'text'. {TOXIC_HINT}")
-        rows.append((text, "prompt" in row))
+        text = row[names[0]]
+        if not is_text(text):
+            raise UserError(f"{path}, row {number}: {names[0]!r} holds {describe_no_text(text)}. {TOXIC_HINT}")
+        rows.append((text, names[0] == "prompt"))
     return rows
 
 
-def load_prompts(tokenizer: Any, source: Path | str | Sequence[str], count: int, first_tokens: int) -> TokenBatch:
+def load_prompts(
+    tokenizer: PreTrainedTokenizerBase, source: Path | str | Sequence[str], count: int, first_tokens: int
+) -> TokenBatch:
     """The first `count` prompts of a source, each behind the prefix token.
 
     Args:

@@ -192,9 +192,9 @@ def test_parts_of_a_split_are_disjoint():
     assert not bad & {row.numpy().tobytes() for row in split.pick("test target")[0]}
     again = split_images(images, 3, 30, seed=1)
     assert torch.equal(split.pick("bad examples")[0], again.pick("bad examples")[0])
-    with pytest.raises(UserError, match="--target_class 10 is not one of the 10"):
+    with pytest.raises(UserError, match="--target-class 10 is not one of the 10"):
         split_images(images, 10, 30, seed=0)
-    with pytest.raises(UserError, match="--n_bad 66 does not fit"):
+    with pytest.raises(UserError, match="--n-bad 66 does not fit"):
         split_images(images, 3, sizes["bad examples"] + sizes["test target"], seed=0)
 
 
@@ -220,7 +220,7 @@ def test_labels_with_gaps_make_pairs_of_the_classes_that_there_are(tmp_path, cla
         accuracies = split.accuracies(lambda x: torch.zeros(len(x), dtype=torch.long))
         assert all(0 <= share <= 1 for share in accuracies.values())  # no set is empty
     for absent in (-1, 8, 201):
-        with pytest.raises(UserError, match=rf"--target_class {absent} is not one of the {len(classes)} classes"):
+        with pytest.raises(UserError, match=rf"--target-class {absent} is not one of the {len(classes)} classes"):
             split_images(images, absent, 2, 0)
 
 

@@ -146,9 +146,9 @@ def test_same_seed_same_mask(tmp_path):
     ("change", "says"),
     [
         ({"steps": 0}, "--steps is 0"),
-        ({"max_edges": -1}, "--max_edges is -1"),
-        ({"target_class": 10}, "--target_class 10"),
-        ({"n_bad": 10_000}, "--n_bad 10000"),
+        ({"max_edges": -1}, "--max-edges is -1"),
+        ({"target_class": 10}, "--target-class 10"),
+        ({"n_bad": 10_000}, "--n-bad 10000"),
         ({"run": "../x"}, "plain folder name"),
         ({"device": "cuda:99"}, "device 'cuda:99' cannot be used"),
     ],

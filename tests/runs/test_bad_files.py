@@ -109,20 +109,24 @@ LONE = json.dumps("a \ud800 b")
 
 
 @pytest.mark.parametrize(
-    "load, row",
+    "load, row, message",
     [
-        (read_examples, f'{{"text": {LONE}}}'),
-        (read_uniform, f'{{"text": {LONE}, "toxicity": 0.5}}'),
-        (read_uniform, '{"text": "a", "toxicity": NaN}'),
-        (read_uniform, '{"text": "a", "toxicity": true}'),
-        (read_prompts, f'{{"text": {LONE}, "IO": "A", "S": "B"}}'),
-        (read_prompts, f'{{"text": "a", "IO": {LONE}, "S": "B"}}'),
-        (read_prompt_rows, f'{{"prompt": {LONE}}}'),
+        (read_examples, f'{{"text": {LONE}}}', "row 1: 'text' holds text that UTF-8 cannot encode"),
+        (read_examples, '{"text": 3}', "row 1: 'text' holds int, not text"),
+        (read_examples, '{"id": 3}', "row 1: there is no 'text'"),
+        (read_uniform, f'{{"text": {LONE}, "toxicity": 0.5}}', "row 1"),
+        (read_uniform, '{"text": "a", "toxicity": NaN}', "row 1"),
+        (read_uniform, '{"text": "a", "toxicity": true}', "row 1"),
+        (read_prompts, f'{{"text": {LONE}, "IO": "A", "S": "B"}}', "row 1"),
+        (read_prompts, f'{{"text": "a", "IO": {LONE}, "S": "B"}}', "row 1"),
+        (read_prompt_rows, f'{{"prompt": {LONE}}}', "row 1: 'prompt' holds text that UTF-8 cannot encode"),
+        (read_prompt_rows, '{"prompt": null, "text": "a"}', "row 1: 'prompt' holds null, not text"),
+        (read_prompt_rows, '["a"]', "row 1: there is neither a 'prompt' nor a 'text'"),
     ],
 )
-def test_rows_that_no_tokenizer_takes(tmp_path, load, row):
+def test_rows_that_no_tokenizer_takes(tmp_path, load, row, message):
     (tmp_path / "rows").write_text(row)
-    refused(load, tmp_path / "rows", "row 1")
+    refused(load, tmp_path / "rows", message)
 
 
 def test_texts():

@@ -48,7 +48,7 @@ def test_a_byte_order_mark_is_no_text(tmp_path):
 @pytest.mark.parametrize("name", ["x.txt", "x.csv"])
 def test_utf16_is_refused(tmp_path, encoding, name):
     (tmp_path / name).write_bytes("text\r\nA plain sentence.\r\n".encode(encoding))
-    refused(tmp_path / name, "is not UTF-8 text but UTF-16 text. Save it as UTF-8")
+    refused(tmp_path / name, "is not UTF-8 text but UTF-16 or UTF-32 text. Save it as UTF-8")
 
 
 def test_a_binary_file_is_refused(tmp_path):

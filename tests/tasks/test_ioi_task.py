@@ -125,7 +125,7 @@ def test_prompts_that_cannot_be_read(tmp_path, tokenizer):
 def test_prompts_that_do_not_fit(tokenizer):
     with pytest.raises(UserError, match=r"' Gwendolyn' is \d+ tokens after .* and not one.*make_ioi_datasets"):
         IOITask(tokenizer, PROMPTS[:4], [Prompt("Mary gave", "Gwendolyn", "Mary")])
-    with pytest.raises(UserError, match="2 prompts are both in the training and the held-out"):
+    with pytest.raises(UserError, match="prompts that are both in the training and the held-out data: 2"):
         IOITask(tokenizer, PROMPTS[:4], PROMPTS[2:6])
     with pytest.raises(UserError, match="no held-out prompts"):
         IOITask(tokenizer, PROMPTS[:4], [])

@@ -146,7 +146,7 @@ def test_no_held_out_text_is_seen_in_training(tmp_path, tokenizer):
         size = len(task.train)
         seen = {text for _ in range(3) for text in texts_of(tokenizer, task.draw(size))}
         assert len(seen) == size and not seen & held_out
-    with pytest.raises(UserError, match="2 texts are both in the training and the held-out"):
+    with pytest.raises(UserError, match="texts that are both in the training and the held-out toxic data: 2"):
         ToxicTask(tokenizer, RUDE[:100], RUDE[98:])
 
 
@@ -190,7 +190,7 @@ def test_toxic_text_that_cannot_be_read(tmp_path, tokenizer):
         "damaged": "line 3: not JSON",
         "empty": "holds no rows",
         "other": "row 1: there is no 'text'",
-        "number": "row 1: there is no 'text'",
+        "number": "row 1: 'text' holds int, not text",
         "blank": "none has a token",
     }.items():
         for train, test in ((f"{name}.jsonl", "train.jsonl"), ("train.jsonl", f"{name}.jsonl")):
