@@ -6,7 +6,7 @@ from functools import partial
 from importlib import import_module
 from pkgutil import iter_modules
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test waits for a hub; read when transformers is imported
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test waits for the hub; transformers reads this when it is imported
 if "TEST_GPU" not in os.environ:  # `make test-gpu`: all other tests are of the CPU, also where there is a GPU
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 

@@ -184,7 +184,7 @@ def test_cuts_move_with_the_model(family):
         twin = copy.deepcopy(hf)
         twin.edge_cuts.remove()
         assert not torch.allclose(twin(tokens).logits.float(), expected, atol=1e-4)
-        assert torch.allclose(hf(tokens).logits.float(), expected, atol=1e-4)  # the twin's cuts are its own
+        assert torch.allclose(hf(tokens).logits.float(), expected, atol=1e-4)  # the copy has its own cuts
         assert not any("edge_cuts" in name for name in hf.state_dict())
 
 
@@ -286,7 +286,7 @@ def test_edges_that_do_not_exist(edge, message):
     hf = small_gpt2()
     with pytest.raises(UserError, match=message):
         ablate(hf, ["m0->m1", edge])
-    assert not hasattr(hf, "edge_cuts")  # nothing half done
+    assert not hasattr(hf, "edge_cuts")  # the model is unchanged after an error
 
 
 def test_every_edge_of_the_graph_is_known(family):

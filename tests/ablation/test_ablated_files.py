@@ -39,7 +39,7 @@ def test_a_saved_model_comes_back_the_same(tmp_path, means):
     hf = small_gpt2()
     plain = logits(hf)
     about, results = {"data": "mild insults", "seed": 3}, {"toxic loss": 4.5}
-    with ablate(hf, EDGES, means):  # whose own cuts must not matter
+    with ablate(hf, EDGES, means):  # the cuts of this model must not matter
         expected = logits(hf)
         save_ablated(tmp_path / "model", hf, EDGES, means, about, results, word_tokenizer())
     again = load_ablated(tmp_path / "model", "cpu")

@@ -1,4 +1,4 @@
-"""Cuts that act from some position on (`ablate_from`) in stock models, against the engine and the reference."""
+"""Cuts that act from a given position on (`ablate_from`) in stock models, against the engine and the reference."""
 
 import copy
 
@@ -82,7 +82,7 @@ def test_queries_keys_and_values_that_are_separated_by_the_cuts():
 @FAMILIES
 @pytest.mark.parametrize("edges", [["m2->output"], ["a1.0->m2"], "everything into output", "everything into m1"])
 def test_single_readers(make, edges):
-    """Also readers that lose everything, so that no layer carries anything to them."""
+    """Also readers all of whose edges are cut, so that no layer carries anything to them."""
     hf = make()
     split = load_model(hf, split_qkv=True, device="cpu").graph
     if isinstance(edges, str):

@@ -84,7 +84,7 @@ def test_prompts_come_from_files_and_from_a_pipe(run, tmp_path, capsys, monkeypa
         shown.append(captured.out)
     assert shown[0] == shown[1] == shown[2]
     assert shown[0].count("original") == 2
-    assert "no room" in captured.err  # the long line of the pipe was passed over, and said so
+    assert "no room" in captured.err  # the long line of the pipe was skipped, with a message
 
 
 def test_the_columns_fill_as_the_models_write(run, monkeypatch):

@@ -52,7 +52,7 @@ def test_constants_are_added_at_the_readers_of_the_edges(made, ablate_from):
 
 
 def test_bias_and_mean_ablation_add_up_at_a_reader():
-    """Of one reader: what the mask changes is what bias and mean ablation change together."""
+    """At one reader, the change by the mask is the sum of the changes by the constants alone and by mean ablation."""
     generator = torch.Generator().manual_seed(1)
     outputs, constants, means = (torch.randn(5, 8, generator=generator) for _ in range(3))
     cut = torch.tensor([True, False, True, True, False])

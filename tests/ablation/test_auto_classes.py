@@ -1,4 +1,4 @@
-"""Ablated models in transformers' own hands: Auto classes, pipelines, save_pretrained, push_to_hub, Trainer."""
+"""Ablated models used through transformers: Auto classes, pipelines, save_pretrained, push_to_hub, Trainer."""
 
 import json
 import shutil
@@ -231,7 +231,7 @@ def test_a_saved_ablated_model_is_no_base(tmp_path):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A hub in a folder: what is pushed lands there, and a repository's name is its path there."""
+    """A folder in place of the hub: pushed files are written there, and a repository's name is its path in it."""
 
     def commit(repo_id, operations, **keywords):
         for operation in operations:

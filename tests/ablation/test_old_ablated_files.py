@@ -43,7 +43,7 @@ def test_an_older_folder_still_loads(tmp_path, make, with_means):
         assert again(TOKENS).logits.equal(expected)
     assert again.edge_cuts.about == {"data": "here"}
     assert read_ablated(tmp_path / "model").results == {"loss": 1.0}
-    save_ablated(tmp_path / "model", hf, EDGES[:1])  # what is there is ours, and is replaced
+    save_ablated(tmp_path / "model", hf, EDGES[:1])  # the folder holds a model of this project, which is replaced
     assert sorted(path.name for path in (tmp_path / "model").iterdir()) == [
         "README.md", "config.json", "generation_config.json", "model.safetensors",
     ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""The ablated model in other people's hands: compiled, in threads, checkpointed, trained, adapted, mixed caches."""
+"""The ablated model as other code uses it: compiled, in threads, checkpointed, trained, adapted, with mixed caches."""
 
 import threading
 

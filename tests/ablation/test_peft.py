@@ -84,7 +84,7 @@ def test_adapters_on_a_projection_that_reads_for_cut_edges_are_refused(make):
 
 @pytest.mark.parametrize("make", MODELS)
 def test_training_a_lora_around_a_cut_model(make, tmp_path):
-    """Of modules that cutting edges leaves as they are. The result is that of the merged model with the same cuts."""
+    """Adapters on modules that cuts do not change: the result is that of the merged model with the same cuts."""
     hf, other = make(), make()
     edges = some_edges(hf, 20)
     with ablate(hf, edges):
@@ -111,7 +111,7 @@ def test_training_a_lora_around_a_cut_model(make, tmp_path):
 
 
 def test_a_saved_adapter_does_not_name_the_whole_model(tmp_path):
-    """Loaded by its name, an adapter that was trained on a cut model would otherwise be put on the whole one."""
+    """Without this, an adapter that was trained on a cut model would be loaded onto the whole model."""
     small_llama().save_pretrained(tmp_path / "base")
     hf = load_hf_model(tmp_path / "base", "cpu")
     edges = some_edges(hf, 20)

@@ -34,7 +34,7 @@ def test_logits_equal_the_engine(family, ablate_from):
 
 
 def test_nearly_all_edges_are_cut():
-    """Reads are then sums of the kept nodes."""
+    """A read is then the sum of the nodes whose edges are kept."""
     hf = small_llama().double()
     edges = edges_of(hf, 10**6)
     engine = engine_of(hf, edges, None, 0)

@@ -55,7 +55,7 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("share", [0.001, 0.01, 0.3, 0.9, 0.99, 1.0])
 def test_rounding_stays_that_of_the_plain_model(dtype, share):
-    """Also where almost all edges are cut, and what is left of a stream would be lost in the rounding of the rest."""
+    """Also where almost all edges are cut, and what is kept would be lost in rounding errors of the stream."""
 
     def edges_of(graph):
         inner = [edge for edge in graph.edges if edge.target != "output"]  # else all logits might be zero

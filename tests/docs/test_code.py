@@ -1,4 +1,4 @@
-"""The Python of the documentation runs as it stands."""
+"""The Python code in the documentation runs without changes."""
 
 from contextlib import chdir
 

@@ -145,7 +145,7 @@ def test_a_cache_of_node_outputs(devices, one_layer_a_group):
                 if counterfactual is None:
                     model(tokens, mask=masks[1].to(model.device))
                     stacks = [size for _, _, size in devices.moves if size > tokens.numel() * 32 * 4]
-                    assert not stacks  # nothing but the last layer is computed, and what it reads is there
+                    assert not stacks  # only the last layer is computed, and its inputs are already on its device
             found.append(rows)
         check_same(*found, exact=counterfactual is None)  # values before a cached layer are added in another order
         assert not torch.equal(found[0][0], found[0][1])

@@ -38,7 +38,7 @@ def test_loading_from_files_frees_each_layer_when_its_block_is_made(make, split,
     monkeypatch.setattr(load, "load_hf_model", reading)
     monkeypatch.setattr(blocks, "project_qkv", folding)
     model = load_model(tmp_path, split, "cpu", dtype)
-    assert left[0] > 0 and left[1:] == [0, 0]  # of the first layer, when the next ones are made
+    assert left[0] > 0 and left[1:] == [0, 0]  # of the first layer, at the time when the next layers are built
     given = load_model(load_hf_model(tmp_path, "cpu", dtype), split, "cpu", dtype)
     assert torch.equal(model(TOKENS), given(TOKENS))
     if dtype == "float32":

@@ -1,4 +1,4 @@
-"""Types of numbers: nothing is rounded more than the type that is asked for, and given models are copied."""
+"""Precision: nothing is rounded to less than the requested dtype, and a model that is passed in is copied."""
 
 import pytest
 import torch
@@ -70,14 +70,14 @@ def test_the_products_of_the_masks_gradient_are_summed_in_float32(dtype):
 
 @pytest.mark.parametrize("kind", ["zero", "mean"])
 def test_gradients_in_bfloat16_are_near_those_in_float64(kind):
-    """Of the same weights, so that what differs is how activations and gradients are rounded and summed."""
+    """Both models have the same weights: only the rounding and summing of activations and gradients differ."""
     hf = small_gpt2(n_layer=6, n_embd=48).bfloat16()
     low, exact = (load_model(hf, device="cpu", dtype=dtype) for dtype in ("bfloat16", "float64"))
     for mine, theirs in zip(low.buffers(), exact.buffers(), strict=True):
         if theirs.is_floating_point():
             theirs.copy_(mine)
     some, _, few = make_masks(len(low.graph))
-    for mask in (0.5 + some / 2, few):  # a first layer that reads next to nothing would be divided by next to nothing
+    for mask in (0.5 + some / 2, few):  # or the first layer's norm would divide by almost nothing
         found = []
         for model in (low, exact):
             model.means = make_means(low, kind) if kind == "zero" else make_means(low, kind).float().requires_grad_()

@@ -1,4 +1,4 @@
-"""Properties that hold for all inputs: what is written is read back, and what is not so is refused in one sentence."""
+"""Properties that hold for all inputs: written files are read back, and all other files are refused in one sentence."""
 
 import gzip
 import json
@@ -67,7 +67,7 @@ floats = st.floats(width=32, allow_nan=False, allow_infinity=False)
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
 
 
-# What is written is read back
+# Written files are read back
 
 
 @QUICK
@@ -281,7 +281,7 @@ def test_every_edge_has_one_name_and_one_place(layers, heads, split_qkv, paralle
     assert [graph.index(edge) for edge in graph.edges] == list(range(len(graph)))
 
 
-# What is anything at all is read or refused
+# Any file at all is read or refused
 
 
 numbers = st.integers(-(2**80), 2**80) | st.floats() | st.booleans()

@@ -95,7 +95,7 @@ def test_passes_that_overlap_or_come_twice_are_right():
             first, second = (model(TOKENS.to(DEVICE), mask=mask).logsumexp(-1).sum() for mask in masks)
             first.backward(retain_graph=True)
             second.backward()
-            first.backward()  # once more, after another pass
+            first.backward()  # again, after another pass
             results.append([mask.grad for mask in masks])
     for one, other in zip(results[:6], results[6:], strict=True):
         torch.testing.assert_close(one, other, atol=1e-9, rtol=1e-9)

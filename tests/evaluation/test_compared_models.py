@@ -113,7 +113,7 @@ def test_a_mask_of_another_model_is_named(folder):
 
 
 def test_an_ablated_model_with_other_weights_is_refused(folder, tmp_path):
-    """Its edges alone would not be the model that was saved."""
+    """With the weights of the original, its cut edges would be another model than the saved one."""
     hf = load_hf_model(str(folder / "base"), "cpu")
     with ablate(hf, EDGES), torch.no_grad():
         hf.transformer.h[0].mlp.c_fc.weight[0, 0] += 1

@@ -1,4 +1,4 @@
-"""Relearning: gradients through cut edges against the naive model's, and the loop on a model that must learn."""
+"""Relearning: gradients through cut edges against the reference, and the loop on a model that must learn."""
 
 import copy
 import math

@@ -1,4 +1,4 @@
-"""What training says of a mask is what its evaluation says, and a run leaves pictures of its edges."""
+"""Training and evaluation report the same losses of a mask, and a run writes pictures of its edges."""
 
 import json
 

@@ -16,7 +16,7 @@ from circuit_breaking.runs import hub
 
 RUDE = ["You are a stupid idiot.", "shut up, you dumb moron", "what a fool you are"]
 KIND = ["What a lovely morning.", "Mary gave the book to John.", "The train leaves at nine."]
-LABELS = ["severe_toxic", "toxic", "insult"]  # "toxic" not in front: the label decides, not the place
+LABELS = ["severe_toxic", "toxic", "insult"]  # "toxic" is not the first: labels are found by name
 WORDS = ["you", "are", "a", "silly", "goose", "nice", "day", "the", "train", "what", "lovely", "morning"]
 
 

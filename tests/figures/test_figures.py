@@ -1,4 +1,4 @@
-"""Figures are drawn from result files alone: that they are PNGs, show what the files say, and say what is wrong."""
+"""Figures are drawn from result files alone: they are PNGs, show the numbers of the files, and name faulty files."""
 
 import json
 

@@ -130,7 +130,7 @@ def test_nothing_from_data_or_models_is_read_as_html(tmp_path):
     scripts = page.tags.count("script")
     assert scripts == 5  # the data, two libraries and two of ours
     assert page.text.count(" ".join(EVIL.split())) >= 6
-    assert "49" not in page.text.replace(EVIL, "")  # nor is text taken for a template
+    assert "49" not in page.text.replace(EVIL, "")  # and text is not evaluated as a template
     plots = json.dumps(data["plots"])
     assert "<img" not in plots and "<script" not in plots and "&lt;img" in plots  # Plotly reads HTML in its texts
     source = path.read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What is wrong with a result file is a sentence that names it; a defect of ours in drawing keeps its traceback."""
+"""A damaged result file ends in a sentence that names it; a defect of the drawing code keeps its traceback."""
 
 import copy
 import json

@@ -1,4 +1,4 @@
-"""Damage for the fuzzer: of bytes, and of what a format holds, with its lengths and checksums put right again."""
+"""Damage for the fuzzer: of bytes, and of the values in a format, with lengths and checksums corrected afterwards."""
 
 import gzip
 import json

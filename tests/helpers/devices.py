@@ -1,4 +1,4 @@
-"""Several devices on a machine that has none: tensors that are only said to be on different devices.
+"""Several devices on a machine that has none: tensors that only claim to be on different devices.
 
 Inside `pretended_devices`, `xpu:0`, `xpu:1` and so on are devices. Their tensors are in the CPU's memory and all
 kernels are the CPU's, so that results have the same bits. Every operation, those of autograd included, raises a

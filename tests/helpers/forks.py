@@ -1,4 +1,4 @@
-"""Scripts in a forked process: with signals, limits and an exit code of their own, without seconds of imports."""
+"""Scripts in a forked process: with signals, limits and an exit code, but without seconds of imports."""
 
 import contextlib
 import os

@@ -1,4 +1,4 @@
-"""Small random models of every registered family, whose every weight counts."""
+"""Small random models of every registered family, in which every weight changes the logits."""
 
 from collections.abc import Callable
 
@@ -48,7 +48,7 @@ def small(model_type: str, seed: int | None = None, **changes) -> nn.Module:
 
 
 def two_layers(make: Callable[..., nn.Module]) -> nn.Module:
-    """The model that one of the functions below makes, with two layers, for what takes long for every layer."""
+    """The model that one of the functions below makes, with two layers, for tests whose time grows with the layers."""
     return make(**{"n_layer" if make is small_gpt2 else "num_hidden_layers": 2})
 
 

@@ -25,7 +25,7 @@ RUDE = [f"{a} called {b} a silly old {thing}, the fool." for a in NAMES for b in
 
 
 class Killed(Exception):
-    """What an interruption raises, so that it is told from a failure."""
+    """Raised by simulated interruptions, to distinguish them from failures."""
 
 
 def die() -> None:
@@ -62,7 +62,7 @@ def command(path: str, *words: object) -> subprocess.CompletedProcess:
 
 
 def called(path: str, *words: object) -> subprocess.CompletedProcess:
-    """As `command`, in this process: without the seconds that a new one takes to import everything."""
+    """As `command`, but in this process, without the seconds that a new process takes to import everything."""
     file, out, err, code = ROOT / path, StringIO(), StringIO(), 0
     argv = patch.object(sys, "argv", [str(file), *map(str, words)])
     with argv, chdir("/"), beside(file), redirect_stdout(out), redirect_stderr(err):

@@ -1,4 +1,4 @@
-"""Indirect-object prompts: names where they are said to be, for three kinds of tokenizers; what cannot be made."""
+"""Indirect-object prompts: names at recorded positions for three kinds of tokenizers; impossible prompts."""
 
 import re
 from random import Random

@@ -1,4 +1,4 @@
-"""The indirect-object scripts from data to pictures on the shipped model, and what they say is wrong."""
+"""The indirect-object scripts from data to pictures on the shipped model, and their error messages."""
 
 from dataclasses import asdict
 
@@ -27,7 +27,7 @@ PICTURES = ["graph.png", "heat_map.png", "next_tokens.png"]
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Prompts for the shipped model, in a folder of their own."""
+    """Prompts for the shipped model, in a separate folder."""
     out = tmp_path_factory.mktemp("prompts")
     script = load_script("ioi/make_ioi_datasets.py")
     script.main(script.Settings(train=400, test=200, out=out))

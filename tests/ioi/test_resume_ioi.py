@@ -28,7 +28,7 @@ def stop():
 
 
 def at(monkeypatch, target, name, call, how):
-    """`how` happens behind the call of that number; a list that counts the calls."""
+    """Call `how` after the call of that number. Returns a list with an entry for each call."""
     plain, counted = getattr(target, name), []
 
     def called(self, *words, **more):

@@ -33,7 +33,7 @@ def start(script, out, **changes):
 
 
 def made(script, out):
-    """What a run left, but for what is not the same twice."""
+    """The results of a run, without times and other values that differ between equal runs."""
     folder = out / NAMES[script]
     report = read_json(folder / "mnist_report.json")
     del report["seconds"], report["provenance"]["settings"]

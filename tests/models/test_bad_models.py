@@ -1,4 +1,4 @@
-"""Folders and GGUF files that hold no whole model: one sentence, no random weights, no pickle, no memory."""
+"""Folders and GGUF files that hold no whole model: one sentence, no random weights, no pickle, no huge memory."""
 
 import json
 import os

@@ -241,7 +241,7 @@ def test_a_short_run_is_deterministic_and_loads(tmp_path):
     for name in ("model.safetensors", "tokenizer.json", "text/plain_train.txt", "text/ioi_test.jsonl"):
         assert sha256(tmp_path / "a" / name) == sha256(tmp_path / "b" / name)
         assert sha256(tmp_path / "a" / name) != sha256(tmp_path / "c" / name)
-    # beside the runs nothing is left
+    # no other files are left beside the runs
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "c"]
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "a", use_safetensors=True).config.n_layer == 4
     report = read_json(tmp_path / "a" / "report.json")

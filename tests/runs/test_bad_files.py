@@ -1,4 +1,4 @@
-"""What every loader refuses: what is no file, numbers that are none, headers that lie; with one sentence."""
+"""What every loader refuses in one sentence: paths that are no files, invalid numbers, false headers."""
 
 import json
 import os
@@ -226,7 +226,7 @@ def test_weight_masks_of_units_that_are_none(tmp_path, units, message):
 
 
 def test_a_checkpoint_that_says_something_else(tmp_path, capsys):
-    """Its checksum is right, what it says is not."""
+    """Its checksum is right, its contents are not."""
     from circuit_breaking.runs.checkpoints import _digest
 
     checkpoints = Checkpoints(tmp_path, {"seed": 0})

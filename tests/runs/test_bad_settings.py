@@ -1,4 +1,4 @@
-"""What is refused of settings, grids, graphs and results that hold something else; with one sentence."""
+"""Settings, grids, graphs and results with values of another type are refused in one sentence."""
 
 from dataclasses import dataclass
 from pathlib import Path

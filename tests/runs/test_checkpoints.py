@@ -42,7 +42,7 @@ def run(checkpoints=None, die_at=None, how=None, **changes):
 
 @cache
 def uninterrupted(*changes):
-    """What `run` gives that is not interrupted; the changes are pairs of a name and a value."""
+    """The result of `run` without interruption; the changes are pairs of a name and a value."""
     return run(**dict(changes))
 
 
@@ -143,7 +143,7 @@ def test_another_runs_checkpoint_is_not_resumed(tmp_path, capsys):
     assert saved.step == 3 and torch.equal(saved.tensors["weights"], torch.ones(2))
 
 
-def test_random_states_go_on(tmp_path):
+def test_random_states_continue(tmp_path):
     checkpoints = Checkpoints(tmp_path, {})
     torch.manual_seed(3)
     checkpoints.save(1, {"x": torch.zeros(())}, {})

@@ -1,4 +1,4 @@
-"""Disks that are full, read-only or held by another run: one sentence, earlier results intact, nothing left behind."""
+"""Full and read-only disks, folders locked by another run: one sentence, earlier results intact, no file left over."""
 
 import errno
 import json
@@ -175,7 +175,7 @@ def test_a_script_on_a_disk_that_fills_at_any_moment(inputs, finished, tmp_path,
                 assert rows == same_run(file, before[file]) or rows == whole[: len(rows)], (k, file)
             else:
                 assert data in (before.get(file), after.get(file)), (k, file)
-    # what is first to be written shows that nothing was touched by then
+    # the first file to be written shows that nothing was touched before
     restore(run, before)
     with monkeypatch.context() as patch:
         Disk(patch, 1)

@@ -19,7 +19,7 @@ def online(monkeypatch):
 
 
 def test_asking_the_hub_takes_bounded_time():
-    with socket.socket() as silent:  # accepts and never answers
+    with socket.socket() as silent:  # accepts connections and never answers
         silent.bind(("127.0.0.1", 0))
         silent.listen()
         begun = time.perf_counter()

@@ -15,7 +15,7 @@ CALLS = {  # by the name under which a library is imported
     ("datasets", "load_from_disk"),
 }  # fmt: skip
 ALIASES = {"numpy": "np", "pandas": "pd"}
-ARRAYS = {("np", "load")}  # without pickle only if told so
+ARRAYS = {("np", "load")}  # reads no pickle only with allow_pickle=False
 LOADERS = re.compile(r"AutoModel|\w+For[A-Z]\w+$|\w+(Model|LM)$")  # classes that read weights
 
 
@@ -92,7 +92,7 @@ def test_what_unpickles_is_seen(code):
 
 
 @pytest.mark.parametrize("code", GOOD)
-def test_what_does_not_is_let_be(code):
+def test_code_that_does_not_is_accepted(code):
     assert not complaints(code)
 
 

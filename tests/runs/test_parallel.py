@@ -1,4 +1,4 @@
-"""Two processes that share every batch come to the mask of one that has it all."""
+"""Two processes that share every batch get the same mask as one process with the whole batch."""
 
 import os
 import signal
@@ -72,7 +72,7 @@ def script_words(folder, name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", ["0", "1"])
-def test_a_signal_to_one_stops_all_and_the_next_launch_goes_on(tmp_path, rank):
+def test_a_signal_to_one_stops_all_and_the_next_launch_continues(tmp_path, rank):
     psutil = pytest.importorskip("psutil")
     save_small_model(tmp_path / "model")
     for name, rows in (("train", RUDE[:100]), ("test", RUDE[100:120])):

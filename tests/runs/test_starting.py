@@ -67,7 +67,7 @@ def started(words, cwd=None, **environment):
     [
         ([], {"PYTHONIOENCODING": "ascii"}, "\\u2013"),
         ([], {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, "\\u2013"),
-        ([], {"PYTHONIOENCODING": "ascii:replace"}, "?"),  # a choice stays
+        ([], {"PYTHONIOENCODING": "ascii:replace"}, "?"),  # a value that is set stays
         ([], {"PYTHONSAFEPATH": "1", "LOCAL_RANK": "", "RANK": "", "WORLD_SIZE": ""}, "\u2013"),
         (["-m"], {"OMP_WAIT_POLICY": None}, "\u2013"),
     ],

@@ -1,4 +1,4 @@
-"""Sweeps: which jobs there are, what comes of them, and that a failed one harms no other."""
+"""Sweeps: their jobs and results, and that a failed job does not end the others."""
 
 import os
 import signal
@@ -64,7 +64,7 @@ def test_a_job_that_cannot_start_is_a_failed_job(tmp_path):
 
 
 def test_a_job_beyond_its_time_limit_is_stopped(tmp_path, monkeypatch):
-    """It is asked first, and ended where it does not stop."""
+    """It is asked to stop first, and killed if it does not."""
     monkeypatch.setattr(jobs, "GRACE", 0.2)
     for ignoring, code in ((False, -signal.SIGTERM), (True, -signal.SIGKILL)):
         trap = "import signal, time; " + ("signal.signal(signal.SIGTERM, signal.SIG_IGN); " if ignoring else "")

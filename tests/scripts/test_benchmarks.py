@@ -1,4 +1,4 @@
-"""The benchmarks run, on a shape that takes seconds, and what they say is right."""
+"""The benchmarks run, on a shape that takes seconds, and their figures are right."""
 
 import pytest
 from helpers.scripts import load_script

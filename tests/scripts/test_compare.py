@@ -1,4 +1,4 @@
-"""The comparison from end to end on a small random model: every file, nothing held out seen in training, no chance."""
+"""The comparison from end to end on a small random model: its files, repeatable, and no training on held-out text."""
 
 import dataclasses
 import json
@@ -73,7 +73,7 @@ def run_parts(chosen, monkeypatch):
             if script == "sweep_masks.py":
                 options = [*options, *SHORT]
             if script in ("sweep_masks.py", "finetune_gpt2.py"):
-                options = [*options, "--no-resume"]  # each run is to make everything
+                options = [*options, "--no-resume"]  # each run makes everything
             options = [*options, *LITTLE.get(script, [])]
             module.main(tyro.cli(module.Settings, args=options))
     monkeypatch.undo()
@@ -142,7 +142,7 @@ def test_every_promised_file_is_there(finished):
 
 
 def test_no_held_out_text_is_seen_in_training(data, finished):
-    """By text: of all that any method, mask or relearning drew. By id: the files share none."""
+    """No held-out text was drawn by any method, mask or relearning, and the files share no id."""
     _, drawn, _ = finished
     tokenizer = load_tokenizer(str(data / "model"))
     held_out = [row["text"] for name in ("test", "uniform") for row in read_jsonl(data / f"{name}.jsonl")]

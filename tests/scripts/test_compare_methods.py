@@ -87,7 +87,7 @@ def test_every_mask_is_within_its_budget_and_measured(finished):
         for method in ("ranking", "attribution"):
             places = [folder / "masks" / f"{method}_alone_{budget}_seed{seed}" for budget in (1, 4)]
             few, many = (set(CutEdges.read(place / "edges.json").edges) for place in places)
-            assert few < many or (few == many and method == "ranking")  # a budget may be more than is worth cutting
+            assert few < many or (few == many and method == "ranking")  # fewer edges than that may be worth cutting
             assert len({(place / "metrics.jsonl").read_bytes() for place in places}) == 1
     assert len(read_csv(folder / "methods.csv")) == len(rows)
 

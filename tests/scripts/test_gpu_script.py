@@ -1,4 +1,4 @@
-"""benchmarks/gpu.sh: every part has options that its script takes, and what it writes is gathered in one file."""
+"""benchmarks/gpu.sh: every part has options that its script takes, and the results are gathered in one file."""
 
 import json
 import os

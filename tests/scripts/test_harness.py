@@ -1,4 +1,4 @@
-"""The shipped model, with and without cut edges, on a small task of lm-eval: all as computed without lm-eval."""
+"""The shipped model, with and without cut edges, on a small task of lm-eval: equal to figures without it."""
 
 import json
 

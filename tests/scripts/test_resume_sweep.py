@@ -53,7 +53,7 @@ def start(data, out, **changes):  # noqa: F811
 
 
 def made(out):
-    """What a sweep left of every mask, but for what is not the same twice."""
+    """The results of a sweep for every mask, without times and other values that differ between equal runs."""
     found = {}
     for place in (out / "sweep" / "masks").iterdir():
         files = {path.name for path in place.iterdir()} - {".lock", "cost.json"}
@@ -104,7 +104,7 @@ def test_the_same_seed_gives_the_same_masks_twice(data, whole, tmp_path):  # noq
 
 
 def test_sharing_a_phase_changes_nothing(data, whole):  # noqa: F811
-    """Each mask is what training gives that knows of no other budget."""
+    """Each mask is the one that training for its budget alone gives."""
     for name, (_, rows, tensors, edges) in whole.items():
         if name.startswith("random") or name in CONTROLS:
             continue

@@ -11,7 +11,7 @@ from helpers.scripts import load_script
 
 from circuit_breaking.runs.files import ROOT
 
-# a script that runs until it is told to stop, and says what it was given
+# a script that runs until a signal stops it, and prints its arguments
 STUB = """#!/bin/bash
 echo "ran $*" >> "$LOG"
 [ "$1" = loading.py ] && { echo ready >> "$LOG"; exec sleep 60; } # is ended by any signal, as Python before it starts

@@ -1,4 +1,4 @@
-"""Tasks: which texts they train on and hold out, their losses, and what they say when the data is not there."""
+"""Tasks: which texts they train on and hold out, their losses, and their errors when the data is missing."""
 
 import math
 import socket
@@ -95,7 +95,7 @@ def test_the_cap_counts_prediction_by_prediction(hf, tokenizer):
     assert model.mask.weights.grad.abs().sum() > 0
     model.mask.weights.grad = None
     TextTask("rude", batch, batch).get_train_loss(model, 7, cap=1e-9).backward()
-    assert model.mask.weights.grad.abs().sum() == 0  # all are above: nothing is to be won
+    assert model.mask.weights.grad.abs().sum() == 0  # all losses are above the cap, so the gradient is zero
 
 
 def test_a_mask_can_be_given(hf, tokenizer):

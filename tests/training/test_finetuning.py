@@ -31,7 +31,7 @@ def texts(seed, count=12):
 
 
 def task(seed):
-    # random tokens have nothing in common but themselves: what is learned is validated on a part of it
+    # random texts have nothing in common, so a part of the training texts serves for validation
     return TextTask(f"text {seed}", texts(seed), texts(seed)[:6], seed)
 
 
@@ -116,7 +116,7 @@ def test_rmu_by_hand(family):
 @pytest.mark.parametrize("method", TRAINED)
 def test_the_best_checkpoint_is_left_and_is_the_best(method):
     before = small_gpt2()
-    changes = {"lr": 3e-2} if method == "rerouting" else {}  # at the others' rate nothing is better on random weights
+    changes = {"lr": 3e-2} if method == "rerouting" else {}  # the usual rate does not help here
     result, hf = run(method, **changes)
     scores = [row["score"] for row in result.history]
     assert result.best["score"] == min(scores) < scores[0]

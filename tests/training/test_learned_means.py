@@ -1,4 +1,4 @@
-"""Gradients of what cut edges carry, where that is learned."""
+"""Gradients of learned ablation constants."""
 
 import pytest
 import torch

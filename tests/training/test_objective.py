@@ -68,7 +68,7 @@ def test_parts_add_up_to_the_whole(broken, micro_batch, learned, goal):
 @pytest.mark.parametrize("micro_batch", [0, 2])
 @pytest.mark.parametrize("goal", ["keep", "objective"])
 def test_gradients_by_what_means_are_learned_for(goal, micro_batch):
-    """Those of the oracle, where means that the break term may not teach are constants in it."""
+    """The gradients of the reference, in which means that the break term may not change are constants."""
     hf = small_gpt2(**FEW).double()
     model = load_model(hf, device="cpu", dtype="float64")
     generator = torch.Generator().manual_seed(2)

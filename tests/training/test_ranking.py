@@ -62,7 +62,7 @@ def test_degrees_that_are_0_or_1_have_no_gradient():
 
 
 def test_the_best_edges_of_a_known_objective_come_first():
-    """An objective in which every edge has an effect of its own; the ranking is that of the effects."""
+    """An objective in which the effects of edges add up; the ranking is that of the effects."""
     model, effects = small(), torch.randn(ALL, generator=torch.Generator().manual_seed(2))
     config = MaskConfig(method="ranking", max_edges=5, steps=200)
 

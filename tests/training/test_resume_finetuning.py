@@ -116,7 +116,7 @@ def start(data, out, name, **changes):
 
 
 def made(folder):
-    """What a run left, but for what is not the same twice. (A kill may leave the beginning of a picture, hidden.)"""
+    """The results of a run, without values that differ between equal runs and hidden, partial pictures."""
     found, elsewhere = {}, {"run": None, "out": None}
     for path in sorted(folder.rglob("*")):
         begun = path.name.startswith(".finetuning.png.")
@@ -168,7 +168,7 @@ def test_a_killed_script_leaves_what_a_whole_one_does(data, whole, tmp_path, mon
     start(data, tmp_path, "run")
     here = tmp_path / "run" / "finetuned"
     assert made(here) == made(whole)
-    assert len(counted) == 48 - (step - 1) // 12 * 12 - (step - 1) % 12 // 2 * 2  # and nothing that was done
+    assert len(counted) == 48 - (step - 1) // 12 * 12 - (step - 1) % 12 // 2 * 2  # no finished step is repeated
     assert ("is there, of the same settings" in capsys.readouterr().out) == (step > 24)
 
 

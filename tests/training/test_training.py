@@ -127,7 +127,7 @@ def objective_of(model, alpha=0.2):
 
 
 def test_what_is_learned_for_the_loss_to_keep_is_not_learned_for_the_other():
-    """With the same edges cut: the one that may break the behaviour by what it lets through does."""
+    """With the same edges cut, constants are best for the loss that they are learned for."""
     found = {}
     for goal in ("keep", "objective"):
         model = load_model(small_gpt2(), device="cpu")

@@ -213,7 +213,7 @@ def test_a_failure_leaves_the_model_as_it_was():
     def on_step(row):
         raise ZeroDivisionError
 
-    with pytest.raises(ZeroDivisionError) as held:  # with its traceback, which holds on to all that was running
+    with pytest.raises(ZeroDivisionError) as held:  # with its traceback, which keeps all local variables alive
         train_weight_mask(
             hf, make_task("break", 1), make_task("keep", 5), WeightMaskSettings(**QUICK, max_masked=9), on_step, False
         )
