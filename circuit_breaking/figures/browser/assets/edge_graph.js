@@ -1,19 +1,20 @@
-// A graph of edges to touch: how many are drawn, which layers and kinds of nodes, a node to search, the effect of each.
+// An interactive graph of edges: the reader chooses how many edges are drawn, a layer, kinds of nodes, and a node or
+// edge to find, and points at an edge to see its value.
 //
-// Drawing is spread over frames, so that the page answers while all edges of a large model are drawn. The most important
-// edges are curves of the canvas. The others lie behind them and are set pixel by pixel, the most important first, which is
-// much faster than thousands of curves where no graphics card helps. While the reader moves or zooms, the last picture is
-// moved, and drawn sharp when the movement ends.
+// Drawing is spread over frames, so that the page stays responsive while all edges of a large model are drawn. The
+// most important edges are drawn as curves. The others lie behind them and are drawn pixel by pixel, the most important
+// first, which is much faster than thousands of curves where no graphics card helps. While the reader moves or zooms,
+// the last picture is moved or scaled; the edges are drawn again when the movement ends.
 "use strict";
 
 const EdgeGraph = (() => {
   const COLOURS = { embed: "#111111", head: "#0072B2", MLP: "#D55E00" }; // by the kind of node that writes
-  const LEVELS = 24; // steps of width and shade, so that many edges are drawn with one stroke
+  const LEVELS = 24; // levels of width and shade; all edges of one level are drawn with one stroke
   const FAINT = LEVELS; // the shade of edges that a search does not find
-  const SHARP = 1000; // edges that are drawn as curves
-  const SLOW = 45; // milliseconds: where frames take longer, fewer curves are drawn in each
-  const BUDGET = 10; // milliseconds of setting pixels in a frame
-  const MOST_ROWS = 100; // of the list below the graph
+  const SHARP = 1000; // the most edges that are drawn as curves
+  const SLOW = 45; // milliseconds; if a frame takes longer, the next one draws fewer curves
+  const BUDGET = 10; // milliseconds per frame for drawing pixels
+  const MOST_ROWS = 100; // most rows of the list of edges
   const KINDS = Object.keys(COLOURS);
   const QKV = ["q", "k", "v"];
 
@@ -118,7 +119,7 @@ const EdgeGraph = (() => {
   };
   const figure = (value) => (Math.abs(value) >= 1e-3 && Math.abs(value) < 1e5 ? value.toPrecision(4) : value.toExponential(2));
 
-  // Put the graph of some lists of edges into an element of the page.
+  // Show the graph of one or more lists of edges in an element of the page.
   function show(place, lists) {
     const prepared = new Map(); // lists that were shown, by number
     let list, k, hovered = -1, node = -1, frame = 0, drawn = 0, portion = 1500, picture = null, settle = 0;
@@ -188,7 +189,7 @@ const EdgeGraph = (() => {
       zoom.translateExtent([[-0.2 * width, -0.2 * height], [1.2 * width, 1.2 * height]]);
     }
 
-    // What the reader chose: kinds that are shown, a layer or null, a text to find; and the nodes on edges that are found.
+    // The reader's choice (kinds that are shown, a layer or null, a text to find), and the nodes on the edges found.
     let chosen = { kinds: [], layer: null, text: "" };
     let active = new Uint8Array(0);
 
@@ -208,7 +209,7 @@ const EdgeGraph = (() => {
       return layers[list.source[at]] === chosen.layer || layers[list.target[at]] === chosen.layer;
     }
 
-    // Whether the edge stands out: there is no search, or it is what was searched for.
+    // Whether the edge is highlighted: there is no search, or the edge matches it.
     function found(at) {
       const { text } = chosen;
       if (text === "") return true;
@@ -234,7 +235,7 @@ const EdgeGraph = (() => {
       }));
     }
 
-    // Put edges behind those that are drawn, with one stroke for all of one kind and level.
+    // Draw edges behind those already drawn, with one stroke for all edges of one kind and level.
     function behind(from, to, colours) {
       const groups = new Map();
       for (let at = from; at < to; at++) {
@@ -256,7 +257,7 @@ const EdgeGraph = (() => {
       pen.globalCompositeOperation = "source-over";
     }
 
-    // Set the pixels of a curve that are still free: edges come in order of importance.
+    // Set those pixels of a curve that no earlier, more important edge has set.
     function dots(buffer, at, colour) {
       const p = list.points, i = 8 * at;
       const [x0, y0, x1, y1, x2, y2, x3, y3] = [toX(p[i]), toY(p[i + 1]), toX(p[i + 2]), toY(p[i + 3]), toX(p[i + 4]), toY(p[i + 5]), toX(p[i + 6]), toY(p[i + 7])].map((value) => value * ratio);
@@ -279,7 +280,7 @@ const EdgeGraph = (() => {
       }
     }
 
-    // Draw all edges that the reader chose, in as many frames as it takes.
+    // Draw all edges that the reader chose, over several frames.
     function redraw() {
       cancelAnimationFrame(frame);
       clearTimeout(settle);
@@ -307,7 +308,7 @@ const EdgeGraph = (() => {
 
     function startDots(from, colours) {
       const bytes = new Uint8Array(4);
-      const number = new Uint32Array(bytes.buffer); // a pixel as one number, in the byte order of the machine
+      const number = new Uint32Array(bytes.buffer); // a pixel as one number, in the machine's byte order
       const packed = colours.map((levels) => levels.map((colour) => {
         const { r, g, b } = d3.rgb(colour);
         bytes.set([r, g, b, 255]);
@@ -342,7 +343,7 @@ const EdgeGraph = (() => {
       settle = setTimeout(fillRows, 120);
     }
 
-    // Nodes, names of layers, and what the reader points at.
+    // Draw nodes, names of layers, and the edge that the reader points at.
     function drawOver() {
       overPen.setTransform(1, 0, 0, 1, 0, 0);
       overPen.clearRect(0, 0, over.width, over.height);
@@ -413,14 +414,14 @@ const EdgeGraph = (() => {
       listed.textContent = shown.length < MOST_ROWS ? "These edges, the most important first" : `The first ${MOST_ROWS} of these edges`;
     }
 
-    // The position in the middle of an edge's curve, inside the picture.
+    // The midpoint of an edge's curve, moved inside the picture.
     function middle(at) {
       const p = list.points, i = 8 * at;
       const half = (j) => (p[j] + 3 * p[j + 2] + 3 * p[j + 4] + p[j + 6]) / 8;
       return [Math.max(0, Math.min(width, toX(half(i)))), Math.max(0, Math.min(height, toY(half(i + 1))))];
     }
 
-    // Make one edge stand out, and say beside the pointer what it is.
+    // Highlight one edge, and show its name and value beside the pointer.
     function point(at, position, about = null) {
       if (at !== hovered) {
         hovered = at;
@@ -494,7 +495,7 @@ const EdgeGraph = (() => {
       return [list.shape.nodes[index], `drawn edges: ${into.toLocaleString("en")} into it, ${out.toLocaleString("en")} out of it`];
     }
 
-    let waiting = null; // the last position of the pointer, until the next frame
+    let waiting = null; // the last position of the pointer, which the next frame uses
     over.addEventListener("pointermove", (event) => {
       if (event.buttons) return;
       if (!waiting) requestAnimationFrame(lookUp);
@@ -515,7 +516,7 @@ const EdgeGraph = (() => {
       searched();
     });
 
-    // While the reader moves, the last picture is moved; when the movement ends, edges are drawn sharp.
+    // During a movement the last picture is moved or scaled; the edges are drawn again when it ends.
     function moved(event) {
       if (picture && !picture.images && base.dataset.done === "yes") {
         picture.images = [mass, base].map((canvas) => {
@@ -546,7 +547,7 @@ const EdgeGraph = (() => {
       settle = setTimeout(redraw, 160);
     }
     const zoom = d3.zoom().scaleExtent([1, 12]).on("zoom", moved);
-    // one finger scrolls the page and so does the wheel before a click, so that the graph does not catch the reader
+    // one finger scrolls the page, and so does the wheel until the graph is clicked: the graph never stops scrolling
     zoom.filter((event) => !event.button && !(event.touches?.length < 2) && (event.type !== "wheel" || event.ctrlKey || event.metaKey || document.activeElement === over || holder.dataset.wheel === "yes"));
     d3.select(over).call(zoom).on("dblclick.zoom", null);
     over.addEventListener("pointerdown", () => { holder.dataset.wheel = "yes"; });
