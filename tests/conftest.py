@@ -13,6 +13,7 @@ if "TEST_GPU" not in os.environ:  # `make test-gpu`: all other tests are of the 
 import pytest
 import torch
 from helpers.models import SMALL, small
+from helpers.tasks import SHORT_CHOICE
 
 torch.set_num_threads(1)  # small models: more threads only wait for each other
 
@@ -61,6 +62,19 @@ def coarse_pictures(coarse_importance):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(style.RC_PARAMS, "savefig.dpi", 40)
         patch.setattr(style, "Figure", lambda figsize, layout, plain=style.Figure: plain(figsize=figsize))
+        yield
+
+
+@pytest.fixture(scope="module")
+def short_choice():
+    """How many edges to cut is chosen on two batches; on all of them it takes most of a short training's time.
+
+    For tests that do not look at the choice; `tests/training/test_ranking.py` chooses on all.
+    """
+    from circuit_breaking.training import prefix_choice
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prefix_choice, "BATCHES", SHORT_CHOICE)
         yield
 
 

@@ -37,7 +37,7 @@ from circuit_breaking.training.methods import method_class
 from circuit_breaking.training.methods.base import LearnedScores, StepResult
 from circuit_breaking.training.objective import StepObjective, Term, terms_of, terms_of_two
 from circuit_breaking.training.optimal_ablation import AblationConstants
-from circuit_breaking.training.prefix_choice import BATCHES, PrefixChoice, choice_steps, lengths_to_measure
+from circuit_breaking.training.prefix_choice import PrefixChoice, choice_steps, lengths_to_measure
 from circuit_breaking.training.refine import EdgeRefiner
 
 
@@ -257,7 +257,7 @@ class _Trainer:
         restore_parts(saved.tensors, self._stateful(), self.weights.device)
         if saved.step <= self.config.steps:
             self.method.answer()
-        elif self.choice is not None and saved.step == self.config.steps + BATCHES:
+        elif self.choice is not None and saved.step == self.config.steps + choice_steps(self.config):
             self._cut_chosen()
 
     def ranking(self) -> EdgeRanking | None:
@@ -292,7 +292,7 @@ class _Trainer:
         with self.model.caching_prefixes(not config.micro_batch):  # the cache takes memory, which micro_batch saves
             objective = self.objective.draw(config.batch_size, record=True)
             loss = self.choice.measure(objective, order.to(self.weights.device), torch.ones_like(self.weights))
-        if number + 1 == BATCHES:
+        if number + 1 == choice_steps(config):
             self._cut_chosen()
         return StepResult("choose", loss, self.choice.lengths[-1])
 

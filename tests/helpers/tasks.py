@@ -12,6 +12,7 @@ from circuit_breaking.training.config import MaskConfig
 from circuit_breaking.training.mask_trainer import train_mask
 from helpers.models import small_gpt2
 
+SHORT_CHOICE = 2  # steps that choose the number of edges to cut, in tests with the fixture `short_choice`
 FEW = {"n_layer": 2, "n_head": 2, "n_embd": 16}
 QUICK = {
     "steps": 11,

@@ -18,7 +18,7 @@ from circuit_breaking.runs.tensors import read_tensors
 
 pytestmark = [
     pytest.mark.skipif(not (TINY / "config.json").is_file(), reason="the shipped model is not in tiny_gpt2"),
-    pytest.mark.usefixtures("coarse_pictures"),
+    pytest.mark.usefixtures("coarse_pictures", "short_choice"),
 ]
 QUICK = {"steps": 6, "refine_rounds": 1, "num_test": 20, "device": "cpu"}
 POINTS = edge_importance.STEPS

@@ -6,6 +6,7 @@ import signal
 import pytest
 import torch
 from helpers.scripts import Killed, die
+from helpers.tasks import SHORT_CHOICE
 from test_ioi_scripts import data, start  # noqa: F401 (data is a fixture)
 
 from circuit_breaking.errors import UserError
@@ -17,10 +18,12 @@ from circuit_breaking.runs.signals import Stopped
 from circuit_breaking.runs.tensors import read_tensors
 from circuit_breaking.tasks import IOITask
 from circuit_breaking.training import mask_trainer as training
-from circuit_breaking.training.prefix_choice import BATCHES
 
-pytestmark = pytest.mark.skipif(not (TINY / "config.json").is_file(), reason="the shipped model is not in tiny_gpt2")
-STEPS = 7 + BATCHES  # of a mask with the quick settings of the other tests: to rank edges, refine, and choose a prefix
+pytestmark = [
+    pytest.mark.skipif(not (TINY / "config.json").is_file(), reason="the shipped model is not in tiny_gpt2"),
+    pytest.mark.usefixtures("short_choice"),
+]
+STEPS = 7 + SHORT_CHOICE  # of a mask with the quick settings: to rank edges, refine, and choose a prefix
 
 
 def stop():

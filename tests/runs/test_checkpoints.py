@@ -9,7 +9,7 @@ from multiprocessing import get_context
 import pytest
 import torch
 from helpers.scripts import Killed, die
-from helpers.tasks import QUICK, make_task, small
+from helpers.tasks import QUICK, SHORT_CHOICE, make_task, small
 
 from circuit_breaking.errors import UserError
 from circuit_breaking.runs.checkpoints import NEWEST, PREVIOUS, Checkpoints
@@ -19,9 +19,10 @@ from circuit_breaking.training.budgets import shared_steps
 from circuit_breaking.training.config import MaskConfig
 from circuit_breaking.training.mask_trainer import train_mask
 from circuit_breaking.training.methods import METHODS
-from circuit_breaking.training.prefix_choice import BATCHES, choice_steps
+from circuit_breaking.training.prefix_choice import choice_steps
 
-SETTINGS = MaskConfig(max_edges=6, **QUICK)  # 18 steps in two phases, and 8 between them for a ranking
+pytestmark = pytest.mark.usefixtures("short_choice")
+SETTINGS = MaskConfig(max_edges=6, **QUICK)  # 18 steps in two phases, and between them 2 that choose a number of edges
 
 
 def run(checkpoints=None, die_at=None, how=None, **changes):
@@ -61,7 +62,7 @@ def test_masks_of_all_budgets_may_begin_with_one_ranking(tmp_path, changes):
         shared.hand_on(own)
         found, more = run(own, max_edges=budget, **changes)
         assert torch.equal(found, expected) and first + more == rows
-        assert len(first) == QUICK["steps"] + BATCHES
+        assert len(first) == QUICK["steps"] + SHORT_CHOICE
         assert int((found == 0).sum()) <= budget
 
 
@@ -77,8 +78,8 @@ def test_what_depends_on_the_budget_is_not_shared():
     [
         ({"method": method}, die_at)
         for method in METHODS
-        # 18 steps, or 26 with those that choose how many edges to cut; every second is enough for their three phases
-        for die_at in (range(1, 26, 2) if choice_steps(MaskConfig(method=method)) else range(1, 18))
+        # 18 steps, or 20 with those that choose how many edges to cut; every second is enough for their three phases
+        for die_at in (range(1, 20, 2) if choice_steps(MaskConfig(method=method)) else range(1, 18))
     ]
     + [({"method": "attribution", "ig_steps": 4}, die_at) for die_at in range(1, 18)],
 )

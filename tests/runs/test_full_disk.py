@@ -23,7 +23,7 @@ from circuit_breaking.runs.files import ROOT, write_csv, write_json, write_jsonl
 from circuit_breaking.runs.run_folder import locked
 from circuit_breaking.runs.tensors import write_tensors
 
-pytestmark = pytest.mark.usefixtures("coarse_pictures")
+pytestmark = pytest.mark.usefixtures("coarse_pictures", "short_choice")
 WRITERS = {
     "text": lambda path, n: write_text(path, f"{n}" * 9),
     "json": lambda path, n: write_json(path, {"a": n}),

@@ -15,7 +15,7 @@ from circuit_breaking.models.tokens import pad_right
 from circuit_breaking.runs.files import write_jsonl, write_text
 from circuit_breaking.runs.mask_record import CutEdges
 
-pytestmark = pytest.mark.usefixtures("coarse_pictures")
+pytestmark = pytest.mark.usefixtures("coarse_pictures", "short_choice")
 generate, means_script = load_script("toxicity/generate.py"), load_script("toxicity/compute_means.py")
 train, sweep = load_script("toxicity/train_mask.py"), load_script("toxicity/sweep_masks.py")
 TOKENS = torch.randint(1, 50, (2, 9), generator=torch.Generator().manual_seed(0))

@@ -26,7 +26,7 @@ from circuit_breaking.runs.run_folder import locked
 from circuit_breaking.runs.signals import Stopped
 from circuit_breaking.tasks.base import TextTask
 
-pytestmark = pytest.mark.usefixtures("coarse_pictures")
+pytestmark = pytest.mark.usefixtures("coarse_pictures", "short_choice")
 compare = load_script("toxicity/compare.py")
 LENGTH = 50  # the scripts' own
 QUICK = {

@@ -15,7 +15,7 @@ from circuit_breaking.tasks import TextTask
 from circuit_breaking.training.config import MaskConfig
 from circuit_breaking.training.methods import METHODS
 
-pytestmark = pytest.mark.usefixtures("coarse_pictures")
+pytestmark = pytest.mark.usefixtures("coarse_pictures", "short_choice")
 script = load_script("toxicity/compare_methods.py")
 QUICK = MaskConfig(steps=11, refine_rounds=2, batch_size=3, refine_batch_size=6, alpha=1.0)
 LINES = ("ranking", "clamped", "hard-concrete", "ugs", "attribution")

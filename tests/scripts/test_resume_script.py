@@ -8,15 +8,15 @@ import time
 
 import pytest
 from helpers.scripts import PLAIN, RUDE, load_script, save_small_model
+from helpers.tasks import SHORT_CHOICE
 
 from circuit_breaking.engine.mask import read_cut_edges
 from circuit_breaking.runs.files import ROOT, read_json, read_jsonl
 from circuit_breaking.runs.mask_record import CutEdges
 from circuit_breaking.runs.tensors import read_tensors
 from circuit_breaking.training.edge_ranking import load_ranking
-from circuit_breaking.training.prefix_choice import BATCHES
 
-pytestmark = pytest.mark.usefixtures("coarse_importance")
+pytestmark = pytest.mark.usefixtures("coarse_importance", "short_choice")
 PHASES = ["--steps=80", "--refine-rounds=50"]
 
 
@@ -54,7 +54,7 @@ def test_the_same_seed_gives_the_same_files_twice(tmp_path):
         rows = [{**row, "seconds": 0} for row in read_jsonl(tmp_path / "run" / "metrics.jsonl")]
         names = ("mask.safetensors", "means.safetensors", "edges.json", "settings.json")
         found.append(([(tmp_path / "run" / name).read_bytes() for name in names], rows))
-        assert len(rows) == 22 + BATCHES
+        assert len(rows) == 22 + SHORT_CHOICE
     assert found[0] == found[1]
 
 

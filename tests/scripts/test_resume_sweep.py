@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers.scripts import Killed, die, load_script
+from helpers.tasks import SHORT_CHOICE
 from test_compare import data  # noqa: F401 (a fixture)
 
 from circuit_breaking.engine.ablation_values import compute_means
@@ -21,15 +22,14 @@ from circuit_breaking.runs.signals import Stopped
 from circuit_breaking.runs.tensors import read_tensors
 from circuit_breaking.training import mask_trainer as training
 from circuit_breaking.training.config import MaskConfig
-from circuit_breaking.training.prefix_choice import BATCHES
 
-pytestmark = pytest.mark.usefixtures("coarse_pictures")
+pytestmark = pytest.mark.usefixtures("coarse_pictures", "short_choice")
 sweep = load_script("toxicity/sweep_masks.py")
 QUICK = MaskConfig(
     steps=8, refine_rounds=3, constants_steps=2, batch_size=3, refine_batch_size=3
 )  # fmt: skip
 GIVEN_STEPS, CONSTANTS = 11, 2  # steps of ablation constants: with random edges, with those of a mask
-RANK, STEPS = 8 + BATCHES, 11 + BATCHES  # steps of the ranking that budgets share, and of a mask
+RANK, STEPS = 8 + SHORT_CHOICE, 11 + SHORT_CHOICE  # steps of the ranking that budgets share, and of a mask
 # steps of the trainings of the sweep below, first to last: what is shared, and what masks do behind it; random edges
 SHARED, LEARNED, FIXED = range(RANK), range(RANK, STEPS + CONSTANTS), range(RANK, STEPS)
 TRAININGS = [SHARED, LEARNED, LEARNED, SHARED, LEARNED, SHARED, FIXED, FIXED, SHARED, FIXED]

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from helpers.scripts import load_script, save_toxic_data
+from helpers.tasks import SHORT_CHOICE
 
 from circuit_breaking.engine.load import load_model
 from circuit_breaking.errors import UserError
@@ -11,9 +12,9 @@ from circuit_breaking.runs.circuits import Circuit
 from circuit_breaking.runs.files import read_jsonl
 from circuit_breaking.runs.mask_record import CutEdges
 from circuit_breaking.training.localise import localise
-from circuit_breaking.training.prefix_choice import BATCHES, PrefixChoice
+from circuit_breaking.training.prefix_choice import PrefixChoice
 
-pytestmark = pytest.mark.usefixtures("coarse_pictures")
+pytestmark = pytest.mark.usefixtures("coarse_pictures", "short_choice")
 script = load_script("toxicity/train_mask.py")
 alternative = load_script("ioi/alternative_masks.py")
 
@@ -78,7 +79,7 @@ def test_a_run_starts_from_the_mask_of_another(data, tmp_path):
     rows = read_jsonl(later / "metrics.jsonl")
     assert [sorted(row["held_out"]) for row in rows] == [["ordinary", "toxic"]] * 2
     plain = read_jsonl(folder / "metrics.jsonl")
-    assert len(plain) == 4 + BATCHES and not any("held_out" in row for row in plain)
+    assert len(plain) == 4 + SHORT_CHOICE and not any("held_out" in row for row in plain)
 
 
 def test_kinds_of_alternative_masks():

@@ -19,7 +19,7 @@ from circuit_breaking.runs.files import write_jsonl, write_text
 from circuit_breaking.training.config import MaskConfig
 from circuit_breaking.training.mask_trainer import train_mask
 
-pytestmark = pytest.mark.usefixtures("coarse_pictures")
+pytestmark = pytest.mark.usefixtures("coarse_pictures", "short_choice")
 
 
 @pytest.mark.parametrize("split", [False, True])
