@@ -5,12 +5,13 @@ from pathlib import Path
 
 import torch
 from helpers.models import small_gpt2
-from helpers.tasks import FEW, QUICK, make_prompts, make_task
+from helpers.tasks import FEW, QUICK, SHORT_CHOICE, make_prompts, make_task
 
 from circuit_breaking.engine.load import load_model
 from circuit_breaking.runs.cli import read_settings, run_script
 from circuit_breaking.runs.distributed import is_main, sum_, world
 from circuit_breaking.runs.files import write_json
+from circuit_breaking.training import prefix_choice
 from circuit_breaking.training.config import MaskConfig
 from circuit_breaking.training.mask_trainer import train_mask
 from circuit_breaking.training.methods import METHODS
@@ -53,4 +54,5 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
+    prefix_choice.BATCHES = SHORT_CHOICE  # as the test does in its own process
     run_script(main, read_settings(Settings, parallel=True))

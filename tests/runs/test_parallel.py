@@ -41,6 +41,7 @@ def launch(*words, **more):
     )
 
 
+@pytest.mark.usefixtures("short_choice")
 def test_two_processes_find_what_one_finds(tmp_path):
     """By every method: masks, losses of every step, what cut edges carry; with uneven shares and none at all."""
     both = launch(ROOT / "tests" / "parallel_case.py", "--out", tmp_path, "--processes", 2)

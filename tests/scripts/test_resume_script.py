@@ -15,6 +15,7 @@ from circuit_breaking.runs.files import ROOT, read_json, read_jsonl
 from circuit_breaking.runs.mask_record import CutEdges
 from circuit_breaking.runs.tensors import read_tensors
 from circuit_breaking.training.edge_ranking import load_ranking
+from circuit_breaking.training.prefix_choice import BATCHES
 
 pytestmark = pytest.mark.usefixtures("coarse_importance", "short_choice")
 PHASES = ["--steps=80", "--refine-rounds=50"]
@@ -113,5 +114,5 @@ def test_five_kills_leave_the_same_mask(tmp_path):
     masks = [read_tensors(tmp_path / name / "mask.safetensors")[0]["weights"] for name in ("whole", "killed")]
     assert masks[0].equal(masks[1])
     rows = [read_jsonl(tmp_path / name / "metrics.jsonl") for name in ("whole", "killed")]
-    assert [row["step"] for row in rows[1]] == list(range(130))
+    assert [row["step"] for row in rows[1]] == list(range(130 + BATCHES))
     assert [{**row, "seconds": 0} for row in rows[0]] == [{**row, "seconds": 0} for row in rows[1]]
