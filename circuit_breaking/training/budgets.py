@@ -35,7 +35,8 @@ def masks_at(
     """Put the mask of each budget into the model, and yield the budget while it is there.
 
     If ablation constants are learned, they are trained for each mask in `constants_steps` steps; each time they start
-    from those that the model has now. At the end the model has the mask and the constants that it has now.
+    from those that the model has now. A budget that cuts the same edges as the one before it gets its constants too. At
+    the end the model has the mask and the constants that it has now.
 
     Args:
         budgets: numbers of edges to cut. Those above the number of ranked edges are left out.
@@ -44,15 +45,19 @@ def masks_at(
     """
     means, weights = model.means, model.mask.weights.detach().clone()
     given = replace(settings, method=GIVEN, steps=settings.constants_steps, refine_rounds=0, constants_steps=0)
+    before = None
     try:
         for budget in sorted(set(budgets)):
             if budget > len(result.ranking):
                 continue
-            model.means, mask = means, result.at(budget)
-            if settings.constants_lr and bool((mask == 0).any()):
-                train_mask(
-                    model, break_task, keep_task, replace(given, max_edges=budget), mask == 0, progress=False
-                )  # fmt: skip
+            mask = result.at(budget)
+            if before is None or not torch.equal(mask, before):
+                model.means = means
+                if settings.constants_lr and bool((mask == 0).any()):
+                    train_mask(
+                        model, break_task, keep_task, replace(given, max_edges=budget), mask == 0, progress=False
+                    )  # fmt: skip
+            before = mask
             with torch.no_grad():
                 model.mask.weights.copy_(mask)
             yield budget

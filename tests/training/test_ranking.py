@@ -253,7 +253,21 @@ def test_masks_of_many_budgets(constants_lr):
         seen.append((budget, model.means))
     assert [budget for budget, _ in seen] == [2, 7, ALL]
     if constants_lr:
-        assert not torch.equal(seen[0][1], means) and not torch.equal(seen[0][1], seen[1][1])
+        assert not torch.equal(seen[0][1], means)
+        assert torch.equal(seen[0][1], seen[1][1]) == torch.equal(result.at(2), result.at(7))
         assert not any(each.requires_grad for _, each in seen)
     assert (model.means is None) if means is None else torch.equal(model.means, means)
     assert torch.equal(model.mask.weights.detach(), result.weights)
+
+
+def test_budgets_that_cut_the_same_edges_share_constants(monkeypatch):
+    model, tasks = small(), (make_task("break", 1), make_task("keep", 5))
+    settings = MaskConfig(max_edges=5, steps=11, batch_size=3, constants_lr=0.05, constants_steps=2)
+    result = train_mask(model, *tasks, settings, progress=False)
+    monkeypatch.setattr(type(result), "at", lambda self, budget: self.ranking.mask({2: 2, 5: 3, 7: 3}[budget]))
+    means = []
+    for _ in masks_at((2, 5, 7), result, model, *tasks, settings):
+        assert model.mask.n_cut() == (2 if not means else 3)
+        means.append(model.means)
+    assert means[1] is means[2]
+    assert not torch.equal(means[0], means[1])
