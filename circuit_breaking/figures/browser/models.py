@@ -204,7 +204,8 @@ def relearning(folder: Path) -> Section | None:
                    styles[name]["marker"])
             for name, one in few.items()
         ]  # fmt: skip
-        layout = axes("", "mean toxicity", xaxis={"type": "category"}, yaxis=y)
+        tall = 310 + 19 * len(few)  # the legend gets one column here
+        layout = axes("", "mean toxicity", xaxis={"type": "category"}, yaxis=y, height=tall)
         plots.append(Plot("toxic examples in the context", traces, layout))
     notes = [Text(f"{name}: {one['note']}.") for name, one in found.items() if one.get("note")]
     return Section("Does it come back?", [Plots(plots), *notes])
