@@ -37,7 +37,6 @@ class Settings(DeviceSettings):
 if __name__ == "__main__":
     settings = read_settings(Settings)
 
-import multiprocessing
 import tempfile
 import threading
 import time
@@ -46,7 +45,7 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 
 import torch
-from steps import SHAPES, check_shapes, dense_mask, engine_step, make_tokens
+from steps import SHAPES, check_shapes, dense_mask, engine_step, in_new_process, make_tokens
 from transformers import AutoModelForCausalLM
 
 from circuit_breaking.engine.load import load_model
@@ -115,18 +114,16 @@ def measure(settings: SimpleNamespace, folder: str) -> dict[str, float]:
 def main(settings: Settings) -> None:
     check_counts(settings, "batch", "length", "threads")
     check_shapes(*settings.shapes)
-    context, rows = multiprocessing.get_context("spawn"), []
+    rows = []
     for shape in settings.shapes:
         with tempfile.TemporaryDirectory() as folder:
-            with context.Pool(1) as pool:
-                pool.apply(write_model, (shape, folder, settings.shard))
+            in_new_process(write_model, shape, folder, settings.shard)
             for dtype in settings.dtypes:
                 one = SimpleNamespace(
                     shape=shape, dtype=dtype, batch=settings.batch, length=settings.length, threads=settings.threads,
                     device=settings.device,
                 )  # fmt: skip
-                with context.Pool(1) as pool:
-                    rows.append(pool.apply(measure, (one, folder)))
+                rows.append(in_new_process(measure, one, folder))
                 print({k: round(v, 2) if isinstance(v, float) else v for k, v in rows[-1].items()}, flush=True)
     write_json(settings.out, {"settings": replace(settings), "provenance": provenance(settings), "rows": rows})
     names = list(rows[0])

@@ -52,14 +52,13 @@ if __name__ == "__main__":
     settings = read_settings(Settings)
 
 import copy
-import multiprocessing
 import re
 from bisect import bisect_left
 from functools import cache
 from types import SimpleNamespace
 
 import torch
-from steps import added_at_peak, check_shapes, config_of, engine_step, make_engine, make_tokens
+from steps import added_at_peak, check_shapes, config_of, engine_step, in_new_process, make_engine, make_tokens
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -175,7 +174,7 @@ def main(settings: Settings) -> None:
     for size in settings.sizes:
         if not SIZE.fullmatch(size):
             raise UserError(f"{size!r} is not a number of texts and of tokens in each, such as '10 x 50'.")
-    context, rows = multiprocessing.get_context("spawn"), []
+    rows = []
     for shape in settings.shapes:
         for size in settings.sizes:
             batch, length = map(int, SIZE.fullmatch(size).groups())
@@ -197,8 +196,7 @@ def main(settings: Settings) -> None:
                             gradient_checkpointing=gradient_checkpointing, threads=settings.threads,
                             device=settings.device, layers=settings.layers,
                         )  # fmt: skip
-                        with context.Pool(1) as pool:
-                            row["measured"] = pool.apply(measured, (one,))
+                        row["measured"] = in_new_process(measured, one)
                     rows.append(row)
                     print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
     fits = [

@@ -36,7 +36,6 @@ class Settings(StepSettings):
 if __name__ == "__main__":
     settings = read_settings(Settings)
 
-import multiprocessing
 import statistics
 from collections.abc import Callable
 from functools import partial
@@ -49,6 +48,7 @@ from steps import (
     check_shapes,
     dense_mask,
     engine_step,
+    in_new_process,
     make_engine,
     make_hf,
     make_tokens,
@@ -113,11 +113,7 @@ def peak_memories(settings: Settings, names: list[str]) -> dict[str, float]:
     """`peak_memory` of every variant."""
     if pick_device(settings.device).type == "cuda":  # torch counts the memory of a GPU exactly
         return {name: peak_memory(settings, name) for name in names}
-    memories = {}
-    for name in names:
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            memories[name] = pool.apply(peak_memory, (settings, name))
-    return memories
+    return {name: in_new_process(peak_memory, settings, name) for name in names}
 
 
 def main(settings: Settings) -> None:

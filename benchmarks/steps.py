@@ -7,9 +7,12 @@ the engine split_qkv and gradient_checkpointing.
 
 import copy
 import itertools
+import multiprocessing
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -21,6 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from circuit_breaking.engine.load import load_model
 from circuit_breaking.engine.transformer import EdgeMaskedTransformer
+from circuit_breaking.errors import UserError
 from circuit_breaking.runs import cost
 from circuit_breaking.runs.config import check_choice
 from circuit_breaking.runs.devices import pick_device, pick_dtype
@@ -108,6 +112,24 @@ SHAPES, LARGE = (
 )
 
 Step = Callable[[torch.Tensor], None]
+
+
+def in_new_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What a function returns in a new process, in which nothing else uses memory.
+
+    Raises:
+        UserError: that process was ended, as the system does if memory is short.
+    """
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        try:
+            return pool.submit(function, *arguments).result()
+        except BrokenProcessPool:
+            raise UserError(
+                "the process that measures was ended, probably because memory is short. Choose a smaller model or "
+                "fewer texts."
+            ) from None
+
+
 WARM_ON_GPU = 5  # steps until kernels are chosen and a pass is recorded as a CUDA graph
 
 

