@@ -57,6 +57,23 @@ def ink(browser):
     )
 
 
+SCROLLED = (
+    "return [...document.querySelectorAll('[data-plot]')].filter((one) => { const { legend } = one._fullLayout;"
+    " return legend && legend._height > legend._effHeight + 1; }).length"
+)
+
+
+def test_no_name_of_a_legend_is_hidden(tmp_path, browser):
+    write_comparison(tmp_path)
+    assert open_page(browser, write_page(tmp_path)) == []
+    try:
+        for width in (1280, 420, 1280):
+            browser.set_window_size(width, 900)
+            until(browser, f"return !({SCROLLED.removeprefix('return ')})")
+    finally:
+        browser.set_window_size(1280, 900)
+
+
 def test_a_comparison_is_drawn_without_a_complaint(tmp_path, browser):
     write_comparison(tmp_path)
     assert open_page(browser, write_page(tmp_path)) == []

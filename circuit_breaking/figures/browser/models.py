@@ -204,8 +204,7 @@ def relearning(folder: Path) -> Section | None:
                    styles[name]["marker"])
             for name, one in few.items()
         ]  # fmt: skip
-        tall = 310 + 19 * len(few)  # the legend gets one column here
-        layout = axes("", "mean toxicity", xaxis={"type": "category"}, yaxis=y, height=tall)
+        layout = axes("", "mean toxicity", xaxis={"type": "category"}, yaxis=y)
         plots.append(Plot("toxic examples in the context", traces, layout))
     notes = [Text(f"{name}: {one['note']}.") for name, one in found.items() if one.get("note")]
     return Section("Does it come back?", [Plots(plots), *notes])
@@ -214,4 +213,4 @@ def relearning(folder: Path) -> Section | None:
 def costs(folder: Path) -> Section | None:
     """What making each model cost."""
     found = read_costs(folder) if (folder / COSTS).is_file() else {}
-    return Section(COSTS_HEADING.removeprefix("## "), [Text(COSTS_TEXT), Table(*costs_table(found))]) if found else None
+    return Section(COSTS_HEADING, [Text(COSTS_TEXT), Table(*costs_table(found))]) if found else None

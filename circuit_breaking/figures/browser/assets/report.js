@@ -23,11 +23,23 @@
     };
   }
 
+  // Plotly lets a legend have half of a plot's height and scrolls the rest. Make the plot as much taller as is hidden.
+  function showLegend(place) {
+    const { legend, height } = place._fullLayout;
+    const hidden = legend ? legend._height - legend._effHeight : 0;
+    if (!(hidden > 1)) return;
+    place.style.minHeight = `${height + 2 * hidden}px`;
+    Plotly.relayout(place, { height: height + 2 * hidden });
+  }
+
   for (const place of document.querySelectorAll("[data-plot]")) {
     const plot = data.plots[Number(place.dataset.plot)];
     const layout = layoutOf(plot, place.clientWidth);
     place.style.minHeight = `${layout.height}px`;
-    Plotly.newPlot(place, plot.traces, layout, config);
+    Plotly.newPlot(place, plot.traces, layout, config).then(() => {
+      showLegend(place);
+      place.on("plotly_afterplot", () => showLegend(place)); // after a change of the width too
+    });
   }
 
   for (const place of document.querySelectorAll("[data-graph]")) {
