@@ -5,6 +5,7 @@ right. Queries, keys and values are computed from the model's weights (`blocks.p
 with `release`, the originals of a layer are freed as soon as its block is made.
 """
 
+import ctypes
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -49,3 +50,14 @@ class WeightSource:
         if self.release:
             for parameter in layer.parameters():
                 parameter.data = parameter.data.new_empty(0)
+            give_back_memory()
+
+
+def give_back_memory() -> None:
+    """Return freed memory to the system. The GNU C library keeps it, between what is still in use: up to the size of
+    the model, once tensors of every layer were made from larger ones. Other libraries have no such call."""
+    try:
+        trim = ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError, TypeError):
+        return
+    trim(0)

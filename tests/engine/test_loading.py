@@ -5,7 +5,7 @@ import torch
 from helpers.masks import TOKENS
 from helpers.models import small_gpt2, small_llama, small_phi3
 
-from circuit_breaking.engine import blocks, load
+from circuit_breaking.engine import blocks, load, weights
 from circuit_breaking.engine.load import load_model
 from circuit_breaking.errors import UserError
 from circuit_breaking.models.load import load_hf_model
@@ -70,3 +70,12 @@ def test_a_given_model_is_never_copied_as_a_whole(family):
 def test_offloaded_weights_are_refused():
     with pytest.raises(UserError, match="is offloaded"):
         load_model(small_gpt2().to("meta"), device="cpu")
+
+
+def test_loading_needs_no_way_to_return_freed_memory(monkeypatch, tmp_path):
+    """Only the GNU C library has `malloc_trim`."""
+    small_gpt2().save_pretrained(tmp_path)
+    expected = load_model(tmp_path, device="cpu")
+    monkeypatch.setattr(weights.ctypes, "CDLL", lambda name: object())
+    found = load_model(tmp_path, device="cpu")
+    assert all(torch.equal(one, two) for one, two in zip(found.buffers(), expected.buffers(), strict=True))

@@ -91,8 +91,8 @@ def test_a_model_of_a_billion_and_a_half_loads_and_takes_a_step_without_a_second
     assert out.returncode == 0, out.stderr
     (row,) = read_json(tmp_path / "loading.json")["rows"]
     assert row["load_peak"] + row["step_peak"] < 24
-    # a second copy of the weights would add 100%; private memory while loading differs from run to run, 25% to 90%
-    assert row["load_peak"] < 1.3 * row["weights"]
+    # what is not a page of the files: folded queries, keys and values, and what a step computes
+    assert row["load_private"] < 0.4 * row["weights"]
     assert row["step_private"] < 0.3 * row["weights"]
 
 
