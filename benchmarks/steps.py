@@ -112,6 +112,7 @@ SHAPES, LARGE = (
 )
 
 Step = Callable[[torch.Tensor], None]
+WARM_ON_GPU = 5  # steps until kernels are chosen and a pass is recorded as a CUDA graph
 
 
 def in_new_process(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -128,9 +129,6 @@ def in_new_process(function: Callable[..., Any], *arguments: Any) -> Any:
                 "the process that measures was ended, probably because memory is short. Choose a smaller model or "
                 "fewer texts."
             ) from None
-
-
-WARM_ON_GPU = 5  # steps until kernels are chosen and a pass is recorded as a CUDA graph
 
 
 def check_shapes(*shapes: str, large: bool = False) -> None:

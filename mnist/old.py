@@ -58,6 +58,7 @@ from circuit_breaking.mnist.experiment import Experiment, open_experiment, write
 from circuit_breaking.mnist.greedy import Objective, make_objective, score_cuts
 from circuit_breaking.mnist.report import show
 from circuit_breaking.runs.checkpoints import Checkpoints, Saved
+from circuit_breaking.runs.config import option
 from circuit_breaking.runs.run_folder import CheckpointedParts
 from circuit_breaking.training.loop import run_steps
 
@@ -120,7 +121,7 @@ def get_network(settings: Settings, split: Split, source: str, parts: Checkpoint
         if getattr(record, name) != getattr(settings, name):
             raise UserError(
                 f"{settings.network} was made with {name} {getattr(record, name)}, not {getattr(settings, name)}."
-                f" Give the same --{name.replace('_', '-')}, or leave --network out."
+                f" Give the same {option(name)}, or leave --network out."
             )
     if network.first.in_features != split.x["train"].shape[1] or record.source != source:
         raise UserError(

@@ -17,7 +17,7 @@ from typing import ClassVar
 from circuit_breaking.errors import UserError
 from circuit_breaking.evaluation.settings import ScorerSettings
 from circuit_breaking.runs.cli import read_settings, run_script
-from circuit_breaking.runs.config import check_counts, check_not_negative
+from circuit_breaking.runs.config import check_counts, check_not_negative, option
 from circuit_breaking.runs.settings import AblateFromSettings, Float32ModelSettings, SeedSettings
 from circuit_breaking.toxicity.settings import ToxicRunSettings, ToxicTextSettings, require_data
 from circuit_breaking.training.baselines import METHODS
@@ -96,7 +96,7 @@ def stages(settings: Settings) -> list[list[Part]]:
     """Parts that may run at the same time, stage by stage."""
     folder = settings.out / settings.run
     data = [
-        f"--{name.replace('_', '-')}={value}"
+        f"{option(name)}={value}"
         for name in ("toxic_train", "toxic_test", "ordinary", "text_column")
         if (value := getattr(settings, name)) is not None
     ]

@@ -10,7 +10,7 @@ from circuit_breaking.evaluation.result_files import relearned
 from circuit_breaking.evaluation.tables import COSTS_TEXT, costs_table, interval, markdown_table, number
 from circuit_breaking.runs.results import choice_in_words
 
-COSTS_HEADING = "## Costs of this run"  # the text below it differs from run to run; the text above it does not
+COSTS_HEADING = "Costs of this run"  # the text below it differs from run to run; the text above it does not
 EFFECTS = ("restore_effect", "single_cut_effect")
 NGRAMS = ("unigrams", "bigrams", "trigrams")
 
@@ -47,7 +47,7 @@ def render(
     if pictures:
         parts += ["## Figures", "\n".join(f"![{name.removesuffix('.png')}]({name})" for name in pictures)]
     if costs:
-        parts += [COSTS_HEADING, COSTS_TEXT, markdown_table(*costs_table(costs))]
+        parts += [f"## {COSTS_HEADING}", COSTS_TEXT, markdown_table(*costs_table(costs))]
     return "\n\n".join(parts) + "\n"
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from circuit_breaking.errors import UserError
+from circuit_breaking.runs.config import option
 from circuit_breaking.runs.files import DATA
 from circuit_breaking.runs.settings import DeviceSettings, OutSettings, ResumeSettings
 
@@ -58,9 +59,9 @@ class ExperimentSettings(ImageSettings, NetworkSettings, DeviceSettings, OutSett
         """Refuse numbers that make no sense before any work is done."""
         for name in POSITIVE:
             if getattr(self, name, 1) <= 0:
-                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be positive.")
+                raise UserError(f"{option(name)} is {getattr(self, name)}; it must be positive.")
         for name in NOT_NEGATIVE:
             if getattr(self, name, 0) < 0:
-                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it cannot be negative.")
+                raise UserError(f"{option(name)} is {getattr(self, name)}; it cannot be negative.")
         if not self.run or self.run != self.run.strip("./ ") or "/" in self.run or "\\" in self.run:
             raise UserError(f"--run {self.run!r} is not a plain folder name; give the place with --out.")

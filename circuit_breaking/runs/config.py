@@ -35,6 +35,11 @@ def resolve_defaults(settings: T, *sources: Mapping[str, Any]) -> T:
     return dataclasses.replace(settings, **found)
 
 
+def option(name: str) -> str:
+    """A setting as it is given on the command line: `--max-edges` for `max_edges`."""
+    return f"--{name.replace('_', '-')}"
+
+
 def check_counts(settings: Any, *names: str) -> None:
     """Raise a `UserError` for a setting of these names that is below 1."""
     _check(settings, names, lambda value: value >= 1, "give 1 or more")

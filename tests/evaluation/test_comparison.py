@@ -220,7 +220,7 @@ def test_everything_is_drawn_from_files_alone(folder, capsys):
         "## Random edges",
         "## Evidence for each edge",
         "## Does it come back?",
-        COSTS_HEADING,
+        f"## {COSTS_HEADING}",
     ):
         assert heading in page
     assert "OFFENSIVE" not in page
@@ -256,7 +256,7 @@ def test_costs_are_the_only_thing_that_changes(folder):
     write_json(folder / "finetuned" / "joint" / "cost.json", {"seconds": 77.0, "cpu_seconds": 70.0, "peak_gb": 1.0})
     script.main(script.Settings(run="run", out=folder.parent))
     second = (folder / "report.md").read_text()
-    assert first != second and first.split(COSTS_HEADING)[0] == second.split(COSTS_HEADING)[0]
+    assert first != second and first.split(f"## {COSTS_HEADING}")[0] == second.split(f"## {COSTS_HEADING}")[0]
 
 
 def test_what_is_drawn_is_what_the_files_say(folder, drawn):
