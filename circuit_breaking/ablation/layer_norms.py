@@ -26,8 +26,8 @@ class SharedNorm:
     """The norm after attention or the MLP: [..., S * D] -> [..., S * D]."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        parts, stream = hidden_states.unflatten(-1, (-1, self.edge_cuts_d)), self.edge_cuts_stream
-        return _divided(self, parts, parts[..., stream : stream + 1, :]).flatten(-2)
+        parts = hidden_states.unflatten(-1, (-1, self.edge_cuts_d))
+        return _divided(self, parts, parts[..., :1, :]).flatten(-2)
 
 
 class SeparateKeyNorm:

@@ -2,15 +2,15 @@
 
 Cut edges change what readers read. The readers need outputs of single nodes, which the residual stream has only as a
 sum. So the hidden state that one layer hands to the next carries them, side by side with the stream, in its last
-dimension: [..., (1 + C) * D], the stream first. Inside a layer it holds the parts that `plan.Parts` lists: the reads of
-its MLP and of its heads, the stream, and the outputs that later layers need.
+dimension: [..., (1 + C) * D], the stream first. Inside a layer it holds the parts that `plan.Parts` lists: the
+stream, the reads of its heads and of its MLP, and the outputs that later layers need.
 
 Hugging Face's layer only normalises parts of this and adds to it, so its code stays as it is. Modules inside take
 another class, a subclass of their own, in place:
 
     layers        make the parts from the hidden state that they get, and that of the next layer from the parts
                   (`AblatedLayer`)
-    norms         normalise their reader's part; before attention, every read of a head and the stream (`ReaderNorm`);
+    norms         normalise their reader's part; before attention, the stream and every read of a head (`ReaderNorm`);
                   `layer_norms` has what is needed where norms are elsewhere
     q, k, v       project each head from the read that is its own (`UnitProjection`)
     out, down     add to the stream, and each head and MLP that later layers need to its part (`HeadOutputs`,
@@ -29,7 +29,10 @@ With `ablate_from`, cuts act from that position on. The model without its head (
 tensor that says where they act, and the layer makes it one more part, by which norms choose between read and stream.
 
 Shapes: D width, H heads, K head width, F width of the MLP, C carried outputs, S parts of a layer's hidden state, U
-units (blocks of K columns) of a projection's output, n the reads of heads and the stream, N tokens.
+units (blocks of K columns) of a projection's output, n the stream and the reads of heads, N tokens.
+
+A step of generation has one token, for which a single operation takes longer than what it computes, so the modules do
+with as few as they can.
 """
 
 from collections.abc import Sequence
@@ -49,15 +52,23 @@ FEW_TOKENS = 128  # up to which the inputs of all units of a projection are gath
 FEW_HEADS = 3  # up to which a product for each head is faster than one product for all heads
 
 
-def _combine(matrix: Tensor, constants: Tensor | None, parts: Tensor) -> Tensor:
-    """Sums of parts [..., R, D]: the rows of `matrix` [R, C] times `parts` [..., C, D], plus `constants` [R, D]."""
-    device = parts.device.type
+def _combine(matrix: Tensor, constants: Tensor | None, hidden_states: Tensor) -> Tensor:
+    """Sums [N, R, D] of the parts of a hidden state [..., C * D]: the rows of `matrix` [R, C] times the parts, plus
+    `constants` [R, D] or [..., R, D]."""
+    device = hidden_states.device.type
     if device != "meta" and torch.is_autocast_enabled(device):  # which would round the stream
         with torch.autocast(device, enabled=False):
-            sums = matrix.to(parts.dtype) @ parts
-    else:
-        sums = matrix.to(parts.dtype) @ parts
-    return sums if constants is None else sums + constants.to(sums.dtype)
+            return _sums(matrix, constants, hidden_states)
+    return _sums(matrix, constants, hidden_states)
+
+
+def _sums(matrix: Tensor, constants: Tensor | None, hidden_states: Tensor) -> Tensor:
+    (n_reads, n_parts), dtype = matrix.shape, hidden_states.dtype
+    parts = hidden_states.reshape(-1, n_parts, hidden_states.shape[-1] // n_parts)
+    rows = matrix.to(dtype).expand(len(parts), n_reads, n_parts)
+    if constants is not None and constants.dim() > 2:
+        constants = constants.expand(*hidden_states.shape[:-1], *constants.shape[-2:]).flatten(0, -3)
+    return _product(None if constants is None else constants.to(dtype), rows, parts)
 
 
 def wide(x: Tensor) -> Tensor:
@@ -97,26 +108,27 @@ class AblatedLayer:
 
     def _enter(self, hidden_states: Tensor, ablated: Tensor | None) -> Tensor:
         """The parts [..., S * D] of the hidden state inside the layer."""
-        d, matrix, pieces = self.edge_cuts_d, self.edge_cuts_matrix, []
-        if len(matrix):
-            parts = hidden_states.unflatten(-1, (-1, d))
-            pieces.append(_combine(matrix, self.edge_cuts_constants, parts).flatten(-2))
-        pieces.append(hidden_states[..., :d])
-        if self.edge_cuts_exports:
-            pieces.append(hidden_states.new_zeros(*hidden_states.shape[:-1], self.edge_cuts_exports * d))
+        d, (first_export, end), shape = self.edge_cuts_d, self.edge_cuts_exports, hidden_states.shape[:-1]
+        pieces = [hidden_states[..., :d]]
+        if self.edge_cuts_matrix is not None:
+            reads = _combine(self.edge_cuts_matrix, self.edge_cuts_constants, hidden_states)
+            pieces.append(reads.view(*shape, -1))
+        if end > first_export:
+            pieces.append(hidden_states.new_zeros(*shape, (end - first_export) * d))
         if self.edge_cuts_limited_inside:
             pieces.append(ablated)
         return torch.cat(pieces, -1) if len(pieces) > 1 else pieces[0]
 
     def _leave(self, out: Tensor, hidden_states: Tensor, ablated: Tensor | None) -> Tensor:
         """The stream, the layer's own outputs that later layers need, and the older ones."""
-        d, first = self.edge_cuts_d, self.edge_cuts_stream
-        pieces = [out[..., first * d : (first + 1 + self.edge_cuts_exports) * d]]
-        if self.edge_cuts_carries_all:
-            pieces.append(hidden_states[..., d:])
-        elif len(self.edge_cuts_carried):
-            parts = hidden_states.unflatten(-1, (-1, d))
-            pieces.append(parts.index_select(-2, self.edge_cuts_carried).flatten(-2))
+        d, (first_export, end) = self.edge_cuts_d, self.edge_cuts_exports
+        if first_export == 1:
+            pieces = [out[..., : end * d]]
+        elif end == first_export:
+            pieces = [out[..., :d]]
+        else:
+            pieces = [out[..., :d], out[..., first_export * d : end * d]]
+        pieces += [hidden_states[..., first * d : last * d] for first, last in self.edge_cuts_carried]
         if self.edge_cuts_limited_after:
             pieces.append(ablated)
         after = torch.cat(pieces, -1) if len(pieces) > 1 else pieces[0]
@@ -173,10 +185,10 @@ def own_parts(module: nn.Module, hidden_states: Tensor) -> Tensor:
     """
     d, first, count = module.edge_cuts_d, module.edge_cuts_first, module.edge_cuts_count
     mine = hidden_states[..., first * d : (first + count) * d].unflatten(-1, (count, d))
-    ablated, stream = module.edge_cuts_ablated, module.edge_cuts_stream
+    ablated = module.edge_cuts_ablated
     if ablated is not None:
         parts = hidden_states.unflatten(-1, (-1, d))
-        mine = torch.where(parts[..., ablated : ablated + 1, :] != 0, mine, parts[..., stream : stream + 1, :])
+        mine = torch.where(parts[..., ablated : ablated + 1, :] != 0, mine, parts[..., :1, :])
     return mine.to(own_dtype(module))
 
 
@@ -205,17 +217,18 @@ class OutputNorm:
     """
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        parts = hidden_states.unflatten(-1, (-1, self.edge_cuts_d))
-        read = _combine(self.edge_cuts_matrix, self.edge_cuts_constants, parts).squeeze(-2)
+        d = self.edge_cuts_d
+        read = _combine(self.edge_cuts_matrix, self.edge_cuts_constants, hidden_states)
+        read = read.view(*hidden_states.shape[:-1], d)
         if self.edge_cuts_limited:
-            read = torch.where(parts[..., -1, :] != 0, read, parts[..., 0, :])
+            read = torch.where(hidden_states[..., -d:] != 0, read, hidden_states[..., :d])
         return super().forward(read.to(self.weight.dtype))
 
 
 class UnitProjection:
     """Queries, keys or values of heads, each from the read that is its own: [..., n * D] -> [..., U * K].
 
-    The last of the n is the stream, which heads without cut edges read. `own` lists the other units: read, and first,
+    The first of the n is the stream, which heads without cut edges read. `own` lists the other units: read, and first,
     end and step of units in the output and in the weights. Those differ where heads that share keys and values do not
     read alike: then unit u of the output is made by unit `units[u]` of the weights.
     """
@@ -234,7 +247,7 @@ class UnitProjection:
                 bias = None if bias is None else bias.index_select(0, self.edge_cuts_units)
             out = _product(bias, reads.index_select(0, self.edge_cuts_reads), weight)
             return out.transpose(0, 1).reshape(*hidden_states.shape[:-1], -1)
-        out = super().forward(reads[-1]).view(reads.shape[1], -1, width)
+        out = super().forward(reads[0]).view(reads.shape[1], -1, width)
         if self.edge_cuts_separate:
             out = out.index_select(1, self.edge_cuts_units)
         for read, (first, end, step), units in own:
@@ -283,15 +296,15 @@ class HeadOutputs:
 
     def _single(self, z: Tensor) -> Sequence[Tensor]:
         """Outputs [N, D] of the heads in `heads`, or of all heads if `every`."""
-        n_heads = self.edge_cuts_n_heads
-        weight = self.weight.t() if isinstance(self, nn.Linear) else self.weight
-        weight = weight.view(n_heads, -1, weight.shape[-1])  # [H, K, D]
-        z = z.reshape(-1, n_heads, weight.shape[1]).transpose(0, 1)
+        n_heads, width = self.edge_cuts_n_heads, z.shape[-1] // self.edge_cuts_n_heads
+        weight, z = self.weight.t() if isinstance(self, nn.Linear) else self.weight, z.reshape(-1, z.shape[-1])
         if self.edge_cuts_every:
+            z, weight = z.view(len(z), n_heads, width).transpose(0, 1), weight.view(n_heads, width, -1)
             return _product(self.bias, z, weight, beta=1 / n_heads).unbind(0)
+        columns = [slice(head * width, (head + 1) * width) for head in self.edge_cuts_heads]
         if self.bias is None:
-            return [z[head] @ weight[head] for head in self.edge_cuts_heads]
-        return [torch.addmm(self.bias, z[head], weight[head], beta=1 / n_heads) for head in self.edge_cuts_heads]
+            return [z[:, own] @ weight[own] for own in columns]
+        return [torch.addmm(self.bias, z[:, own], weight[own], beta=1 / n_heads) for own in columns]
 
 
 class MLPOutput:

@@ -54,9 +54,9 @@ class Parts:
     """The parts of the hidden state inside a layer, each of the model's width, in this order:
 
     part           how many                                   attention adds          the MLP adds
-    MLP read       1 if the MLP does not read the stream      heads not cut from it   its output, which nobody reads
-    reads          of heads that do not read the stream       nothing of use          nothing of use
     stream         1                                          all heads               its output
+    reads          of heads that do not read the stream       nothing of use          nothing of use
+    MLP read       1 if the MLP does not read the stream      heads not cut from it   its output, which nobody reads
     heads          those that later layers need               that head               nothing
     MLP            1 if later layers need it                  nothing                 its output
     ablated        1 if cuts act at some positions only       nothing                 nothing
@@ -64,37 +64,37 @@ class Parts:
     The last is 1 at positions where cuts act and 0 at others.
     """
 
-    mlp_read: bool
     reads: int
+    mlp_read: bool
     heads: int
     mlp: bool
     ablated: bool
 
     @property
-    def stream(self) -> int:
-        """Where the stream is; this many parts are reads."""
-        return self.mlp_read + self.reads
+    def first_export(self) -> int:
+        """Where the outputs are that later layers need; the stream and the reads come before."""
+        return 1 + self.reads + self.mlp_read
 
     @property
     def exports(self) -> int:
-        """How many outputs of the layer later layers need. They follow the stream."""
+        """How many outputs of the layer later layers need."""
         return self.heads + self.mlp
 
     @property
     def count(self) -> int:
-        return self.stream + 1 + self.exports + self.ablated
+        return self.first_export + self.exports + self.ablated
 
     @property
     def attention_adds(self) -> tuple[str | int, ...]:
         """What attention adds to each part: "all" heads, those that the "mlp" reads, "nothing", or a head by number
         among `heads`."""
         mlp = ("mlp",) * self.mlp_read
-        return (*mlp, *("all",) * (self.reads + 1), *range(self.heads), *("nothing",) * (self.mlp + self.ablated))
+        return (*("all",) * (1 + self.reads), *mlp, *range(self.heads), *("nothing",) * (self.mlp + self.ablated))
 
     @property
     def mlp_adds(self) -> tuple[bool, ...]:
         """Whether the MLP adds its output to each part."""
-        return (True,) * (self.stream + 1) + (False,) * self.heads + (True,) * self.mlp + (False,) * self.ablated
+        return (True,) * self.first_export + (False,) * self.heads + (True,) * self.mlp + (False,) * self.ablated
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ class LayerPlan:
         """The parts of its hidden state. `ablated`: cuts act at some positions only."""
         mlp_read = self.mlp_read is not None or bool(self.mlp_cut_heads)
         return Parts(
-            mlp_read, len(self.reads), len(self.export_heads), self.export_mlp, ablated and self.changes_modules
+            len(self.reads), mlp_read, len(self.export_heads), self.export_mlp, ablated and self.changes_modules
         )
 
 

@@ -128,13 +128,13 @@ class LayerWiring:
             wiring.modules.append((whole, AblatedLayer, {**self._layer(), "like": like, "inside": ()}))
             return
         ablated = parts.count - 1 if parts.ablated else None
-        norm = {"d": d, "stream": parts.stream, "like": like}
-        before = {"first": int(parts.mlp_read), "count": parts.reads + 1, "ablated": ablated if parts.reads else None}
+        norm = {"d": d, "like": like}
+        before = {"first": 0, "count": 1 + parts.reads, "ablated": ablated if parts.reads else None}
         changes: list[tuple[nn.Module, type, State]] = [reader(layer.attention_norm, layer.attention, norm | before)]
         if self.plan.reads:
             changes += self._projections(wiring)
         changes.append((layer.out.module, HeadOutputs, self._head_outputs()))
-        mlp = {"first": 0, "ablated": ablated} if parts.mlp_read else {"first": parts.stream, "ablated": None}
+        mlp = {"first": 1 + parts.reads, "ablated": ablated} if parts.mlp_read else {"first": 0, "ablated": None}
         changes.append(reader(layer.mlp_norm, layer.mlp, norm | mlp | {"count": 1}))
         changes.append((layer.down.module, MLPOutput, {"adds": parts.mlp_adds}))
         for after in (layer.attention_out_norm, layer.mlp_out_norm):
@@ -153,20 +153,20 @@ class LayerWiring:
     def _layer(self) -> State:
         plan, parts = self.plan, self.parts
         stream = Read(frozenset(), frozenset({0}))
-        reads = [plan.mlp_read or stream] * parts.mlp_read + plan.reads
+        reads = plan.reads + [plan.mlp_read or stream] * parts.mlp_read
         constants = read_constants(reads, self.means)
         if constants is not None and plan.mlp_cut_heads:  # whose outputs the MLP's read lacks after attention
-            constants[0] += self.means[[self.first_head + head for head in plan.mlp_cut_heads]].sum(0)
+            constants[-1] += self.means[[self.first_head + head for head in plan.mlp_cut_heads]].sum(0)
         carried = [1 + at for at, node in enumerate(plan.carried_in) if node in plan.carried_out]
+        firsts = [at for at in carried if at - 1 not in carried]
+        ends = [at + 1 for at in carried if at + 1 not in carried]
         return {
             "d": self.spec.width,
             "needs_embed": self.number == 0 and bool(plan.carried_in),
-            "matrix": read_matrix(reads, plan.carried_in).to(self.like),
+            "matrix": read_matrix(reads, plan.carried_in).to(self.like) if reads else None,
             "constants": constants_like(constants, self.like),
-            "stream": parts.stream,
-            "exports": parts.exports,
-            "carries_all": len(carried) == len(plan.carried_in) > 0,
-            "carried": self._long(carried),
+            "exports": (parts.first_export, parts.first_export + parts.exports),
+            "carried": tuple(zip(firsts, ends, strict=True)),
             "wide_after": bool(plan.carried_out),
             "limited": parts.ablated or self.limited_after,
             "limited_inside": parts.ablated,
@@ -233,15 +233,14 @@ class LayerWiring:
             if unit.read is not None:
                 part = unit.part if self.layer.queries_per_key > 1 else 0
                 own.setdefault((unit.read, unit.head, part), []).append(unit)
-        stream = self.parts.reads  # the last of what is read
         return {
-            "n": stream + 1,
+            "n": 1 + self.parts.reads,
             "width": self.layer.head_width,
             "own": tuple(
-                (read, _steps([unit.at for unit in some]), _steps([unit.weight for unit in some]))
+                (1 + read, _steps([unit.at for unit in some]), _steps([unit.weight for unit in some]))
                 for (read, *_), some in own.items()
             ),
-            "reads": self._long([stream if unit.read is None else unit.read for unit in units]),
+            "reads": self._long([0 if unit.read is None else 1 + unit.read for unit in units]),
             "units": self._long([unit.weight for unit in units]),
             "separate": any(unit.at != unit.weight for unit in units),
         }
