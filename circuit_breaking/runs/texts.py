@@ -1,18 +1,24 @@
 """Texts of people's own files: a text file with one text per line, or one column of JSON Lines, JSON or CSV."""
 
+import csv
 import json
 import re
 from collections.abc import Iterable, Mapping
+from io import StringIO
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from circuit_breaking.errors import UserError
-from circuit_breaking.runs.files import CHECK, is_text, read_csv, read_json, read_jsonl, read_lines, read_text
+from circuit_breaking.runs.files import CHECK, MAX_LINE, is_text, read_csv, read_json, read_jsonl, read_lines, read_text
 
 CSV_DELIMITERS = {".csv": ",", ".tsv": "\t"}
 JSON_LINES = {".jsonl", ".ndjson"}
 TEXT_SUFFIXES = {".txt", ".text", ".json", *JSON_LINES, *CSV_DELIMITERS}  # names of files, not of data sets
 SHOWN_COLUMNS = 12
+DELIMITERS = ",\t;|"  # of tables under another name
+TABLE_ROWS = 20  # of a text file that are looked at to see whether it is a table
+COLUMN_NAME = re.compile(r"[^\W\d][\w.-]*|")  # the first column of a table of pandas has no name
 
 
 def read_rows(path: Path | str, hint: str = CHECK) -> list[Any] | None:
@@ -21,7 +27,7 @@ def read_rows(path: Path | str, hint: str = CHECK) -> list[Any] | None:
     A file is CSV or JSON Lines by its name. A file of another name is also JSON if it reads as JSON.
 
     Raises:
-        UserError: the file is missing or damaged.
+        UserError: the file is missing or damaged, or it is plain text by its name and looks like a table.
     """
     path = Path(path)
     suffix = path.suffix.lower()
@@ -35,6 +41,11 @@ def read_rows(path: Path | str, hint: str = CHECK) -> list[Any] | None:
     first = [line for line in text[: 2**24].split("\n", 100) if line.strip()][:2]
     if suffix == ".json" or (first and all(_is_object(line) for line in first)):
         return read_jsonl(path, hint)
+    if names := _table_columns(text[:MAX_LINE]):
+        raise UserError(
+            f"{path} looks like a table: its first line names the columns {_shown(names)}, and the lines below have as "
+            "many cells. Save it as .csv (commas) or .tsv (tabs), or write one text per line."
+        )
     return None
 
 
@@ -64,10 +75,8 @@ def column_texts(rows: Iterable[Any], column: str, source: str, hint: str = CHEC
         if not isinstance(row, Mapping):
             raise UserError(f"{source}, row {number}: {type(row).__name__}, not an object with columns. {hint}")
         if column not in row:
-            names = [repr(name) for name in row]
-            shown = ", ".join(names[:SHOWN_COLUMNS]) + ", ..." * (len(names) > SHOWN_COLUMNS)
             raise UserError(
-                f"{source}, row {number}: there is no column {column!r}; its columns are {shown or 'none'}. "
+                f"{source}, row {number}: there is no column {column!r}; its columns are {_shown(row) or 'none'}. "
                 "Give the one that holds the texts as text_column."
             )
         value = row[column]
@@ -85,6 +94,26 @@ def describe_no_text(value: Any) -> str:
     if isinstance(value, str):
         return "text that UTF-8 cannot encode"  # half of a pair of surrogates, written as an escape in JSON
     return "null, not text" if value is None else f"{type(value).__name__}, not text"
+
+
+def _shown(columns: Iterable[str]) -> str:
+    names = [repr(name) for name in columns]
+    return ", ".join(names[:SHOWN_COLUMNS]) + ", ..." * (len(names) > SHOWN_COLUMNS)
+
+
+def _table_columns(text: str) -> list[str]:
+    """The columns of a text that looks like a table, or none: its first line has nothing but two or more different
+    names, each one word, and every further row has as many cells."""
+    for delimiter in DELIMITERS:
+        try:
+            rows = list(islice(csv.reader(StringIO(text, newline=""), delimiter=delimiter), TABLE_ROWS + 1))
+        except csv.Error:
+            continue
+        names, cells = rows[0] if rows else [], {len(row) for row in rows[1:] if row}
+        distinct = len(set(names)) == len(names) > 1
+        if distinct and all(map(COLUMN_NAME.fullmatch, names)) and cells == {len(names)}:
+            return names
+    return []
 
 
 def _is_object(line: str) -> bool:

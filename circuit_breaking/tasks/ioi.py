@@ -43,7 +43,7 @@ def read_prompts(path: Path | str) -> list[Prompt]:
 
     Raises:
         UserError: the file is missing, empty or damaged, a row lacks one of these, or its prompt already holds the
-            answer, ends in white space or has one name for both.
+            answer, ends in white space, lacks a name or has one name for both.
     """
     prompts = []
     for number, row in enumerate(read_jsonl(path, PROMPTS_HINT), 1):
@@ -62,7 +62,7 @@ def read_prompts(path: Path | str) -> list[Prompt]:
 
 
 def _problem(prompt: Prompt) -> str | None:
-    """What makes a prompt useless for this task: the name that is to be predicted does not follow its last word."""
+    """What makes a prompt useless for this task: it lacks a name, or none can follow its last word."""
     names = (prompt.io, prompt.subject)
     if any(name != name.strip() for name in names):
         return f"the names {prompt.io!r} and {prompt.subject!r} must not begin or end with white space"
@@ -75,6 +75,8 @@ def _problem(prompt: Prompt) -> str | None:
     for name in names:
         if re.search(rf"(?<!\w){re.escape(name)}\W*\Z", prompt.text):
             return f"the prompt already ends with {name!r}, but a name is to follow it"
+        if not re.search(rf"(?<!\w){re.escape(name)}(?!\w)", prompt.text):
+            return f"the prompt does not mention {name!r}"
     return None
 
 

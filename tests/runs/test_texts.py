@@ -97,6 +97,37 @@ def test_rows_that_hold_no_text(tmp_path):
     refused("tiny", "plain text and has no column 'content'", "content")
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        'id,text\n1,"A line, with a comma"\n2,"Another\nof two lines"\n',
+        "id\ttext\ttoxicity\n1\tA line, with a comma\t0.5\n",
+        ",comment_text,toxic\n0,A line,1\n",
+        "text;label\r\nA line, with a comma;1\r\n\r\nAnother;0\r\n",
+    ],
+)
+def test_a_table_under_the_name_of_plain_text_is_refused(tmp_path, text):
+    (tmp_path / "x.txt").write_text(text, newline="")
+    refused(tmp_path / "x.txt", "looks like a table: its first line names the columns .*Save it as .csv")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Yes, it is,\nor so they say, you know.\n",
+        "Hello, world\nGood morning, world\n",  # a line of prose has white space behind a comma
+        "red,green\nA sentence without a comma.\n",
+        "One sentence.\nAnother.\n",
+        "text\nA sentence.\n",
+        "red,green,red\nblue,red,blue\n",
+        "a,b\n",
+    ],
+)
+def test_plain_text_is_not_taken_for_a_table(tmp_path, text):
+    (tmp_path / "x.txt").write_text(text)
+    assert read_texts(tmp_path / "x.txt") == text.splitlines()
+
+
 def test_a_long_cell_is_read(tmp_path):
     path = tmp_path / "x.csv"
     path.write_text("text\n" + "\n".join(f'"{i} {"a" * 200_000}"' for i in range(2)))

@@ -165,6 +165,9 @@ def test_rows_of_wang_et_al_end_with_the_answer(tmp_path):
         ({"text": "Lisa gave a ring to\n"}, "the prompt ends in white space"),
         ({"text": " Jane"}, "the prompt is empty"),
         ({"IO": " Jane"}, "must not begin or end with white space"),
+        ({"IO": "Mary"}, "the prompt does not mention 'Mary'"),
+        ({"S": "Lis"}, "the prompt does not mention 'Lis'"),
+        ({"prompt": "Jane and Lisas were here. Someone gave a ring to"}, "the prompt does not mention 'Lisa'"),
     ],
 )
 def test_rows_whose_name_cannot_follow_are_refused(tmp_path, change, message):
