@@ -35,8 +35,9 @@ def masks_at(
     """Put the mask of each budget into the model, and yield the budget while it is there.
 
     If ablation constants are learned, they are trained for each mask in `constants_steps` steps; each time they start
-    from those that the model has now. A budget that cuts the same edges as the one before it gets its constants too. At
-    the end the model has the mask and the constants that it has now.
+    from those that the model has now. A budget that cuts the same edges as the one before it gets its constants too,
+    and one that cuts those that the model cuts now gets those that the model has now. At the end the model has the mask
+    and the constants that it has now.
 
     Args:
         budgets: numbers of edges to cut. Those above the number of ranked edges are left out.
@@ -50,10 +51,11 @@ def masks_at(
         for budget in sorted(set(budgets)):
             if budget > len(result.ranking):
                 continue
-            mask = result.at(budget)
+            mask = result.at(budget).to(weights)
             if before is None or not torch.equal(mask, before):
                 model.means = means
-                if settings.constants_lr and bool((mask == 0).any()):
+                fitted = torch.equal(mask, weights) or not bool((mask == 0).any())
+                if settings.constants_lr and not fitted:
                     train_mask(
                         model, break_task, keep_task, replace(given, max_edges=budget), mask == 0, progress=False
                     )  # fmt: skip

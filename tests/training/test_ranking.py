@@ -253,7 +253,8 @@ def test_masks_of_many_budgets(constants_lr):
         seen.append((budget, model.means))
     assert [budget for budget, _ in seen] == [2, 7, ALL]
     if constants_lr:
-        assert not torch.equal(seen[0][1], means)
+        for budget, each in seen:
+            assert torch.equal(each, means) == torch.equal(result.at(budget), result.weights)
         assert torch.equal(seen[0][1], seen[1][1]) == torch.equal(result.at(2), result.at(7))
         assert not any(each.requires_grad for _, each in seen)
     assert (model.means is None) if means is None else torch.equal(model.means, means)
@@ -271,3 +272,11 @@ def test_budgets_that_cut_the_same_edges_share_constants(monkeypatch):
         means.append(model.means)
     assert means[1] is means[2]
     assert not torch.equal(means[0], means[1])
+
+
+def test_the_budget_of_the_training_has_its_constants():
+    model, tasks = small(), (make_task("break", 1), make_task("keep", 5))
+    settings = MaskConfig(max_edges=5, steps=11, batch_size=3, constants_lr=0.05, constants_steps=2)
+    result = train_mask(model, *tasks, settings, progress=False)
+    trained = model.means
+    assert [torch.equal(model.means, trained) for _ in masks_at((5,), result, model, *tasks, settings)] == [True]
