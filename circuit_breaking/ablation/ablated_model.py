@@ -16,6 +16,7 @@ from circuit_breaking.ablation.card import GENERIC, model_card
 from circuit_breaking.ablation.config import AblatedConfig, EdgeAblation
 from circuit_breaking.errors import UserError
 from circuit_breaking.models.families import describe
+from circuit_breaking.models.save import forget_gguf
 from circuit_breaking.runs.files import write_text
 
 CARD = "README.md"
@@ -101,6 +102,7 @@ def save_with_cuts(hf: PreTrainedModel, folder: Path, record: EdgeAblation, mean
 def _config_with_cuts(hf: PreTrainedModel, record: EdgeAblation, means: Tensor | None) -> Iterator[None]:
     """Inside the block, the configuration of a model says what is cut in it. Outside it is that of the whole model, by
     which transformers knows how to run it."""
+    forget_gguf(hf)
     whole = hf.config
     hf.config = AblatedConfig.of(whole, record, means)
     try:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -104,6 +105,8 @@ def load_hf_model(
     check_sizes(config, Path(location), extra.get("gguf_file"))
     if not extra:
         keywords["use_safetensors"] = True
+    elif hasattr(transformers, "GgufConfig"):  # before it came, all weights were unpacked to floats, as they are here
+        keywords["quantization_config"] = transformers.GgufConfig(dequantize=True)
     before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()  # its warnings become errors in `check_weights`
     if not sys.stderr.isatty():  # its bar would leave control characters in a log file

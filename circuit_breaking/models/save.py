@@ -31,11 +31,20 @@ def save_hf_folder(
     Raises:
         UserError: the folder cannot be written.
     """
+    forget_gguf(hf)
     with staged_folder(folder) as staged:
         hf.save_pretrained(staged)
         save_tokenizer(staged, tokenizer)
         if write_records is not None:
             write_records(staged)
+
+
+def forget_gguf(hf: PreTrainedModel) -> None:
+    """Let a model be saved whose weights transformers has unpacked from a GGUF file, which it would refuse."""
+    quantizer = getattr(hf, "hf_quantizer", None)
+    method = getattr(getattr(quantizer, "quantization_config", None), "quant_method", None)
+    if method == "gguf" and all(parameter.is_floating_point() for parameter in hf.parameters()):
+        quantizer.remove_quantization_config(hf)
 
 
 def save_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:
