@@ -49,6 +49,7 @@ ABLATED = f"{PREFIX}ablated"  # keyword under which layers are told at which pos
 MARK = "edge_cuts_key"  # of a KV cache
 HALF = (torch.bfloat16, torch.float16)
 FEW_TOKENS = 128  # up to which the inputs of all units of a projection are gathered for one product
+FEWER_TOKENS = 16  # the same in a Linear for any number of heads; beyond, one large product is the faster one
 FEW_HEADS = 3  # up to which a product for each head is faster than one product for all heads
 
 
@@ -241,7 +242,10 @@ class UnitProjection:
         else:
             weight = self.weight.view(reads.shape[-1], -1, width).transpose(0, 1)
         bias = None if self.bias is None else self.bias.view(-1, 1, width)  # and weight: [U, D, K]
-        if len(own) > FEW_HEADS and reads.shape[1] <= FEW_TOKENS:
+        at_once = len(own) > FEW_HEADS and reads.shape[1] <= FEW_TOKENS
+        if isinstance(self, nn.Linear) and not self.edge_cuts_separate:  # there the weights of a unit lie together
+            at_once |= len(own) > 0 and reads.shape[1] <= FEWER_TOKENS
+        if at_once:
             if self.edge_cuts_separate:
                 weight = weight.index_select(0, self.edge_cuts_units)
                 bias = None if bias is None else bias.index_select(0, self.edge_cuts_units)
