@@ -17,7 +17,7 @@ JSON_LINES = {".jsonl", ".ndjson"}
 TEXT_SUFFIXES = {".txt", ".text", ".json", *JSON_LINES, *CSV_DELIMITERS}  # names of files, not of data sets
 SHOWN_COLUMNS = 12
 DELIMITERS = ",\t;|"  # of tables under another name
-TABLE_ROWS = 20  # of a text file that are looked at to see whether it is a table
+TABLE_ROWS, TABLE_HEAD = 20, 2**20  # rows and characters of a text file that are looked at: is it a table?
 COLUMN_NAME = re.compile(r"[^\W\d][\w.-]*|")  # the first column of a table of pandas has no name
 
 
@@ -41,7 +41,7 @@ def read_rows(path: Path | str, hint: str = CHECK) -> list[Any] | None:
     first = [line for line in text[: 2**24].split("\n", 100) if line.strip()][:2]
     if suffix == ".json" or (first and all(_is_object(line) for line in first)):
         return read_jsonl(path, hint)
-    if names := _table_columns(text[:MAX_LINE]):
+    if names := _table_columns(text):
         raise UserError(
             f"{path} looks like a table: its first line names the columns {_shown(names)}, and the lines below have as "
             "many cells. Save it as .csv (commas) or .tsv (tabs), or write one text per line."
@@ -104,11 +104,15 @@ def _shown(columns: Iterable[str]) -> str:
 def _table_columns(text: str) -> list[str]:
     """The columns of a text that looks like a table, or none: its first line has nothing but two or more different
     names, each one word, and every further row has as many cells."""
+    head = text[:TABLE_HEAD]
+    csv.field_size_limit(MAX_LINE)  # as of files that are named CSV
     for delimiter in DELIMITERS:
         try:
-            rows = list(islice(csv.reader(StringIO(text, newline=""), delimiter=delimiter), TABLE_ROWS + 1))
+            rows = list(islice(csv.reader(StringIO(head, newline=""), delimiter=delimiter), TABLE_ROWS + 1))
         except csv.Error:
             continue
+        if len(head) < len(text) and 2 < len(rows) <= TABLE_ROWS:
+            rows.pop()  # the head may end within it
         names, cells = rows[0] if rows else [], {len(row) for row in rows[1:] if row}
         distinct = len(set(names)) == len(names) > 1
         if distinct and all(map(COLUMN_NAME.fullmatch, names)) and cells == {len(names)}:
