@@ -76,23 +76,13 @@ from torch import Tensor
 from circuit_breaking.engine.ablation_values import compute_means, load_means, read_means, save_means, value_in
 from circuit_breaking.engine.load import load_model
 from circuit_breaking.engine.mask import load_mask, read_mask_record, save_mask
-from circuit_breaking.evaluation.controls import OF_CONSTANTS, control_values, random_edges
+from circuit_breaking.evaluation.constant_controls import write_constant_controls
+from circuit_breaking.evaluation.controls import random_edges
 from circuit_breaking.models.load import files_of, load_tokenizer
 from circuit_breaking.runs.checkpoints import Checkpoints
 from circuit_breaking.runs.cost import COST_FILE, cost, together, with_earlier
 from circuit_breaking.runs.files import read_jsonl, write_json, write_jsonl
-from circuit_breaking.runs.mask_record import (
-    CONTROL,
-    CUT_EDGES,
-    MASK,
-    MEANS,
-    ControlRecord,
-    CutEdges,
-    MaskRecord,
-    MeansRecord,
-    data_of,
-    write_edges,
-)
+from circuit_breaking.runs.mask_record import MASK, MEANS, MaskRecord, MeansRecord, data_of, write_edges
 from circuit_breaking.runs.provenance import provenance
 from circuit_breaking.runs.records import fingerprint
 from circuit_breaking.runs.run_folder import METRICS, hold, is_up_to_date, resume_key
@@ -244,23 +234,6 @@ class Sweep:
         elif budget == self.settings.stable_budget:
             self.mask(name, ablation, budget, seed, self.model.mask.weights.detach() == 0)
 
-    def constant_controls(self, name: str, budget: int, seed: int) -> None:
-        """Write what the learned constants of a mask do without its cut, and its cut without them."""
-        masks = self.folder / "masks"
-        record = read_mask_record(masks / name / MASK)
-        edges = CutEdges.read(masks / name / CUT_EDGES).edges
-        constants, means = (read_means(path)[0] for path in (masks / name / MEANS, self.averages))
-        for control, (about, removes) in OF_CONSTANTS.items():
-            place = masks / f"{name}_{control}"
-            if self.settings.resume and is_up_to_date(place / CONTROL, record.made_from, ControlRecord.read):
-                continue
-            values = control_values(control, constants, means)
-            save_means(place / MEANS, self.model, values, MeansRecord(provenance=self.provenance))
-            ControlRecord(
-                about=about.format(name), edges=edges, removes=removes, ablate_from=record.ablate_from, budget=budget,
-                seed=seed, made_from=record.made_from, provenance=self.provenance,
-            ).write(place / CONTROL)  # fmt: skip
-
     def save(self, place: Path, role: str, ablation: str, budget: int, seed: int) -> None:
         """Write the mask that is in the model, last the file that says that the folder is complete."""
         learned = ablation == "optimal"
@@ -290,7 +263,8 @@ def main(settings: Settings) -> None:
             count = sweep.mask(name, ablation, budget, seed)
             cut.setdefault((ablation, budget), count)
             if ablation == "optimal" and budget == settings.stable_budget and seed == settings.seed:
-                sweep.constant_controls(name, budget, seed)
+                means = read_means(sweep.averages)[0]
+                write_constant_controls(sweep.folder / "masks" / name, sweep.model, means, settings.resume)
         for (ablation, budget), count in cut.items():
             for number in range(settings.random_seeds if budget in settings.budgets else 0):
                 seed = settings.seed + number

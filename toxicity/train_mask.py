@@ -5,7 +5,8 @@ Writes  data/toxicity/<run>/: settings.json; metrics.jsonl, one row per step; ma
         edges; graph.json, how important each is, and drawn from it graph.png, heat_map.png and edges.tex (LaTeX);
         means.safetensors, if ablation constants are learned (--constants-lr). Methods that rank edges also write
         ranking.safetensors; curve.json and curve.png, the held-out losses by budget; and in masks/ the mask, edges
-        and constants for each of --budgets. report.html shows all of these in a browser. During training also
+        and constants for each of --budgets, and for --max-edges controls of constants that are learned from the mean
+        outputs of --means (docs/methods.md). report.html shows all of these in a browser. During training also
         checkpoints, from which the same command continues an interrupted run.
 Time    a minute for the shipped model on two cores; seconds per step for GPT-2 small on two cores.
 
@@ -75,10 +76,11 @@ from functools import partial
 
 import torch
 
-from circuit_breaking.engine.ablation_values import load_means, save_means, value_in
+from circuit_breaking.engine.ablation_values import load_means, read_means, save_means, value_in
 from circuit_breaking.engine.load import load_model
 from circuit_breaking.engine.mask import load_mask, save_mask
 from circuit_breaking.engine.transformer import EdgeMaskedTransformer
+from circuit_breaking.evaluation.constant_controls import write_constant_controls
 from circuit_breaking.evaluation.edge_importance import graph_of_mask
 from circuit_breaking.figures.browser.page import end_with_page
 from circuit_breaking.figures.edge_curve import draw_curve
@@ -251,6 +253,9 @@ def write_ranking(
             )  # fmt: skip
     if not is_main():
         return
+    largest = folder / MASKS / f"{settings.method}_{settings.max_edges}"
+    if settings.constants_lr and settings.means is not None and (largest / MEANS).is_file():
+        write_constant_controls(largest, model, read_means(settings.means)[0])
     record = RankingRecord(method=settings.method, seed=settings.seed, ablation_value=value, provenance=run)
     save_ranking(folder / RANKING, model, result.ranking, record)
     Curve(original=before, rows=rows, provenance=run).write(folder / CURVE)

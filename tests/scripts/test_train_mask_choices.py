@@ -5,12 +5,13 @@ import torch
 from helpers.scripts import load_script, save_toxic_data
 from helpers.tasks import SHORT_CHOICE
 
+from circuit_breaking.engine.ablation_values import read_means, save_means
 from circuit_breaking.engine.load import load_model
 from circuit_breaking.errors import UserError
 from circuit_breaking.runs.circuit_files import write_circuit
 from circuit_breaking.runs.circuits import Circuit
 from circuit_breaking.runs.files import read_jsonl
-from circuit_breaking.runs.mask_record import CutEdges
+from circuit_breaking.runs.mask_record import ControlRecord, CutEdges, MeansRecord
 from circuit_breaking.training.localise import localise
 from circuit_breaking.training.prefix_choice import PrefixChoice
 
@@ -68,6 +69,25 @@ def test_localise_then_train(data, tmp_path, way):
         for wrong, message in ((("eap", 0), "0 edges cannot be localised"), (("guess", 3), "no way 'guess'")):
             with pytest.raises(UserError, match=message):
                 localise(model, None, None, script.Settings(), *wrong)
+
+
+def test_controls_of_learned_constants_lie_beside_the_mask_of_the_largest_budget(data, tmp_path):
+    model, means = load_model(str(data / "model"), device="cpu"), tmp_path / "means.safetensors"
+    average = torch.randn(len(model.graph.sources), 24, generator=torch.Generator().manual_seed(0))
+    model.ablate_from = 1
+    save_means(means, model, average, MeansRecord())
+    edges, folder = train(data, tmp_path, "learned", means=means, constants_lr=0.05, constants_steps=1)
+    mask = folder / "masks/ranking_3"
+    learned = read_means(mask / "means.safetensors")[0]
+    for name, removes in (("bias", False), ("added", False), ("mean", True)):
+        place = folder / f"masks/ranking_3_{name}"
+        control = ControlRecord.read(place / "control.json")
+        assert control.edges == edges and control.removes == removes and control.ablate_from == 1
+        values = {"bias": learned - average, "added": learned, "mean": average}[name]
+        torch.testing.assert_close(read_means(place / "means.safetensors")[0], values)
+    assert not list(folder.glob("masks/ranking_2_*"))
+    _, folder = train(data, tmp_path, "fixed", means=means)
+    assert not list(folder.glob("masks/*_bias"))
 
 
 def test_a_run_starts_from_the_mask_of_another(data, tmp_path):
