@@ -6,7 +6,19 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from circuit_breaking.errors import UserError
-from circuit_breaking.figures.style import BLACK, BLUE, DASHED, GREEN, GREY, PINK, VERMILION, figure, log_counts, symlog
+from circuit_breaking.figures.style import (
+    BLACK,
+    BLUE,
+    DASHED,
+    GREEN,
+    GREY,
+    PINK,
+    VERMILION,
+    figure,
+    legend_under,
+    log_counts,
+    symlog,
+)
 from circuit_breaking.runs.checked_json import CheckedJson
 from circuit_breaking.runs.records import read_value
 from circuit_breaking.runs.results import MethodComparison
@@ -56,13 +68,11 @@ def draw_methods(folder: Path | str) -> Path:
             log_counts(axes, "x", budgets)
             axes.set(xlabel="edges cut at most", title=label)
         handles, labels = axes.get_legend_handles_labels()
-        # one column per method: with refinement above, without below
+        # one column per method if there is room: with refinement above, without below
         plain = [label.removesuffix(ALONE) for label in labels]
         order = [at for name in STYLES for at, label in enumerate(plain) if label == label_of(name)]
         columns = len({plain[at] for at in order})
-        drawn.legend(
-            [handles[at] for at in order], [labels[at] for at in order], loc="outside lower center", ncols=columns
-        )
+        legend_under(drawn, [handles[at] for at in order], [labels[at] for at in order], columns)
     return path
 
 

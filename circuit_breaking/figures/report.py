@@ -17,6 +17,7 @@ from circuit_breaking.figures.style import (
     comparison_styles,
     figure,
     interval_ends,
+    legend_under,
     model_styles,
     plain_log,
     readable,
@@ -57,7 +58,7 @@ def draw_report(folder: Path | str) -> Path:
         axes[2].set_ylim(bottom=0)
         handles, names = axes[0].get_legend_handles_labels()
         labels = [_with_edges(name, models[name].get("edges_cut")) for name in names]
-        drawn.legend([points for points, *_ in handles], labels, loc="outside lower center", ncols=min(len(labels), 4))
+        legend_under(drawn, [points for points, *_ in handles], labels, min(len(labels), 4))
     return path
 
 

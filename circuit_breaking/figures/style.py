@@ -4,7 +4,7 @@ Each `draw_*` function of this room reads its result files into plain values and
 is a `UserError`. It draws afterwards, so that an exception in drawing code is a defect of ours and keeps its traceback.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -177,4 +177,13 @@ def legend_below(drawn: Figure, axes: Axes, columns: int | None = None, **option
     """The legend of some axes under the whole figure, each label once, in `columns` columns or else in one row."""
     handles, labels = axes.get_legend_handles_labels()
     once = dict(zip(labels, handles, strict=True))
-    drawn.legend(once.values(), once.keys(), loc="outside lower center", ncols=columns or max(1, len(once)), **options)
+    legend_under(drawn, list(once.values()), list(once), columns or max(1, len(once)), **options)
+
+
+def legend_under(drawn: Figure, handles: Sequence[Any], labels: Sequence[str], columns: int, **options: Any) -> None:
+    """A legend under the whole figure, in `columns` columns or as many as there is room for."""
+    for count in range(columns, 0, -1):
+        legend = drawn.legend(handles, labels, loc="outside lower center", ncols=count, **options)
+        if count == 1 or legend.get_window_extent().width <= drawn.bbox.width:
+            return
+        legend.remove()

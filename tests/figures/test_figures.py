@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from circuit_breaking.errors import UserError
 from circuit_breaking.figures.report import draw_report
-from circuit_breaking.figures.style import model_styles
+from circuit_breaking.figures.style import legend_under, model_styles
 from circuit_breaking.figures.training import LOGIT_DIFFERENCE, draw_training
 from circuit_breaking.runs.files import write_json, write_jsonl, write_text
 
@@ -18,6 +18,18 @@ def test_models_of_one_colour_have_different_markers():
     masks = {str(at): {"kind": "mask", "ablation": "mean", "sweep": "masks"} for at in range(6)}
     styles = model_styles(masks).values()
     assert len({style["color"] for style in styles}) == 1 and len({style["marker"] for style in styles}) == 6
+
+
+@pytest.mark.parametrize(("names", "fits"), [(("a", "b", "c"), True), (("a long name of a model",) * 9, False)])
+def test_a_legend_is_no_wider_than_its_figure(names, fits):
+    drawn = Figure(figsize=(6, 3), layout="constrained")
+    lines = [drawn.subplots().plot([0, 1], label=name)[0] for name in names]
+    legend_under(drawn, lines, names, len(names))
+    drawn.draw_without_rendering()
+    box = drawn.legends[0].get_window_extent()
+    assert len(drawn.legends) == 1 and len(drawn.legends[0].get_texts()) == len(names)
+    assert box.x0 >= 0 and box.x1 <= drawn.bbox.width
+    assert (drawn.legends[0]._ncols == len(names)) == fits
 
 
 def entry(value, width=0.1):
