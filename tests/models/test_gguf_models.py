@@ -21,24 +21,24 @@ def file(tmp_path_factory):
     return path
 
 
-def load(file, by_hand):
+def model_of(file, by_hand):
     if by_hand:
-        return AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name).eval()
+        return AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, use_safetensors=True).eval()
     return load_hf_model(file)
 
 
 @pytest.mark.parametrize("by_hand", [False, True], ids=["load_hf_model", "from_pretrained"])
 def test_a_model_of_a_gguf_file_is_saved(file, tmp_path, by_hand):
-    hf = load(file, by_hand)
+    hf = model_of(file, by_hand)
     whole = hf(TOKENS).logits
     save_hf_folder(tmp_path / "plain", hf)
     assert torch.equal(load_hf_model(tmp_path / "plain")(TOKENS).logits, whole)
-    hf = load(file, by_hand)
+    hf = model_of(file, by_hand)
     with ablate(hf, EDGES):
         cut = hf(TOKENS).logits
         hf.save_pretrained(tmp_path / "cut")
     assert not torch.allclose(cut, whole, atol=1e-3)
-    save_ablated(tmp_path / "ablated", load(file, by_hand), EDGES)
+    save_ablated(tmp_path / "ablated", model_of(file, by_hand), EDGES)
     save_ablated(tmp_path / "of_file", file, EDGES)
     for name in ("cut", "ablated", "of_file"):
         assert torch.equal(load_ablated(tmp_path / name)(TOKENS).logits, cut)
