@@ -263,8 +263,8 @@ def main(settings: Settings) -> None:
             count = sweep.mask(name, ablation, budget, seed)
             cut.setdefault((ablation, budget), count)
             if ablation == "optimal" and budget == settings.stable_budget and seed == settings.seed:
-                means = read_means(sweep.averages)[0]
-                write_constant_controls(sweep.folder / "masks" / name, sweep.model, means, settings.resume)
+                place = sweep.folder / "masks" / name
+                write_constant_controls(place, sweep.model, sweep.averages, settings.resume)
         for (ablation, budget), count in cut.items():
             for number in range(settings.random_seeds if budget in settings.budgets else 0):
                 seed = settings.seed + number

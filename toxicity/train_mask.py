@@ -76,7 +76,7 @@ from functools import partial
 
 import torch
 
-from circuit_breaking.engine.ablation_values import load_means, read_means, save_means, value_in
+from circuit_breaking.engine.ablation_values import load_means, save_means, value_in
 from circuit_breaking.engine.load import load_model
 from circuit_breaking.engine.mask import load_mask, save_mask
 from circuit_breaking.engine.transformer import EdgeMaskedTransformer
@@ -255,7 +255,7 @@ def write_ranking(
         return
     largest = folder / MASKS / f"{settings.method}_{settings.max_edges}"
     if settings.constants_lr and settings.means is not None and (largest / MEANS).is_file():
-        write_constant_controls(largest, model, read_means(settings.means)[0])
+        write_constant_controls(largest, model, settings.means)
     record = RankingRecord(method=settings.method, seed=settings.seed, ablation_value=value, provenance=run)
     save_ranking(folder / RANKING, model, result.ranking, record)
     Curve(original=before, rows=rows, provenance=run).write(folder / CURVE)

@@ -109,27 +109,22 @@ class AblatedLayer:
 
     def _enter(self, hidden_states: Tensor, ablated: Tensor | None) -> Tensor:
         """The parts [..., S * D] of the hidden state inside the layer."""
-        d, (first_export, end), shape = self.edge_cuts_d, self.edge_cuts_exports, hidden_states.shape[:-1]
+        d, shape = self.edge_cuts_d, hidden_states.shape[:-1]
         pieces = [hidden_states[..., :d]]
         if self.edge_cuts_matrix is not None:
             reads = _combine(self.edge_cuts_matrix, self.edge_cuts_constants, hidden_states)
             pieces.append(reads.view(*shape, -1))
-        if end > first_export:
-            pieces.append(hidden_states.new_zeros(*shape, (end - first_export) * d))
+        if self.edge_cuts_exports:
+            pieces.append(hidden_states.new_zeros(*shape, self.edge_cuts_exports * d))
         if self.edge_cuts_limited_inside:
             pieces.append(ablated)
         return torch.cat(pieces, -1) if len(pieces) > 1 else pieces[0]
 
     def _leave(self, out: Tensor, hidden_states: Tensor, ablated: Tensor | None) -> Tensor:
         """The stream, the layer's own outputs that later layers need, and the older ones."""
-        d, (first_export, end) = self.edge_cuts_d, self.edge_cuts_exports
-        if first_export == 1:
-            pieces = [out[..., : end * d]]
-        elif end == first_export:
-            pieces = [out[..., :d]]
-        else:
-            pieces = [out[..., :d], out[..., first_export * d : end * d]]
-        pieces += [hidden_states[..., first * d : last * d] for first, last in self.edge_cuts_carried]
+        d = self.edge_cuts_d
+        pieces = [out[..., first * d : end * d] for first, end in self.edge_cuts_written]
+        pieces += [hidden_states[..., first * d : end * d] for first, end in self.edge_cuts_carried]
         if self.edge_cuts_limited_after:
             pieces.append(ablated)
         after = torch.cat(pieces, -1) if len(pieces) > 1 else pieces[0]

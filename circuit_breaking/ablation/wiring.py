@@ -158,15 +158,14 @@ class LayerWiring:
         if constants is not None and plan.mlp_cut_heads:  # whose outputs the MLP's read lacks after attention
             constants[-1] += self.means[[self.first_head + head for head in plan.mlp_cut_heads]].sum(0)
         carried = [1 + at for at, node in enumerate(plan.carried_in) if node in plan.carried_out]
-        firsts = [at for at in carried if at - 1 not in carried]
-        ends = [at + 1 for at in carried if at + 1 not in carried]
         return {
             "d": self.spec.width,
             "needs_embed": self.number == 0 and bool(plan.carried_in),
             "matrix": read_matrix(reads, plan.carried_in).to(self.like) if reads else None,
             "constants": constants_like(constants, self.like),
-            "exports": (parts.first_export, parts.first_export + parts.exports),
-            "carried": tuple(zip(firsts, ends, strict=True)),
+            "exports": parts.exports,
+            "written": _runs([0, *range(parts.first_export, parts.first_export + parts.exports)]),
+            "carried": _runs(carried),
             "wide_after": bool(plan.carried_out),
             "limited": parts.ablated or self.limited_after,
             "limited_inside": parts.ablated,
@@ -265,6 +264,13 @@ def reader(norm: NormSpec, block: nn.Module, state: State) -> tuple[nn.Module, t
 def written_out(norm: NormSpec) -> State:
     """What a module needs that writes out an RMSNorm."""
     return {"eps": norm.eps, "offset": float(norm.kind == "rms_offset")}
+
+
+def _runs(numbers: list[int]) -> tuple[tuple[int, int], ...]:
+    """Rising numbers as the first and end of each run of neighbours."""
+    firsts = [at for at in numbers if at - 1 not in numbers]
+    ends = [at + 1 for at in numbers if at + 1 not in numbers]
+    return tuple(zip(firsts, ends, strict=True))
 
 
 def _steps(numbers: list[int]) -> tuple[int, int, int]:

@@ -174,7 +174,7 @@ def _set_ticks(axis: Axis, ticks: list[float], label: str) -> None:
 
 
 def legend_below(drawn: Figure, axes: Axes, columns: int | None = None, **options: Any) -> None:
-    """The legend of some axes under the whole figure, each label once, in `columns` columns or else in one row."""
+    """As `legend_under`, of some axes, each label once; without `columns` in one row."""
     handles, labels = axes.get_legend_handles_labels()
     once = dict(zip(labels, handles, strict=True))
     legend_under(drawn, list(once.values()), list(once), columns or max(1, len(once)), **options)

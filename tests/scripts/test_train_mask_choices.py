@@ -75,7 +75,7 @@ def test_controls_of_learned_constants_lie_beside_the_mask_of_the_largest_budget
     model, means = load_model(str(data / "model"), device="cpu"), tmp_path / "means.safetensors"
     average = torch.randn(len(model.graph.sources), 24, generator=torch.Generator().manual_seed(0))
     model.ablate_from = 1
-    save_means(means, model, average, MeansRecord())
+    save_means(means, model, average, MeansRecord(num_texts=7))
     edges, folder = train(data, tmp_path, "learned", means=means, constants_lr=0.05, constants_steps=1)
     mask = folder / "masks/ranking_3"
     learned = read_means(mask / "means.safetensors")[0]
@@ -88,6 +88,9 @@ def test_controls_of_learned_constants_lie_beside_the_mask_of_the_largest_budget
     assert not list(folder.glob("masks/ranking_2_*"))
     _, folder = train(data, tmp_path, "fixed", means=means)
     assert not list(folder.glob("masks/*_bias"))
+    # constants of an earlier training are no mean outputs
+    _, folder = train(data, tmp_path, "again", means=mask / "means.safetensors", constants_lr=0.05, constants_steps=1)
+    assert list(folder.glob("masks/ranking_3/means.safetensors")) and not list(folder.glob("masks/*_bias"))
 
 
 def test_a_run_starts_from_the_mask_of_another(data, tmp_path):
