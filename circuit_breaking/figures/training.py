@@ -7,7 +7,10 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.text import Annotation
 from matplotlib.ticker import MaxNLocator
+from matplotlib.transforms import Bbox
 
 from circuit_breaking.errors import UserError
 from circuit_breaking.figures.style import (
@@ -109,8 +112,8 @@ def draw_training(
             textcoords="offset points", va="center", fontsize=8, annotation_clip=False,
         )  # fmt: skip
         if len(starts) > 1:
-            for start in starts:
-                _mark_phase(panels[0], [*panels, cut], steps[start], phases[start], first=start == 0)
+            every = [*panels, cut]
+            _keep_apart(drawn, [_mark_phase(every, steps[at], phases[at], first=at == 0) for at in starts])
     return path
 
 
@@ -128,15 +131,26 @@ def read_metrics(path: Path, count: str) -> tuple[dict[str, np.ndarray], list[st
     return columns, phases
 
 
-def _mark_phase(top: Axes, panels: list[Axes], step: float, phase: str, first: bool) -> None:
+def _mark_phase(panels: list[Axes], step: float, phase: str, first: bool) -> Annotation:
     """Write the name of a phase above its first step in the top panel, with a line before it in all panels."""
     if not first:
         for axes in panels:
             axes.axvline(step - 0.5, color=GREY, linewidth=0.7, linestyle=DASHED)
-    top.annotate(
+    return panels[0].annotate(
         phase, (step, 1), xycoords=("data", "axes fraction"), xytext=(2, 2), textcoords="offset points",
         fontsize=8, color=DARK_GREY,
     )  # fmt: skip
+
+
+def _keep_apart(drawn: Figure, names: list[Annotation]) -> None:
+    """Lift names that would lie on earlier ones, a line at a time."""
+    drawn.draw_without_rendering()  # so that it is known where they are
+    placed: list[Bbox] = []
+    for name in names:
+        while any(name.get_window_extent().overlaps(other) for other in placed):
+            left, height = name.xyann
+            name.xyann = (left, height + 1.3 * name.get_fontsize())
+        placed.append(name.get_window_extent())
 
 
 def smoothed(values: np.ndarray, width: int) -> np.ndarray:

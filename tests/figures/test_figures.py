@@ -61,6 +61,20 @@ def metrics(steps=90):
     ]
 
 
+def test_names_of_short_phases_lie_apart(tmp_path, drawn):
+    phases = ["rank"] * 150 + ["choose"] * 8 + ["constants"] * 25
+    write_jsonl(
+        tmp_path / "metrics.jsonl", [{**row, "phase": at} for row, at in zip(metrics(183), phases, strict=True)]
+    )
+    draw_training(tmp_path)
+    drawn[0].draw_without_rendering()
+    names = [text for text in drawn[0].axes[0].texts if text.get_text() in phases]
+    boxes = [name.get_window_extent() for name in names]
+    assert len(boxes) == 3 and not any(one.overlaps(two) for at, one in enumerate(boxes) for two in boxes[:at])
+    heights = [name.xyann[1] for name in names]
+    assert heights[0] == heights[1] < heights[2]  # only where there is no room
+
+
 def bars(axes):
     """Points and interval ends of every model in a panel, by label."""
     found = {}
