@@ -84,7 +84,7 @@ def draw_training(
     folder = Path(folder)
     columns, phases = read_metrics(folder / METRICS, count)
     steps, path = columns["step"], folder / "training.png"
-    starts = [i for i in range(len(phases)) if i == 0 or phases[i] != phases[i - 1]]
+    starts = phase_starts(phases)
     heights = (2, 1) if broken.axis is None else (1.4, 1.4, 1)
     with figure(path, 5.2, 1.2 * sum(heights)) as drawn:
         *panels, cut = drawn.subplots(len(heights), 1, sharex=True, height_ratios=heights)
@@ -129,6 +129,11 @@ def read_metrics(path: Path, count: str) -> tuple[dict[str, np.ndarray], list[st
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path} has a row without {', '.join(names)} ({error!r}). {hint}") from error
     return columns, phases
+
+
+def phase_starts(phases: list[str]) -> list[int]:
+    """The rows at which a phase begins, from the phase of each row."""
+    return [at for at in range(len(phases)) if at == 0 or phases[at] != phases[at - 1]]
 
 
 def _mark_phase(panels: list[Axes], step: float, phase: str, first: bool) -> Annotation:

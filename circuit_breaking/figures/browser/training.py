@@ -1,5 +1,6 @@
 """Sections on training: the losses by step, the curve of a ranking, checkpoints of fine-tuning."""
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,11 @@ from circuit_breaking.figures.browser.parts import Plot, Plots, Section
 from circuit_breaking.figures.browser.traces import SYMBOLS, axes, level, line, points
 from circuit_breaking.figures.edge_curve import LINES, read_curve
 from circuit_breaking.figures.style import BLACK, BLUE, COLOURS, DARK_GREY, GREY, VERMILION, readable
-from circuit_breaking.figures.training import COLUMNS, METRICS, learning_rates, read_finetuning, smoothed
+from circuit_breaking.figures.training import COLUMNS, METRICS, learning_rates, phase_starts, read_finetuning, smoothed
 from circuit_breaking.runs.files import read_jsonl
 from circuit_breaking.runs.ranking_record import CURVE
 
+NEAR = 0.25  # of the steps: the name of a phase takes up to as much
 MOST_STEPS = 2000  # points of a line; of longer trainings every second step is shown, or every third, ...
 SMOOTH = 9  # steps over which lines average
 COUNTS = {"n_cut": "edges cut", "n_masked": "units masked"}
@@ -55,13 +57,9 @@ def training(folder: Path) -> Section | None:
 
 def _smoothed(values: np.ndarray, phases: list[str]) -> np.ndarray:
     """Running means within each phase, [n]."""
-    starts = _starts(phases)
+    starts = phase_starts(phases)
     parts = zip(starts, [*starts[1:], len(phases)], strict=True)
     return np.concatenate([smoothed(values[start:end], SMOOTH) for start, end in parts])
-
-
-def _starts(phases: list[str]) -> list[int]:
-    return [at for at in range(len(phases)) if at == 0 or phases[at] != phases[at - 1]]
 
 
 def _number(value: Any) -> float:
@@ -69,8 +67,8 @@ def _number(value: Any) -> float:
 
 
 def _marks(steps: np.ndarray, phases: list[str]) -> dict[str, Any]:
-    """A line before the first step of each phase, and the name of the phase."""
-    starts = _starts(phases)
+    """A line before the first step of each phase, and the name of the phase, below the last one if that is near."""
+    starts = phase_starts(phases)
     if len(starts) < 2:
         return {}
     style = {"color": GREY, "width": 1, "dash": "dot"}
@@ -78,10 +76,13 @@ def _marks(steps: np.ndarray, phases: list[str]) -> dict[str, Any]:
         {"type": "line", "yref": "paper", "y0": 0, "y1": 1, "x0": steps[at] - 0.5, "x1": steps[at] - 0.5, "line": style}
         for at in starts[1:]
     ]
+    rows = [0]
+    for before, at in pairwise(starts):
+        rows.append(rows[-1] + 1 if steps[at] - steps[before] < NEAR * (steps[-1] - steps[0]) else 0)
     names = [
-        {"x": steps[at], "xanchor": "left", "yref": "paper", "y": 1, "yanchor": "top", "text": phases[at],
-         "showarrow": False, "font": {"size": 11, "color": GREY}}
-        for at in starts
+        {"x": steps[at], "xanchor": "left", "yref": "paper", "y": 1, "yanchor": "top", "yshift": -14 * row,
+         "text": phases[at], "showarrow": False, "font": {"size": 11, "color": GREY}}
+        for at, row in zip(starts, rows, strict=True)
     ]  # fmt: skip
     return {"shapes": lines, "annotations": names}
 
