@@ -21,6 +21,7 @@ from circuit_breaking.models.tokens import TokenBatch
 from circuit_breaking.training.config import MaskConfig
 from circuit_breaking.training.mask_trainer import train_mask
 
+pytestmark = pytest.mark.usefixtures("short_choice")
 ONE, TWO, THREE = ["xpu:0"], ["xpu:0", "xpu:1"], ["xpu:0", "xpu:1", "xpu:2"]
 KINDS = ("zero", "mean", "position", "constants", "counterfactual")
 

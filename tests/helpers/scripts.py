@@ -94,7 +94,7 @@ def save_small_model(folder: Path, **changes: int) -> Path:
 
 def save_toxic_data(folder: Path) -> Path:
     """What the scripts of `toxicity/` read, in a folder: model/, plain.txt, train.jsonl and test.jsonl."""
-    save_small_model(folder / "model")
+    save_small_model(folder / "model", n_layer=2)
     write_text(folder / "plain.txt", "\n".join(PLAIN))
     write_jsonl(folder / "train.jsonl", [{"id": i, "text": text} for i, text in enumerate(RUDE[::2])])
     write_jsonl(folder / "test.jsonl", [{"id": 9000 + i, "text": text} for i, text in enumerate(RUDE[1::2])])

@@ -7,12 +7,13 @@ import pytest
 import torch
 from helpers.scripts import Killed, die
 from helpers.tasks import SHORT_CHOICE
-from test_ioi_scripts import data, start  # noqa: F401 (data is a fixture)
+from test_ioi_scripts import data  # noqa: F401 (a fixture)
+from test_ioi_scripts import start as start_script
 
 from circuit_breaking.errors import UserError
 from circuit_breaking.evaluation import edge_importance
 from circuit_breaking.models.load import TINY
-from circuit_breaking.runs.files import read_json, read_jsonl
+from circuit_breaking.runs.files import read_json, read_jsonl, write_text
 from circuit_breaking.runs.run_folder import locked
 from circuit_breaking.runs.signals import Stopped
 from circuit_breaking.runs.tensors import read_tensors
@@ -52,6 +53,7 @@ def mask_of(folder):
 
 
 COVERING = {"kind": "covering", "masks": 2, "max_edges": 3, "broken": 9.0, "checkpoint_every": 2, "num_test": 8}
+FEW = {"batch_size": 3, "refine_batch_size": 3}  # prompts and texts of a step; resuming is the same with more
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -65,14 +67,31 @@ def undrawn():
 
 
 @pytest.fixture(scope="module")
-def cover(data, tmp_path_factory):  # noqa: F811
+def ordinary(tmp_path_factory):
+    """A file of a few ordinary texts, which are encoded in no time."""
+    path = tmp_path_factory.mktemp("ordinary") / "plain.txt"
+    texts = (TINY / "text" / "plain_train.txt").read_text(encoding="utf-8").splitlines()
+    write_text(path, "\n".join(texts[:100]))
+    return path
+
+
+@pytest.fixture(scope="module")
+def start(ordinary):
+    """Start a script with quick settings and few texts."""
+    return lambda name, prompts, out, **changes: start_script(
+        name, prompts, out, **{**FEW, "ordinary": str(ordinary), **changes}
+    )
+
+
+@pytest.fixture(scope="module")
+def cover(data, start, tmp_path_factory):  # noqa: F811
     out = tmp_path_factory.mktemp("cover")
     start("alternative_masks", data, out, **COVERING)
     return out / "covering"
 
 
 @pytest.mark.parametrize(("step", "how"), [(STEPS + 2, die), (STEPS, stop)])
-def test_a_cover_goes_on(data, cover, tmp_path, monkeypatch, step, how):  # noqa: F811
+def test_a_cover_goes_on(data, start, cover, tmp_path, monkeypatch, step, how):  # noqa: F811
     with monkeypatch.context() as patch, pytest.raises(Killed if how is die else Stopped):
         at(patch, training._Trainer, "step", step, how)
         start("alternative_masks", data, tmp_path / "run", **COVERING)
@@ -91,7 +110,7 @@ def test_a_cover_goes_on(data, cover, tmp_path, monkeypatch, step, how):  # noqa
     ("name", "folder", "changes"),
     [("train_mask", "run", {}), ("alternative_masks", "necessary", {"kind": "necessary"})],
 )
-def test_a_mask_goes_on(data, tmp_path, monkeypatch, capsys, name, folder, changes):  # noqa: F811
+def test_a_mask_goes_on(data, start, tmp_path, monkeypatch, capsys, name, folder, changes):  # noqa: F811
     changes = {**changes, "checkpoint_every": 2, "num_test": 8}
     start(name, data, tmp_path / "whole", **changes)
     start(name, data, tmp_path / "again", **changes)
@@ -108,24 +127,32 @@ def test_a_mask_goes_on(data, tmp_path, monkeypatch, capsys, name, folder, chang
         start(name, data, tmp_path / "run", **changes)
 
 
+TUNING = {"steps": 8, "batch_size": 4, "lr": 1e-3, "checkpoint_every": 3}
+
+
+def tuned(out):
+    weights = read_tensors(out / "finetuned" / "model" / "model.safetensors")[0]
+    rows = read_jsonl(out / "finetuned" / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(8)) and not list(out.rglob("checkpoint*"))
+    return weights, rows
+
+
+@pytest.fixture(scope="module")
+def whole(data, start, tmp_path_factory):  # noqa: F811
+    out = tmp_path_factory.mktemp("whole")
+    start("finetune_gpt2", data, out, **TUNING)
+    return tuned(out)
+
+
 @pytest.mark.parametrize(("step", "how"), [(1, die), (5, die), (6, stop), (8, stop)])
-def test_fine_tuning_goes_on(data, tmp_path, monkeypatch, step, how):  # noqa: F811
-    changes = {"steps": 8, "batch_size": 4, "lr": 1e-3, "checkpoint_every": 3}
-
-    def result(out):
-        weights = read_tensors(out / "finetuned" / "model" / "model.safetensors")[0]
-        rows = read_jsonl(out / "finetuned" / "metrics.jsonl")
-        assert [row["step"] for row in rows] == list(range(8)) and not list(out.rglob("checkpoint*"))
-        return weights, rows
-
-    start("finetune_gpt2", data, tmp_path / "whole", **changes)
+def test_fine_tuning_goes_on(data, start, whole, tmp_path, monkeypatch, step, how):  # noqa: F811
     with monkeypatch.context() as patch, pytest.raises(Killed if how is die else Stopped):
         at(patch, IOITask, "loss", step, how)
-        start("finetune_gpt2", data, tmp_path / "run", **changes)
+        start("finetune_gpt2", data, tmp_path, **TUNING)
     counted = at(monkeypatch, IOITask, "loss", 0, die)
-    start("finetune_gpt2", data, tmp_path / "run", **changes)
-    (weights, rows), (after, rows_after) = (result(tmp_path / name) for name in ("whole", "run"))
+    start("finetune_gpt2", data, tmp_path, **TUNING)
+    (weights, rows), (after, rows_after) = whole, tuned(tmp_path)
     assert rows == rows_after and all(map(torch.equal, weights.values(), after.values()))
     assert len(counted) == 8 - ((step - 1) // 3 * 3 if how is die else step)
-    with locked(tmp_path / "run" / "finetuned"), pytest.raises(UserError, match="another run is writing"):
-        start("finetune_gpt2", data, tmp_path / "run", **changes)
+    with locked(tmp_path / "finetuned"), pytest.raises(UserError, match="another run is writing"):
+        start("finetune_gpt2", data, tmp_path, **TUNING)

@@ -67,12 +67,12 @@ def made(out):
 
 
 def at_step(monkeypatch, step, how):
-    """Call `how` after a number of steps, counted over all masks. Returns a list with an entry for each step."""
+    """Call `how` after a number of steps, counted over all masks. Returns a list with the number of each step."""
     plain, counted = training._Trainer.step, []
 
     def stepped(self):
         row = plain(self)
-        counted.append(row)
+        counted.append(self.done - 1)
         if len(counted) == step:
             how()
         return row
@@ -142,17 +142,19 @@ def kept_of(steps):
     return done
 
 
-@pytest.mark.parametrize("step", [2, 12, 40, TOTAL - 4])
 @pytest.mark.parametrize("how", ["kill", "signal"])
-def test_an_interrupted_sweep_leaves_what_a_whole_one_does(data, whole, tmp_path, monkeypatch, step, how):  # noqa: F811
-    killed = how == "kill"
-    with monkeypatch.context() as patch, pytest.raises(Killed if killed else Stopped):
-        at_step(patch, step, die if killed else lambda: os.kill(os.getpid(), signal.SIGTERM))
-        start(data, tmp_path)
+def test_a_sweep_interrupted_four_times_leaves_what_a_whole_one_does(data, whole, tmp_path, monkeypatch, how):  # noqa: F811
+    killed, done, order = how == "kill", 0, [step for steps in TRAININGS for step in steps]
+    for step in (2, 12, 40, TOTAL - 4):
+        with monkeypatch.context() as patch, pytest.raises(Killed if killed else Stopped):
+            counted = at_step(patch, step - done, die if killed else lambda: os.kill(os.getpid(), signal.SIGTERM))
+            start(data, tmp_path)
+        assert counted == order[done:step]  # no finished step is repeated
+        done = kept_of(step - 1) if killed else step
     counted = at_step(monkeypatch, 0, die)
     start(data, tmp_path)
+    assert counted == order[done:]
     assert made(tmp_path) == whole
-    assert len(counted) == TOTAL - (kept_of(step - 1) if killed else step)
     counted.clear()
     start(data, tmp_path)
     assert counted == [] and made(tmp_path) == whole and not (tmp_path / "sweep" / "rankings").exists()

@@ -11,6 +11,7 @@ from circuit_breaking.training.attribution import eap, integrated_mask_gradients
 from circuit_breaking.training.gates import HardConcrete, falling_count
 from circuit_breaking.training.methods import METHODS
 
+pytestmark = pytest.mark.usefixtures("short_choice")
 ALL = 26  # edges of that model
 TOKENS = torch.arange(6)[None]
 

@@ -3,6 +3,7 @@
 import gc
 import weakref
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from circuit_breaking.training.methods import METHODS
 from circuit_breaking.training.objective import StepObjective
 from circuit_breaking.training.prefix_choice import choice_steps
 
+pytestmark = pytest.mark.usefixtures("short_choice")
 SETTINGS = {"alpha": 0.7, "keep_weight": 1.3, "break_cap": 3.9, "keep_loss": "loss"}
 
 
@@ -52,14 +54,20 @@ def measured(make, broken, micro_batch, learned, goal="objective", size=7):
     return value.detach(), *gradients, torch.tensor(one.losses)
 
 
+@cache
+def at_once(make, broken, learned, goal):
+    """What `measured` finds without parts."""
+    torch.manual_seed(0)
+    return measured(make, broken, 0, learned, goal)
+
+
 @pytest.mark.parametrize("micro_batch", [1, 2, 3, 7, 50])
 @pytest.mark.parametrize("broken", BREAK)
 @pytest.mark.parametrize("learned, goal", [(False, "keep"), (True, "keep"), (True, "objective")])
 def test_parts_add_up_to_the_whole(broken, micro_batch, learned, goal):
     close = {"atol": 1e-12, "rtol": 1e-10} if broken == "text" else {"atol": 2e-6, "rtol": 1e-6}  # float32 logits
     for make in (small_gpt2, small_llama):
-        torch.manual_seed(0)
-        whole = measured(make, broken, 0, learned, goal)
+        whole = at_once(make, broken, learned, goal)
         torch.manual_seed(0)
         for found, expected in zip(measured(make, broken, micro_batch, learned, goal), whole, strict=True):
             torch.testing.assert_close(found, expected, **close)
@@ -116,10 +124,10 @@ def test_every_method_comes_to_the_same_mask(changes, micro_batch, constants_lr)
     found = []
     for size in (0, micro_batch):
         torch.manual_seed(3)
-        short = {"steps": 6, "refine_rounds": 4, "micro_batch": size, "constants_lr": constants_lr}
+        short = {"steps": 4, "refine_rounds": 2, "micro_batch": size, "constants_lr": constants_lr}
         result, model = run(double(**FEW), max_edges=9, **short, **changes)
         rows = [[row[key] for key in ("loss", "keep_loss", "break_loss", "n_cut")] for row in result.history]
-        assert len(rows) == (12 if constants_lr else 10) + choice_steps(MaskConfig(max_edges=9, **changes))
+        assert len(rows) == (8 if constants_lr else 6) + choice_steps(MaskConfig(max_edges=9, **changes))
         found.append((result.weights, torch.tensor(rows, dtype=torch.float64), model.means))
     assert torch.equal(found[0][0], found[1][0])
     torch.testing.assert_close(found[0][1], found[1][1], atol=1e-7, rtol=1e-7)
@@ -175,9 +183,9 @@ def test_nothing_is_kept_for_a_backward_without_gradients(monkeypatch):
 
 
 def test_recomputing_lasts_as_long_as_training():
-    plain, _ = run(double(), max_edges=6)
+    plain, _ = run(double(**FEW), max_edges=6)
     seen = []
-    model = double()
+    model = double(**FEW)
     before = type(model).hidden
     try:
         type(model).hidden = lambda self, *words, **more: (
@@ -187,7 +195,7 @@ def test_recomputing_lasts_as_long_as_training():
     finally:
         type(model).hidden = before
     assert set(seen) == {True} and not model.gradient_checkpointing
-    result, _ = run(double(), max_edges=6, gradient_checkpointing=True, micro_batch=2)
+    result, _ = run(double(**FEW), max_edges=6, gradient_checkpointing=True, micro_batch=2)
     assert torch.equal(result.weights, plain.weights)
 
 

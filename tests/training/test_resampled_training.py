@@ -13,6 +13,8 @@ from circuit_breaking.training.mask_trainer import train_mask
 from circuit_breaking.training.methods import METHODS
 from circuit_breaking.training.objective import StepObjective
 
+pytestmark = pytest.mark.usefixtures("short_choice")
+
 
 def tasks():
     return make_prompts("break", 1, "cross_entropy", counterfactual=True), make_task("keep", 5)

@@ -12,6 +12,8 @@ from circuit_breaking.training.objective import StepObjective
 from circuit_breaking.training.optimal_ablation import AblationConstants
 from circuit_breaking.training.refine import EdgeRefiner
 
+pytestmark = pytest.mark.usefixtures("short_choice")
+
 
 @pytest.mark.parametrize("max_edges", [0, 1, 5, 40])
 @pytest.mark.parametrize(
