@@ -80,6 +80,23 @@ def coarse_pictures(coarse_importance):
 
 
 @pytest.fixture(scope="module")
+def blank_pictures():
+    """Pictures are made and saved, but nothing is drawn in them.
+
+    For tests that start scripts and look only whether the files of pictures are there.
+    """
+    from circuit_breaking.figures import style
+
+    class Blank(style.Figure):
+        def draw(self, renderer):
+            pass
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(style, "Figure", lambda figsize, layout: Blank(figsize=figsize))
+        yield
+
+
+@pytest.fixture(scope="module")
 def short_choice():
     """How many edges to cut is chosen on two batches; on all of them it takes most of a short training's time.
 

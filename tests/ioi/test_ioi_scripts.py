@@ -11,26 +11,28 @@ from circuit_breaking.engine.mask import read_mask_record
 from circuit_breaking.errors import UserError
 from circuit_breaking.evaluation import edge_importance
 from circuit_breaking.models.load import TINY
-from circuit_breaking.runs.files import read_json, read_jsonl, write_json, write_jsonl
+from circuit_breaking.runs.files import read_json, read_jsonl, write_json, write_jsonl, write_text
 from circuit_breaking.runs.ioi_results import MASK_GRADIENTS
 from circuit_breaking.runs.mask_record import CutEdges, KeptEdges
 from circuit_breaking.runs.tensors import read_tensors
 
 pytestmark = [
     pytest.mark.skipif(not (TINY / "config.json").is_file(), reason="the shipped model is not in tiny_gpt2"),
-    pytest.mark.usefixtures("coarse_pictures", "short_choice"),
+    pytest.mark.usefixtures("coarse_importance", "blank_pictures", "short_choice"),
 ]
-QUICK = {"steps": 6, "refine_rounds": 1, "num_test": 20, "device": "cpu"}
+QUICK = {"steps": 6, "refine_rounds": 1, "refine_batch_size": 8, "num_test": 20, "device": "cpu"}
 POINTS = edge_importance.STEPS
 PICTURES = ["graph.png", "heat_map.png", "next_tokens.png"]
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Prompts for the shipped model, in a separate folder."""
+    """Prompts and ordinary texts for the shipped model, few enough to be encoded in no time, in a separate folder."""
     out = tmp_path_factory.mktemp("prompts")
     script = load_script("ioi/make_ioi_datasets.py")
     script.main(script.Settings(train=400, test=200, out=out))
+    texts = (TINY / "text" / "plain_train.txt").read_text(encoding="utf-8").splitlines()
+    write_text(out / "plain.txt", "\n".join(texts[:400]))
     return out
 
 
@@ -40,7 +42,7 @@ def runs(data, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(edge_importance, "STEPS", POINTS)  # a test adds up the importance of the edges
-        start("train_mask", data, out, steps=50, refine_rounds=10, num_test=100)
+        start("train_mask", data, out, steps=30, refine_rounds=5, num_test=80)
     return out
 
 
@@ -48,7 +50,8 @@ def start(name, data, out, **changes):
     """Run a script with quick settings; its module."""
     script = load_script(f"ioi/{name}.py")
     known = asdict(script.Settings())
-    given = {"train": data / "all_train.jsonl", "test": data / "all_test.jsonl", "out": out, **QUICK, **changes}
+    prompts = {part: data / f"all_{part}.jsonl" for part in ("train", "test")}
+    given = {**prompts, "ordinary": str(data / "plain.txt"), "out": out, **QUICK, **changes}
     script.main(script.Settings(**{key: value for key, value in given.items() if key in known}))
     return script
 
@@ -86,7 +89,7 @@ def test_half_of_the_edges_are_sufficient(data, tmp_path, means):
         script = load_script("ioi/compute_means.py")
         script.main(script.Settings(abc=data / "all_abc_train.jsonl", num_texts=200, out=path, device="cpu"))
     pruning = {"prune_rounds": 10, "shrink": 0.7}
-    start("alternative_masks", data, tmp_path, kind="sufficient", means=path, num_test=200, **pruning)
+    start("alternative_masks", data, tmp_path, kind="sufficient", means=path, num_test=80, **pruning)
     about = read_tensors(tmp_path / "sufficient" / "mask.safetensors")[1]
     before, after = about["results"]["before"], about["results"]["after"]
     kept = read_json(tmp_path / "sufficient" / "graph.json")
@@ -103,7 +106,7 @@ def test_half_of_the_edges_are_sufficient(data, tmp_path, means):
 
 
 def test_necessary_and_outside(data, runs, tmp_path):
-    start("alternative_masks", data, tmp_path, kind="necessary", steps=20)
+    start("alternative_masks", data, tmp_path, kind="necessary", steps=12)
     results = read_tensors(tmp_path / "necessary" / "mask.safetensors")[1]["results"]
     assert results["after"]["logit_difference"] < 0 < results["before"]["logit_difference"]
     frozen = CutEdges.read(runs / "run" / "edges.json").edges
@@ -126,7 +129,7 @@ def test_a_cover_is_made_of_masks_without_an_edge_in_common(data, tmp_path):
 
 
 def test_methods_are_compared(data, runs, tmp_path):
-    options = {"num_attribution": 40, "ig_steps": 2, "random_seeds": 2}
+    options = {"num_attribution": 20, "ig_steps": 2, "random_seeds": 2}
     start("compare", data, tmp_path, budgets=(1, 4), **options)
     about = read_json(tmp_path / "comparison" / "ioi_comparison.json")
     methods = about["methods"]
@@ -153,7 +156,7 @@ def test_methods_are_compared(data, runs, tmp_path):
 
 
 def test_original_masks_and_fine_tuned_are_measured_alike(data, runs, capsys):
-    start("finetune_gpt2", data, runs, steps=40, lr=3e-4)
+    start("finetune_gpt2", data, runs, steps=20, lr=6e-4)
     script = load_script("ioi/evaluation.py")
     script.main(script.Settings(runs=("run",), out=runs, num_test=60, device="cpu"))
     report = read_json(runs / "report" / "ioi_report.json")

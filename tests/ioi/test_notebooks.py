@@ -13,7 +13,7 @@ from circuit_breaking.runs.files import ROOT
 
 pytestmark = [
     pytest.mark.skipif(not (TINY / "config.json").is_file(), reason="the shipped model is not in tiny_gpt2"),
-    pytest.mark.usefixtures("coarse_pictures", "short_choice"),
+    pytest.mark.usefixtures("coarse_importance", "blank_pictures", "short_choice"),
 ]
 
 

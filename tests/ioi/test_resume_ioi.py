@@ -13,7 +13,7 @@ from test_ioi_scripts import start as start_script
 from circuit_breaking.errors import UserError
 from circuit_breaking.evaluation import edge_importance
 from circuit_breaking.models.load import TINY
-from circuit_breaking.runs.files import read_json, read_jsonl, write_text
+from circuit_breaking.runs.files import read_json, read_jsonl
 from circuit_breaking.runs.run_folder import locked
 from circuit_breaking.runs.signals import Stopped
 from circuit_breaking.runs.tensors import read_tensors
@@ -53,7 +53,7 @@ def mask_of(folder):
 
 
 COVERING = {"kind": "covering", "masks": 2, "max_edges": 3, "broken": 9.0, "checkpoint_every": 2, "num_test": 8}
-FEW = {"batch_size": 3, "refine_batch_size": 3}  # prompts and texts of a step; resuming is the same with more
+FEW = {"batch_size": 3, "refine_batch_size": 3, "max_edges": 3}  # resuming is the same with more
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -66,32 +66,20 @@ def undrawn():
         yield
 
 
-@pytest.fixture(scope="module")
-def ordinary(tmp_path_factory):
-    """A file of a few ordinary texts, which are encoded in no time."""
-    path = tmp_path_factory.mktemp("ordinary") / "plain.txt"
-    texts = (TINY / "text" / "plain_train.txt").read_text(encoding="utf-8").splitlines()
-    write_text(path, "\n".join(texts[:100]))
-    return path
-
-
-@pytest.fixture(scope="module")
-def start(ordinary):
+def start(name, prompts, out, **changes):
     """Start a script with quick settings and few texts."""
-    return lambda name, prompts, out, **changes: start_script(
-        name, prompts, out, **{**FEW, "ordinary": str(ordinary), **changes}
-    )
+    start_script(name, prompts, out, **{**FEW, **changes})
 
 
 @pytest.fixture(scope="module")
-def cover(data, start, tmp_path_factory):  # noqa: F811
+def cover(data, tmp_path_factory):  # noqa: F811
     out = tmp_path_factory.mktemp("cover")
     start("alternative_masks", data, out, **COVERING)
     return out / "covering"
 
 
 @pytest.mark.parametrize(("step", "how"), [(STEPS + 2, die), (STEPS, stop)])
-def test_a_cover_goes_on(data, start, cover, tmp_path, monkeypatch, step, how):  # noqa: F811
+def test_a_cover_goes_on(data, cover, tmp_path, monkeypatch, step, how):  # noqa: F811
     with monkeypatch.context() as patch, pytest.raises(Killed if how is die else Stopped):
         at(patch, training._Trainer, "step", step, how)
         start("alternative_masks", data, tmp_path / "run", **COVERING)
@@ -110,7 +98,7 @@ def test_a_cover_goes_on(data, start, cover, tmp_path, monkeypatch, step, how): 
     ("name", "folder", "changes"),
     [("train_mask", "run", {}), ("alternative_masks", "necessary", {"kind": "necessary"})],
 )
-def test_a_mask_goes_on(data, start, tmp_path, monkeypatch, capsys, name, folder, changes):  # noqa: F811
+def test_a_mask_goes_on(data, tmp_path, monkeypatch, capsys, name, folder, changes):  # noqa: F811
     changes = {**changes, "checkpoint_every": 2, "num_test": 8}
     start(name, data, tmp_path / "whole", **changes)
     start(name, data, tmp_path / "again", **changes)
@@ -138,14 +126,14 @@ def tuned(out):
 
 
 @pytest.fixture(scope="module")
-def whole(data, start, tmp_path_factory):  # noqa: F811
+def whole(data, tmp_path_factory):  # noqa: F811
     out = tmp_path_factory.mktemp("whole")
     start("finetune_gpt2", data, out, **TUNING)
     return tuned(out)
 
 
 @pytest.mark.parametrize(("step", "how"), [(1, die), (5, die), (6, stop), (8, stop)])
-def test_fine_tuning_goes_on(data, start, whole, tmp_path, monkeypatch, step, how):  # noqa: F811
+def test_fine_tuning_goes_on(data, whole, tmp_path, monkeypatch, step, how):  # noqa: F811
     with monkeypatch.context() as patch, pytest.raises(Killed if how is die else Stopped):
         at(patch, IOITask, "loss", step, how)
         start("finetune_gpt2", data, tmp_path, **TUNING)
