@@ -22,7 +22,18 @@ pytestmark = [
     [
         ("make_ioi_datasets", {"train": 40, "test": 20}),
         ("train_ioi_mask", {**QUICK, "max_edges": 4}),
-        ("alternative_masks", {**QUICK, "max_edges": 4, "masks": 2, "prune_rounds": 3, "shrink": 0.6, "faithful": 0.4}),
+        (
+            "alternative_masks",
+            {
+                **QUICK,
+                "max_edges": 4,
+                "masks": 2,
+                "num_measured": 20,
+                "prune_rounds": 3,
+                "shrink": 0.6,
+                "faithful": 0.4,
+            },
+        ),
     ],
 )
 @pytest.mark.parametrize("kernel", [False, pytest.param(True, marks=pytest.mark.slow)])
@@ -36,6 +47,7 @@ def test_notebooks_run_from_top_to_bottom(data, tmp_path, name, changes, kernel)
     (settings,) = [cell for cell in notebook.cells if "settings" in cell.metadata.get("tags", [])]
     if name != "make_ioi_datasets":
         changes = {**changes, "train": data / "all_train.jsonl", "test": data / "all_test.jsonl"}
+        changes["ordinary"] = str(data / "plain.txt")
     given = ", ".join(f"{key}=Path({str(value)!r})" if hasattr(value, "parts") else f"{key}={value!r}"
                       for key, value in {**changes, "out": tmp_path}.items())  # fmt: skip
     settings.source += (
