@@ -26,7 +26,7 @@ CASES = {  # 3 and 4 texts of each task a batch: the first cannot be shared even
     "IOI": {},
     "IOI, counterfactual": {},
 }
-PHASES = {"steps": 5, "refine_rounds": 3}
+PHASES = {"steps": 4, "refine_rounds": 2}
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from contextlib import chdir
 
+import pytest
 import torch
 from helpers.markdown import PAGES, blocks, name_of
 from helpers.scripts import called, load_script
@@ -9,6 +10,8 @@ from helpers.scripts import called, load_script
 from circuit_breaking.ablation.weight_mask import WeightMask, save_weight_mask
 from circuit_breaking.models import load_hf_model
 from circuit_breaking.runs.files import ROOT
+
+pytestmark = pytest.mark.usefixtures("coarse_pictures", "short_choice")
 
 
 def run(page: str, number: int, folder, **names) -> dict:

@@ -14,6 +14,7 @@ from circuit_breaking.runs.files import ROOT
 from circuit_breaking.training.baselines import METHODS as BASELINES
 from circuit_breaking.training.methods import METHODS as MASK_METHODS
 
+pytestmark = pytest.mark.usefixtures("short_choice")
 PAGE = ROOT / "docs" / "extending.md"
 SECTION = r"^## {}\n(.*?)(?=^## |\Z)"
 

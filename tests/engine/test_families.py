@@ -41,8 +41,9 @@ GPT2_SIZES = {"medium": (24, 16, 1024, 80_965), "large": (36, 20, 1280, 280_063)
 def check_gpt2_size(size, layers):
     _, heads, width, _ = GPT2_SIZES[size]
     torch.manual_seed(0)
-    hf = GPT2LMHeadModel(GPT2Config(n_layer=layers, n_head=heads, n_embd=width)).eval()
-    tokens = torch.randint(0, 50257, (1, 12))
+    config = GPT2Config(n_layer=layers, n_head=heads, n_embd=width, vocab_size=500, bos_token_id=0, eos_token_id=0)
+    hf = GPT2LMHeadModel(config).eval()
+    tokens = torch.randint(0, 500, (1, 12))
     model = load_model(hf, device="cpu")
     with torch.no_grad():
         assert (model(tokens) - hf(tokens).logits).abs().max() < 1e-4

@@ -2,16 +2,18 @@
 
 import json
 
+import pytest
 from helpers.scripts import PLAIN, RUDE, load_script, save_small_model
 
 from circuit_breaking.runs.files import write_jsonl, write_text
 
+pytestmark = pytest.mark.usefixtures("coarse_importance", "short_choice")
 train, evaluation = load_script("toxicity/train_mask.py"), load_script("toxicity/evaluation.py")
 
 
 def test_training_and_evaluation_report_the_same_losses(tmp_path, capsys):
     folder = tmp_path / "data"
-    save_small_model(folder / "model")
+    save_small_model(folder / "model", n_layer=2)
     write_text(folder / "plain.txt", "\n".join(PLAIN))
     write_jsonl(folder / "train.jsonl", [{"text": text} for text in RUDE[::2]])
     write_jsonl(folder / "test.jsonl", [{"text": text} for text in RUDE[1::2]])

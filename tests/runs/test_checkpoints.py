@@ -73,15 +73,18 @@ def test_what_depends_on_the_budget_is_not_shared():
         assert shared_steps(replace(SETTINGS, **changes)) is None
 
 
+def killed(**changes):
+    """A run of 18 steps, or 20 with those that choose how many edges to cut, that is killed at each of them in turn.
+
+    Every second is enough for its three phases; `make test-slow` has the others.
+    """
+    steps = range(1, 20 if choice_steps(MaskConfig(**changes)) else 18)
+    return [pytest.param(changes, step, marks=() if step % 2 else pytest.mark.slow) for step in steps]
+
+
 @pytest.mark.parametrize(
     "changes, die_at",
-    [
-        ({"method": method}, die_at)
-        for method in METHODS
-        # 18 steps, or 20 with those that choose how many edges to cut; every second is enough for their three phases
-        for die_at in (range(1, 20, 2) if choice_steps(MaskConfig(method=method)) else range(1, 18))
-    ]
-    + [({"method": "attribution", "ig_steps": 4}, die_at) for die_at in range(1, 18)],
+    [case for method in METHODS for case in killed(method=method)] + killed(method="attribution", ig_steps=4),
 )
 def test_a_killed_run_comes_out_the_same(tmp_path, changes, die_at):
     expected, expected_rows = uninterrupted(*changes.items())

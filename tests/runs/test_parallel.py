@@ -55,7 +55,7 @@ def test_two_processes_find_what_one_finds(tmp_path):
         found = two[0]["found"][name]
         close = 1e-4 if name == "IOI" else 1e-6  # float32 logits there
         changes = parallel_case.CASES[name]
-        steps = (10 if "constants_lr" in changes else 8) + choice_steps(MaskConfig(**changes))
+        steps = (8 if "constants_lr" in changes else 6) + choice_steps(MaskConfig(**changes))
         assert found["weights"] == expected["weights"] and len(expected["rows"]) == steps, name
         for key in ("rows", "means"):
             torch.testing.assert_close(torch.tensor(found[key]), torch.tensor(expected[key]), atol=close, rtol=close)

@@ -13,7 +13,7 @@ from circuit_breaking.models.load import load_hf_model
 from circuit_breaking.models.tokens import behind, packed, pad_right
 from circuit_breaking.training.config import FinetuneSettings, MaskConfig
 
-pytestmark = pytest.mark.usefixtures("coarse_pictures")
+pytestmark = pytest.mark.usefixtures("coarse_pictures", "short_choice")
 paper = load_script("toxicity/paper.py")
 FIGURES = {"toxic", "ordinary", paper.BEHIND}
 
