@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import cache
 
 import pytest
 import torch
@@ -48,10 +49,17 @@ def same(first, second):
     return weights and vars(first[1]) == vars(second[1])
 
 
+@cache
+def uninterrupted(method):
+    """The weights and the result of `run` without an interruption."""
+    with pytest.MonkeyPatch.context() as patch:
+        return run(patch, method)
+
+
 @pytest.mark.parametrize("method", TRAINED)
 @pytest.mark.parametrize("die_at", [1, 3, 5, 8, 12])
 def test_a_killed_run_comes_out_the_same(tmp_path, monkeypatch, method, die_at):
-    expected = run(monkeypatch, method)
+    expected = uninterrupted(method)
     checkpoints = Checkpoints(tmp_path, {}, every=2)
     with pytest.raises(Killed):
         run(monkeypatch, method, checkpoints, die_at, die)
@@ -76,7 +84,7 @@ def test_a_run_that_ended_early_has_ended(tmp_path, monkeypatch, changes):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_saves_and_stops(tmp_path, monkeypatch, number):
-    expected = run(monkeypatch, "task_arithmetic")
+    expected = uninterrupted("task_arithmetic")
     checkpoints = Checkpoints(tmp_path, {}, every=0)
     with pytest.raises(Stopped, match="step 7; run the same command again to continue") as stopped:
         run(monkeypatch, "task_arithmetic", checkpoints, 7, lambda: os.kill(os.getpid(), number))
@@ -86,7 +94,7 @@ def test_a_signal_saves_and_stops(tmp_path, monkeypatch, number):
 
 
 def test_a_damaged_newest_falls_back_to_the_one_before(tmp_path, monkeypatch, capsys):
-    expected, checkpoints = run(monkeypatch, "joint"), Checkpoints(tmp_path, {}, every=2)
+    expected, checkpoints = uninterrupted("joint"), Checkpoints(tmp_path, {}, every=2)
     with pytest.raises(Killed):
         run(monkeypatch, "joint", checkpoints, 9, die)
     (tmp_path / NEWEST).write_bytes((tmp_path / NEWEST).read_bytes()[:-9])
