@@ -25,7 +25,7 @@ LINES += ("ranking alone", "clamped alone", "attribution alone", "random")
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
-    save_small_model(folder / "model")
+    save_small_model(folder / "model", n_layer=2)
     write_text(folder / "plain.txt", "\n".join(PLAIN))
     write_jsonl(folder / "train.jsonl", [{"text": text} for text in RUDE[::2]])
     write_jsonl(folder / "test.jsonl", [{"text": text} for text in RUDE[1::2]])

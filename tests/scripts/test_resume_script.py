@@ -34,7 +34,7 @@ def command(folder, name):
 
 
 def write_inputs(folder):
-    save_small_model(folder / "model")
+    save_small_model(folder / "model", n_layer=2)
     for name, texts in (("train", RUDE[:100]), ("test", RUDE[100:120])):
         rows = [json.dumps({"id": i, "text": text}) for i, text in enumerate(texts, 1000 * (name == "test"))]
         (folder / f"{name}.jsonl").write_text("\n".join(rows))

@@ -95,7 +95,7 @@ def test_learned_means_in_bfloat16_and_by_position():
 def test_the_script_saves_what_it_learned(tmp_path):
     """And the stock model with these edges cut and these means computes what the engine does."""
     script = load_script("toxicity/train_mask.py")
-    save_small_model(tmp_path / "model")
+    save_small_model(tmp_path / "model", n_layer=2)
     write_text(tmp_path / "plain.txt", "\n".join(PLAIN))
     for name, rows in (("train", RUDE[::2]), ("test", RUDE[1::2])):
         write_jsonl(tmp_path / f"{name}.jsonl", [{"text": text} for text in rows])
