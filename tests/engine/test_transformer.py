@@ -1,9 +1,11 @@
 """The engine against Hugging Face (all edges kept) and against the naive oracle (any mask)."""
 
+from functools import cache
+
 import pytest
 import torch
 from helpers.masks import TOKENS, make_masks, make_means, width
-from helpers.models import small_gpt2, small_llama, small_neox, small_qwen3
+from helpers.models import small, small_gpt2, small_llama, small_neox, small_qwen3
 
 from circuit_breaking.engine import network, norms
 from circuit_breaking.engine.load import load_model
@@ -27,28 +29,39 @@ def test_float64_is_hugging_faces(family, split):
     torch.testing.assert_close(model(TOKENS), hf(TOKENS).logits, atol=close, rtol=close)
 
 
+@cache
+def of_the_oracle(name, split, kind):
+    """For each mask: logits, and the gradient of the mask for a readout, both of the reference."""
+    hf, found = small(name).double(), []
+    model = load_model(hf, split_qkv=split, device="cpu", dtype="float64")
+    means = make_means(model, kind)
+    for mask in make_masks(len(model.graph)):
+        logits = ReferenceModel(hf, split)(TOKENS, mask.requires_grad_(), means)
+        readout = torch.randn_like(logits)
+        (gradient,) = torch.autograd.grad((logits * readout).sum(), mask)
+        found.append((mask.detach(), logits.detach(), readout, gradient))
+    return found
+
+
 @pytest.mark.parametrize("kind", ["zero", "mean", "position"])
 @pytest.mark.parametrize("split", [False, True])
 @pytest.mark.parametrize("group_layers", [1, 2, 4])
 def test_random_masks_match_the_oracle(family, split, kind, group_layers, monkeypatch):
+    (name,) = family.args
+    expected = of_the_oracle(name, split, kind)
     monkeypatch.setattr(network, "GROUP_LAYERS", group_layers)
     monkeypatch.setattr(network, "GROUP_NODES", 0)
     if group_layers == 1:
         monkeypatch.setattr(norms, "CACHED", 1)  # one reader at a time
-    hf = family().double()
-    model = load_model(hf, split_qkv=split, device="cpu", dtype="float64")
+    model = load_model(family().double(), split_qkv=split, device="cpu", dtype="float64")
     model.means = make_means(model, kind)
-    for mask in make_masks(len(model.graph)):
-        mask.requires_grad_()
-        expected = ReferenceModel(hf, split)(TOKENS, mask, model.means)
-        readout = torch.randn_like(expected)
-        (expected_gradient,) = torch.autograd.grad((expected * readout).sum(), mask)
+    for mask, expected_logits, readout, expected_gradient in expected:
         with torch.no_grad():
             model.mask.weights.copy_(mask)
         model.zero_grad()
         logits = model(TOKENS)
         (logits * readout).sum().backward()
-        torch.testing.assert_close(logits, expected, atol=1e-9, rtol=1e-9)
+        torch.testing.assert_close(logits, expected_logits, atol=1e-9, rtol=1e-9)
         torch.testing.assert_close(model.mask.weights.grad, expected_gradient, atol=1e-8, rtol=1e-8)
 
 
