@@ -41,7 +41,10 @@ def of_both(model, hf, split, mask):
     return zip(*found, strict=True)
 
 
-@pytest.mark.parametrize("ablate_from", [0, 1, 3, LENGTH, 40])
+@pytest.mark.parametrize(
+    "ablate_from",
+    [pytest.param(0, marks=pytest.mark.slow), 1, 3, LENGTH, 40],  # test_transformer.py has 0 as well
+)
 @pytest.mark.parametrize("split", [False, True])
 def test_random_masks_match_the_reference(family, split, ablate_from):
     hf = family()

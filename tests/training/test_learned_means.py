@@ -121,23 +121,29 @@ def test_the_script_saves_what_it_learned(tmp_path):
         torch.testing.assert_close(hf(TOKENS).logits, model(TOKENS), atol=2e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("die_at", [2, 8, 15])
-def test_an_interrupted_run_learns_the_same(tmp_path, die_at):
+def learned(checkpoints=None, stop_at=None):
+    """A model of two layers after training, from the newest of the checkpoints if there are some."""
     settings = MaskConfig(max_edges=6, constants_lr=0.05, **QUICK)
+
+    def on_step(row):
+        if row["step"] == stop_at:
+            raise ZeroDivisionError
+
+    model = load_model(small_gpt2(n_layer=2), device="cpu")
+    tasks, saved = (make_task("break", 1), make_task("keep", 5)), checkpoints.load() if checkpoints else None
+    train_mask(model, *tasks, settings, None, on_step, False, checkpoints, saved)
+    return model
+
+
+@pytest.fixture(scope="module")
+def whole():
+    return learned()
+
+
+@pytest.mark.parametrize("die_at", [2, 8, 15])
+def test_an_interrupted_run_learns_the_same(tmp_path, whole, die_at):
     checkpoints = Checkpoints(tmp_path, {"seed": 0}, every=3)
-
-    def run(saved=None, stop_at=None):
-        def on_step(row):
-            if row["step"] == stop_at:
-                raise ZeroDivisionError
-
-        model = load_model(small_gpt2(), device="cpu")
-        tasks = make_task("break", 1), make_task("keep", 5)
-        train_mask(model, *tasks, settings, None, on_step, False, checkpoints, saved)
-        return model
-
     with pytest.raises(ZeroDivisionError):
-        run(stop_at=die_at)
-    resumed = run(checkpoints.load())
-    whole = run()
+        learned(checkpoints, die_at)
+    resumed = learned(checkpoints)
     assert torch.equal(resumed.mask.weights, whole.mask.weights) and torch.equal(resumed.means, whole.means)

@@ -4,6 +4,7 @@ import copy
 import os
 import signal
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -48,12 +49,18 @@ def run(checkpoints=None, die_at=None, how=None, **changes):
     return {name: units.tolist() for name, units in result.mask.units.items()}, rows
 
 
+@cache
+def uninterrupted(*changes):
+    """The result of `run` without interruption; the changes are pairs of a name and a value."""
+    return run(**dict(changes))
+
+
 @pytest.mark.parametrize("granularity", ["weight", "head"])
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("die_at", [1, 3, 4, 6, 9])
 def test_a_killed_run_comes_out_the_same(tmp_path, die_at, method, granularity):
     changes = {"method": method, "granularity": granularity, "max_masked": 9 if granularity == "weight" else 2}
-    expected, expected_rows = run(**changes)
+    expected, expected_rows = uninterrupted(*changes.items())
     checkpoints = Checkpoints(tmp_path, {}, every=2)
     with pytest.raises(Killed):
         run(checkpoints, die_at, die, **changes)
@@ -63,7 +70,7 @@ def test_a_killed_run_comes_out_the_same(tmp_path, die_at, method, granularity):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_saves_and_stops(tmp_path, number):
-    expected, rows = run(method="hard-concrete")
+    expected, rows = uninterrupted(("method", "hard-concrete"))
     checkpoints = Checkpoints(tmp_path, {}, every=0)
     with pytest.raises(Stopped, match="step 6; run the same command again to continue") as stopped:
         run(checkpoints, 5, lambda: os.kill(os.getpid(), number), method="hard-concrete")
