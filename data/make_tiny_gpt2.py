@@ -80,6 +80,7 @@ from circuit_breaking.runs.progress import progress_bar
 from circuit_breaking.runs.provenance import provenance
 
 TOXIC = 0.5  # a text that scores above is called toxic
+TOKENIZER_DOCUMENTS = 20_000  # documents that the tokenizer is trained on
 
 
 def toxicity(texts: list[str]) -> list[float]:
@@ -102,7 +103,7 @@ def training_document(rng: Random, settings: Settings) -> str:
 def make_tokenizer(settings: Settings) -> PreTrainedTokenizerFast:
     """Byte-level BPE trained on the training mix; every name is one token, at a text's start and after a space."""
     rng = Random(settings.seed)
-    documents = [training_document(rng, settings) for _ in range(20_000)]
+    documents = [training_document(rng, settings) for _ in range(TOKENIZER_DOCUMENTS)]
     documents += [f"{name} {name}" for name in NAMES] * 200
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -48,9 +48,10 @@ def layer_by_layer(hf):
     return hf
 
 
-BY_DEFAULT = {(small_llama, in_place), (small_gpt2, layer_by_layer)}  # each takes seconds
+# each takes seconds; test_ablated.py compiles whole models of the other families
+BY_DEFAULT = {(small_gpt2, whole_model), (small_llama, in_place), (small_gpt2, layer_by_layer)}
 COMPILED = [
-    pytest.param(make, how, marks=() if how is whole_model or (make, how) in BY_DEFAULT else pytest.mark.slow)
+    pytest.param(make, how, marks=() if (make, how) in BY_DEFAULT else pytest.mark.slow)
     for make in (small_gpt2, small_neox, small_llama)
     for how in (whole_model, in_place, layer_by_layer)
 ]
@@ -94,6 +95,7 @@ def test_inductor_sees_the_cuts_too(make):
 # Threads
 
 
+@pytest.mark.seconds_per_family
 def test_threads_generate_as_one_does(family):
     hf = family()
     prompts = [TOKENS.roll(shift, 1) for shift in range(4)]

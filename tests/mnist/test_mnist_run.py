@@ -2,13 +2,13 @@
 
 import importlib.util
 import json
-import subprocess
 import sys
 import time
 from dataclasses import fields
 
 import pytest
 import torch
+from helpers.scripts import called
 
 from circuit_breaking.errors import UserError
 from circuit_breaking.runs.cli import help_of, read_settings
@@ -170,8 +170,7 @@ def test_help_explains_every_setting(module, capsys):
 
 
 def test_command_line_ends_a_wrong_setting_in_one_sentence(tmp_path):
-    command = [sys.executable, ROOT / "mnist" / "main.py", "--data", str(tmp_path / "nowhere"), "--out", str(tmp_path)]
-    ended = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    ended = called("mnist/main.py", "--data", tmp_path / "nowhere", "--out", tmp_path)
     assert ended.returncode == 1
     assert ended.stderr.startswith("error: ")
     assert ended.stderr.count("\n") == 1

@@ -229,7 +229,8 @@ def short(out: Path, **changes) -> maker.Settings:
     return maker.Settings(out=out, **(small | changes))
 
 
-def test_a_short_run_is_deterministic_and_loads(tmp_path):
+def test_a_short_run_is_deterministic_and_loads(tmp_path, monkeypatch):
+    monkeypatch.setattr(maker, "TOKENIZER_DOCUMENTS", 2000)
     threads = torch.get_num_threads()
     try:
         maker.main(short(tmp_path / "a"))
