@@ -22,6 +22,7 @@ torch.set_num_threads(1)  # small models: more threads only wait for each other
 
 
 IN_SHORT = ("gpt2", "gpt_neox", "llama", "mistral", "qwen2", "qwen3")
+REPEATED = ("mistral", "qwen2", "gemma", "phi3")  # made of parts that other families have too
 
 
 # the files that take longest, by the time that they take: first, so that no process waits for the other at the end
@@ -30,11 +31,14 @@ LONGEST = ("ioi_scripts", "compare", "resume_sweep", "checkpoints", "parallel", 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Tests marked `seconds_per_family` run for the families of `IN_SHORT`; `make test-slow` runs the others."""
+    """Run tests marked `seconds_per_family` for the families of `IN_SHORT`, and those marked `without_repeated` for
+    all but `REPEATED`; `make test-slow` runs the others."""
     first = {f"test_{name}": place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: first.get(item.path.stem, len(first)))
     for item in items:
         if item.get_closest_marker("seconds_per_family") and item.callspec.params["family"] not in IN_SHORT:
+            item.add_marker(pytest.mark.slow)
+        if item.get_closest_marker("without_repeated") and item.callspec.params["family"] in REPEATED:
             item.add_marker(pytest.mark.slow)
 
 

@@ -205,6 +205,7 @@ def test_bfloat16_is_as_close_as_the_plain_model_is(family):
 
 
 @pytest.mark.seconds_per_family
+@pytest.mark.without_repeated
 def test_torch_compile_takes_the_hooks_without_a_graph_break(family):
     hf = family(num_hidden_layers=2)
     tokens = torch.randint(1, 50, (2, 9), generator=torch.manual_seed(3))

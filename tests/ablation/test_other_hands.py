@@ -95,7 +95,7 @@ def test_inductor_sees_the_cuts_too(make):
 # Threads
 
 
-@pytest.mark.seconds_per_family
+@pytest.mark.without_repeated
 def test_threads_generate_as_one_does(family):
     hf = family()
     prompts = [TOKENS.roll(shift, 1) for shift in range(4)]

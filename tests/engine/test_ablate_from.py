@@ -46,6 +46,7 @@ def of_both(model, hf, split, mask):
     [pytest.param(0, marks=pytest.mark.slow), 1, 3, LENGTH, 40],  # test_transformer.py has 0 as well
 )
 @pytest.mark.parametrize("split", [False, True])
+@pytest.mark.without_repeated
 def test_random_masks_match_the_reference(family, split, ablate_from):
     hf = family()
     model = exact(hf, split)

@@ -74,6 +74,7 @@ def passes_of(model, kind):
 
 
 @pytest.mark.parametrize("kind", ["zero", "mean", "position", "learned"])
+@pytest.mark.without_repeated
 def test_what_is_replayed_is_what_is_launched(family, kind):
     replayed, launched = (load_model(family(), device=DEVICE, dtype="float64") for _ in range(2))
     launched.cuda_graphs.enabled = False

@@ -263,6 +263,7 @@ def test_wrong_means_and_tokens_are_refused(family):
 
 @pytest.mark.parametrize("split", [False, True])
 @pytest.mark.parametrize("kind", ["zero", "mean", "position"])
+@pytest.mark.without_repeated
 def test_what_masks_have_in_common_is_computed_once(family, split, kind, monkeypatch):
     """Masks, few and many edges cut, on two batches in turn, with and without gradients between."""
     model, plain = (load_model(family().double(), split, "cpu", "float64") for _ in range(2))
