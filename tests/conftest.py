@@ -26,7 +26,11 @@ REPEATED = ("mistral", "qwen2", "gemma", "phi3")  # made of parts that other fam
 
 
 # the files that take longest, by the time that they take: first, so that no process waits for the other at the end
-LONGEST = ("ioi_scripts", "compare", "resume_sweep", "checkpoints", "parallel", "resume_ioi", "objective", "notebooks")
+LONGEST = (
+    "ioi_scripts", "transformer", "ablated", "edge_methods", "compare", "ablate_from", "checkpoints", "other_hands",
+    "objective", "parallel", "attribution", "auto_classes", "resume_ioi", "resume_sweep", "weight_training", "code",
+    "mnist_run", "resume_finetuning", "notebooks",
+)  # fmt: skip
 
 
 @pytest.hookimpl(tryfirst=True)
