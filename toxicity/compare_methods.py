@@ -36,8 +36,8 @@ class Settings(ToxicDataSettings, ModelSettings, AblateFromSettings, ToxicRunSet
     alone: tuple[str, ...] = tuple(METHODS)  # methods without refinement
     seeds: int = 3  # masks of each method and budget
     random_seeds: int = 5  # masks of each budget whose edges are drawn at random
-    training: MaskConfig = field(  # of every mask; max_edges and method are not used
-        default_factory=lambda: MaskConfig(steps=200, refine_rounds=60)
+    training: MaskConfig = field(  # of every mask, for the objective that is compared; max_edges, method: not used
+        default_factory=lambda: MaskConfig(steps=200, refine_rounds=60, keep_loss="loss")
     )
     means: Path | None = None  # file of ablation values from compute_means.py; None: zero
     run: str = "methods"

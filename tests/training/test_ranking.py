@@ -111,8 +111,11 @@ def test_budgets_are_spread_evenly_and_the_temperature_falls():
     assert 0 < few.budgets(0, 1)[0] < 1
     temperatures = [temperature(progress / 10, 200, ALL) for progress in range(11)]
     assert temperatures == sorted(temperatures, reverse=True)
-    shares = [temperature(progress, 200, ALL) * math.log(ALL) / 200 for progress in (0, 0.375, 0.75, 0.875, 1)]
-    assert shares == pytest.approx([0.12, 0.12 / 10**0.5, 0.012, (0.012 * 0.002) ** 0.5, 0.002])
+    for keep_loss, first in (("kl", 0.12), ("loss", 0.35)):
+        method = EdgeScores(small(), MaskConfig(steps=200, keep_loss=keep_loss), None, None, None)
+        shares = [method.temperature(progress) * math.log(ALL) / 200 for progress in (0, 0.375, 0.75, 0.875, 1)]
+        assert shares == pytest.approx([first, (first * 0.012) ** 0.5, 0.012, (0.012 * 0.002) ** 0.5, 0.002])
+        assert method.head_start() == pytest.approx(first * 200)
 
 
 @pytest.mark.parametrize("refine_rounds", [0, 3])

@@ -23,11 +23,13 @@ import math
 
 import torch
 
+from circuit_breaking.training.config import keeps_predictions
 from circuit_breaking.training.methods.base import LearnedScores, StepResult, shares_of
 from circuit_breaking.training.soft_top_k import soft_top_k
 
 # (share of the steps that are done, τ log(C) as a share of the number of steps); geometric in between
 TEMPERATURES = (0.0, 0.12), (0.75, 0.012), (1.0, 0.002)
+FIRST_WITH_LOSS = 0.35  # in place of the first share, if `keep_loss` is the task's own loss
 BUDGETS = 2  # of a step
 BEYOND = 1.2  # K, as a multiple of the largest budget that is asked for
 LAST_RATE = 0.02  # learning rate of the last step; that of the first is 1
@@ -52,7 +54,7 @@ class EdgeScores(LearnedScores):
         progress, shares = number / self.steps, shares_of(texts, BUDGETS)
         budgets, values = self.budgets(number, len(shares)), []
         for share, budget in zip(shares, budgets, strict=True):
-            degrees = soft_top_k(self.parameter, budget, temperature(progress, self.steps, len(self.candidates)))
+            degrees = soft_top_k(self.parameter, budget, self.temperature(progress))
             values.append(share / texts * self.next_objective(share)(self.whole_mask(1 - degrees)))
         value = torch.stack(values).sum()
         self.optimizer.param_groups[0]["lr"] = learning_rate(progress)
@@ -64,7 +66,15 @@ class EdgeScores(LearnedScores):
 
     def head_start(self) -> float:
         """τ log(C) at the first temperature: such a lead makes the mask nearly binary."""
-        return TEMPERATURES[0][1] * self.steps
+        return self.first_share() * self.steps
+
+    def first_share(self) -> float:
+        """τ log(C) at the first step, as a share of the number of steps."""
+        return TEMPERATURES[0][1] if keeps_predictions(self.config) else FIRST_WITH_LOSS
+
+    def temperature(self, progress: float) -> float:
+        """τ after a share `progress` of all steps."""
+        return temperature(progress, self.steps, len(self.candidates), self.first_share())
 
     def budgets(self, number: int, count: int) -> list[float]:
         """The budgets of a step, in the open interval from 0 to C, the smallest first."""
@@ -82,9 +92,10 @@ def drawn_budgets(number: int, count: int, most: float) -> list[float]:
     return [most ** ((interval + place) / count) if most > 1 else most for interval in range(count)]
 
 
-def temperature(progress: float, steps: int, candidates: int) -> float:
-    """τ after a share `progress` of all steps."""
-    (start, first), (end, last) = TEMPERATURES[:2] if progress < TEMPERATURES[1][0] else TEMPERATURES[1:]
+def temperature(progress: float, steps: int, candidates: int, first_share: float = TEMPERATURES[0][1]) -> float:
+    """τ after a share `progress` of all steps; `first_share` is τ log(C) at the first, as a share of their number."""
+    stages = (0.0, first_share), *TEMPERATURES[1:]
+    (start, first), (end, last) = stages[:2] if progress < stages[1][0] else stages[1:]
     share = first * (last / first) ** ((progress - start) / (end - start))
     return share * steps / math.log(max(candidates, 2))
 
