@@ -123,12 +123,12 @@ def stages(settings: Settings) -> list[list[Part]]:
             "sweep_masks.py",
             [*model, *masks, "--ablations", ablation, "--budgets", *budgets[ablation]],
         )
-        for ablation in ABLATIONS
+        for ablation in reversed(ABLATIONS)  # what takes longest comes first
     ]
     if settings.methods:
         chosen = ["--methods", *settings.methods, f"--steps={settings.steps}"]
         chosen += ["--lrs", *map(str, settings.lrs)] if settings.lrs else []
-        making.insert(2, ("finetuned", "finetune_gpt2.py", [*model, *chosen]))  # what takes longest comes first
+        making.insert(1, ("finetuned", "finetune_gpt2.py", [*model, *chosen]))
     parts = [
         making,
         [

@@ -103,10 +103,13 @@ def main(settings: Settings) -> None:
     with progress_bar(total=steps, desc="relearning", unit="step") as bar:
         for one in variants:
             bar.set_postfix_str(one.name)
-            relearned, notes = {way: {} for way in ways}, []
+            relearned, notes, start = {way: {} for way in ways}, [], None
             for (way, adapters), count in product(ways.items(), settings.counts):
-                rows, note = relearn(one, hf, examples[:count], settings, measure, settings.seed, bar.update, adapters)
+                rows, note = relearn(
+                    one, hf, examples[:count], settings, measure, settings.seed, bar.update, adapters, start
+                )
                 relearned[way][str(count)] = rows
+                start = rows[0] if 0 in settings.checks else None  # adapters change nothing before the first step
                 notes += [f"{count} examples{', adapters' * adapters}: {note}"] if note else []
             about = {key: one.about[key] for key in ("ablation", "budget", "sweep") if key in one.about}
             found[one.name] = {"kind": one.kind, **about, **relearned, "note": "; ".join(notes) or None}
@@ -115,7 +118,8 @@ def main(settings: Settings) -> None:
                 limit = hf.config.max_position_embeddings - settings.new_tokens
                 context = with_context(prompts, examples, settings.shots, separator, limit)
                 with one.load(hf) as model, fused_activations(model):
-                    found[one.name]["few_shot"] = {"without": toxicity(model), "with": toxicity(model, context)}
+                    without = start["toxicity"] if start else toxicity(model)
+                    found[one.name]["few_shot"] = {"without": without, "with": toxicity(model, context)}
     inputs = {path for one in variants for path in (one.file, one.means_file)}
     inputs |= {*splits.files, *files_of(settings.model)}
     report = Relearning(

@@ -37,6 +37,7 @@ def relearn(
     seed: int = 0,
     tick: Callable = lambda: None,
     adapters: bool = False,
+    start: dict[str, Any] | None = None,
 ) -> tuple[list[dict[str, Any]], str | None]:
     """Fine-tune a model on examples of the behaviour and measure it at some steps. `hf` stays unchanged.
 
@@ -50,6 +51,7 @@ def relearn(
         tick: called after each step.
         adapters: train low-rank adapters of all linear layers (LoRA), also of those that read for cut edges, and not
             all weights.
+        start: the row of step 0, if it is known from other training of the same model; measured by default.
 
     Returns:
         One row per check, with its `step` and the figures that `measure` returned. And a note: None, or the reason why
@@ -88,7 +90,7 @@ def relearn(
 
     # edges are cut once: the ablated model reads its weights at every step
     with fused_activations(model), compared.cut(model):
-        before = [{"step": 0, **measured()}] if 0 in settings.checks else []
+        before = [start or {"step": 0, **measured()}] if 0 in settings.checks else []
         rows = run_steps(
             step, max(settings.checks), label="relearning", progress=False, is_over=lambda: note is not None
         )

@@ -127,6 +127,8 @@ def test_adapters_learn_around_the_cuts():
     rows, note = relearn(cut, hf, examples, settings, losses(examples), adapters=True)
     full, _ = relearn(cut, hf, examples, settings, losses(examples))
     assert note is None and rows[0] == full[0] and rows[1] != full[1]
+    known, _ = relearn(cut, hf, examples, settings, losses(examples), adapters=True, start={"step": 0, "known": 1})
+    assert known == [{"step": 0, "known": 1}, *rows[1:]]  # it is not measured again
     assert rows[0]["loss"] > rows[1]["loss"] > rows[2]["loss"] + 0.3
     model = copy.deepcopy(hf).requires_grad_(False)
     added = LowRank(model, linear_weights(model), 4)
