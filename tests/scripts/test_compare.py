@@ -8,6 +8,7 @@ import shutil
 import signal
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -245,7 +246,7 @@ def test_an_interrupted_comparison_goes_on(data, tmp_path, monkeypatch):
 
     chosen = settings(data, tmp_path, examined_budget=1, budgets=(1, 2, 3), random_seeds=0, workers=1)
     monkeypatch.setattr(compare, "stages", making)
-    monkeypatch.setattr(compare.subprocess, "Popen", Forked)  # a part starts in no time
+    monkeypatch.setattr(compare, "subprocess", SimpleNamespace(Popen=Forked, STDOUT=None))  # a part starts in no time
     for name in ("read_models", "statement"):
         monkeypatch.setattr(compare, name, lambda of: None)
     masks = tmp_path / "compare" / "masks"
