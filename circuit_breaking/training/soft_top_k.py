@@ -65,5 +65,5 @@ def threshold(scores: Tensor, count: float, temperature: float) -> Tensor:
         points = torch.cat([low[None], low + inside * (high - low), high[None]])
         sums = torch.sigmoid((scores - points[1:-1, None]) / temperature).sum(1)  # falling
         at = (sums > count).sum()  # how many of the points inside are below t
-        low, high = points[at], points[at + 1]
+        low, high = points.index_select(0, torch.stack([at, at + 1]))  # points[at] would wait
     return (low + high) / 2

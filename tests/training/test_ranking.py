@@ -36,6 +36,17 @@ def test_degrees_add_up_to_the_count(count, temperature):
     assert torch.equal(degrees.argsort(), scores.argsort()) or temperature < 0.1  # there some are 0 or 1
 
 
+@pytest.mark.parametrize("size", [12_000, 100_000])  # fewer thresholds are tried at once, or a single one
+def test_degrees_of_many_scores_add_up_to_the_count(size):
+    assert float(soft_top_k(random_scores(size), 50, 0.2).sum()) == pytest.approx(50, rel=1e-9)
+
+
+@pytest.mark.parametrize("size", [12, 100_000])
+def test_nothing_waits_for_the_device(size):
+    """On a GPU, every number that Python reads is a wait. Tensors without data have none to read."""
+    assert soft_top_k(torch.empty(size, device="meta"), 3, 0.5).shape == (size,)
+
+
 def test_equal_scores_share_the_count_and_a_low_temperature_chooses():
     torch.testing.assert_close(soft_top_k(torch.zeros(8), 3, 0.7), torch.full((8,), 3 / 8))
     scores = random_scores(30, torch.float32)
