@@ -50,7 +50,27 @@ MARK = "edge_cuts_key"  # of a KV cache
 HALF = (torch.bfloat16, torch.float16)
 FEW_TOKENS = 128  # up to which the inputs of all units of a projection are gathered for one product
 FEWER_TOKENS = 16  # the same in a Linear for any number of heads; beyond, one large product is the faster one
+FEW_TERMS = 8  # additions up to which reads are added up one by one
 FEW_HEADS = 3  # up to which a product for each head is faster than one product for all heads
+
+
+def _reads(module: nn.Module, hidden_states: Tensor) -> list[Tensor]:
+    """The reads of a layer's heads and MLP, or of `output`, from a hidden state [..., C * D].
+
+    Reads of few parts are added up one by one, each [..., D]; others in one matrix product, side by side [..., R * D].
+    A sum keeps all digits of the stream also where products round their factors (TF32).
+    """
+    constants = module.edge_cuts_constants
+    if module.edge_cuts_terms is None:
+        read = _combine(module.edge_cuts_matrix, constants, hidden_states)
+        return [read.view(*hidden_states.shape[:-1], -1)]
+    d, reads = module.edge_cuts_d, []
+    for row, (subtracts, parts) in enumerate(module.edge_cuts_terms):
+        read, *others = (hidden_states[..., at * d : (at + 1) * d] for at in parts)
+        for part in others:
+            read = read - part if subtracts else read + part
+        reads.append(read if constants is None else read + constants[..., row, :].to(read.dtype))
+    return reads
 
 
 def _combine(matrix: Tensor, constants: Tensor | None, hidden_states: Tensor) -> Tensor:
@@ -109,13 +129,10 @@ class AblatedLayer:
 
     def _enter(self, hidden_states: Tensor, ablated: Tensor | None) -> Tensor:
         """The parts [..., S * D] of the hidden state inside the layer."""
-        d, shape = self.edge_cuts_d, hidden_states.shape[:-1]
-        pieces = [hidden_states[..., :d]]
-        if self.edge_cuts_matrix is not None:
-            reads = _combine(self.edge_cuts_matrix, self.edge_cuts_constants, hidden_states)
-            pieces.append(reads.view(*shape, -1))
+        d = self.edge_cuts_d
+        pieces = [hidden_states[..., :d], *_reads(self, hidden_states)]
         if self.edge_cuts_exports:
-            pieces.append(hidden_states.new_zeros(*shape, self.edge_cuts_exports * d))
+            pieces.append(hidden_states.new_zeros(*hidden_states.shape[:-1], self.edge_cuts_exports * d))
         if self.edge_cuts_limited_inside:
             pieces.append(ablated)
         return torch.cat(pieces, -1) if len(pieces) > 1 else pieces[0]
@@ -180,7 +197,7 @@ def own_parts(module: nn.Module, hidden_states: Tensor) -> Tensor:
     With `ablate_from`, they are all the stream before that position.
     """
     d, first, count = module.edge_cuts_d, module.edge_cuts_first, module.edge_cuts_count
-    mine = hidden_states[..., first * d : (first + count) * d].unflatten(-1, (count, d))
+    mine = hidden_states[..., first * d : (first + count) * d].view(*hidden_states.shape[:-1], count, d)
     ablated = module.edge_cuts_ablated
     if ablated is not None:
         parts = hidden_states.unflatten(-1, (-1, d))
@@ -214,8 +231,7 @@ class OutputNorm:
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         d = self.edge_cuts_d
-        read = _combine(self.edge_cuts_matrix, self.edge_cuts_constants, hidden_states)
-        read = read.view(*hidden_states.shape[:-1], d)
+        (read,) = _reads(self, hidden_states)
         if self.edge_cuts_limited:
             read = torch.where(hidden_states[..., -d:] != 0, read, hidden_states[..., :d])
         return super().forward(read.to(self.weight.dtype))

@@ -204,6 +204,21 @@ def read_matrix(reads: list[Read], carried: list[int]) -> Tensor:
     return matrix
 
 
+def read_terms(reads: list[Read], carried: list[int]) -> tuple[tuple[bool, tuple[int, ...]], ...] | None:
+    """The reads as numbers of parts: 0 is the stream, and the carried outputs follow.
+
+    Returns:
+        for each read, whether the parts after the first are subtracted from it or added to it, and the parts; None if
+        a read has no parts at all.
+    """
+    at = {node: 1 + index for index, node in enumerate(carried)}
+    terms = []
+    for read in reads:
+        needs = tuple(sorted(at[node] for node in read.needs))
+        terms.append((not read.sums_kept, needs if read.sums_kept else (0, *needs)))
+    return tuple(terms) if all(needs for _, needs in terms) else None
+
+
 def read_constants(reads: list[Read], means: Tensor | None) -> Tensor | None:
     """The sum of the ablation values [P, ...] of each read's cut nodes: [R, ...]; None for zero ablation."""
     if means is None or not reads:

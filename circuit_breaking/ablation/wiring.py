@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from circuit_breaking.ablation.layer_norms import PartReader, SeparateKeyNorm, SharedNorm
 from circuit_breaking.ablation.modules import (
     FEW_HEADS,
+    FEW_TERMS,
     AblatedLayer,
     HeadOutputs,
     MLPOutput,
@@ -22,7 +23,7 @@ from circuit_breaking.ablation.modules import (
     StreamReader,
     UnitProjection,
 )
-from circuit_breaking.ablation.plan import LayerPlan, Plan, Read, read_constants, read_matrix
+from circuit_breaking.ablation.plan import LayerPlan, Plan, Read, read_constants, read_matrix, read_terms
 from circuit_breaking.errors import UserError
 from circuit_breaking.graph import EdgeGraph
 from circuit_breaking.models.families.spec import NO_NORM, LayerSpec, ModelSpec, NormSpec, check_supported
@@ -89,15 +90,23 @@ def wire(spec: ModelSpec, plan: Plan, means: Tensor | None, ablate_from: int = 0
             LayerWiring(spec, layer, number, layer_plan, graph, means, limited, limited_after).add_to(wiring)
     if plan.output_read is not None:
         reads, like = [plan.output_read], spec.final_norm.weight
-        matrix, constants = read_matrix(reads, plan.output_carried), read_constants(reads, means)
         state = {
             "d": spec.width,
-            "matrix": torch.nn.functional.pad(matrix, (0, int(limited))).to(like),
-            "constants": constants_like(constants, like),
+            **reads_as_state(reads, plan.output_carried, like, int(limited)),
+            "constants": constants_like(read_constants(reads, means), like),
             "limited": limited,
         }
         wiring.modules.append((spec.final_norm.module, OutputNorm, state))
     return wiring
+
+
+def reads_as_state(reads: list[Read], carried: list[int], like: Tensor, more: int = 0) -> State:
+    """How a module makes reads of the stream and the carried outputs: part by part if they are few, else as a matrix
+    over them and `more` parts that are not read, of the type and on the device of `like`."""
+    terms = read_terms(reads, carried)
+    if terms is not None and sum(len(needs) for _, needs in terms) - len(terms) <= FEW_TERMS:
+        return {"terms": terms, "matrix": None}
+    return {"terms": None, "matrix": torch.nn.functional.pad(read_matrix(reads, carried), (0, more)).to(like)}
 
 
 def constants_like(constants: Tensor | None, like: Tensor) -> Tensor | None:
@@ -161,7 +170,7 @@ class LayerWiring:
         return {
             "d": self.spec.width,
             "needs_embed": self.number == 0 and bool(plan.carried_in),
-            "matrix": read_matrix(reads, plan.carried_in).to(self.like) if reads else None,
+            **reads_as_state(reads, plan.carried_in, self.like),
             "constants": constants_like(constants, self.like),
             "exports": parts.exports,
             "written": _runs([0, *range(parts.first_export, parts.first_export + parts.exports)]),

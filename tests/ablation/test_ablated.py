@@ -7,6 +7,7 @@ import torch
 from helpers.models import small_gpt2, small_llama
 from transformers import DynamicCache, OPTConfig, OPTForCausalLM
 
+from circuit_breaking.ablation import wiring
 from circuit_breaking.ablation.ablate import ablate
 from circuit_breaking.engine.load import load_model
 from circuit_breaking.errors import UserError
@@ -43,6 +44,26 @@ def test_logits_equal_the_engine(family, split, count, kind):
             found = hf(tokens).logits
         assert (found - expected).abs().max() < tolerance
         assert (found - hf(tokens).logits).abs().max() > 1e-6  # the cut matters
+
+
+@pytest.mark.parametrize("few_terms", [0, 10**6], ids=["products", "sums"])
+@pytest.mark.parametrize("ablate_from", [0, 2])
+def test_reads_are_the_same_as_sums_and_as_products(monkeypatch, few_terms, ablate_from):
+    hf = small_gpt2().double()
+    tokens = torch.randint(1, 50, (2, 9), generator=torch.manual_seed(3))
+    engine = load_model(hf, device="cpu", dtype="float64")
+    engine.ablate_from = ablate_from
+    engine.means = torch.randn(len(engine.graph.sources), hf.config.hidden_size, dtype=torch.float64)
+    edges = random_edges(
+        engine.graph, len(engine.graph) // 2
+    )  # reads of both kinds: less what is cut, sums of the kept
+    edges += [f"{source}->output" for source in engine.graph.sources if f"{source}->output" not in edges]
+    engine.mask.cut_(edges)
+    monkeypatch.setattr(wiring, "FEW_TERMS", few_terms)
+    with torch.no_grad():
+        expected = engine(tokens)
+        with ablate(hf, edges, engine.means, ablate_from=ablate_from):
+            assert (hf(tokens).logits - expected).abs().max() < 1e-10
 
 
 def some_edges(hf, count: int = 12, split: bool = True) -> list[str]:
