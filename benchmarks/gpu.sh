@@ -57,7 +57,7 @@ for seed in $SEEDS; do
     for method in ranking ugs; do
         mask "${method}_mean_seed$seed" --method $method --seed "$seed" --means "$OUT/means.safetensors"
         mask "${method}_learned_seed$seed" --method $method --seed "$seed" --means "$OUT/means.safetensors" \
-            --constants-lr 0.005 --constants-steps "$((STEPS / 4))"
+            --constants-lr 0.02 --constants-loss objective --constants-steps "$((STEPS / 4))"
     done
 done
 

@@ -3,11 +3,11 @@
 Reads   a model; toxic posts for training and held-out ones; ordinary text; ablation values, if --means names a file.
 Writes  data/toxicity/<run>/: settings.json; metrics.jsonl, one row per step; mask.safetensors; edges.json, the cut
         edges; graph.json, how important each is, and drawn from it graph.png, heat_map.png and edges.tex (LaTeX);
-        means.safetensors, if ablation constants are learned (--constants-lr). Methods that rank edges also write
-        ranking.safetensors; curve.json and curve.png, the held-out losses by budget; and in masks/ the mask, edges
-        and constants for each of --budgets, and for --max-edges controls of constants that are learned from the mean
-        outputs of --means (docs/methods.md). report.html shows all of these in a browser. During training also
-        checkpoints, from which the same command continues an interrupted run.
+        means.safetensors, if ablation constants are learned, and mean_outputs.safetensors, if they start from mean
+        outputs that no file gives. Methods that rank edges also write ranking.safetensors; curve.json and curve.png,
+        the held-out losses by budget; and in masks/ the mask, edges and constants for each of --budgets, and for
+        --max-edges controls of the constants (docs/methods.md). report.html shows all of these in a browser. During
+        training also checkpoints, from which the same command continues an interrupted run.
 Time    a minute for the shipped model on two cores; seconds per step for GPT-2 small on two cores.
 
 `accelerate launch toxicity/train_mask.py` trains on several GPUs, each with its share of every batch.
@@ -28,7 +28,13 @@ from circuit_breaking.runs.settings import (
     ResumeSettings,
     TrackingSettings,
 )
-from circuit_breaking.toxicity.settings import ToxicDataSettings, ToxicRunSettings, default_data, require_data
+from circuit_breaking.toxicity.settings import (
+    ToxicDataSettings,
+    ToxicRunSettings,
+    default_constants,
+    default_data,
+    require_data,
+)
 from circuit_breaking.training.config import MaskConfig, check_mask
 
 
@@ -49,7 +55,9 @@ class Settings(
         "seed", "device",
     )  # fmt: skip
 
-    means: Path | None = None  # file of ablation values from compute_means.py; None: zero
+    means: Path | None = None  # ablation values from compute_means.py; None: zero, or mean outputs if they are learned
+    constants_lr: float | None = None  # learning rate of constants; 0: none; None: 0.02, but 0 with means and for tiny
+    constants_loss: Literal["keep", "objective"] | None = None  # loss that they minimise; None: objective, tiny: keep
     examples: int = 100  # toxic texts to learn from; 0: all of the file
     inside: Path | None = None  # file of a circuit, or of edges that a mask cuts: only these may be cut; None: all may
     localise: Literal["no", "eap", "eap-ig", "random"] = "no"  # cut only edges with the highest attribution scores
@@ -59,8 +67,12 @@ class Settings(
     split_qkv: bool = False  # give the query, key and value of a head separate edges
     tf32: bool = False  # let CUDA multiply float32 matrices in TF32: faster, less precise
 
+    def resolved(self) -> "Settings":
+        """These settings, with what follows from the model in place of None."""
+        return resolve_defaults(self, default_data(self.model), default_constants(self.model, self.means))
+
     def check(self) -> None:
-        check_mask(self)
+        check_mask(self.resolved())
         check_counts(self, "length", "num_texts")
         check_ablate_from(self)
         check_not_negative(self, "eval_every")
@@ -92,6 +104,7 @@ from circuit_breaking.runs.distributed import is_main
 from circuit_breaking.runs.mask_record import (
     CUT_EDGES,
     MASK,
+    MEAN_OUTPUTS,
     MEANS,
     AblationValueRecord,
     MaskRecord,
@@ -113,11 +126,16 @@ from circuit_breaking.training.mask_trainer import MaskResult
 from circuit_breaking.training.run import train_into
 
 MASKS = "masks"  # folder of the masks of all budgets
+NOTHING_CUT = (
+    "No edge was worth cutting on training texts. A larger --alpha, more --steps, or ablation constants that are "
+    "learned to break the behaviour (--constants-lr 0.02 --constants-loss objective) may find some."
+)
+MEAN_TEXTS = 300  # most texts of the mean outputs that constants start from
 
 
 def main(settings: Settings) -> None:
     settings.check()
-    settings = resolve_defaults(settings, default_data(settings.model))
+    settings = settings.resolved()
     torch.manual_seed(settings.seed)
     torch.backends.cuda.matmul.allow_tf32 = settings.tf32
     folder = settings.out / settings.run
@@ -154,6 +172,7 @@ def train(
         RunSettings(script="toxicity/train_mask.py", provenance=run).write(folder / "settings.json")
     for task in tasks.values():
         task.evaluation_batch = settings.micro_batch or task.evaluation_batch
+    averages = mean_outputs(folder, model, tasks["ordinary"], run, settings)
     before = held_out(model, tasks, settings)
     allowed, start = edges_to_cut(model, tasks, settings), mask_to_start_from(model, settings)
     result = train_into(
@@ -171,15 +190,34 @@ def train(
         for name in tasks:
             print(f"held-out loss on {name} text: {before[name]:.3f} -> {after[name]:.3f}")
         edges = ", ".join(result.edges)
-        print(f"{len(result.edges)} of {len(model.graph):,} edges cut in {result.seconds:.0f} s: {edges}")
+        print(f"{len(result.edges)} of {len(model.graph):,} edges cut in {result.seconds:.0f} s: {edges or 'none'}")
+        if settings.max_edges and not result.edges:
+            print(NOTHING_CUT)
     if result.ranking is not None:
-        write_ranking(folder, model, tasks, run, settings, result, before)
+        write_ranking(folder, model, tasks, run, settings, result, before, averages)
     elif is_main():  # those of an earlier run would not be what the page is about
         for name in (RANKING, CURVE):
             (folder / name).unlink(missing_ok=True)
     end_with_page(folder)
     if is_main():
         print(f"written to {folder}")
+
+
+def mean_outputs(
+    folder: Path, model: EdgeMaskedTransformer, ordinary: TextTask, run: dict[str, Any], settings: Settings
+) -> Path | None:
+    """The file of the ablation values that the model has; None if they are zero.
+
+    If constants are learned and the settings name no file, these are mean outputs on ordinary training texts, which the
+    model gets here.
+    """
+    if settings.means is not None or not settings.constants_lr or not settings.max_edges:
+        return settings.means
+    model.means = ordinary.compute_means(model, MEAN_TEXTS)
+    if is_main():
+        record = MeansRecord(num_texts=min(MEAN_TEXTS, len(ordinary.train)), provenance=run)
+        save_means(folder / MEAN_OUTPUTS, model, model.means, record)
+    return folder / MEAN_OUTPUTS
 
 
 def edges_to_cut(model: EdgeMaskedTransformer, tasks: dict[str, TextTask], settings: Settings) -> torch.Tensor | None:
@@ -230,9 +268,12 @@ def write_mask(
 
 def write_ranking(
     folder: Path, model: EdgeMaskedTransformer, tasks: dict[str, TextTask], run: dict[str, Any], settings: Settings,
-    result: MaskResult, before: dict[str, float],
+    result: MaskResult, before: dict[str, float], averages: Path | None,
 ) -> None:  # fmt: skip
-    """Write the ranking, a mask of each budget, and the curve of their held-out losses."""
+    """Write the ranking, a mask of each budget, and the curve of their held-out losses.
+
+    `averages`: file of the values that learned constants started from.
+    """
 
     def objective(losses: dict[str, float]) -> float:
         return settings.keep_weight * losses["ordinary"] - settings.alpha * losses["toxic"]
@@ -254,8 +295,8 @@ def write_ranking(
     if not is_main():
         return
     largest = folder / MASKS / f"{settings.method}_{settings.max_edges}"
-    if settings.constants_lr and settings.means is not None and (largest / MEANS).is_file():
-        write_constant_controls(largest, model, settings.means)
+    if settings.constants_lr and averages is not None and (largest / MEANS).is_file():
+        write_constant_controls(largest, model, averages)
     record = RankingRecord(method=settings.method, seed=settings.seed, ablation_value=value, provenance=run)
     save_ranking(folder / RANKING, model, result.ranking, record)
     Curve(original=before, rows=rows, provenance=run).write(folder / CURVE)

@@ -11,6 +11,7 @@ from circuit_breaking.runs.records import Record, old_provenance
 
 MASK = "mask.safetensors"  # the file of a mask in a run folder
 MEANS = "means.safetensors"  # of the ablation values that were learned with it
+MEAN_OUTPUTS = "mean_outputs.safetensors"  # of the mean outputs that these started from, if no file gave them
 CONTROL = "control.json"  # of a control in which a mask's constants are used in another way
 CUT_EDGES, KEPT_EDGES = "edges.json", "kept_edges.json"
 # settings of the data that a mask was trained on; scripts that measure it take them where their own are not set

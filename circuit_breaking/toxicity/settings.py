@@ -28,6 +28,17 @@ def default_data(model: str) -> dict[str, Any]:
     return {**files, "ordinary": ordinary_text(model)}
 
 
+def default_constants(model: str, means: Path | None) -> dict[str, Any]:
+    """Whether and how ablation constants are learned for a model, if its settings do not say.
+
+    Cuts alone break the behaviour of the shipped model, but hardly that of SmolLM2 (docs/experiments.md), where learned
+    constants do. So these are the default for other models, unless `means` says what cut edges carry.
+    """
+    if model == SHIPPED:
+        return {"constants_lr": 0.0, "constants_loss": "keep"}
+    return {"constants_lr": 0.0 if means is not None else 0.02, "constants_loss": "objective"}
+
+
 @dataclass
 class TrainingTextSettings(OrdinaryTextSettings):
     """The texts to learn from."""

@@ -7,11 +7,15 @@ from helpers.tasks import SHORT_CHOICE
 
 from circuit_breaking.engine.ablation_values import read_means, save_means
 from circuit_breaking.engine.load import load_model
+from circuit_breaking.engine.mask import read_mask_record
 from circuit_breaking.errors import UserError
+from circuit_breaking.models.load import load_tokenizer
 from circuit_breaking.runs.circuit_files import write_circuit
 from circuit_breaking.runs.circuits import Circuit
 from circuit_breaking.runs.files import read_jsonl
 from circuit_breaking.runs.mask_record import ControlRecord, CutEdges, MeansRecord
+from circuit_breaking.runs.records import RunSettings
+from circuit_breaking.tasks import OWTTask
 from circuit_breaking.training.localise import localise
 from circuit_breaking.training.prefix_choice import PrefixChoice
 
@@ -36,7 +40,7 @@ def train(data, out, run, **changes):
     given = {
         "model": str(data / "model"), "toxic_train": data / "train.jsonl", "toxic_test": data / "test.jsonl",
         "ordinary": str(data / "plain.txt"), "out": out, "run": run, "steps": 4, "batch_size": 3, "max_edges": 3,
-        "budgets": (2,), "num_texts": 5, "device": "cpu", **changes,
+        "budgets": (2,), "num_texts": 5, "device": "cpu", "constants_lr": 0.0, **changes,
     }  # fmt: skip
     script.main(script.Settings(**given))
     return CutEdges.read(out / run / "edges.json").edges, out / run
@@ -91,6 +95,35 @@ def test_controls_of_learned_constants_lie_beside_the_mask_of_the_largest_budget
     # constants of an earlier training are no mean outputs
     _, folder = train(data, tmp_path, "again", means=mask / "means.safetensors", constants_lr=0.05, constants_steps=1)
     assert list(folder.glob("masks/ranking_3/means.safetensors")) and not list(folder.glob("masks/*_bias"))
+
+
+def test_constants_are_learned_by_default_in_any_model_but_the_shipped_one(data, tmp_path):
+    edges, folder = train(data, tmp_path, "run", constants_lr=None, constants_steps=1)
+    settings = RunSettings.read(folder / "settings.json").provenance["settings"]
+    assert (settings["constants_lr"], settings["constants_loss"], settings["means"]) == (0.02, "objective", None)
+    assert read_mask_record(folder / "mask.safetensors").ablation_value.kind == "optimal"
+    # they start from mean outputs, which make controls possible
+    averages, record = read_means(folder / "mean_outputs.safetensors")
+    model = load_model(str(data / "model"), device="cpu")
+    model.ablate_from = 1
+    ordinary = OWTTask(load_tokenizer(str(data / "model")), str(data / "plain.txt"), 50)
+    torch.testing.assert_close(averages, ordinary.compute_means(model, record.num_texts))
+    learned = read_means(folder / "masks/ranking_3/means.safetensors")[0]
+    bias = read_means(folder / "masks/ranking_3_bias/means.safetensors")[0]
+    torch.testing.assert_close(bias, learned - averages)
+    assert ControlRecord.read(folder / "masks/ranking_3_bias/control.json").edges == edges
+    # a file of ablation values says what cut edges carry
+    _, other = train(data, tmp_path, "fixed", constants_lr=None, means=folder / "mean_outputs.safetensors")
+    assert read_mask_record(other / "mask.safetensors").ablation_value.kind == "mean"
+    assert not (other / "means.safetensors").exists() and not (other / "mean_outputs.safetensors").exists()
+
+
+def test_the_shipped_model_needs_no_constants():
+    assert script.Settings().resolved().constants_lr == 0
+    other = script.Settings(model="gpt2").resolved()
+    assert (other.constants_lr, other.constants_loss) == (0.02, "objective")
+    assert script.Settings(model="gpt2", constants_lr=0.0).resolved().constants_lr == 0
+    assert script.Settings(constants_lr=0.1).resolved().constants_loss == "keep"
 
 
 def test_a_run_starts_from_the_mask_of_another(data, tmp_path):
