@@ -66,7 +66,7 @@ def script_words(folder, name):
     options = {
         "model": folder / "model", "toxic-train": folder / "train.jsonl", "toxic-test": folder / "test.jsonl",
         "ordinary": folder / "plain.txt", "out": folder, "run": name, "checkpoint-every": 0, "max-edges": 5,
-        "num-texts": 10, "steps": 120, "refine-rounds": 20, "method": "hard-concrete",
+        "num-texts": 10, "steps": 120, "refine-rounds": 20, "method": "hard-concrete", "constants-lr": 0,
     }  # fmt: skip
     return ["toxicity/train_mask.py", *(f"--{key}={value}" for key, value in options.items())]
 
