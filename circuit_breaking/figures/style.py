@@ -68,7 +68,7 @@ NAMED_STYLES = {  # of the original, and of models that are fine-tuned by the me
     "rmu": {"color": PINK, "marker": "X"},
 }
 OTHER_COLOURS = (PURPLE, TEAL, WINE, OLIVE)  # of all other models, before those of `NAMED_STYLES` that are not used
-MORE_MARKERS = "h>d8pH"
+MORE_MARKERS = "<>dPX*"  # none that looks like a circle where it is small
 LINES = ("-", DASHED, DOTTED, (0, (6, 1.5, 1, 1.5)))
 
 
