@@ -25,7 +25,7 @@ def test_training_and_evaluation_report_the_same_losses(tmp_path, capsys):
         train.Settings(
             model=str(folder / "model"), toxic_train=folder / "train.jsonl", toxic_test=folder / "test.jsonl",
             ordinary=str(folder / "plain.txt"), out=tmp_path, length=18, num_texts=12, max_edges=3, steps=4,
-            refine_rounds=1, device="cpu",
+            refine_rounds=1, constants_steps=2, device="cpu",
         )
     )  # fmt: skip
     printed, run = capsys.readouterr().out, tmp_path / "run"

@@ -119,7 +119,7 @@ def options(inputs, out, **more):
 
 
 def training(inputs, out, **more):
-    quick = {"steps": 3, "refine_rounds": 1, "num_texts": 4, "max_edges": 3}
+    quick = {"steps": 3, "refine_rounds": 1, "constants_steps": 1, "num_texts": 4, "max_edges": 3}
     return options(inputs, out, **quick, checkpoint_every=2, **more)
 
 

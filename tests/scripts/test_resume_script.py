@@ -18,7 +18,7 @@ from circuit_breaking.training.edge_ranking import load_ranking
 from circuit_breaking.training.prefix_choice import BATCHES
 
 pytestmark = pytest.mark.usefixtures("coarse_importance", "short_choice")
-PHASES = ["--steps=80", "--refine-rounds=50"]
+PHASES = ["--steps=80", "--refine-rounds=50", "--constants-lr=0"]
 
 
 def command(folder, name):
