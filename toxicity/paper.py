@@ -66,7 +66,7 @@ from contextlib import nullcontext
 import numpy as np
 import torch
 
-from circuit_breaking.engine.ablation_values import compute_means, save_means, value_in
+from circuit_breaking.engine.ablation_values import save_mean_outputs, value_in
 from circuit_breaking.engine.load import load_model
 from circuit_breaking.engine.mask import save_mask
 from circuit_breaking.errors import UserError
@@ -82,7 +82,7 @@ from circuit_breaking.models.save import save_hf_folder
 from circuit_breaking.models.shipped import SHIPPED
 from circuit_breaking.models.tokens import TokenBatch, behind, packed, prefix_token
 from circuit_breaking.runs.files import write_text
-from circuit_breaking.runs.mask_record import MASK, MaskRecord, MeansRecord, data_of, write_edges
+from circuit_breaking.runs.mask_record import MASK, MaskRecord, data_of, write_edges
 from circuit_breaking.runs.provenance import provenance
 from circuit_breaking.runs.results import REPORT, FineTuning, Report
 from circuit_breaking.runs.run_folder import hold
@@ -170,8 +170,7 @@ def train(settings: Settings, hf: Any, splits: Splits, run: dict[str, Any]) -> C
     folder, path = settings.out / settings.run, settings.out / settings.run / "means_ordinary.safetensors"
     model = load_model(hf, device=str(hf.device), share_weights=True)
     model.ablate_from = settings.ablate_from
-    means = compute_means(model, splits.ordinary["train"][: settings.mean_texts])
-    save_means(path, model, means, MeansRecord(num_texts=settings.mean_texts, provenance=run))
+    means = save_mean_outputs(path, model, splits.ordinary["train"][: settings.mean_texts], run)
     model.means = means
     train_into(
         folder, model, *splits.tasks(settings.seed), settings.training, None, run, settings.resume,

@@ -73,7 +73,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from circuit_breaking.engine.ablation_values import compute_means, load_means, read_means, save_means, value_in
+from circuit_breaking.engine.ablation_values import load_means, read_means, save_mean_outputs, save_means, value_in
 from circuit_breaking.engine.load import load_model
 from circuit_breaking.engine.mask import load_mask, read_mask_record, save_mask
 from circuit_breaking.evaluation.constant_controls import write_constant_controls
@@ -152,8 +152,7 @@ class Sweep:
             if self.settings.resume and is_up_to_date(self.averages, made_from, lambda path: read_means(path)[1]):
                 return  # writing it again on another machine might change the last digits under finished masks
             texts = self.texts(self.settings.seed).ordinary["train"][: self.settings.mean_texts]
-            record = MeansRecord(num_texts=len(texts), made_from=made_from, provenance=self.provenance)
-            save_means(self.averages, self.model, compute_means(self.model, texts), record)
+            save_mean_outputs(self.averages, self.model, texts, self.provenance, made_from)
 
     def set_ablation(self, ablation: str) -> None:
         """Let cut edges carry what is asked for, at first where that is learned."""

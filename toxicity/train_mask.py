@@ -88,7 +88,7 @@ from functools import partial
 
 import torch
 
-from circuit_breaking.engine.ablation_values import load_means, save_means, value_in
+from circuit_breaking.engine.ablation_values import load_means, save_mean_outputs, save_means, value_in
 from circuit_breaking.engine.load import load_model
 from circuit_breaking.engine.mask import load_mask, save_mask
 from circuit_breaking.engine.transformer import EdgeMaskedTransformer
@@ -213,11 +213,9 @@ def mean_outputs(
     """
     if settings.means is not None or not settings.constants_lr or not settings.max_edges:
         return settings.means
-    model.means = ordinary.compute_means(model, MEAN_TEXTS)
-    if is_main():
-        record = MeansRecord(num_texts=min(MEAN_TEXTS, len(ordinary.train)), provenance=run)
-        save_means(folder / MEAN_OUTPUTS, model, model.means, record)
-    return folder / MEAN_OUTPUTS
+    path = folder / MEAN_OUTPUTS
+    model.means = save_mean_outputs(path, model, ordinary.train[:MEAN_TEXTS], run, write=is_main())
+    return path
 
 
 def edges_to_cut(model: EdgeMaskedTransformer, tasks: dict[str, TextTask], settings: Settings) -> torch.Tensor | None:

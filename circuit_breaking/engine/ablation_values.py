@@ -189,6 +189,25 @@ def save_means(path: Path | str, model: Any, means: Tensor, record: MeansRecord 
     write_tensors(path, {"means": means}, record.to_json())
 
 
+def save_mean_outputs(
+    path: Path | str,
+    model: Any,
+    texts: TokenBatch,
+    provenance: dict[str, Any],
+    made_from: str | None = None,
+    write: bool = True,
+) -> Tensor:
+    """Compute the mean output of every node over texts [P, D], write it with the number of texts, and return it.
+
+    Several processes that train together all need it, and only the main one writes it (`write`).
+    """
+    means = compute_means(model, texts)
+    if write:
+        record = MeansRecord(num_texts=len(texts), made_from=made_from, provenance=provenance)
+        save_means(path, model, means, record)
+    return means
+
+
 def read_means(path: Path | str, hint: str = HINT) -> tuple[Tensor, MeansRecord]:
     """Means [P, D] or [T, P, D] and the record of a file. One that is missing, damaged or without means is a
     `UserError`."""
