@@ -197,7 +197,7 @@ def own_parts(module: nn.Module, hidden_states: Tensor) -> Tensor:
     With `ablate_from`, they are all the stream before that position.
     """
     d, first, count = module.edge_cuts_d, module.edge_cuts_first, module.edge_cuts_count
-    mine = hidden_states[..., first * d : (first + count) * d].view(*hidden_states.shape[:-1], count, d)
+    mine = hidden_states[..., first * d : (first + count) * d].unflatten(-1, (count, d))
     ablated = module.edge_cuts_ablated
     if ablated is not None:
         parts = hidden_states.unflatten(-1, (-1, d))

@@ -54,9 +54,8 @@ def test_reads_are_the_same_as_sums_and_as_products(monkeypatch, few_terms, abla
     engine = load_model(hf, device="cpu", dtype="float64")
     engine.ablate_from = ablate_from
     engine.means = torch.randn(len(engine.graph.sources), hf.config.hidden_size, dtype=torch.float64)
-    edges = random_edges(
-        engine.graph, len(engine.graph) // 2
-    )  # reads of both kinds: less what is cut, sums of the kept
+    # reads of both kinds: the stream less what is cut, and sums of what is kept
+    edges = random_edges(engine.graph, len(engine.graph) // 2)
     edges += [f"{source}->output" for source in engine.graph.sources if f"{source}->output" not in edges]
     engine.mask.cut_(edges)
     monkeypatch.setattr(wiring, "FEW_TERMS", few_terms)
