@@ -126,9 +126,9 @@ from circuit_breaking.training.mask_trainer import MaskResult
 from circuit_breaking.training.run import train_into
 
 MASKS = "masks"  # folder of the masks of all budgets
-NOTHING_CUT = (
-    "No edge was worth cutting on training texts. A larger --alpha, more --steps, or ablation constants that are "
-    "learned to break the behaviour (--constants-lr 0.02 --constants-loss objective) may find some."
+NOTHING_CUT = "No edge was worth cutting on training texts. A larger --alpha or more --steps may find some."
+LEARN_CONSTANTS = (
+    "So may ablation constants that are learned to break the behaviour: --constants-lr 0.02 --constants-loss objective."
 )
 MEAN_TEXTS = 300  # most texts of the mean outputs that constants start from
 
@@ -192,7 +192,8 @@ def train(
         edges = ", ".join(result.edges)
         print(f"{len(result.edges)} of {len(model.graph):,} edges cut in {result.seconds:.0f} s: {edges or 'none'}")
         if settings.max_edges and not result.edges:
-            print(NOTHING_CUT)
+            learned = settings.constants_lr and settings.constants_loss == "objective"
+            print(NOTHING_CUT if learned else f"{NOTHING_CUT} {LEARN_CONSTANTS}")
     if result.ranking is not None:
         write_ranking(folder, model, tasks, run, settings, result, before, averages)
     elif is_main():  # those of an earlier run would not be what the page is about

@@ -97,10 +97,10 @@ def evaluate(
     ways = {"continuations": [replace(sampling, seed=sampling.seed + k * SEED_STEP) for k in range(seeds)]}
     if greedy:
         ways["greedy"] = [replace(sampling, samples=1, greedy=True)]
-    each = sum(one.samples for way in ways.values() for one in way)
     measured, size = {}, sampling.batch_size
     batches = sum(-(-len(batch) // size) for batch in texts.values())
-    batches += sum(-(-len(batch) * each // size) for batch in prompts.values())
+    for one in (one for way in ways.values() for one in way):
+        batches += sum(-(-len(batch) * one.samples // size) for batch in prompts.values())
     with progress_bar(total=batches * len(models), desc="evaluation", unit="batch") as bar:
         for name, load in models.items():
             bar.set_postfix_str(name)

@@ -181,6 +181,14 @@ def test_evaluate_against_plain_loops(setting, tokenizer):
     assert again == report and rows_again == rows
 
 
+def test_progress_ends_at_its_total(setting, tokenizer, monkeypatch):
+    _, models, texts, prompts, sampling = setting
+    whole, bars = {name: models[name] for name in ("original", "ablated")}, []
+    monkeypatch.setattr(evaluation, "progress_bar", lambda **about: bars.append(tqdm(**about)) or bars[-1])
+    evaluate(whole, tokenizer, texts, prompts, CountsFools(), sampling, seeds=3, greedy=True)
+    assert bars[0].n == bars[0].total > 0
+
+
 def test_table_shows_every_model(setting, tokenizer, capsys, monkeypatch):
     _, models, texts, prompts, sampling = setting
     measured, _ = evaluate(models, tokenizer, texts, prompts, CountsFools(), sampling)

@@ -140,3 +140,12 @@ def test_a_run_starts_from_the_mask_of_another(data, tmp_path):
 
 def test_kinds_of_alternative_masks():
     assert set(alternative.KINDS) == {"necessary", "sufficient", "outside", "inside", "covering"}
+
+
+def test_what_is_advised_where_nothing_is_cut_has_not_been_done_already(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(PrefixChoice, "length", lambda self, budget: 0)
+    for run, lr in (("fixed", 0.0), ("learned", None)):
+        edges, _ = train(data, tmp_path, run, constants_lr=lr, constants_steps=1)
+        said = capsys.readouterr().out
+        assert not edges and "0 of" in said and script.NOTHING_CUT in said
+        assert (script.LEARN_CONSTANTS in said) == (run == "fixed")
