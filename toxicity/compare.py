@@ -71,10 +71,7 @@ if __name__ == "__main__":
     settings = read_settings(Settings)
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -84,10 +81,17 @@ from circuit_breaking.evaluation.conclusion import statement
 from circuit_breaking.evaluation.result_files import read_models
 from circuit_breaking.runs.files import plain, read_json, write_json
 from circuit_breaking.runs.run_folder import locked
+from circuit_breaking.runs.script_process import ScriptProcess
 from circuit_breaking.runs.signals import Stopped, stop_signals
 
 HERE = Path(__file__).resolve().parent
 ABLATIONS = ("zero", "mean", "optimal")  # kinds of ablation value; "optimal" is learned with the mask
+PRELOADED = (  # what the parts import that takes longest
+    "circuit_breaking.engine.load",
+    "circuit_breaking.evaluation.compared_models",
+    "circuit_breaking.evaluation.scorers",
+    "circuit_breaking.figures.browser.page",
+)
 BEGUN = "begun.json"  # settings of a comparison that is not finished
 Part = tuple[str, str, list[str]]  # name, script, options
 
@@ -152,7 +156,7 @@ def fewer(settings: Settings, texts: int, prompts: int = 0) -> list[str]:
 
 
 def run_part(part: Part, settings: Settings, signals: Sequence[int] = ()) -> float:
-    """Run a script in a separate process that prints into a log, and return its seconds.
+    """Run a script as a process that prints into a log, and return its seconds.
 
     The first signal that arrives in `signals` is passed on to the process, and ends the run.
     """
@@ -163,18 +167,16 @@ def run_part(part: Part, settings: Settings, signals: Sequence[int] = ()) -> flo
     log = settings.out / settings.run / "logs" / f"{name}.txt"
     start, passed_on = time.perf_counter(), False
     try:
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("w", encoding="utf-8") as file:
-            environment = {**os.environ, "OMP_NUM_THREADS": str(settings.threads)}
-            command = [sys.executable, HERE / script, *options]
-            process = subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
-            while (code := process.poll()) is None:
-                if signals and not passed_on:
-                    process.send_signal(signals[0])
-                    passed_on = True
-                time.sleep(0.1)
+        process = ScriptProcess(
+            HERE / script, options, log, settings.threads, PRELOADED if settings.device == "cpu" else ()
+        )
     except OSError as error:
         raise UserError(f"cannot write {log}: {error.strerror or error}. Choose another folder with out.") from error
+    while (code := process.poll()) is None:
+        if signals and not passed_on:
+            process.send_signal(signals[0])
+            passed_on = True
+        time.sleep(0.1)
     seconds = time.perf_counter() - start
     if code and signals:
         raise stopped

@@ -1,5 +1,7 @@
 """Means with 95% percentile bootstrap intervals (Efron 1979) over texts or prompts."""
 
+from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -7,6 +9,7 @@ import numpy as np
 Sums = tuple[np.ndarray, np.ndarray]  # sum and count of each text or prompt, float64 [n] both
 
 RESAMPLES = 1000
+REMEMBERED = 1000  # most texts for which resamples are remembered, in 8 MB
 
 
 def estimate(sums: np.ndarray, counts: np.ndarray, seed: int = 0, reference: Sums | None = None) -> dict[str, Any]:
@@ -25,13 +28,23 @@ def estimate(sums: np.ndarray, counts: np.ndarray, seed: int = 0, reference: Sum
     if not np.isfinite(columns).all():
         nothing = {"value": None, "low": None, "high": None}
         return nothing | ({} if reference is None else {"change": nothing})
-    n, random = len(columns), np.random.default_rng(seed)
-    # number of times that each text is drawn, for 100 resamples at a time: [100, n]
-    pieces = [random.multinomial(n, np.full(n, 1 / n), 100) @ columns for _ in range(RESAMPLES // 100)]
-    totals = np.concatenate([columns.sum(0)[None], *pieces])
+    n = len(columns)
+    draws = _remembered(n, seed) if n <= REMEMBERED else _draws(n, np.random.default_rng(seed))
+    totals = np.concatenate([columns.sum(0)[None], *(some @ columns for some in draws)])
     ratios = totals[:, 0] / totals[:, 1]
     result = _interval(ratios)
     return result if reference is None else result | {"change": _interval(ratios - totals[:, 2] / totals[:, 3])}
+
+
+def _draws(n: int, random: np.random.Generator) -> Iterator[np.ndarray]:
+    """How often each text is drawn in each of the resamples, 100 of them at a time: int64 [100, n]."""
+    return (random.multinomial(n, np.full(n, 1 / n), 100) for _ in range(RESAMPLES // 100))
+
+
+@lru_cache(maxsize=8)
+def _remembered(n: int, seed: int) -> list[np.ndarray]:
+    # drawing takes longer than the rest, and an evaluation has hundreds of estimates over the same few numbers of texts
+    return list(_draws(n, np.random.default_rng(seed)))
 
 
 def _interval(ratios: np.ndarray) -> dict[str, float]:

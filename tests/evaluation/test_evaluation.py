@@ -19,6 +19,7 @@ from circuit_breaking.engine.ablation_values import save_means
 from circuit_breaking.engine.load import load_model
 from circuit_breaking.engine.mask import save_mask
 from circuit_breaking.errors import UserError
+from circuit_breaking.evaluation import bootstrap
 from circuit_breaking.evaluation import measure as evaluation
 from circuit_breaking.evaluation.bootstrap import estimate
 from circuit_breaking.evaluation.generate import Sampling, continuations
@@ -65,6 +66,14 @@ def test_intervals():
     assert estimate(np.array([1.0, 9.0]), np.array([1.0, 3.0]))["value"] == 2.5
     single = estimate(np.array([1.5]), np.array([3.0]))
     assert single == {"value": 0.5, "low": 0.5, "high": 0.5}
+
+
+@pytest.mark.parametrize("seed", [0, 3])
+def test_remembered_resamples_are_those_that_would_be_drawn(seed, monkeypatch):
+    values = np.random.default_rng(1).normal(3, 2, 50)
+    found = [estimate(values, np.ones(50), seed=seed) for _ in range(2)]
+    monkeypatch.setattr(bootstrap, "REMEMBERED", 0)
+    assert found == [estimate(values, np.ones(50), seed=seed)] * 2
 
 
 def test_changes_are_paired():

@@ -8,12 +8,10 @@ import shutil
 import signal
 import threading
 import time
-from types import SimpleNamespace
 
 import pytest
 import torch
 import tyro
-from helpers.forks import Forked
 from helpers.scripts import PLAIN, RUDE, load_script, save_toxic_data
 from transformers import AutoModelForCausalLM
 
@@ -246,7 +244,6 @@ def test_an_interrupted_comparison_goes_on(data, tmp_path, monkeypatch):
 
     chosen = settings(data, tmp_path, examined_budget=1, budgets=(1, 2, 3), random_seeds=0, workers=1)
     monkeypatch.setattr(compare, "stages", making)
-    monkeypatch.setattr(compare, "subprocess", SimpleNamespace(Popen=Forked, STDOUT=None))  # a part starts in no time
     for name in ("read_models", "statement"):
         monkeypatch.setattr(compare, name, lambda of: None)
     masks = tmp_path / "compare" / "masks"
