@@ -85,7 +85,7 @@ class CapturedPass:
         return read
 
     def _backward(self) -> tuple[Tensor, Tensor | None]:
-        return self.run.backward(self.gradient, self.constants)
+        return self.run.backward(self.gradient, edges=True, constants=self.constants)
 
     def load(self, inputs: PassInputs) -> None:
         """Copy the inputs of a pass to the addresses that the captured kernels read."""
@@ -116,17 +116,17 @@ class ReplayedPass:
         self.in_use = self.captured.run.save_for_backward
         return self.captured.read[:, : self.length].clone().flatten(0, 1)
 
-    def backward(self, gradient: Tensor, constants: bool) -> tuple[Tensor, Tensor | None]:
+    def backward(self, gradient: Tensor, edges: bool, constants: bool) -> tuple[Tensor | None, Tensor | None]:
         """As `MaskedPass.backward`; a second one is launched, since another pass may be using the memory by then."""
         if not self.in_use:
-            return self.launched().backward(gradient, constants)
+            return self.launched().backward(gradient, edges, constants)
         into = self.captured.gradient
         into[:, : self.length] = gradient.reshape(len(into), self.length, -1)
         into[:, self.length :] = 0
         self.captured.graphs[1].replay()
         self.in_use = False
         grad_edges, grad_constants = self.captured.gradients
-        return grad_edges.clone(), grad_constants.clone() if constants else None
+        return grad_edges.clone() if edges else None, grad_constants.clone() if constants else None
 
     def release(self) -> None:
         """Nothing was taken from the workspace."""

@@ -55,7 +55,8 @@ class MaskedForward(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, gradient: Tensor):
         with without_autocast(gradient.device):
-            return *ctx.run.backward(gradient, constants=ctx.needs_input_grad[1]), None
+            edges, constants = ctx.needs_input_grad[:2]
+            return *ctx.run.backward(gradient, edges, constants), None
 
 
 class MaskedPass:
@@ -226,19 +227,19 @@ class MaskedPass:
             x = x.data.requires_grad_(self.save_for_backward)
             return function(x), x
 
-    def backward(self, gradient: Tensor, constants: bool) -> tuple[Tensor, Tensor | None]:
-        """Gradients of the edge weights [E] and, if `constants`, of the ablation constants [P, D].
+    def backward(self, gradient: Tensor, edges: bool, constants: bool) -> tuple[Tensor | None, Tensor | None]:
+        """Gradients of the edge weights [E] and of the ablation constants [P, D], each None if it is not wanted.
 
         Args:
             gradient: of what `output` reads, [N, D].
-            constants: whether the second is wanted.
+            edges, constants: which of them are wanted.
         """
         if self.buffers is None:
             self.forward()
         self.begin_backward()
-        grad_matrix = self.output_backward(gradient)
+        grad_matrix = self.output_backward(gradient, edges)
         self.layers_backward(grad_matrix)
-        grad_edges = grad_matrix[self.network.edge_readers, self.network.edge_sources].to(self.inputs.mask.dtype)
+        grad_edges = None if grad_matrix is None else self.grad_edges(grad_matrix)
         grad_constants = self.grad_constants() if constants else None
         self.release()
         return grad_edges, grad_constants
@@ -246,21 +247,29 @@ class MaskedPass:
     def begin_backward(self) -> None:
         """Called before the backward pass begins."""
 
-    def output_backward(self, gradient: Tensor) -> Tensor:
+    def output_backward(self, gradient: Tensor, edges: bool) -> Tensor | None:
         """Start the backward pass with the gradient [N, D] of what `output` reads.
 
-        Returns the gradients of edges as a matrix [R, P], with the row of `output`.
+        Returns the gradients of edges as a matrix [R, P], with the row of `output`; None if `edges` says that they are
+        not wanted.
         """
         nodes, reader_inputs = self.buffers.node_outputs, self.buffers.reader_inputs
-        grad_matrix = self.network.mask_matrix(dtype=precise_type(nodes))
+        grad_matrix = self.network.mask_matrix(dtype=precise_type(nodes)) if edges else None
         reader_inputs[-1] = gradient.reshape(-1)
         self.reads.drop_early(reader_inputs[-1:])
-        grad_matrix[-1] = products_with(nodes, reader_inputs[-1])
+        if edges:
+            grad_matrix[-1] = products_with(nodes, reader_inputs[-1])
         self.reads.start_backward()
         return grad_matrix
 
-    def layers_backward(self, grad_matrix: Tensor) -> None:
-        """Walk the layers in reverse, and fill in the rows of their readers in the matrix of gradients [R, P]."""
+    def grad_edges(self, grad_matrix: Tensor, which: Tensor | slice = slice(None)) -> Tensor:
+        """The gradients of some edges [E], from the matrix of gradients [R, P]."""
+        readers, sources = self.network.edge_readers[which], self.network.edge_sources[which]
+        return grad_matrix[readers, sources].to(self.inputs.mask.dtype)
+
+    def layers_backward(self, grad_matrix: Tensor | None) -> None:
+        """Walk the layers in reverse, and fill in the rows of their readers in the matrix of gradients [R, P], if there
+        is one."""
         nodes = self.buffers.node_outputs
         for group in reversed(self.network.groups):
             self.reads.grad_group(group)
@@ -270,10 +279,12 @@ class MaskedPass:
             start, end = parts[0].first_reader, parts[-1].first_reader + parts[-1].n_readers
             if nodes.is_cuda:  # edges inside the group too: a third more work, in a quarter of the kernel launches
                 n_nodes = group.end_node
-            grad_matrix[start:end, :n_nodes] = inner_products(self._rows(start, end), nodes[:n_nodes])
+            if grad_matrix is not None:
+                grad_matrix[start:end, :n_nodes] = inner_products(self._rows(start, end), nodes[:n_nodes])
 
-    def _layer_backward(self, layer: int, part: LayerSlice, group: LayerGroup, grad_matrix: Tensor) -> None:
+    def _layer_backward(self, layer: int, part: LayerSlice, group: LayerGroup, grad_matrix: Tensor | None) -> None:
         """Replace the inputs of a layer's readers by their gradients, and note the gradients of edges in the group."""
+        notes = grad_matrix is not None and not self.buffers.node_outputs.is_cuda  # there, of the whole group at once
         block, heads = self.network.blocks[layer], self.network.graph.n_heads
         nodes, first, end = self.buffers.node_outputs, part.first_reader, part.first_reader + part.n_readers
         own = slice(part.n_earlier_nodes, part.n_earlier_nodes + heads)
@@ -289,7 +300,7 @@ class MaskedPass:
             grad_hidden = block.mlp_out_norm.grad_z(grad_mlp[None], *about)[0]
         (grad_mlp_input,) = torch.autograd.grad(hidden, mlp_input, grad_hidden)
         if part.n_same_layer_edges:
-            if not nodes.is_cuda:
+            if notes:
                 grad_matrix[end - 1, own] = products_with(nodes[own], grad_mlp_input.view(-1))
             self.reads.grad_own_heads(grad_heads, grad_mlp_input.view(-1), part)
         grad_heads = grad_heads.view(heads, -1, self.width)
@@ -303,7 +314,7 @@ class MaskedPass:
         block.qkv.backward_(layer_inputs[:-1].view(len(qkv), -1, self.width), inverse, qkv.detach(), grad_qkv)
         layer_inputs[-1] = grad_mlp_input.view(-1)
         self.reads.drop_early(layer_inputs)
-        if in_group.start < in_group.stop and not nodes.is_cuda:
+        if in_group.start < in_group.stop and notes:
             grad_matrix[first:end, in_group] = inner_products(layer_inputs, nodes[in_group])
 
     def _take_saved(self, layer: int, part: LayerSlice) -> tuple:

@@ -143,7 +143,7 @@ class SpreadPass:
             earlier = run
         return earlier.read_output().to(self.shares[0].device)
 
-    def backward(self, gradient: Tensor, constants: bool) -> tuple[Tensor, Tensor | None]:
+    def backward(self, gradient: Tensor, edges: bool, constants: bool) -> tuple[Tensor | None, Tensor | None]:
         """As `MaskedPass.backward`, with both results on the first device."""
         if self.passes[0].buffers is None:
             self.forward()
@@ -151,20 +151,20 @@ class SpreadPass:
         for share, run in zip(reversed(self.shares), reversed(self.passes), strict=True):
             run.begin_backward()
             if later is None:
-                grad_matrix = run.output_backward(gradient.to(share.device))
+                grad_matrix = run.output_backward(gradient.to(share.device), edges)
             else:
-                grad_matrix = run.network.mask_matrix(dtype=precise_type(gradient))
+                grad_matrix = run.network.mask_matrix(dtype=precise_type(gradient)) if edges else None
                 theirs = later.buffers.reader_inputs
                 run.buffers.reader_inputs[-len(theirs) :] = theirs  # moved between devices
                 run.reads.continue_backward(later.reads)
                 later.release()
             run.layers_backward(grad_matrix)
-            ends = run.network.edge_readers[share.edges], run.network.edge_sources[share.edges]
-            grads.append(grad_matrix[ends].to(self.shares[0].device, run.inputs.mask.dtype))
+            if edges:
+                grads.append(run.grad_edges(grad_matrix, share.edges).to(self.shares[0].device))
             later = run
         grad_constants = later.grad_constants() if constants else None
         later.release()
-        return torch.cat(grads[::-1]), grad_constants
+        return torch.cat(grads[::-1]) if edges else None, grad_constants
 
     def release(self) -> None:
         """Give the memory of the pass back."""

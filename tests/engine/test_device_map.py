@@ -54,7 +54,10 @@ def results(model, mask, kind):
             gradients = torch.autograd.grad(logits.square().mean(), wanted)
             return logits, *gradients, model.node_outputs(tokens), model.counterfactual_outputs
     logits = model(tokens, mask=mask)
-    return logits, *torch.autograd.grad(logits.square().mean(), wanted), model.node_outputs(tokens)
+    found = logits, *torch.autograd.grad(logits.square().mean(), wanted), model.node_outputs(tokens)
+    if kind == "constants":  # their gradient alone
+        found += torch.autograd.grad(model(tokens, mask=mask.detach()).square().mean(), wanted[1])
+    return found
 
 
 def check_same(found, expected, exact=True):

@@ -7,7 +7,7 @@ import torch
 from helpers.masks import TOKENS, make_masks, make_means, width
 from helpers.models import small, small_gpt2, small_llama, small_neox, small_qwen3
 
-from circuit_breaking.engine import network, norms
+from circuit_breaking.engine import masked_pass, network, norms
 from circuit_breaking.engine.load import load_model
 from circuit_breaking.engine.reference import ReferenceModel
 from circuit_breaking.errors import UserError
@@ -172,6 +172,20 @@ def test_no_gradient_kept_when_none_is_wanted(family):
         assert not model(TOKENS).requires_grad
     model.mask.weights.requires_grad_(False)
     assert not model(TOKENS).requires_grad
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_constants_of_a_mask_that_stays_cost_no_gradients_of_edges(family, split, monkeypatch):
+    model = load_model(family(), split_qkv=split, device="cpu")
+    model.means = constants = make_means(model, "mean").float().requires_grad_()
+    for mask in make_masks(len(model.graph)):  # dense reads, or running sums
+        mask = mask.float().requires_grad_()
+        of_mask, both = torch.autograd.grad(model(TOKENS, mask=mask).square().sum(), [mask, constants])
+        with monkeypatch.context() as patch:
+            for name in ("inner_products", "products_with"):
+                patch.setattr(masked_pass, name, lambda *what: pytest.fail("a product for the gradients of edges"))
+            (alone,) = torch.autograd.grad(model(TOKENS, mask=mask.detach()).square().sum(), [constants])
+        assert torch.equal(alone, both) and of_mask.abs().sum() > 0
 
 
 def test_backward_can_run_again(family):
