@@ -3,7 +3,7 @@
 Reads   the shipped model, or another one with its data. Each part is a script of this folder and can be run by itself.
 Writes  data/toxicity/<run>/: masks/ and finetuned/ (the models), report.json, report.md, report.csv, evidence.json,
         relearning.json, uniform.csv, costs.json, every .png, and logs/ (the output of each part).
-Time    19 minutes of CPU time for the shipped model, by default shared by two cores.
+Time    18 minutes of CPU time for the shipped model, by default shared by two cores.
 
 Parts that do not depend on each other run at the same time, each on one thread, so that results do not depend on the
 number of cores. Results that depend on the seed alone are the same each time; costs are in costs.json and at the end of

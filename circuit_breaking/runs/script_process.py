@@ -10,7 +10,8 @@ import os
 import runpy
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 # to start a process, `multiprocessing` asks all others whether they have ended, which two threads must not do at once
@@ -38,13 +39,9 @@ class ScriptProcess:
     ) -> None:
         log.parent.mkdir(parents=True, exist_ok=True)
         log.write_text("", encoding="utf-8")  # an error that the caller can report
-        forks = bool(preloaded) and sys.platform == "linux"
-        context = multiprocessing.get_context("forkserver" if forks else "spawn")
-        if forks:
-            context.set_forkserver_preload(list(preloaded))
-        self.process = context.Process(target=_run, args=(str(script), list(words), str(log), threads))
-        with LOCK:
-            self.process.start()
+        about = str(script), list(words), str(log), threads
+        with LOCK, _variable("OMP_NUM_THREADS", str(threads)):  # which libraries read when they are loaded
+            self.process = _forked(preloaded, about) or _started("spawn", about)
 
     def poll(self) -> int | None:
         """The exit code, None while the script runs. That of a script which a signal ended is minus its number."""
@@ -57,16 +54,46 @@ class ScriptProcess:
             os.kill(self.process.pid, number)
 
 
+def _forked(preloaded: Sequence[str], about: tuple) -> multiprocessing.Process | None:
+    """The process as a fork of the server, which is started if there is none; None if there cannot be one."""
+    if not preloaded or sys.platform != "linux":
+        return None
+    multiprocessing.get_context("forkserver").set_forkserver_preload(list(preloaded))
+    with suppress(OSError):  # where the name of the temporary folder is too long for that of a socket
+        return _started("forkserver", about)
+    return None
+
+
+def _started(method: str, about: tuple) -> multiprocessing.Process:
+    process = multiprocessing.get_context(method).Process(target=_run, args=about)
+    process.start()
+    return process
+
+
+@contextmanager
+def _variable(name: str, value: str) -> Iterator[None]:
+    """An environment variable for processes that are started in this block."""
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
 def _run(script: str, words: list[str], log: str, threads: int) -> None:
     """What the process does. `SystemExit` and errors end it as they end a script."""
     with Path(log).open("w", encoding="utf-8") as file:
         for stream, number in ((sys.stdout, 1), (sys.stderr, 2)):
             stream.flush()
             os.dup2(file.fileno(), number)
-    os.environ["OMP_NUM_THREADS"] = str(threads)  # also of processes that the script starts
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # the server may have been started for another number
     import torch
 
-    torch.set_num_threads(threads)  # which is loaded already in a fork
+    torch.set_num_threads(threads)
     sys.argv = [script, *words]
     sys.path.insert(0, str(Path(script).parent))
     runpy.run_path(script, run_name="__main__")

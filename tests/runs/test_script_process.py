@@ -3,6 +3,7 @@
 import signal
 import threading
 import time
+from multiprocessing.context import ForkServerProcess
 
 import pytest
 
@@ -65,6 +66,16 @@ def test_words_output_and_exit_code(script, tmp_path):
 def test_without_a_server_scripts_import_for_themselves(script, tmp_path):
     code, said = run(script, tmp_path / "log.txt", "exit", preloaded=())
     assert code == 7 and said.splitlines()[0].endswith("False")
+
+
+def test_without_a_socket_for_the_server_scripts_import_for_themselves(script, tmp_path, monkeypatch):
+    monkeypatch.setattr(ForkServerProcess, "_Popen", staticmethod(_no_socket))
+    code, said = run(script, tmp_path / "log.txt", "exit")
+    assert code == 7 and said.splitlines()[0].endswith("False")
+
+
+def _no_socket(process):
+    raise OSError("AF_UNIX path too long")
 
 
 def test_many_at_once_from_several_threads(script, tmp_path):
