@@ -317,5 +317,6 @@ def test_the_shipped_model_is_compared_in_time(tmp_path):
     for row in found["random_edges"]:
         if row["budget"] <= 12:
             assert row["ordinary_loss"]["mean"] < 0.15
-        if row["budget"] == 12:  # no draw of 12 random edges does what the mask does
+        # no draw of 12 random edges does what the mask does; under mean ablation one does more (README.md)
+        if row["budget"] == 12 and row["ablation"] != "mean":
             assert row["toxicity"]["mask"] < row["toxicity"]["lowest"]
