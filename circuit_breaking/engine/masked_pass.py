@@ -284,9 +284,9 @@ class MaskedPass:
 
     def _layer_backward(self, layer: int, part: LayerSlice, group: LayerGroup, grad_matrix: Tensor | None) -> None:
         """Replace the inputs of a layer's readers by their gradients, and note the gradients of edges in the group."""
-        notes = grad_matrix is not None and not self.buffers.node_outputs.is_cuda  # there, of the whole group at once
         block, heads = self.network.blocks[layer], self.network.graph.n_heads
         nodes, first, end = self.buffers.node_outputs, part.first_reader, part.first_reader + part.n_readers
+        notes = grad_matrix is not None and not nodes.is_cuda  # on a GPU, `layers_backward` does a whole group at once
         own = slice(part.n_earlier_nodes, part.n_earlier_nodes + heads)
         in_group = slice(group.first_node, part.n_earlier_nodes)
         sums, inverse, qkv, z, mlp_input, hidden = self._take_saved(layer, part)

@@ -29,22 +29,23 @@ def estimate(sums: np.ndarray, counts: np.ndarray, seed: int = 0, reference: Sum
         nothing = {"value": None, "low": None, "high": None}
         return nothing | ({} if reference is None else {"change": nothing})
     n = len(columns)
-    draws = _remembered(n, seed) if n <= REMEMBERED else _draws(n, np.random.default_rng(seed))
+    draws = _remembered(n, seed) if n <= REMEMBERED else _draws(n, seed)
     totals = np.concatenate([columns.sum(0)[None], *(some @ columns for some in draws)])
     ratios = totals[:, 0] / totals[:, 1]
     result = _interval(ratios)
     return result if reference is None else result | {"change": _interval(ratios - totals[:, 2] / totals[:, 3])}
 
 
-def _draws(n: int, random: np.random.Generator) -> Iterator[np.ndarray]:
+def _draws(n: int, seed: int) -> Iterator[np.ndarray]:
     """How often each text is drawn in each of the resamples, 100 of them at a time: int64 [100, n]."""
+    random = np.random.default_rng(seed)
     return (random.multinomial(n, np.full(n, 1 / n), 100) for _ in range(RESAMPLES // 100))
 
 
 @lru_cache(maxsize=8)
 def _remembered(n: int, seed: int) -> list[np.ndarray]:
     # drawing takes longer than the rest, and an evaluation has hundreds of estimates over the same few numbers of texts
-    return list(_draws(n, np.random.default_rng(seed)))
+    return list(_draws(n, seed))
 
 
 def _interval(ratios: np.ndarray) -> dict[str, float]:

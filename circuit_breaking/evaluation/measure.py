@@ -99,8 +99,8 @@ def evaluate(
         ways["greedy"] = [replace(sampling, samples=1, greedy=True)]
     measured, size = {}, sampling.batch_size
     batches = sum(-(-len(batch) // size) for batch in texts.values())
-    for one in (one for way in ways.values() for one in way):
-        batches += sum(-(-len(batch) * one.samples // size) for batch in prompts.values())
+    samplings = [one for way in ways.values() for one in way]
+    batches += sum(-(-len(batch) * one.samples // size) for one in samplings for batch in prompts.values())
     with progress_bar(total=batches * len(models), desc="evaluation", unit="batch") as bar:
         for name, load in models.items():
             bar.set_postfix_str(name)
