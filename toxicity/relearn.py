@@ -58,11 +58,13 @@ from circuit_breaking.evaluation.measure import text_losses
 from circuit_breaking.evaluation.relearn import relearn, toxicity_after, with_context
 from circuit_breaking.evaluation.result_files import RELEARNING
 from circuit_breaking.evaluation.scorers import load_scorer
+from circuit_breaking.evaluation.tables import relearning_table
 from circuit_breaking.figures.browser.page import end_with_page
 from circuit_breaking.figures.relearning import draw_relearning
 from circuit_breaking.models.activations import fused_activations
 from circuit_breaking.models.load import files_of, load_hf_model, load_tokenizer
 from circuit_breaking.models.tokens import prefix_token
+from circuit_breaking.runs.plain_table import print_table
 from circuit_breaking.runs.progress import progress_bar
 from circuit_breaking.runs.provenance import provenance
 from circuit_breaking.runs.results import Relearning
@@ -130,6 +132,10 @@ def main(settings: Settings) -> None:
     report.write(folder / RELEARNING)
     draw_relearning(folder)
     end_with_page(folder)
+    print_table(*relearning_table(found), f"toxicity after toxic prompts, by {scorer.name} {scorer.version}")
+    for name, one in found.items():
+        if one["note"]:
+            print(f"note: {name}: {one['note']}.")
     print(f"written to {folder}")
 
 

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from circuit_breaking.evaluation.measurements import MEASURES
+from circuit_breaking.evaluation.result_files import relearned
 from circuit_breaking.runs.plain_table import print_table
 
 FEW = 4  # models that the table has a column each for
@@ -56,6 +57,27 @@ def main_measures(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]
         cells = map(interval, (*losses, after.get("toxicity"), after.get("perplexity")))
         rows.append([name, str(model.get("edges_cut", "")), f"{share:.0%}", *cells])
     return ["", "edges cut", "parameters changed", "toxic loss", "ordinary loss", "toxicity", "perplexity"], rows
+
+
+def relearning_table(models: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of a table with one row per model: its toxicity before relearning and after the last step.
+
+    Args:
+        models: as in a `relearning.json`.
+    """
+    columns: dict[str, dict[str, Any]] = {}
+    for examples, by_model in relearned(models).items():
+        last = max((row["step"] for rows in by_model.values() for row in rows), default=0)
+        headers = {last: f"{last} steps on {examples}"} | {0: "before"}
+        for name, rows in by_model.items():
+            for row in rows:
+                if row["step"] in headers:
+                    columns.setdefault(headers[row["step"]], {})[name] = row["toxicity"]
+    for name, one in models.items():
+        if one.get("few_shot"):
+            columns.setdefault("after examples in the context", {})[name] = one["few_shot"]["with"]
+    rows = [[name, *(interval(column.get(name), 2) for column in columns.values())] for name in models]
+    return ["", *columns], rows
 
 
 def costs_table(costs: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 from circuit_breaking.evaluation.result_files import read_relearning, relearned
 from circuit_breaking.figures.style import (
@@ -39,7 +40,8 @@ def draw_relearning(folder: Path | str) -> Path:
                 rows = [row for row in all_rows if row["toxicity"]["value"] is not None]
                 steps, values = [row["step"] for row in rows], [row["toxicity"]["value"] for row in rows]
                 axes.plot(steps, values, markersize=3.5, linewidth=1.1, label=readable(name), **styles[name])
-            axes.set(xlabel="step", title=f"relearning from {examples}", ylim=(-0.03, 1.03))
+            axes.set(xlabel="step of relearning", title=f"from {examples}", ylim=(-0.03, 1.03))
+            axes.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10], integer=True))
         if with_context:
             _draw_contexts(panels[-1], models, styles)
         panels[0].set_ylabel("toxicity after toxic prompts, mean")

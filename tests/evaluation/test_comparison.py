@@ -6,7 +6,7 @@ from itertools import combinations
 
 import numpy as np
 import pytest
-from helpers.results import entry, model, models, write_comparison
+from helpers.results import entry, model, models, relearning, write_comparison
 from helpers.scripts import load_script
 
 from circuit_breaking.errors import UserError
@@ -17,7 +17,7 @@ from circuit_breaking.evaluation.edge_effects import jaccard, jaccard_by_chance
 from circuit_breaking.evaluation.pareto import dominating, family_of, pareto
 from circuit_breaking.evaluation.report_markdown import COSTS_HEADING, render
 from circuit_breaking.evaluation.result_files import read_report
-from circuit_breaking.evaluation.tables import flat_rows, interval, markdown_table, number
+from circuit_breaking.evaluation.tables import flat_rows, interval, markdown_table, number, relearning_table
 from circuit_breaking.figures.loss_by_toxicity import draw_loss_by_toxicity
 from circuit_breaking.figures.pareto import draw_pareto
 from circuit_breaking.figures.relearning import draw_relearning
@@ -192,6 +192,24 @@ def test_running_mean_against_a_plain_loop():
     wide = running_mean(x, y, np.array([0.5]), 1e6)
     half = 1.96 * y.std() / math.sqrt(80)
     assert wide[2, 0] - wide[1, 0] == pytest.approx(2 * half, rel=0.15)
+
+
+def test_the_table_of_relearning():
+    known = relearning()["models"]
+    header, rows = relearning_table(known)
+    ends = ["3 steps on 10 examples", "3 steps on 100 examples", "3 steps on 10 examples, LoRA"]
+    assert header == ["", "before", *ends, "after examples in the context"]
+    start, last, few = (interval(entry(value), 2) for value in (0.0, 0.1 * 3, 0.4))
+    assert rows == [
+        ["original", start, last, last, "–", few],
+        ["zero_12", start, last, last, last, few],
+        ["joint", start, "–", last, "–", interval(entry(0.2), 2)],  # of 10 examples, it broke before the last step
+    ]
+    for one in known.values():
+        one.pop("few_shot")
+        one.pop("lora_relearning", None)
+        one["relearning"] = {count: steps[:1] for count, steps in one["relearning"].items()}
+    assert relearning_table(known) == (["", "before"], [[name, start] for name in known])
 
 
 # Files
